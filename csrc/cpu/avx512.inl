@@ -1,0 +1,53 @@
+// AVX-512 (F, BW, DQ, VL, VNNI): 512-bit vectors, 32 registers, tiles of 8 rows x 48 columns: 24 accumulators,
+// 3 weight vectors, 1 broadcast. Shared by the levels with and without BF16.
+#define VL 16
+#define UNROLL16 _Pragma("GCC unroll 16")
+#include "vec.inl"
+#include "policies.inl"
+
+constexpr int kU8Levels = 127;
+
+// The products are one-line asm because GCC 12 spills a tile of intrinsics' accumulators to the stack, which costs
+// 40 % of the peak; "+v" keeps each in a register.
+struct S8 {
+    using Acc = vi;
+    using A = vi;
+    using B = vi;
+    static constexpr int kStep = 4, kABytes = 4, kBBytes = VL * 4, kElement = 1, kRows = 8, kVectors = 3;
+    INLINE A load_a(const char* p) { return splat_int(load_as<int32_t>(p)); }
+    INLINE B load_b(const char* p) { return load_as<vi>(p); }
+    INLINE void dot(Acc& c, A a, B b) { asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+};
+
+struct F32 : FloatPolicy<8, 3> {
+    INLINE void dot(Acc& c, A a, B b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+};
+
+// 16 x 16 units through registers: four rounds of pairwise interleaving.
+INLINE void transpose_block(const char* src, int64_t ld, int rows, int columns, int32_t* dst, int width) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
+    __m512i r[16], s[16];
+    UNROLL16 for (int i = 0; i < 16; ++i)
+        r[i] = i < rows ? _mm512_maskz_loadu_epi32(mask, src + i * ld) : _mm512_setzero_si512();
+    UNROLL16 for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    UNROLL16 for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+    UNROLL16 for (int i = 0; i < 4; ++i) {
+        s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    UNROLL16 for (int i = 0; i < 8; ++i) {
+        const int u0 = i, u1 = i + 8;
+        if (u0 < columns) _mm512_storeu_si512(dst + u0 * width, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
+        if (u1 < columns) _mm512_storeu_si512(dst + u1 * width, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
+    }
+}

@@ -1,0 +1,140 @@
+// A transformer encoder over packed documents: one thread takes a chunk of whole documents through all layers, so a
+// request costs one fork-join and activations stay in the core's cache. A document's result is bitwise independent
+// of the other documents, of the chunking and of the number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastrerank::cpu {
+
+struct EncoderConfig {
+    int hidden, layers, heads, head_dim, intermediate;
+    int embedding;             // width of the embedding tables; hidden unless a projection follows (ELECTRA)
+    int vocabulary, positions, types;
+    int position_offset;       // position of a document's first token in the position table
+    int pad_id;                // RoBERTa: tokens equal to pad_id take position pad_id and are not counted; else -1
+    bool pre_norm;             // norm before each block and once at the end (ModernBERT), else after each block
+    bool gated;                // feed-forward is act(up x) * (gate x)
+    Activation activation;
+    float eps;
+    std::vector<int> window;   // per layer; negative: global
+    std::vector<int> rope;     // per layer: index of its rotary table, or -1
+    float attention_scale;     // usually 1 / sqrt(head size)
+    Precision precision;
+};
+
+enum class Readout : int { kFirst = 0, kLast = 1, kMean = 2, kTokens = 3 };
+
+// 64-byte aligned bytes with slack for whole-vector reads past the end.
+class Bytes {
+public:
+    explicit Bytes(size_t n = 0);
+    ~Bytes();
+    Bytes(Bytes&& other) noexcept;
+    Bytes& operator=(Bytes&& other) noexcept;
+    char* get() const { return p_; }
+    size_t size() const { return n_; }
+    template <class T>
+    T* as() const { return reinterpret_cast<T*>(p_); }
+
+private:
+    char* p_;
+    size_t n_;
+};
+
+struct OwnedMatrix {
+    Bytes data, scale, start, bias;
+    PackedMatrix view{};
+};
+
+struct Norm {
+    std::vector<float> gamma, beta;  // padded; empty: no norm
+    bool has_beta = false;
+};
+
+struct Layer {
+    OwnedMatrix q, k, v, o, up, gate, down;
+    Norm attention_norm, output_norm;
+};
+
+struct HeadOp {
+    enum Kind { kDense, kNorm, kNormalize } kind;
+    OwnedMatrix dense;
+    Activation act = Activation::kIdentity;
+    Norm norm;
+    float eps = 0;
+    int width = 0;  // outputs
+};
+
+struct RopeTable {
+    std::vector<float> cos, sin;  // (positions, half)
+    int half;
+};
+
+class Encoder {
+public:
+    Encoder(const EncoderConfig& config, const Kernels* kernels);
+
+    // Weights arrive one by one as the checkpoint stores them and are packed at once. `name` is one of q, k, v, o, up,
+    // gate, down, or, with layer -1, projection. Throws std::invalid_argument on NaN or infinity.
+    void set_linear(int layer, const std::string& name, const void* w, Source source, int64_t ldw, int n, int k,
+                    const float* bias);
+    // attention, output; with layer -1: embedding, final.
+    void set_norm(int layer, const std::string& name, const float* gamma, const float* beta, int n);
+    // The word table is used in place: the caller keeps it alive. The others are copied.
+    void set_tables(const void* word, Source source, const float* position, const float* type);
+    void add_rope(float theta, int half);
+    void add_dense(const void* w, Source source, int64_t ldw, int n, int k, const float* bias, Activation act);
+    void add_norm(const float* gamma, const float* beta, int n, float eps);
+    void add_normalize();
+
+    int output_width() const;
+    const EncoderConfig& config() const { return config_; }
+    const Kernels& kernels() const { return k_; }
+    size_t weight_bytes() const;
+
+    // ids, types: (T,) of N documents with document d in [offsets[d], offsets[d + 1]); types may be null.
+    // out: (N, output_width), or (T, output_width) for kTokens. Throws std::invalid_argument for an id or a length
+    // out of range.
+    void forward(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents, Readout readout,
+                 int threads, float* out) const;
+
+private:
+    struct Chunk;
+    struct Workspace;
+    OwnedMatrix make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
+                            const float* bias, const std::string& what) const;
+    void check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const;
+    std::unique_ptr<Workspace> take_workspace() const;
+    void run_chunk(Chunk& chunk, Readout readout, float* out) const;
+    void embed(Chunk& c) const;
+    void layer(Chunk& c, int index, bool prune) const;
+    void project(Chunk& c, const OwnedMatrix& w, int rope, const int32_t* positions, char* out) const;
+    void attend(Chunk& c, int index) const;
+    void feed_forward(Chunk& c, const Layer& l, int begin, int rows) const;
+    void norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep) const;
+    void read(Chunk& c, Readout readout, float* out) const;
+    float* apply_head(Chunk& c, float* x, int64_t ldx, int rows) const;
+
+    EncoderConfig config_;
+    const Kernels& k_;
+    Format input_, attention_;
+    const void* word_ = nullptr;
+    Source word_source_ = Source::kF32;
+    std::vector<float> position_, type_;
+    std::vector<Layer> layers_;
+    OwnedMatrix projection_;
+    Norm embedding_norm_, final_norm_;
+    std::vector<RopeTable> ropes_;
+    std::vector<HeadOp> head_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls
+};
+
+}  // namespace fastrerank::cpu

@@ -1,0 +1,170 @@
+// Matrix products on packed weights. A level's file defines, per precision, a policy:
+//   Acc            vector of VL accumulators          kStep     inputs consumed by one dot step
+//   A, B           broadcast input, weight vector     kABytes   bytes of one row's input per step
+//   load_a, load_b, dot(acc, a, b)                    kBBytes   bytes of VL columns' weights per step
+// and the register tile: kRows x (kVectors * VL) outputs.
+//
+// Packed layout: panels of kVectors * VL columns (the last one narrower), in a panel [k / kStep][column][kStep].
+// A panel is streamed once per row tile; the accumulators never leave registers before the epilogue, so no
+// int32 or float matrix is written and read again.
+#define UNROLL _Pragma("GCC unroll 8")
+
+template <class P, int MR, int NV>
+INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, const char* b, int steps) {
+    for (int s = 0; s < steps; ++s) {
+        typename P::B w[NV];
+        UNROLL for (int j = 0; j < NV; ++j) w[j] = P::load_b(b + j * P::kBBytes);
+        UNROLL for (int i = 0; i < MR; ++i) {
+            const typename P::A x = P::load_a(a + i * lda);
+            UNROLL for (int j = 0; j < NV; ++j) P::dot(c[i][j], x, w[j]);
+        }
+        a += P::kABytes;
+        b += NV * P::kBBytes;
+    }
+}
+
+// What an accumulator holds before the product and what it means after it: sums, or scaled integers.
+INLINE void start(const Linear&, int, vf& c) { c = vf{}; }
+INLINE void start(const Linear& g, int n, vi& c) { c = load_as<vi>(g.w->start + n); }
+INLINE vf finish(const Linear& g, vf c, int, int n) { return c + load(g.w->bias + n); }
+INLINE vf finish(const Linear& g, vi c, int row, int n) {
+    return __builtin_convertvector(c, vf) * (load(g.w->scale + n) * g.x_scale[row]) + load(g.w->bias + n);
+}
+
+INLINE void store_output(const Linear& g, int64_t at, vf v) {
+    if (g.mul) v *= load(g.mul + at);
+    if (g.add) v += load(g.add + at);
+#ifdef FASTRERANK_NATIVE_BF16
+    if (g.y_format == Format::kBF16) {
+        store_bf16(static_cast<uint16_t*>(g.y) + at, v);
+        return;
+    }
+#endif
+    store(static_cast<float*>(g.y) + at, v);
+}
+
+template <class P, int MR, int NV>
+void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
+    typename P::Acc c[MR][NV];
+    UNROLL for (int j = 0; j < NV; ++j) {
+        start(g, n + j * VL, c[0][j]);
+        UNROLL for (int i = 1; i < MR; ++i) c[i][j] = c[0][j];
+    }
+    const int64_t lda = g.ldx * P::kElement;
+    multiply<P, MR, NV>(c, static_cast<const char*>(g.x) + row * lda, lda, b, steps);
+    if (g.act == Activation::kIdentity) {
+        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
+            store_output(g, (row + i) * g.ldy + n + j * VL, finish(g, c[i][j], row + i, n + j * VL));
+        return;
+    }
+    alignas(64) float t[MR * NV * VL];
+    UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
+        store(t + (i * NV + j) * VL, finish(g, c[i][j], row + i, n + j * VL));
+    activate(t, MR * NV, g.act, g.fast_act);
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) store_output(g, (row + i) * g.ldy + n + j * VL, load(t + (i * NV + j) * VL));
+}
+
+// Calls f.template operator()<MR>(row) for row tiles of kRows, then of the halves, down to 1.
+template <int MR, class F>
+INLINE void for_row_tiles(int rows, const F& f) {
+    int row = 0;
+    for (; row + MR <= rows; row += MR) f.template run<MR>(row);
+    if constexpr (MR >= 8)
+        if (row + 4 <= rows) f.template run<4>(row), row += 4;
+    if constexpr (MR >= 4)
+        if (row + 2 <= rows) f.template run<2>(row), row += 2;
+    if constexpr (MR >= 2)
+        if (row + 1 <= rows) f.template run<1>(row);
+}
+
+template <class P, int NV>
+struct LinearPanel {
+    const Linear& g;
+    int n;
+    const char* b;
+    int steps;
+    template <int MR>
+    void run(int row) const {
+        linear_tile<P, MR, NV>(g, row, n, b, steps);
+    }
+};
+
+template <class P>
+void linear_with(const Linear& g) {
+    const int steps = g.w->k_padded / P::kStep;
+    for (int n = 0; n < g.w->n_padded; n += P::kVectors * VL) {
+        const char* b = g.w->data + static_cast<int64_t>(n) * steps * P::kBBytes / VL;
+        const int left = (g.w->n_padded - n) / VL;
+        if (left >= P::kVectors)
+            for_row_tiles<P::kRows>(g.rows, LinearPanel<P, P::kVectors>{g, n, b, steps});
+        else if (left == 2)
+            for_row_tiles<P::kRows>(g.rows, LinearPanel<P, 2>{g, n, b, steps});
+        else
+            for_row_tiles<P::kRows>(g.rows, LinearPanel<P, 1>{g, n, b, steps});
+    }
+}
+
+void linear(const Linear& g) {
+    switch (g.w->precision) {
+        case Precision::kFloat32: return linear_with<F32>(g);
+        case Precision::kBFloat16: return linear_with<BF16>(g);
+        case Precision::kInt8: return linear_with<S8>(g);
+    }
+}
+
+INLINE uint16_t to_bf16(float x) {  // round to nearest, ties to even; the caller has refused NaN
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+INLINE bool finite(float x) { return __builtin_fabsf(x) <= 3.4028235e38f; }
+
+template <class P, class Store>
+bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const Store& put) {
+    const int n_padded = static_cast<int>(padded(n)), k_padded = (k + 3) / 4 * 4;
+    bool ok = true;
+    for (int n0 = 0; n0 < n_padded; n0 += P::kVectors * VL) {
+        const int width = n_padded - n0 < P::kVectors * VL ? n_padded - n0 : P::kVectors * VL;
+        for (int c = 0; c < width; ++c) {
+            const int64_t at = (static_cast<int64_t>(n0) * k_padded) + c * P::kStep;
+            for (int i = 0; i < k_padded; ++i) {
+                const float x = n0 + c < n && i < k ? to_float(w, (n0 + c) * ldw + i, source) : 0.0f;
+                ok &= finite(x);
+                put(at + static_cast<int64_t>(i / P::kStep) * width * P::kStep + i % P::kStep, n0 + c, x);
+            }
+        }
+    }
+    return ok;
+}
+
+bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n, int k, char* data, float* scale,
+          int32_t* start) {
+    if (precision == Precision::kFloat32)
+        return pack_with<F32>(w, source, ldw, n, k,
+                              [=](int64_t at, int, float x) { reinterpret_cast<float*>(data)[at] = x; });
+    if (precision == Precision::kBFloat16)
+        return pack_with<BF16>(w, source, ldw, n, k,
+                               [=](int64_t at, int, float x) { reinterpret_cast<uint16_t*>(data)[at] = to_bf16(x); });
+    const int n_padded = static_cast<int>(padded(n));
+    for (int c = 0; c < n_padded; ++c) {
+        float amax = 0;
+        for (int i = 0; c < n && i < k; ++i) {
+            const float x = __builtin_fabsf(to_float(w, c * ldw + i, source));
+            amax = x > amax ? x : amax;
+        }
+        scale[c] = amax > 0 ? amax / 127.0f : 1.0f;
+        start[c] = 0;
+    }
+    return pack_with<S8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
+        const float r = x / scale[c];
+        const int q = static_cast<int>(r + (r < 0 ? -0.5f : 0.5f));
+        reinterpret_cast<int8_t*>(data)[at] = static_cast<int8_t>(q);
+        start[c] -= (kU8Levels + 1) * q;
+    });
+}
+
+size_t packed_bytes(Precision precision, int n, int k) {
+    const size_t elements = static_cast<size_t>(padded(n)) * ((k + 3) / 4 * 4);
+    return elements * (precision == Precision::kFloat32 ? 4 : precision == Precision::kBFloat16 ? 2 : 1);
+}

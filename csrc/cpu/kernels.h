@@ -1,0 +1,133 @@
+// The CPU kernels' interface: plain structs and one table of function pointers per instruction-set level.
+//
+// Layout rules that hold everywhere below:
+//   * Rows are row-major with a stride in elements, rounded up to `padded(n)`; padding columns hold finite values
+//     and always meet zero weights.
+//   * Nothing here allocates, throws, locks or knows Python.
+//   * A row's result depends on that row alone: every level sums in one fixed order whatever tile the row falls in.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastrerank::cpu {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+// How an activation matrix is stored. kU8: round(x / scale) + zero_point, one scale per row.
+enum class Format : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
+
+// How a weight or embedding tensor is stored in a checkpoint.
+enum class Source : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
+
+enum class Activation : int { kIdentity = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4, kSilu = 5, kSigmoid = 6 };
+
+constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr size_t bytes_of(Format f) { return f == Format::kF32 ? 4 : f == Format::kBF16 ? 2 : 1; }
+
+// y = x W^T + b with W (n outputs, k inputs), packed for one level: panels of columns, k-major inside a panel.
+struct PackedMatrix {
+    Precision precision;
+    int n, k;             // true sizes
+    int n_padded;         // columns stored: n rounded up to a vector
+    int k_padded;         // inputs stored: k rounded up to 4
+    const char* data;     // panels
+    const float* scale;   // (n_padded,) per output channel, int8 only
+    const int32_t* start; // (n_padded,) -zero_point * sum_k W[n, k], int8 only
+    const float* bias;    // (n_padded,), zeros where the layer has none
+};
+
+struct Linear {
+    const PackedMatrix* w;
+    const void* x;        // (rows, ldx) in the format that w's precision reads
+    const float* x_scale; // (rows,), kU8 only
+    int64_t ldx;
+    int rows;
+    Activation act;
+    bool fast_act;        // polynomial GELU with error <= 2e-4, for outputs that are rounded to 8 or 16 bits
+    const float* mul;     // y *= mul (rows, ldy) after the activation, or null
+    const float* add;     // y += add (rows, ldy), or null
+    void* y;              // (rows, ldy), columns [0, n_padded) are written
+    int64_t ldy;
+    Format y_format;      // kF32 or kBF16
+};
+
+// One document's self-attention over all heads. Query row i stands at position query_start + i and sees the keys
+// whose position differs by at most `window` (negative: all).
+struct Attention {
+    const void *q, *k, *v; // (queries, ldq), (keys, ldk), (keys, ldk): head h in columns [h * head_dim, ...)
+    Format format;         // of q, k, v: kF32 or kBF16
+    int64_t ldq, ldk;
+    int queries, keys, query_start;
+    int heads, head_dim;   // head_dim is a multiple of 16
+    float scale;
+    int window;
+    void* out;             // (queries, ldo)
+    int64_t ldo;
+    Format out_format;     // kF32, or kBF16 where the level has it
+    char* scratch;         // attention_scratch(keys, head_dim) bytes, 64-aligned
+};
+
+// y = (x - mean) / sqrt(var + eps) * gamma + beta, stored as float32 (if y) and as the next layer's input (if q).
+struct LayerNorm {
+    const float* x;
+    int64_t ldx;
+    int rows, n;
+    const float *gamma, *beta; // (padded(n),), zero in the padding; beta may be null
+    float eps;
+    float* y;                  // may be x itself
+    int64_t ldy;
+    void* q;
+    int64_t ldq;
+    float* q_scale;            // (rows,), kU8 only
+    Format q_format;
+};
+
+// x = word[id] + position[pos] + type[type_id]; null tables are left out.
+struct Embed {
+    const int32_t *ids, *positions, *types;
+    const void* word;          // (vocabulary, n) as stored in the checkpoint
+    Source word_source;
+    const float *position, *type; // (.., padded(n))
+    int rows, n;
+    float* x;
+    int64_t ldx;
+};
+
+struct Kernels {
+    Isa isa;
+    const char* name;
+    int u8_levels; // 127, or 63 where 8-bit products would saturate: activations are in [-u8_levels, u8_levels]
+
+    Format (*input_format)(Precision);
+    Format attention_format[3]; // by Precision
+    size_t (*packed_bytes)(Precision, int n, int k);
+    // w: (n, ldw) as stored. Fills data, scale and start; returns false if a weight is not finite.
+    bool (*pack)(Precision, const void* w, Source, int64_t ldw, int n, int k, char* data, float* scale, int32_t* start);
+
+    void (*linear)(const Linear&);
+    void (*attention)(const Attention&);
+    size_t (*attention_scratch)(Format, int keys, int head_dim);
+    void (*layer_norm)(const LayerNorm&);
+    // Rows of float32 to `format`; columns [0, padded(n)) are written, the amax is over the first n.
+    void (*convert)(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, float* q_scale, Format format);
+    // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (.., half)
+    // by position; head_dim <= 512.
+    void (*rope)(const float* x, int64_t ldx, const int32_t* positions, const float* cos, const float* sin, int rows,
+                 int heads, int head_dim, int half, void* y, int64_t ldy, Format format);
+    void (*embed)(const Embed&);
+    // out[d] = mean over query tokens of the largest dot product with a token of document d (float32).
+    void (*max_sim)(const char* packed_query, int query_tokens, int dim, const float* tokens, int64_t ld,
+                    const int64_t* offsets, int documents, float* scratch, float* out);
+    // Sustained operations for `iterations` rounds of register-only multiply-adds; returns the number of operations.
+    double (*peak)(Precision, int64_t iterations);
+};
+
+const Kernels* kernels(Isa isa);  // null where this build or this CPU lacks the level
+Isa best_isa();                   // the highest level this CPU runs
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace fastrerank::cpu

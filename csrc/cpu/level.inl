@@ -1,0 +1,15 @@
+// The end of every level's file: the kernels on the level's vector words and policies, and their table.
+#include "gemm.inl"
+#include "rows.inl"
+#include "attention.inl"
+
+Format input_format(Precision p) {
+    if (p == Precision::kInt8) return Format::kU8;
+    if (p == Precision::kBFloat16 && BF16::kElement == 2) return Format::kBF16;
+    return Format::kF32;
+}
+
+constexpr Format kReducedAttention = BF16::kElement == 2 ? Format::kBF16 : Format::kF32;
+constexpr Kernels kTable = {
+    kIsa,   kName,  kU8Levels, input_format, {Format::kF32, kReducedAttention, kReducedAttention},
+    packed_bytes, pack, linear, attention, attention_scratch, layer_norm, convert, rope, embed, max_sim, peak};

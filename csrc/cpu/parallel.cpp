@@ -1,0 +1,124 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace fastrerank::cpu {
+namespace {
+
+struct Job {
+    const std::function<void(int)>* f;
+    int n;
+    std::atomic<int> next{0};
+    std::atomic<bool> failed{false};
+    int wanted;       // workers that may still join; guarded by Pool::mutex
+    int active = 0;   // workers inside work(); guarded by Pool::mutex
+    std::exception_ptr error;
+    std::once_flag error_once;
+
+    void work() {
+        for (int i; (i = next.fetch_add(1)) < n;) {
+            if (failed.load(std::memory_order_relaxed)) continue;
+            try {
+                (*f)(i);
+            } catch (...) {
+                std::call_once(error_once, [this] { error = std::current_exception(); });
+                failed.store(true);
+            }
+        }
+    }
+};
+
+class Pool {
+public:
+    void run(Job& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (workers_ < job.wanted) {
+                std::thread([this] { loop(); }).detach();
+                ++workers_;
+            }
+            jobs_.push_back(&job);
+        }
+        wake_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> lock(mutex_);
+        job.wanted = 0;
+        for (auto it = jobs_.begin(); it != jobs_.end(); ++it)
+            if (*it == &job) {
+                jobs_.erase(it);
+                break;
+            }
+        done_.wait(lock, [&] { return job.active == 0; });
+    }
+
+private:
+    void loop() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            Job* job = nullptr;
+            for (Job* candidate : jobs_)
+                if (candidate->wanted > 0 && candidate->next.load() < candidate->n) {
+                    job = candidate;
+                    break;
+                }
+            if (!job) {
+                wake_.wait(lock);
+                continue;
+            }
+            --job->wanted;
+            ++job->active;
+            lock.unlock();
+            job->work();
+            lock.lock();
+            if (--job->active == 0) done_.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::deque<Job*> jobs_;
+    int workers_ = 0;
+};
+
+// Never destroyed: detached workers may outlive static destruction. A forked child has none of its parent's workers
+// and may have inherited a locked mutex, so it starts over with a pool of its own.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+    (void)registered;
+    Pool* p = current.load();
+    if (!p) {
+        Pool* fresh = new Pool;
+        if (current.compare_exchange_strong(p, fresh))
+            p = fresh;
+        else
+            delete fresh;  // another thread was first
+    }
+    return *p;
+}
+
+}  // namespace
+
+void run_parallel(int n, int threads, const std::function<void(int)>& f) {
+    if (threads <= 1 || n <= 1) {
+        for (int i = 0; i < n; ++i) f(i);
+        return;
+    }
+    Job job;
+    job.f = &f;
+    job.n = n;
+    job.wanted = (threads < n ? threads : n) - 1;
+    pool().run(job);
+    if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace fastrerank::cpu

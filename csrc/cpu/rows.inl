@@ -1,0 +1,123 @@
+// Passes over rows: layer norm, conversion to an activation format, rotary embedding, embedding sum.
+
+// Quantises with the zero point that makes every value unsigned: |round(x / scale)| <= kU8Levels by the choice of scale.
+INLINE void store_u8(uint8_t* q, vf x, float inverse) {
+    const vf shifted = x * inverse + (12582912.0f + kU8Levels + 1);  // 1.5 * 2^23: the low byte is the rounded value
+    store_as(q, __builtin_convertvector((vu)shifted, vb));
+}
+
+INLINE void convert_row(const float* x, int n, void* q, float* q_scale, Format format) {
+    const int width = static_cast<int>(padded(n));
+    if (format == Format::kU8) {
+        vf m = {};
+        for (int i = 0; i < width; i += VL) m = vmax(m, vabs(load(x + i)));
+        const float amax = reduce_max(m);
+        // A row of zeros, and one so small that 1 / scale would overflow, quantise to zeros.
+        const bool tiny = !(amax > 1e-30f);
+        *q_scale = tiny ? (amax != amax ? amax : 0.0f) : amax / kU8Levels;
+        const float inverse = tiny ? 0.0f : kU8Levels / amax;
+        for (int i = 0; i < width; i += VL) store_u8(static_cast<uint8_t*>(q) + i, load(x + i), inverse);
+        return;
+    }
+#ifdef FASTRERANK_NATIVE_BF16
+    if (format == Format::kBF16) {
+        for (int i = 0; i < width; i += VL) store_bf16(static_cast<uint16_t*>(q) + i, load(x + i));
+        return;
+    }
+#endif
+    for (int i = 0; i < width; i += VL) store(static_cast<float*>(q) + i, load(x + i));
+}
+
+void convert(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, float* q_scale, Format format) {
+    for (int r = 0; r < rows; ++r)
+        convert_row(x + r * ldx, n, static_cast<char*>(q) + r * ldq * bytes_of(format), q_scale + r, format);
+}
+
+void layer_norm(const LayerNorm& g) {
+    const int width = static_cast<int>(padded(g.n));
+    const int full = g.n / VL * VL;
+    const float inverse_n = 1.0f / static_cast<float>(g.n);
+    float ones[VL];  // 1 in the last vector's true columns, 0 in its padding
+    for (int i = 0; i < VL; ++i) ones[i] = full + i < g.n ? 1.0f : 0.0f;
+    const vf last = load(ones);
+    for (int r = 0; r < g.rows; ++r) {
+        const float* x = g.x + r * g.ldx;
+        vf s0 = {}, s1 = {};
+        int i = 0;
+        for (; i + 2 * VL <= width; i += 2 * VL) s0 += load(x + i), s1 += load(x + i + VL);
+        if (i < width) s0 += load(x + i);
+        const float mean = reduce_add(s0 + s1) * inverse_n;
+        vf v0 = {}, v1 = {};
+        for (i = 0; i + 2 * VL <= full; i += 2 * VL) {
+            const vf d0 = load(x + i) - mean, d1 = load(x + i + VL) - mean;
+            v0 += d0 * d0, v1 += d1 * d1;
+        }
+        if (i < full) {
+            const vf d = load(x + i) - mean;
+            v0 += d * d;
+        }
+        if (full < g.n) {
+            const vf d = (load(x + full) - mean) * last;
+            v1 += d * d;
+        }
+        const float inverse = 1.0f / __builtin_sqrtf(reduce_add(v0 + v1) * inverse_n + g.eps);
+        float* y = g.y + r * g.ldy;
+        for (i = 0; i < width; i += VL) {
+            const vf d = (load(x + i) - mean) * (load(g.gamma + i) * inverse);
+            store(y + i, g.beta ? d + load(g.beta + i) : d);
+        }
+        if (g.q)
+            convert_row(y, g.n, static_cast<char*>(g.q) + r * g.ldq * bytes_of(g.q_format), g.q_scale + r, g.q_format);
+    }
+}
+
+void rope(const float* x, int64_t ldx, const int32_t* positions, const float* cos, const float* sin, int rows,
+          int heads, int head_dim, int half, void* y, int64_t ldy, Format format) {
+    float t[512];
+    for (int r = 0; r < rows; ++r) {
+        const float* c = cos + static_cast<int64_t>(positions[r]) * half;
+        const float* s = sin + static_cast<int64_t>(positions[r]) * half;
+        for (int h = 0; h < heads; ++h) {
+            const float* a = x + r * ldx + h * head_dim;
+            for (int i = 0; i < half; ++i) {
+                const float down = a[i + half] * s[i], up = a[i] * s[i];
+                t[i] = a[i] * c[i] - down;
+                t[i + half] = a[i + half] * c[i] + up;
+            }
+            for (int i = 2 * half; i < head_dim; ++i) t[i] = a[i];
+            float unused;
+            convert_row(t, head_dim, static_cast<char*>(y) + (r * ldy + h * head_dim) * bytes_of(format), &unused,
+                        format);
+        }
+    }
+}
+
+INLINE void add_word(float* x, const void* word, Source source, int64_t at, int n) {
+    int i = 0;
+    if (source == Source::kF32)
+        for (const float* w = static_cast<const float*>(word) + at; i + VL <= n; i += VL) store(x + i, load(w + i));
+    else if (source == Source::kBF16)
+        for (const uint16_t* w = static_cast<const uint16_t*>(word) + at; i + VL <= n; i += VL)
+            store(x + i, widen_bf16(w + i));
+    else
+        for (const uint16_t* w = static_cast<const uint16_t*>(word) + at; i + VL <= n; i += VL)
+            store(x + i, widen_f16(w + i));
+    for (; i < n; ++i) x[i] = to_float(word, at + i, source);
+    for (; i < padded(n); ++i) x[i] = 0.0f;
+}
+
+void embed(const Embed& g) {
+    const int64_t width = padded(g.n);
+    for (int r = 0; r < g.rows; ++r) {
+        float* x = g.x + r * g.ldx;
+        add_word(x, g.word, g.word_source, static_cast<int64_t>(g.ids[r]) * g.n, g.n);
+        const float* p = g.position ? g.position + g.positions[r] * width : nullptr;
+        const float* t = g.type ? g.type + g.types[r] * width : nullptr;
+        for (int64_t i = 0; i < width; i += VL) {
+            vf v = load(x + i);
+            if (t) v += load(t + i);
+            if (p) v += load(p + i);
+            store(x + i, v);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+// Vector words for one level: VL floats a vector, written with the compiler's vector extensions so that the same
+// source serves every width. Included inside an anonymous namespace by the level's file, which defines VL.
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+typedef uint8_t vb __attribute__((vector_size(VL)));
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define INLINE static ALWAYS_INLINE
+
+template <class V, class T>
+INLINE V load_as(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+INLINE void store_as(T* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+INLINE vf load(const float* p) { return load_as<vf>(p); }
+INLINE void store(float* p, vf v) { store_as(p, v); }
+INLINE vf splat(float x) { return vf{} + x; }
+INLINE vi splat_int(int32_t x) { return vi{} + x; }
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+// Lanes are folded in halves: the order is fixed, so equal vectors give equal sums.
+INLINE float reduce_add(vf v) {
+    float t[VL];
+    store(t, v);
+    for (int w = VL / 2; w > 0; w /= 2)
+        for (int i = 0; i < w; ++i) t[i] += t[i + w];
+    return t[0];
+}
+INLINE float reduce_max(vf v) {
+    float t[VL];
+    store(t, v);
+    for (int w = VL / 2; w > 0; w /= 2)
+        for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+    return t[0];
+}
+
+INLINE vf widen_bf16(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+
+// float16 to float32 by rescaling the exponent; exact for finite values (checkpoints with infinities are refused).
+INLINE vf widen_f16(const uint16_t* p) {
+    const vu h = __builtin_convertvector(load_as<vh>(p), vu);
+    const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vu)magnitude | (h & 0x8000) << 16);
+}
+INLINE float to_float(const void* p, int64_t i, Source source) {
+    if (source == Source::kF32) return static_cast<const float*>(p)[i];
+    const uint32_t h = static_cast<const uint16_t*>(p)[i];
+    uint32_t bits = h << 16;
+    if (source == Source::kF16) {
+        float magnitude;
+        bits = (h & 0x7fff) << 13;
+        if ((h & 0x7c00) == 0x7c00) return __builtin_nanf("");
+        __builtin_memcpy(&magnitude, &bits, 4);
+        magnitude *= 0x1p112f;
+        return h & 0x8000 ? -magnitude : magnitude;
+    }
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+}
+
+// 2^x for x in [-127, 127]; below, exactly 0. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit mantissas).
+template <int Degree>
+INLINE vf exp2v(vf x) {
+    x = vmin(vmax(x, splat(-127.0f)), splat(127.0f));
+    const vf z = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
+    const vf f = x - (z - 12582912.0f);
+    vf p;
+    if constexpr (Degree == 5) {
+        p = f * 0.0013276466634124517f + 0.009675540961325169f;
+        p = p * f + 0.05550713464617729f;
+        p = p * f + 0.24022120237350464f;
+        p = p * f + 0.6931469440460205f;
+        p = p * f + 1.0f;
+    } else {
+        p = f * 0.055171623826026917f + 0.2426111251115799f;
+        p = p * f + 0.6932609677314758f;
+        p = p * f + 0.9999280571937561f;
+    }
+    return p * (vf)(((vi)z << 23) + (127 << 23));
+}
+INLINE vf expv(vf x) { return exp2v<5>(x * 1.4426950408889634f); }
+
+// x * Phi(x) with Phi(x) - 1/2 = x P(x^2) / Q(x^2) fitted on |x| <= 5.2: absolute error 1.2e-7 |x| at most.
+INLINE vf gelu(vf x) {
+    const vf c = vmin(vmax(x, splat(-5.2f)), splat(5.2f));
+    const vf t = c * c;
+    vf p = t * 5.838022389070829e-06f + 0.00031411563395522535f;
+    p = p * t + 0.005517813377082348f;
+    p = p * t + 0.04958069324493408f;
+    p = p * t + 0.39894190430641174f;
+    vf q = t * 5.017071202928491e-07f + 0.00011268508387729526f;
+    q = q * t + 0.002702918369323015f;
+    q = q * t + 0.03733216971158981f;
+    q = q * t + 0.29094114899635315f;
+    q = q * t + 1.0f;
+    return x * (c * (p / q) + 0.5f);
+}
+
+// The same with Phi(x) - 1/2 = x P(x^2) on |x| <= 4, exact beyond: absolute error 2e-4.
+INLINE vf gelu_fast(vf x) {
+    const vf c = vmin(vmax(x, splat(-4.0f)), splat(4.0f));
+    const vf t = c * c;
+    vf p = t * 2.258819797873457e-08f - 1.5888266489128e-06f;
+    p = p * t + 4.776387504534796e-05f;
+    p = p * t - 0.0008121873834170401f;
+    p = p * t + 0.00876369047909975f;
+    p = p * t - 0.06455440819263458f;
+    p = p * t + 0.397870272397995f;
+    return x * (c * p + 0.5f);
+}
+
+INLINE vf sigmoid(vf x) { return 1.0f / (expv(-x) + 1.0f); }
+// Odd by construction; near 0 the series keeps the relative error small where 1 - 2 / (e^2x + 1) cancels.
+INLINE vf tanhv(vf x) {
+    const vf t = x * x;
+    const vf series = x * (t * (t * 0.13333333f - 0.33333333f) + 1.0f);
+    const vf e = expv(vabs(x) * 2.0f);
+    const vf large = 1.0f - 2.0f / (e + 1.0f);
+    const vf signed_large = (vf)((vi)large | ((vi)x & (int32_t)0x80000000));
+    return vabs(x) < splat(0.08f) ? series : signed_large;
+}
+
+INLINE void activate(float* x, int vectors, Activation act, bool fast) {
+    switch (act) {
+        case Activation::kIdentity: return;
+        case Activation::kGelu:
+            if (fast)
+                for (int i = 0; i < vectors; ++i) store(x + i * VL, gelu_fast(load(x + i * VL)));
+            else
+                for (int i = 0; i < vectors; ++i) store(x + i * VL, gelu(load(x + i * VL)));
+            return;
+        case Activation::kGeluTanh:
+            for (int i = 0; i < vectors; ++i) {
+                const vf v = load(x + i * VL);
+                const vf u = v * (v * v * 0.044715f + 1.0f) * 1.5957691216057308f;  // 2 sqrt(2 / pi)
+                store(x + i * VL, v * sigmoid(u));
+            }
+            return;
+        case Activation::kRelu:
+            for (int i = 0; i < vectors; ++i) {
+                const vf v = load(x + i * VL);
+                store(x + i * VL, v < vf{} ? vf{} : v);
+            }
+            return;
+        case Activation::kTanh:
+            for (int i = 0; i < vectors; ++i) store(x + i * VL, tanhv(load(x + i * VL)));
+            return;
+        case Activation::kSilu:
+            for (int i = 0; i < vectors; ++i) {
+                const vf v = load(x + i * VL);
+                store(x + i * VL, v * sigmoid(v));
+            }
+            return;
+        case Activation::kSigmoid:
+            for (int i = 0; i < vectors; ++i) store(x + i * VL, sigmoid(load(x + i * VL)));
+            return;
+    }
+}
