@@ -80,6 +80,7 @@ struct RopeTable {
 class Encoder {
 public:
     Encoder(const EncoderConfig& config, const Kernels* kernels);
+    ~Encoder();
 
     // Weights arrive one by one as the checkpoint stores them and are packed at once. `name` is one of q, k, v, o, up,
     // gate, down, or, with layer -1, projection. Throws std::invalid_argument on NaN or infinity.

@@ -1,0 +1,525 @@
+#include "encoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+
+#include "parallel.h"
+
+namespace fastrerank::cpu {
+namespace {
+
+// Tokens per chunk: enough rows to reuse a streamed weight panel, few enough that a chunk's activations stay in L2.
+constexpr int64_t kChunkTokens = 160;
+// Rows that go through output projection, norms and feed-forward together: bounds the widest buffers.
+constexpr int kBlockRows = 80;
+
+[[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
+
+Norm make_norm(const float* gamma, const float* beta, int n) {
+    Norm norm;
+    norm.gamma.assign(padded(n), 0.0f);
+    norm.beta.assign(padded(n), 0.0f);
+    std::copy(gamma, gamma + n, norm.gamma.begin());
+    if (beta) std::copy(beta, beta + n, norm.beta.begin());
+    norm.has_beta = beta != nullptr;
+    for (int i = 0; i < n; ++i)
+        if (!std::isfinite(norm.gamma[i]) || !std::isfinite(norm.beta[i])) invalid("a norm's weight is NaN or infinite");
+    return norm;
+}
+
+}  // namespace
+
+Bytes::Bytes(size_t n) : p_(nullptr), n_(n) {
+    if (!n) return;
+    const size_t rounded = (n + 64 + 63) / 64 * 64;
+    p_ = static_cast<char*>(std::aligned_alloc(64, rounded));
+    if (!p_) throw std::bad_alloc();
+}
+Bytes::~Bytes() { std::free(p_); }
+Bytes::Bytes(Bytes&& other) noexcept : p_(std::exchange(other.p_, nullptr)), n_(std::exchange(other.n_, 0)) {}
+Bytes& Bytes::operator=(Bytes&& other) noexcept {
+    std::swap(p_, other.p_);
+    std::swap(n_, other.n_);
+    return *this;
+}
+
+// Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
+struct Encoder::Workspace {
+    Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,
+        head1, ids, positions, types, down_scale;
+
+    template <class T = char>
+    static T* need(Bytes& b, size_t count) {
+        const size_t bytes = count * sizeof(T);
+        if (b.size() < bytes) {
+            b = Bytes();  // release before asking for more
+            b = Bytes(bytes);
+            std::memset(b.get(), 0, bytes + 64);
+        }
+        return b.as<T>();
+    }
+};
+
+// Rows `rows` of the state, and whose they are: document i has `queries[i]` consecutive rows from `row[i]`, the first
+// standing at position `start[i]`; its keys are rows [key_row[i], key_row[i] + keys[i]) of k and v.
+struct Encoder::Chunk {
+    std::vector<int> document, key_row, keys, row, queries, start;
+    std::vector<int64_t> token;  // where the document's tokens start in the request
+    int tokens = 0;              // rows of k and v
+    int rows = 0;                // rows of x
+    Workspace* w = nullptr;
+    float* x = nullptr;          // (rows, padded(hidden)) residual stream
+    char* input = nullptr;       // (rows, padded(hidden)) what the products read; x itself for float32 post-norm
+    float* input_scale = nullptr;
+    int32_t *ids = nullptr, *positions = nullptr, *types = nullptr;
+};
+
+Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
+    : config_(config), k_(*kernels), input_(k_.input_format(config.precision)),
+      attention_(k_.attention_format[static_cast<int>(config.precision)]), layers_(config.layers) {
+    if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+}
+
+Encoder::~Encoder() = default;
+
+OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
+                                 const float* bias, const std::string& what) const {
+    OwnedMatrix m;
+    const int64_t columns = padded(n);
+    m.data = Bytes(k_.packed_bytes(precision, n, k));
+    m.scale = Bytes(columns * sizeof(float));
+    m.start = Bytes(columns * sizeof(int32_t));
+    m.bias = Bytes(columns * sizeof(float));
+    std::memset(m.bias.get(), 0, columns * sizeof(float));
+    if (bias) std::copy(bias, bias + n, m.bias.as<float>());
+    bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.start.as<int32_t>());
+    for (int i = 0; bias && i < n; ++i) ok &= std::isfinite(bias[i]);
+    if (!ok) invalid("weight of " + what + " is NaN or infinite: the checkpoint is damaged");
+    m.view = PackedMatrix{precision, n, k, static_cast<int>(columns), (k + 3) / 4 * 4, m.data.get(),
+                          m.scale.as<float>(), m.start.as<int32_t>(), m.bias.as<float>()};
+    return m;
+}
+
+void Encoder::set_linear(int layer, const std::string& name, const void* w, Source source, int64_t ldw, int n, int k,
+                         const float* bias) {
+    const std::string what = layer < 0 ? name : "layer " + std::to_string(layer) + " " + name;
+    const int columns = config_.heads * config_.head_dim;
+    const bool query_like = name == "q" || name == "k" || name == "v";
+    const int outputs = query_like ? columns : name == "up" || name == "gate" ? config_.intermediate : config_.hidden;
+    const int inputs = name == "o"            ? columns
+                       : name == "down"       ? config_.intermediate
+                       : name == "projection" ? config_.embedding
+                                              : config_.hidden;
+    if (n != outputs || k != inputs)
+        invalid("weight of " + what + " has shape (" + std::to_string(n) + ", " + std::to_string(k) + "), expected (" +
+                std::to_string(outputs) + ", " + std::to_string(inputs) + ")");
+    OwnedMatrix m = make_matrix(layer < 0 ? Precision::kFloat32 : config_.precision, w, source, ldw, n, k, bias, what);
+    if (layer < 0 && name == "projection") {
+        projection_ = std::move(m);
+        return;
+    }
+    Layer& l = layers_.at(layer);
+    const std::pair<const char*, OwnedMatrix*> slots[] = {{"q", &l.q}, {"k", &l.k},       {"v", &l.v},      {"o", &l.o},
+                                                          {"up", &l.up}, {"gate", &l.gate}, {"down", &l.down}};
+    for (const auto& [slot, target] : slots)
+        if (name == slot) {
+            *target = std::move(m);
+            return;
+        }
+    invalid("unknown linear layer " + name);
+}
+
+void Encoder::set_norm(int layer, const std::string& name, const float* gamma, const float* beta, int n) {
+    const int width = name == "embedding" ? config_.embedding : config_.hidden;
+    if (n != width)
+        invalid("the " + name + " norm has " + std::to_string(n) + " weights, expected " + std::to_string(width));
+    Norm norm = make_norm(gamma, beta, n);
+    if (layer < 0)
+        (name == "embedding" ? embedding_norm_ : final_norm_) = std::move(norm);
+    else
+        (name == "attention" ? layers_.at(layer).attention_norm : layers_.at(layer).output_norm) = std::move(norm);
+}
+
+void Encoder::set_tables(const void* word, Source source, const float* position, const float* type) {
+    word_ = word;
+    word_source_ = source;
+    const int64_t width = padded(config_.embedding);
+    const auto copy = [&](std::vector<float>& to, const float* from, int rows) {
+        if (!from) return;
+        to.assign(rows * width, 0.0f);
+        for (int64_t r = 0; r < rows; ++r)
+            std::copy(from + r * config_.embedding, from + (r + 1) * config_.embedding, to.begin() + r * width);
+    };
+    copy(position_, position, config_.positions);
+    copy(type_, type, config_.types);
+}
+
+void Encoder::add_rope(float theta, int half) {
+    RopeTable t;
+    t.half = half;
+    for (int p = 0; p < config_.positions; ++p)
+        for (int i = 0; i < half; ++i) {
+            // The reference computes frequencies and angles in float32.
+            const float frequency = 1.0f / std::pow(theta, static_cast<float>(2 * i) / static_cast<float>(2 * half));
+            const float angle = static_cast<float>(p) * frequency;
+            t.cos.push_back(std::cos(angle));
+            t.sin.push_back(std::sin(angle));
+        }
+    ropes_.push_back(std::move(t));
+}
+
+void Encoder::add_dense(const void* w, Source source, int64_t ldw, int n, int k, const float* bias, Activation act) {
+    HeadOp op;
+    op.kind = HeadOp::kDense;
+    op.dense = make_matrix(Precision::kFloat32, w, source, ldw, n, k, bias, "head");
+    op.act = act;
+    op.width = n;
+    head_.push_back(std::move(op));
+}
+
+void Encoder::add_norm(const float* gamma, const float* beta, int n, float eps) {
+    HeadOp op;
+    op.kind = HeadOp::kNorm;
+    op.norm = make_norm(gamma, beta, n);
+    op.eps = eps;
+    op.width = n;
+    head_.push_back(std::move(op));
+}
+
+void Encoder::add_normalize() {
+    HeadOp op;
+    op.kind = HeadOp::kNormalize;
+    op.width = output_width();
+    head_.push_back(std::move(op));
+}
+
+int Encoder::output_width() const { return head_.empty() ? config_.hidden : head_.back().width; }
+
+size_t Encoder::weight_bytes() const {
+    size_t total = (position_.size() + type_.size()) * sizeof(float) + projection_.data.size();
+    for (const Layer& l : layers_)
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.up, &l.gate, &l.down}) total += m->data.size();
+    for (const HeadOp& op : head_) total += op.dense.data.size();
+    return total;
+}
+
+void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const {
+    if (offsets[0] != 0) invalid("offsets must start at 0");
+    for (int d = 0; d < documents; ++d) {
+        const int64_t length = offsets[d + 1] - offsets[d];
+        if (length < 1) invalid("document " + std::to_string(d) + " has no tokens");
+        if (length + config_.position_offset > config_.positions)
+            invalid("document " + std::to_string(d) + " has " + std::to_string(length) + " tokens, the model takes " +
+                    std::to_string(config_.positions - config_.position_offset));
+    }
+    for (int64_t t = 0; t < offsets[documents]; ++t) {
+        if (ids[t] < 0 || ids[t] >= config_.vocabulary)
+            invalid("token id " + std::to_string(ids[t]) + " is outside the vocabulary of " +
+                    std::to_string(config_.vocabulary));
+        if (types && !type_.empty() && (types[t] < 0 || types[t] >= config_.types))
+            invalid("token type " + std::to_string(types[t]) + " is outside the model's " +
+                    std::to_string(config_.types));
+    }
+}
+
+std::unique_ptr<Encoder::Workspace> Encoder::take_workspace() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.empty()) return std::make_unique<Workspace>();
+    auto w = std::move(idle_.back());
+    idle_.pop_back();
+    return w;
+}
+
+void Encoder::forward(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents, Readout readout,
+                      int threads, float* out) const {
+    if (documents == 0) return;
+    check(ids, types, offsets, documents);
+    // Longest first into the least filled of a multiple of `threads` bins, so that threads end together.
+    std::vector<int> order(documents);
+    std::iota(order.begin(), order.end(), 0);
+    const auto length = [&](int d) { return offsets[d + 1] - offsets[d]; };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return length(a) > length(b); });
+    const int64_t per_wave = kChunkTokens * threads;
+    const int64_t bins = std::min<int64_t>(documents, (offsets[documents] + per_wave - 1) / per_wave * threads);
+    std::vector<Chunk> chunks(bins);
+    std::vector<std::pair<int64_t, int>> heap;  // (tokens, bin), smallest first
+    for (int b = 0; b < bins; ++b) heap.emplace_back(0, b);
+    for (const int d : order) {
+        std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+        auto& [tokens, bin] = heap.back();
+        Chunk& c = chunks[bin];
+        c.document.push_back(d);
+        c.token.push_back(offsets[d]);
+        c.key_row.push_back(c.tokens);
+        c.keys.push_back(static_cast<int>(length(d)));
+        c.tokens += static_cast<int>(length(d));
+        tokens += length(d);
+        std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    }
+    std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) { return a.tokens > b.tokens; });
+
+    run_parallel(static_cast<int>(bins), threads, [&](int i) {
+        Chunk& c = chunks[i];
+        std::unique_ptr<Workspace> w = take_workspace();
+        c.w = w.get();
+        c.ids = Workspace::need<int32_t>(w->ids, c.tokens);
+        c.positions = Workspace::need<int32_t>(w->positions, c.tokens);
+        c.types = Workspace::need<int32_t>(w->types, c.tokens);
+        for (size_t d = 0; d < c.document.size(); ++d) {
+            int next = config_.position_offset;
+            for (int t = 0; t < c.keys[d]; ++t) {
+                const int row = c.key_row[d] + t;
+                c.ids[row] = ids[c.token[d] + t];
+                c.positions[row] = c.ids[row] == config_.pad_id ? config_.pad_id : next++;
+                c.types[row] = types && !type_.empty() ? types[c.token[d] + t] : 0;
+            }
+        }
+        run_chunk(c, readout, out);
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (idle_.size() < static_cast<size_t>(threads)) idle_.push_back(std::move(w));
+    });
+}
+
+void Encoder::embed(Chunk& c) const {
+    const EncoderConfig& g = config_;
+    const int64_t width = padded(g.hidden), ld = padded(g.embedding);
+    c.x = Workspace::need<float>(c.w->x, c.tokens * width);
+    float* target = projection_.data.size() ? Workspace::need<float>(c.w->context_f32, c.tokens * ld) : c.x;
+    k_.embed({c.ids, c.positions, c.types, word_, word_source_, position_.empty() ? nullptr : position_.data(),
+              type_.empty() ? nullptr : type_.data(), c.tokens, g.embedding, target, ld});
+    const float* beta = embedding_norm_.has_beta ? embedding_norm_.beta.data() : nullptr;
+    k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, nullptr,
+                   0, nullptr, Format::kF32});
+    if (projection_.data.size())
+        k_.linear({&projection_.view, target, nullptr, ld, c.tokens, Activation::kIdentity, false, nullptr, nullptr,
+                   c.x, width, Format::kF32});
+}
+
+// Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to the products' input.
+void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep) const {
+    const int64_t width = padded(config_.hidden);
+    float* x = c.x + begin * width;
+    char* input = c.input + begin * width * bytes_of(input_);
+    float* scale = c.input_scale + begin;
+    if (norm.gamma.empty()) {
+        if (input != reinterpret_cast<char*>(x))
+            k_.convert(x, width, rows, config_.hidden, input, width, scale, input_);
+        return;
+    }
+    const bool same = input == reinterpret_cast<char*>(x);
+    float* y = keep ? x : Workspace::need<float>(c.w->head0, width);
+    k_.layer_norm({x, width, rows, config_.hidden, norm.gamma.data(), norm.has_beta ? norm.beta.data() : nullptr,
+                   config_.eps, y, keep ? width : 0, same ? nullptr : input, width, scale, input_});
+}
+
+// Queries, keys or values in the attention's format; with a rotary table they pass through float32.
+void Encoder::project(Chunk& c, const OwnedMatrix& w, int rope, const int32_t* positions, char* out) const {
+    const int64_t width = padded(config_.hidden), columns = config_.heads * config_.head_dim;
+    const size_t element = bytes_of(input_);
+    if (rope < 0) {
+        k_.linear({&w.view, c.input, c.input_scale, width, c.rows, Activation::kIdentity, false, nullptr, nullptr, out,
+                   columns, attention_});
+        return;
+    }
+    const RopeTable& table = ropes_[rope];
+    float* wide = Workspace::need<float>(c.w->wide, kBlockRows * std::max(columns, padded(config_.intermediate)));
+    for (int r = 0; r < c.rows; r += kBlockRows) {
+        const int rows = std::min(kBlockRows, c.rows - r);
+        k_.linear({&w.view, c.input + r * width * element, c.input_scale + r, width, rows, Activation::kIdentity, false,
+                   nullptr, nullptr, wide, columns, Format::kF32});
+        k_.rope(wide, columns, positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
+                config_.head_dim, table.half, out + r * columns * bytes_of(attention_), columns, attention_);
+    }
+}
+
+// Attention of every document into w->context, in the format that the output projection reads.
+void Encoder::attend(Chunk& c, int index) const {
+    const EncoderConfig& g = config_;
+    const int64_t columns = g.heads * g.head_dim;
+    const size_t element = bytes_of(attention_), input = bytes_of(input_);
+    const int longest = *std::max_element(c.keys.begin(), c.keys.end());
+    char* scratch = Workspace::need(c.w->scratch, k_.attention_scratch(attention_, longest, g.head_dim));
+    char* context = Workspace::need(c.w->context, c.rows * columns * input);
+    const bool quantise = input_ == Format::kU8;
+    float* f32 = quantise ? Workspace::need<float>(c.w->context_f32, longest * columns) : nullptr;
+    for (size_t d = 0; d < c.document.size(); ++d) {
+        char* target = context + c.row[d] * columns * input;
+        k_.attention({c.w->q.get() + c.row[d] * columns * element, c.w->k.get() + c.key_row[d] * columns * element,
+                      c.w->v.get() + c.key_row[d] * columns * element, attention_, columns, columns, c.queries[d],
+                      c.keys[d], c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
+                      quantise ? reinterpret_cast<char*>(f32) : target, columns, quantise ? Format::kF32 : input_,
+                      scratch});
+        if (quantise)
+            k_.convert(f32, columns, c.queries[d], static_cast<int>(columns), target, columns,
+                       c.w->context_scale.as<float>() + c.row[d], input_);
+    }
+}
+
+void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
+    const EncoderConfig& g = config_;
+    const int64_t width = padded(g.hidden), wide = padded(g.intermediate);
+    const bool rounded = input_ != Format::kF32;
+    const bool direct = input_ == Format::kBF16;  // the epilogue stores what the next product reads
+    const char* x = c.input + begin * width * bytes_of(input_);
+    float* gate = nullptr;
+    if (g.gated) {
+        gate = Workspace::need<float>(c.w->gate, kBlockRows * wide);
+        k_.linear({&l.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr, nullptr,
+                   gate, wide, Format::kF32});
+    }
+    float* h = Workspace::need<float>(c.w->wide, kBlockRows * std::max<int64_t>(wide, g.heads * g.head_dim));
+    float* scale = Workspace::need<float>(c.w->down_scale, kBlockRows);
+    k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
+               direct ? Format::kBF16 : Format::kF32});
+    const void* down_input = h;
+    if (input_ == Format::kU8) {
+        char* q = Workspace::need(c.w->wide_input, kBlockRows * wide);
+        k_.convert(h, wide, rows, g.intermediate, q, wide, scale, input_);
+        down_input = q;
+    }
+    float* y = c.x + begin * width;
+    k_.linear({&l.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
+               Format::kF32});
+}
+
+void Encoder::layer(Chunk& c, int index, bool prune) const {
+    const EncoderConfig& g = config_;
+    const Layer& l = layers_[index];
+    const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
+    const size_t input = bytes_of(input_);
+    if (g.pre_norm) norm(c, l.attention_norm, 0, c.rows, false);
+    const size_t projected = static_cast<size_t>(c.tokens) * columns * bytes_of(attention_);
+    project(c, l.k, g.rope[index], c.positions, Workspace::need(c.w->k, projected));
+    project(c, l.v, -1, c.positions, Workspace::need(c.w->v, projected));
+    if (prune) {  // keep only the row that the head reads; it moves to the front, and row d >= d documents before it
+        for (size_t d = 0; d < c.document.size(); ++d) {
+            const int from = c.key_row[d] + c.start[d], to = static_cast<int>(d);
+            c.positions[to] = c.positions[from];
+            std::memmove(c.x + to * width, c.x + from * width, width * sizeof(float));
+            if (c.input != reinterpret_cast<char*>(c.x))
+                std::memmove(c.input + to * width * input, c.input + from * width * input, width * input);
+            c.input_scale[to] = c.input_scale[from];
+            c.row[d] = to;
+            c.queries[d] = 1;
+        }
+        c.rows = static_cast<int>(c.document.size());
+    }
+    project(c, l.q, g.rope[index], c.positions, Workspace::need(c.w->q, projected));
+    float* context_scale = Workspace::need<float>(c.w->context_scale, c.tokens);
+    attend(c, index);
+    for (int r = 0; r < c.rows; r += kBlockRows) {
+        const int rows = std::min(kBlockRows, c.rows - r);
+        float* x = c.x + r * width;
+        k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
+                   Activation::kIdentity, false, nullptr, x, x, width, Format::kF32});
+        norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm);
+        feed_forward(c, l, r, rows);
+        if (!g.pre_norm) norm(c, l.output_norm, r, rows, true);
+    }
+}
+
+void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
+    const EncoderConfig& g = config_;
+    const int64_t width = padded(g.hidden);
+    embed(c);
+    const size_t documents = c.document.size();
+    c.rows = c.tokens;
+    c.row = c.key_row;
+    c.queries = c.keys;
+    c.start.assign(documents, 0);
+    const bool alias = input_ == Format::kF32 && !g.pre_norm;
+    c.input = alias ? reinterpret_cast<char*>(c.x)
+                    : Workspace::need(c.w->input, static_cast<size_t>(c.tokens) * width * bytes_of(input_));
+    c.input_scale = Workspace::need<float>(c.w->input_scale, c.tokens);
+    if (!g.pre_norm && !alias)
+        k_.convert(c.x, width, c.tokens, g.hidden, c.input, width, c.input_scale, input_);
+    const bool prune = readout == Readout::kFirst || readout == Readout::kLast;
+    for (int i = 0; i < g.layers; ++i) {
+        const bool last = prune && i + 1 == g.layers;
+        if (last && readout == Readout::kLast)
+            for (size_t d = 0; d < documents; ++d) c.start[d] = c.keys[d] - 1;
+        layer(c, i, last);
+    }
+    if (g.pre_norm) {
+        float* x = c.x;
+        k_.layer_norm({x, width, c.rows, g.hidden, final_norm_.gamma.data(),
+                       final_norm_.has_beta ? final_norm_.beta.data() : nullptr, g.eps, x, width, nullptr, 0, nullptr,
+                       Format::kF32});
+    }
+    read(c, readout, out);
+}
+
+// Runs the head's steps on (rows, ldx); returns where the result stands, with stride padded(output_width()).
+float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
+    int64_t widest = 0;
+    for (const HeadOp& op : head_) widest = std::max(widest, padded(op.width));
+    float* spare[2] = {Workspace::need<float>(c.w->head0, std::max(widest, padded(config_.hidden)) * rows),
+                       Workspace::need<float>(c.w->head1, widest * rows)};
+    int turn = x == spare[0];
+    int width = config_.hidden;
+    for (const HeadOp& op : head_) {
+        float* y = spare[turn];
+        const int64_t ldy = padded(op.width);
+        if (op.kind == HeadOp::kDense) {
+            k_.linear({&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32});
+        } else if (op.kind == HeadOp::kNorm) {
+            k_.layer_norm({x, ldx, rows, op.width, op.norm.gamma.data(), op.norm.has_beta ? op.norm.beta.data() : nullptr,
+                           op.eps, y, ldy, nullptr, 0, nullptr, Format::kF32});
+        } else {
+            for (int r = 0; r < rows; ++r) {
+                double square = 0;
+                for (int i = 0; i < width; ++i) square += static_cast<double>(x[r * ldx + i]) * x[r * ldx + i];
+                const float inverse = static_cast<float>(1.0 / std::max(std::sqrt(square), 1e-12));
+                for (int i = 0; i < ldy; ++i) y[r * ldy + i] = x[r * ldx + i] * inverse;
+            }
+        }
+        x = y;
+        ldx = ldy;
+        width = op.width;
+        turn ^= 1;
+    }
+    return x;
+}
+
+void Encoder::read(Chunk& c, Readout readout, float* out) const {
+    const int64_t width = padded(config_.hidden);
+    const int n = output_width();
+    int rows = c.rows;
+    float* x = c.x;
+    if (readout == Readout::kMean) {
+        rows = static_cast<int>(c.document.size());
+        x = Workspace::need<float>(c.w->head0, rows * width);
+        for (int d = 0; d < rows; ++d) {
+            float* y = x + d * width;
+            std::fill(y, y + width, 0.0f);
+            for (int t = 0; t < c.keys[d]; ++t)
+                for (int64_t i = 0; i < width; ++i) y[i] += c.x[(c.key_row[d] + t) * width + i];
+            for (int64_t i = 0; i < width; ++i) y[i] /= static_cast<float>(c.keys[d]);
+        }
+    }
+    // Blocks of rows bound the head's buffers when every token is read; they are aligned to documents' rows only by
+    // chance, which is of no matter: a row's result is its own.
+    const int block = readout == Readout::kTokens ? kBlockRows : rows;
+    std::vector<int64_t> target(rows);
+    for (size_t d = 0; d < c.document.size(); ++d) {
+        if (readout != Readout::kTokens)
+            target[d] = c.document[d];
+        else
+            for (int t = 0; t < c.keys[d]; ++t) target[c.key_row[d] + t] = c.token[d] + t;
+    }
+    for (int r = 0; r < rows; r += block) {
+        const int count = std::min(block, rows - r);
+        const float* y = head_.empty() ? x + r * width : apply_head(c, x + r * width, width, count);
+        const int64_t ldy = head_.empty() ? width : padded(n);
+        for (int i = 0; i < count; ++i)
+            std::memcpy(out + target[r + i] * n, y + i * ldy, n * sizeof(float));
+    }
+}
+
+}  // namespace fastrerank::cpu

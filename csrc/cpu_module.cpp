@@ -1,0 +1,293 @@
+// The pybind11 door to the CPU kernels: checks buffers, releases the GIL, calls. No arithmetic.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/encoder.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace fastrerank::cpu;
+
+namespace {
+
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+template <class T, size_t N>
+T by_name(const std::pair<const char*, T> (&table)[N], const std::string& name, const char* what) {
+    std::string valid;
+    for (const auto& [key, value] : table) {
+        if (name == key) return value;
+        valid += std::string(valid.empty() ? "" : ", ") + key;
+    }
+    throw std::invalid_argument(std::string(what) + " must be one of " + valid + ", got '" + name + "'");
+}
+
+Precision precision_of(const std::string& name) {
+    static const std::pair<const char*, Precision> table[] = {
+        {"float32", Precision::kFloat32}, {"bfloat16", Precision::kBFloat16}, {"int8", Precision::kInt8}};
+    return by_name(table, name, "dtype");
+}
+Activation activation_of(const std::string& name) {
+    static const std::pair<const char*, Activation> table[] = {
+        {"identity", Activation::kIdentity}, {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh},
+        {"relu", Activation::kRelu},         {"tanh", Activation::kTanh}, {"silu", Activation::kSilu},
+        {"sigmoid", Activation::kSigmoid}};
+    return by_name(table, name, "activation");
+}
+Readout readout_of(const std::string& name) {
+    static const std::pair<const char*, Readout> table[] = {
+        {"first", Readout::kFirst}, {"last", Readout::kLast}, {"mean", Readout::kMean}, {"tokens", Readout::kTokens}};
+    return by_name(table, name, "readout");
+}
+const Kernels* kernels_of(const std::string& name) {
+    std::string valid;
+    for (int i = 0; i < 4; ++i) {
+        const Kernels* k = kernels(static_cast<Isa>(i));
+        if (!k) continue;
+        if (name == kIsaNames[i]) return k;
+        valid += std::string(valid.empty() ? "" : ", ") + kIsaNames[i];
+    }
+    throw std::invalid_argument("instruction-set level must be one of those this CPU runs (" + valid + "), got '" +
+                                name + "'");
+}
+
+using F32Array = py::array_t<float, py::array::c_style>;
+using I32Array = py::array_t<int32_t, py::array::c_style>;
+using I64Array = py::array_t<int64_t, py::array::c_style>;
+
+// A float32, float16 or (as uint16) bfloat16 matrix whose rows are contiguous.
+struct Weight {
+    const void* data;
+    Source source;
+    int64_t ld;
+    int n, k;
+};
+Weight weight_of(const py::array& a, const char* what) {
+    if (a.ndim() != 2) throw std::invalid_argument(std::string(what) + " must be a matrix");
+    const char kind = a.dtype().kind();
+    const auto size = a.itemsize();
+    Source source;
+    if (kind == 'f' && size == 4)
+        source = Source::kF32;
+    else if (kind == 'f' && size == 2)
+        source = Source::kF16;
+    else if (kind == 'u' && size == 2)
+        source = Source::kBF16;
+    else
+        throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
+    if (a.strides(1) != size || a.strides(0) % size) throw std::invalid_argument(std::string(what) + " must have contiguous rows");
+    return {a.data(), source, a.strides(0) / size, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1))};
+}
+const float* vector_of(const std::optional<F32Array>& a, int64_t n, const char* what) {
+    if (!a) return nullptr;
+    if (a->ndim() != 1 || a->shape(0) != n)
+        throw std::invalid_argument(std::string(what) + " must be float32 of shape (" + std::to_string(n) + ",)");
+    return a->data();
+}
+const float* table_of(const std::optional<F32Array>& a, int rows, int columns, const char* what) {
+    if (!a) return nullptr;
+    if (a->ndim() != 2 || a->shape(0) != rows || a->shape(1) != columns)
+        throw std::invalid_argument(std::string(what) + " must be float32 of shape (" + std::to_string(rows) + ", " +
+                                    std::to_string(columns) + ")");
+    return a->data();
+}
+void check_offsets(const I64Array& offsets, int64_t tokens) {
+    if (offsets.ndim() != 1 || offsets.shape(0) < 1) throw std::invalid_argument("offsets must be int64 of shape (N + 1,)");
+    const int64_t* o = offsets.data();
+    for (py::ssize_t i = 0; i + 1 < offsets.shape(0); ++i)
+        if (o[i] > o[i + 1]) throw std::invalid_argument("offsets must not decrease");
+    if (o[0] != 0 || o[offsets.shape(0) - 1] != tokens)
+        throw std::invalid_argument("offsets must start at 0 and end at the number of tokens");
+}
+
+class PyEncoder {
+public:
+    PyEncoder(const py::dict& d, const std::string& isa) : encoder_(config_of(d), kernels_of(isa)) {}
+
+    void set_linear(int layer, const std::string& name, const py::array& w, const std::optional<F32Array>& bias) {
+        const Weight m = weight_of(w, name.c_str());
+        const float* b = vector_of(bias, m.n, "bias");
+        py::gil_scoped_release release;
+        encoder_.set_linear(layer, name, m.data, m.source, m.ld, m.n, m.k, b);
+    }
+    void set_norm(int layer, const std::string& name, const F32Array& gamma, const std::optional<F32Array>& beta) {
+        const int n = static_cast<int>(gamma.size());
+        encoder_.set_norm(layer, name, gamma.data(), vector_of(beta, n, "beta"), n);
+    }
+    void set_tables(const py::array& word, const std::optional<F32Array>& position, const std::optional<F32Array>& type) {
+        const EncoderConfig& c = encoder_.config();
+        const Weight m = weight_of(word, "word embeddings");
+        if (m.n != c.vocabulary || m.k != c.embedding || m.ld != m.k)
+            throw std::invalid_argument("word embeddings must have shape (" + std::to_string(c.vocabulary) + ", " +
+                                        std::to_string(c.embedding) + ")");
+        encoder_.set_tables(m.data, m.source, table_of(position, c.positions, c.embedding, "position embeddings"),
+                            table_of(type, c.types, c.embedding, "type embeddings"));
+        word_ = word;
+    }
+    void add_dense(const py::array& w, const std::optional<F32Array>& bias, const std::string& act) {
+        const Weight m = weight_of(w, "head weight");
+        if (m.k != encoder_.output_width())
+            throw std::invalid_argument("head weight reads " + std::to_string(m.k) + " values, gets " +
+                                        std::to_string(encoder_.output_width()));
+        encoder_.add_dense(m.data, m.source, m.ld, m.n, m.k, vector_of(bias, m.n, "head bias"), activation_of(act));
+    }
+    void add_norm(const F32Array& gamma, const std::optional<F32Array>& beta, float eps) {
+        const int n = static_cast<int>(gamma.size());
+        if (n != encoder_.output_width()) throw std::invalid_argument("head norm width differs from its input");
+        encoder_.add_norm(gamma.data(), vector_of(beta, n, "beta"), n, eps);
+    }
+
+    F32Array forward(const I32Array& ids, const std::optional<I32Array>& types, const I64Array& offsets,
+                     const std::string& readout, int threads) const {
+        const int64_t tokens = ids.size();
+        if (types && types->size() != tokens) throw std::invalid_argument("types must have as many entries as ids");
+        check_offsets(offsets, tokens);
+        const Readout r = readout_of(readout);
+        const int documents = static_cast<int>(offsets.size() - 1);
+        F32Array out({r == Readout::kTokens ? tokens : static_cast<int64_t>(documents),
+                      static_cast<int64_t>(encoder_.output_width())});
+        const int32_t* t = types ? types->data() : nullptr;
+        float* o = out.mutable_data();
+        {
+            py::gil_scoped_release release;
+            encoder_.forward(ids.data(), t, offsets.data(), documents, r, threads, o);
+        }
+        return out;
+    }
+
+    int output_width() const { return encoder_.output_width(); }
+    size_t weight_bytes() const { return encoder_.weight_bytes(); }
+    std::string isa() const { return encoder_.kernels().name; }
+    void add_rope(float theta, int half) { encoder_.add_rope(theta, half); }
+    void add_normalize() { encoder_.add_normalize(); }
+
+private:
+    static EncoderConfig config_of(const py::dict& d) {
+        EncoderConfig c;
+        const auto number = [&](const char* key) { return d[key].cast<int>(); };
+        c.hidden = number("hidden"), c.layers = number("layers"), c.heads = number("heads");
+        c.head_dim = number("head_dim"), c.intermediate = number("intermediate"), c.embedding = number("embedding");
+        c.vocabulary = number("vocabulary"), c.positions = number("positions"), c.types = number("types");
+        c.position_offset = number("position_offset"), c.pad_id = number("pad_id");
+        c.pre_norm = d["pre_norm"].cast<bool>(), c.gated = d["gated"].cast<bool>();
+        c.activation = activation_of(d["activation"].cast<std::string>());
+        c.eps = d["eps"].cast<float>();
+        c.window = d["window"].cast<std::vector<int>>(), c.rope = d["rope"].cast<std::vector<int>>();
+        c.attention_scale = d["attention_scale"].cast<float>();
+        c.precision = precision_of(d["precision"].cast<std::string>());
+        return c;
+    }
+
+    Encoder encoder_;
+    py::array word_;  // keeps the mapping of the word table alive
+};
+
+F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& offsets, int threads,
+                 const std::string& isa) {
+    if (query.ndim() != 2 || tokens.ndim() != 2 || query.shape(1) != tokens.shape(1))
+        throw std::invalid_argument("query and tokens must be float32 matrices of the same width");
+    if (query.shape(0) < 1) throw std::invalid_argument("query must have at least one token");
+    check_offsets(offsets, tokens.shape(0));
+    const Kernels& k = *kernels_of(isa);
+    const int lq = static_cast<int>(query.shape(0)), dim = static_cast<int>(query.shape(1));
+    const int documents = static_cast<int>(offsets.size() - 1);
+    F32Array out(documents);
+    float* o = out.mutable_data();
+    py::gil_scoped_release release;
+    Bytes packed(k.packed_bytes(Precision::kFloat32, lq, dim));
+    if (!k.pack(Precision::kFloat32, query.data(), Source::kF32, dim, lq, dim, packed.get(), nullptr, nullptr))
+        throw std::invalid_argument("query has a value that is NaN or infinite");
+    // A document's value depends on its own rows only, so any split gives the same result.
+    constexpr int kPerTask = 16;
+    run_parallel((documents + kPerTask - 1) / kPerTask, threads, [&](int i) {
+        Bytes best(padded(lq) * sizeof(float));
+        const int begin = i * kPerTask, count = std::min(kPerTask, documents - begin);
+        k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(), o + begin);
+    });
+    return out;
+}
+
+// C = A W^T + b through one level's packed product in one precision, with A converted as the encoder converts it.
+F32Array linear(const F32Array& x, const py::array& w, const std::optional<F32Array>& bias, const std::string& dtype,
+                const std::string& act, const std::string& isa) {
+    const Kernels& k = *kernels_of(isa);
+    const Precision precision = precision_of(dtype);
+    const Weight m = weight_of(w, "w");
+    if (x.ndim() != 2 || x.shape(1) != m.k) throw std::invalid_argument("x must be float32 of shape (rows, k)");
+    const int rows = static_cast<int>(x.shape(0));
+    const int64_t columns = padded(m.n), inputs = padded(m.k);
+    Bytes data(k.packed_bytes(precision, m.n, m.k)), scale(columns * 4), start(columns * 4), b(columns * 4);
+    std::fill_n(b.as<float>(), columns, 0.0f);
+    const float* given = vector_of(bias, m.n, "bias");
+    if (given) std::copy(given, given + m.n, b.as<float>());
+    if (!k.pack(precision, m.data, m.source, m.ld, m.n, m.k, data.get(), scale.as<float>(), start.as<int32_t>()))
+        throw std::invalid_argument("w has a value that is NaN or infinite");
+    const PackedMatrix packed{precision, m.n, m.k, static_cast<int>(columns), (m.k + 3) / 4 * 4, data.get(),
+                              scale.as<float>(), start.as<int32_t>(), b.as<float>()};
+    const Format format = k.input_format(precision);
+    Bytes wide(rows * inputs * 4), input(rows * inputs * bytes_of(format)), x_scale(rows * 4), y(rows * columns * 4);
+    std::fill_n(wide.as<float>(), rows * inputs, 0.0f);
+    for (int r = 0; r < rows; ++r) std::copy(x.data() + r * m.k, x.data() + (r + 1) * m.k, wide.as<float>() + r * inputs);
+    k.convert(wide.as<float>(), inputs, rows, m.k, input.get(), inputs, x_scale.as<float>(), format);
+    k.linear({&packed, input.get(), x_scale.as<float>(), inputs, rows, activation_of(act), false, nullptr, nullptr,
+              y.get(), columns, Format::kF32});
+    F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(m.n)});
+    for (int r = 0; r < rows; ++r)
+        std::copy(y.as<float>() + r * columns, y.as<float>() + r * columns + m.n, out.mutable_data() + r * m.n);
+    return out;
+}
+
+double peak(const std::string& dtype, int threads, const std::string& isa) {
+    const Kernels& k = *kernels_of(isa);
+    const Precision p = precision_of(dtype);
+    py::gil_scoped_release release;
+    double best = 0;
+    for (int round = 0; round < 5; ++round) {
+        std::vector<double> operations(threads);
+        const auto begin = std::chrono::steady_clock::now();
+        run_parallel(threads, threads, [&](int i) { operations[i] = k.peak(p, 2000000); });
+        const std::chrono::duration<double> s = std::chrono::steady_clock::now() - begin;
+        double total = 0;
+        for (const double o : operations) total += o;
+        best = std::max(best, total / s.count());
+    }
+    return best;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "fastrerank's CPU kernels; use them through fastrerank.ops and fastrerank.engine.";
+    m.def("levels", [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < 4; ++i)
+            if (kernels(static_cast<Isa>(i))) names.emplace_back(kIsaNames[i]);
+        return names;
+    }, "Instruction-set levels that this CPU runs, lowest first.");
+    m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"), py::arg("isa"));
+    m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"), py::arg("isa"));
+    m.def("peak", &peak, py::arg("dtype"), py::arg("threads"), py::arg("isa"));
+    py::class_<PyEncoder>(m, "Encoder")
+        .def(py::init<const py::dict&, const std::string&>(), py::arg("config"), py::arg("isa"))
+        .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("weight"), py::arg("bias").none(true))
+        .def("set_norm", &PyEncoder::set_norm, py::arg("layer"), py::arg("name"), py::arg("gamma"), py::arg("beta").none(true))
+        .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position").none(true), py::arg("type").none(true))
+        .def("add_rope", &PyEncoder::add_rope, py::arg("theta"), py::arg("half"))
+        .def("add_dense", &PyEncoder::add_dense, py::arg("weight"), py::arg("bias").none(true), py::arg("activation"))
+        .def("add_norm", &PyEncoder::add_norm, py::arg("gamma"), py::arg("beta").none(true), py::arg("eps"))
+        .def("add_normalize", &PyEncoder::add_normalize)
+        .def("forward", &PyEncoder::forward, py::arg("ids"), py::arg("types").none(true), py::arg("offsets"), py::arg("readout"), py::arg("threads"))
+        .def_property_readonly("output_width", &PyEncoder::output_width)
+        .def_property_readonly("weight_bytes", &PyEncoder::weight_bytes)
+        .def_property_readonly("isa", &PyEncoder::isa);
+}

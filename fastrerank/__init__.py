@@ -1,0 +1,46 @@
+"""fastrerank: reranking inference that is fast and right.
+
+    import fastrerank
+    reranker = fastrerank.CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2")
+    reranker.rank("how long do fleas live", ["A flea lives up to a year.", "Fleas are insects."])
+
+Importing this module imports neither torch nor transformers, and starts no thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it, imported on first use.
+_NAMES = {
+    "CrossEncoder": "fastrerank.rerankers.cross_encoder",
+    "EmbeddingReranker": "fastrerank.rerankers.embedding",
+    "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
+    "list_methods": "fastrerank.rerankers.base",
+    "load": "fastrerank.rerankers.base",
+    "set_num_threads": "fastrerank.ops",
+}
+__all__ = ["__version__", *_NAMES]
+
+if TYPE_CHECKING:
+    from fastrerank.ops import set_num_threads
+    from fastrerank.rerankers.base import list_methods, load
+    from fastrerank.rerankers.cross_encoder import CrossEncoder
+    from fastrerank.rerankers.embedding import EmbeddingReranker
+    from fastrerank.rerankers.late_interaction import LateInteractionReranker
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'fastrerank' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_NAMES))

@@ -1,0 +1,1 @@
+"""Packed forwards of encoders: family tables and the native CPU engine."""

@@ -1,0 +1,225 @@
+"""The native CPU encoder: a checkpoint's weights packed for this CPU, and one packed forward. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank import _cpu, ops
+from fastrerank.checkpoint import Checkpoint
+from fastrerank.engine.families import Family, Fused, family_of
+from fastrerank.engine.heads import DenseStep, Head, NormStep
+from fastrerank.tensors import Tensor, Tensors
+
+__all__ = ["DTYPES", "NativeEncoder", "body_prefix"]
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+# Attention works on whole vectors of head dimensions; narrower heads are padded with zero weights.
+_HEAD_MULTIPLE = 16
+
+
+def _padded(n: int) -> int:
+    return -(-n // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
+def body_prefix(family: Family, tensors: Tensors) -> str:
+    """Return what the body's weights carry in this file: the family's base name in a task model, else nothing."""
+    for prefix in (family.base, ""):
+        if prefix + family.word in tensors:
+            return prefix
+    raise ValueError(
+        f"the weights hold neither {family.base + family.word!r} nor {family.word!r}: "
+        f"this is not a {family.model_type} checkpoint, whatever its config.json says"
+    )
+
+
+class NativeEncoder:
+    """An encoder and its head on CPU kernels: equals the transformers model's forward on each document alone.
+
+    Args:
+        checkpoint: opened checkpoint of a family in `families.FAMILIES`.
+        head: rows to read and the layers on top of them.
+        dtype: "float32" (the reference's result), "bfloat16" or "int8" (per-token activations, per-channel weights).
+            The head is float32 in all of them.
+        num_threads: threads of one call; None for the default.
+
+    A document's result is bitwise the same whatever else is in the call and however many threads work on it.
+    One object may be called from many threads.
+
+    Raises ValueError for an unsupported family or variant, missing weights, or weights that are NaN.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, tensors: Tensors, head: Head, *, dtype: str,
+        num_threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self.family = family
+        self.dtype = dtype
+        self.readout = head.readout
+        self.num_threads = num_threads
+        self._path = checkpoint.transformer_path
+        self._head_dim = _padded(family.head_size)
+        prefix = body_prefix(family, tensors)
+        word = self._tensor(tensors, prefix + family.word)
+        self._encoder = _cpu.Encoder(self._config(family, word, dtype), ops.isa())
+        self._load_body(tensors, prefix, word)
+        for step in head.steps:
+            if isinstance(step, DenseStep):
+                self._encoder.add_dense(step.weight, step.bias, step.activation)
+            elif isinstance(step, NormStep):
+                self._encoder.add_norm(step.gamma, step.beta, step.eps)
+            else:
+                self._encoder.add_normalize()
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, head: Head, *, dtype: str = "float32", num_threads: int | None = None
+    ) -> NativeEncoder:
+        """Open the checkpoint's weights and pack them.
+
+        Example:
+            >>> from fastrerank.checkpoint import open_checkpoint                             # doctest: +SKIP
+            >>> encoder = NativeEncoder.load(open_checkpoint("path"), Head("mean"))           # doctest: +SKIP
+        """
+        with checkpoint.tensors() as tensors:
+            return cls(checkpoint, family_of(checkpoint.config), tensors, head, dtype=dtype, num_threads=num_threads)
+
+    @property
+    def width(self) -> int:
+        """Values per document, or per token where tokens are read."""
+        return int(self._encoder.output_width)
+
+    @property
+    def isa(self) -> str:
+        """Instruction-set level that this model was packed for."""
+        return str(self._encoder.isa)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights; the word embeddings stay in the mapped file."""
+        return int(self._encoder.weight_bytes)
+
+    def forward(
+        self,
+        ids: npt.NDArray[np.int32],
+        type_ids: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.float32]:
+        """Run N documents of T tokens in all, packed one after the other.
+
+        Args:
+            ids: int32 (T,) token ids. type_ids: int32 (T,) or None for zeros.
+            offsets: int64 (N+1,); document d is ids[offsets[d]:offsets[d+1]], at least one token.
+
+        Returns float32 (N, width), or (T, width) where tokens are read. Raises ValueError for an id outside the
+        vocabulary or a document longer than the model takes.
+
+        Example:
+            >>> encoder.forward(np.array([101, 102], np.int32), None, np.array([0, 2]))  # doctest: +SKIP
+        """
+        threads = ops.num_threads(self.num_threads)
+        result: npt.NDArray[np.float32] = self._encoder.forward(ids, type_ids, offsets, self.readout, threads)
+        return result
+
+    def _config(self, family: Family, word: Tensor, dtype: str) -> dict[str, Any]:
+        vocabulary, embedding = word.shape
+        if embedding != (family.embedding or family.hidden):
+            raise ValueError(f"{self._path}: {word.name} is {embedding} wide, config.json says {family.hidden}")
+        tables = list(dict.fromkeys(family.layer_types)) if family.rope_theta else []
+        types = family.layer_types or ("full_attention",) * family.layers
+        return {
+            "hidden": family.hidden,
+            "layers": family.layers,
+            "heads": family.heads,
+            "head_dim": self._head_dim,
+            "intermediate": family.intermediate,
+            "embedding": embedding,
+            "vocabulary": vocabulary,
+            "positions": family.positions,
+            "types": family.types,
+            "position_offset": family.position_offset,
+            "pad_id": family.pad_id,
+            "pre_norm": family.pre_norm,
+            "gated": family.gated,
+            "activation": family.activation,
+            "eps": family.eps,
+            "window": [family.window if kind == "sliding_attention" else -1 for kind in types],
+            "rope": [tables.index(kind) if tables else -1 for kind in types],
+            "attention_scale": family.head_size**-0.5,
+            "precision": dtype,
+        }
+
+    def _tensor(self, tensors: Tensors, name: str) -> Tensor:
+        if name not in tensors:
+            raise ValueError(f"{self._path}: the weights lack {name!r}")
+        return tensors[name]
+
+    def _load_body(self, tensors: Tensors, prefix: str, word: Tensor) -> None:
+        family, encoder = self.family, self._encoder
+        tables = {}
+        for key in ("position", "type"):
+            name = getattr(family, key)
+            tables[key] = self._tensor(tensors, prefix + name).float32() if name else None
+        encoder.set_tables(word.raw, tables["position"], tables["type"])
+        for kind in dict.fromkeys(family.layer_types) if family.rope_theta else ():
+            encoder.add_rope(family.rope_theta[kind], family.head_size // 2)
+        self._set_norm(tensors, -1, "embedding", prefix + family.embedding_norm)
+        if family.final_norm:
+            self._set_norm(tensors, -1, "final", prefix + family.final_norm)
+        if family.projection:
+            self._set_linear(tensors, -1, "projection", prefix + family.projection)
+        for i in range(family.layers):
+            for slot, name in family.layer.items():
+                self._set_linear(tensors, i, slot, name, prefix=prefix)
+            for slot, norm in family.norms.items():
+                if i > 0 or slot != "attention" or family.first_norm:
+                    self._set_norm(tensors, i, slot, prefix + norm.format(i))
+
+    def _set_norm(self, tensors: Tensors, layer: int, slot: str, name: str) -> None:
+        # Old conversions from TensorFlow call a norm's weight gamma and its bias beta.
+        legacy = f"{name}.weight" not in tensors and f"{name}.gamma" in tensors
+        gamma = self._tensor(tensors, f"{name}.gamma" if legacy else f"{name}.weight")
+        beta = f"{name}.beta" if legacy else f"{name}.bias"
+        self._encoder.set_norm(layer, slot, gamma.float32(), tensors[beta].float32() if beta in tensors else None)
+
+    def _set_linear(self, tensors: Tensors, layer: int, slot: str, name: str | Fused, prefix: str = "") -> None:
+        part = name if isinstance(name, Fused) else Fused(name, 0, 1)
+        full = prefix + part.name.format(layer)
+        stored = self._tensor(tensors, f"{full}.weight")
+        weight = _block(stored.raw, part)
+        bias_name = f"{full}.bias"
+        bias = _block(tensors[bias_name].float32(), part) if bias_name in tensors else None
+        if self._head_dim != self.family.head_size:
+            weight, bias = self._pad_heads(slot, weight, bias)
+        try:
+            self._encoder.set_linear(layer, slot, weight, bias)
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error} ({full})") from None
+        if part.index == part.parts - 1:
+            tensors.drop(stored.name)
+
+    def _pad_heads(
+        self, slot: str, weight: npt.NDArray[Any], bias: npt.NDArray[np.float32] | None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+        heads, size, padded = self.family.heads, self.family.head_size, self._head_dim
+        if slot in ("q", "k", "v"):
+            wide = np.zeros((heads, padded, weight.shape[1]), weight.dtype)
+            wide[:, :size] = weight.reshape(heads, size, -1)
+            if bias is not None:
+                long = np.zeros((heads, padded), np.float32)
+                long[:, :size] = bias.reshape(heads, size)
+                bias = long.reshape(-1)
+            return wide.reshape(heads * padded, -1), bias
+        if slot == "o":
+            wide = np.zeros((weight.shape[0], heads, padded), weight.dtype)
+            wide[:, :, :size] = weight.reshape(-1, heads, size)
+            return wide.reshape(weight.shape[0], -1), bias
+        return weight, bias
+
+
+def _block(array: npt.NDArray[Any], part: Fused) -> npt.NDArray[Any]:
+    rows = array.shape[0] // part.parts
+    return array[part.index * rows : (part.index + 1) * rows]

@@ -1,0 +1,120 @@
+"""Kernels with a Python face; the only place that looks at instruction-set levels and devices.
+
+Each op has a naive reference of the same name in `fastrerank.ops.reference`, which is its specification.
+Shapes use one letter each: T tokens, N documents, H heads, D width of a vector, K rows or neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank import _cpu
+
+__all__ = ["cpu_info", "isa", "max_sim", "num_threads", "peak", "set_isa", "set_num_threads"]
+
+_threads: int | None = None
+_isa: str | None = None
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set how many CPU threads a call may use, for objects that were given no `num_threads` of their own.
+
+    None restores the default: the CPUs that this process may run on. Raises ValueError below 1.
+
+    Example:
+        >>> set_num_threads(2)
+    """
+    global _threads
+    if n is not None and (not isinstance(n, int) or n < 1):
+        raise ValueError(f"n must be a positive int or None, got {n!r}")
+    _threads = n
+
+
+def num_threads(requested: int | None = None) -> int:
+    """Return `requested`, else what `set_num_threads` set, else the number of CPUs this process may run on."""
+    if requested is not None:
+        if not isinstance(requested, int) or requested < 1:
+            raise ValueError(f"num_threads must be a positive int or None, got {requested!r}")
+        return requested
+    return _threads or _available_cpus()
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_isa(level: str | None) -> None:
+    """Choose the instruction-set level of models loaded from now on; None restores the best one.
+
+    `level` is "portable", "avx2", "avx512" or "avx512_bf16". Raises ValueError for one that this CPU lacks.
+    """
+    global _isa
+    _isa = None if level is None else _checked(level, "level")
+
+
+def isa() -> str:
+    """Return the level in force: `set_isa`'s, else the environment's FASTRERANK_ISA, else the best of this CPU."""
+    if _isa is not None:
+        return _isa
+    wanted = os.environ.get("FASTRERANK_ISA")
+    return _checked(wanted, "FASTRERANK_ISA") if wanted else str(_cpu.levels()[-1])
+
+
+def _checked(level: str, name: str) -> str:
+    levels = _cpu.levels()
+    if level not in levels:
+        raise ValueError(f"{name} must be a level that this CPU runs ({', '.join(levels)}), got {level!r}")
+    return level
+
+
+def cpu_info() -> dict[str, Any]:
+    """Return {"isa": level in force, "supported": levels this CPU runs, "threads": default number of threads}."""
+    return {"isa": isa(), "supported": list(_cpu.levels()), "threads": num_threads()}
+
+
+def peak(dtype: str, threads: int | None = None) -> float:
+    """Measure the host's sustained operations per second (a multiply-add counts two) in registers, for `dtype`.
+
+    `dtype` is "float32", "bfloat16" or "int8"; takes some tenths of a second. It is the roof that the encoder's
+    products stand under.
+    """
+    return float(_cpu.peak(dtype, num_threads(threads), isa()))
+
+
+def max_sim(
+    query: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.float32],
+    offsets: npt.NDArray[np.int64],
+    *,
+    threads: int | None = None,
+) -> npt.NDArray[np.float32]:
+    """Like `[(query @ tokens[a:b].T).max(1).mean() for a, b in zip(offsets, offsets[1:])]`.
+
+    Late interaction: the mean over query tokens of the best document token (ColBERT, arXiv 2004.12832, takes the sum).
+
+    Args:
+        query: float32 (Q, D), Q >= 1.
+        tokens: float32 (T, D), the documents' tokens one after the other.
+        offsets: int64 (N+1,); document d's tokens are tokens[offsets[d]:offsets[d+1]], at least one each.
+        threads: CPU threads; None for the default. The result does not depend on it.
+
+    Returns float32 (N,). Raises ValueError for shapes that do not fit or a document without tokens.
+
+    Example:
+        >>> q, t = np.eye(2, 4, dtype=np.float32), np.eye(4, dtype=np.float32)
+        >>> max_sim(q, t, np.array([0, 1, 4])).tolist()
+        [0.5, 0.5]
+    """
+    query = np.ascontiguousarray(query, np.float32)
+    tokens = np.ascontiguousarray(tokens, np.float32)
+    offsets = np.ascontiguousarray(offsets, np.int64)
+    if (np.diff(offsets) < 1).any():
+        raise ValueError(f"offsets must give every document at least one token, got lengths {np.diff(offsets)}")
+    result: npt.NDArray[np.float32] = _cpu.max_sim(query, tokens, offsets, num_threads(threads), isa())
+    return result

@@ -1,0 +1,89 @@
+"""Tokenizer files of a checkpoint folder, read the way that transformers' tokenizer classes read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrerank.checkpoint import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_WORDPIECE_TOKENS = {
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+}
+
+
+def load_tokenizer(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Load tokenizer.json of `folder`, else its BERT vocab.txt; `settings` is its tokenizer_config.json.
+
+    Raises FileNotFoundError if there is neither, ValueError naming the file if it is damaged.
+    """
+    file = folder / "tokenizer.json"
+    tokenizer = _from_json(file, settings) if file.is_file() else _from_wordpiece(folder, settings)
+    if read_json(folder / "sentence_bert_config.json").get("do_lower_case"):
+        from tokenizers import normalizers
+
+        present = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *present])
+    return tokenizer
+
+
+def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises a bare Exception for everything
+        raise ValueError(f"{file}: not a readable tokenizer ({error})") from error
+    # The tokenizer classes of transformers let tokenizer_config.json overrule these parts of tokenizer.json; its
+    # generic class, which has no options of its own, does not.
+    if settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return tokenizer
+    normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
+    if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
+        normalizer.lowercase = settings.get("do_lower_case", normalizer.lowercase)
+        normalizer.strip_accents = settings.get("strip_accents", normalizer.strip_accents)
+        normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
+        tokenizer.normalizer = normalizer
+    if isinstance(splitter, tokenizers.pre_tokenizers.ByteLevel):
+        splitter.add_prefix_space = settings.get("add_prefix_space", splitter.add_prefix_space)
+        tokenizer.pre_tokenizer = splitter
+    return tokenizer
+
+
+def _from_wordpiece(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    convert = f'make one with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+    file = folder / "vocab.txt"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json (nor a BERT vocab.txt); {convert}")
+    vocabulary = models.WordPiece.read_file(str(file))
+    tokens: dict[str, str] = {}
+    for key, default in _WORDPIECE_TOKENS.items():
+        value = settings.get(key, default)
+        tokens[key] = value["content"] if isinstance(value, Mapping) else value
+    missing = [tokens[key] for key in ("unk_token", "cls_token", "sep_token") if tokens[key] not in vocabulary]
+    if missing:
+        raise ValueError(f"{file} is not a BERT vocabulary (no {', '.join(missing)}) and no tokenizer.json; {convert}")
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens["unk_token"]))
+    tokenizer.add_special_tokens([token for token in tokens.values() if token in vocabulary])
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ids = {key: vocabulary[token] for key, token in tokens.items() if token in vocabulary}
+    tokenizer.post_processor = processors.BertProcessing(
+        (tokens["sep_token"], ids["sep_token"]), (tokens["cls_token"], ids["cls_token"])
+    )
+    return tokenizer
