@@ -226,20 +226,20 @@ F32Array linear(const F32Array& x, const py::array& w, const std::optional<F32Ar
     if (x.ndim() != 2 || x.shape(1) != m.k) throw std::invalid_argument("x must be float32 of shape (rows, k)");
     const int rows = static_cast<int>(x.shape(0));
     const int64_t columns = padded(m.n), inputs = padded(m.k);
-    Bytes data(k.packed_bytes(precision, m.n, m.k)), scale(columns * 4), start(columns * 4), b(columns * 4);
+    Bytes data(k.packed_bytes(precision, m.n, m.k)), scale(columns * 4), sum(columns * 4), b(columns * 4);
     std::fill_n(b.as<float>(), columns, 0.0f);
     const float* given = vector_of(bias, m.n, "bias");
     if (given) std::copy(given, given + m.n, b.as<float>());
-    if (!k.pack(precision, m.data, m.source, m.ld, m.n, m.k, data.get(), scale.as<float>(), start.as<int32_t>()))
+    if (!k.pack(precision, m.data, m.source, m.ld, m.n, m.k, data.get(), scale.as<float>(), sum.as<int32_t>()))
         throw std::invalid_argument("w has a value that is NaN or infinite");
     const PackedMatrix packed{precision, m.n, m.k, static_cast<int>(columns), (m.k + 3) / 4 * 4, data.get(),
-                              scale.as<float>(), start.as<int32_t>(), b.as<float>()};
+                              scale.as<float>(), sum.as<int32_t>(), b.as<float>()};
     const Format format = k.input_format(precision);
-    Bytes wide(rows * inputs * 4), input(rows * inputs * bytes_of(format)), x_scale(rows * 4), y(rows * columns * 4);
+    Bytes wide(rows * inputs * 4), input(rows * inputs * bytes_of(format)), x_scale(rows * sizeof(RowScale)), y(rows * columns * 4);
     std::fill_n(wide.as<float>(), rows * inputs, 0.0f);
     for (int r = 0; r < rows; ++r) std::copy(x.data() + r * m.k, x.data() + (r + 1) * m.k, wide.as<float>() + r * inputs);
-    k.convert(wide.as<float>(), inputs, rows, m.k, input.get(), inputs, x_scale.as<float>(), format);
-    k.linear({&packed, input.get(), x_scale.as<float>(), inputs, rows, activation_of(act), false, nullptr, nullptr,
+    k.convert(wide.as<float>(), inputs, rows, m.k, input.get(), inputs, x_scale.as<RowScale>(), format);
+    k.linear({&packed, input.get(), x_scale.as<RowScale>(), inputs, rows, activation_of(act), false, nullptr, nullptr,
               y.get(), columns, Format::kF32});
     F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(m.n)});
     for (int r = 0; r < rows; ++r)

@@ -148,6 +148,8 @@ def open_checkpoint(
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model must be a folder or a hub id (str or os.PathLike), got {type(model).__name__}")
+    if not os.fspath(model):
+        raise ValueError('model must be a folder or a hub id, got the empty string ("." is the working folder)')
     folder = Path(os.fspath(model)).expanduser()
     if folder.is_dir():
         return _open_folder(folder, trust_remote_code)
@@ -259,7 +261,7 @@ def _read_modules(root: Path) -> list[Module]:
 def _looks_like_path(model: str) -> bool:
     """True for a str that cannot be a hub id ("name" or "owner/name") or is plainly meant as a path."""
     marked = model.startswith((".", "/", "~")) or model.endswith("/") or "\\" in model
-    return marked or not model or model.count("/") > 1
+    return marked or model.count("/") > 1
 
 
 def _download(

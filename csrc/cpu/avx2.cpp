@@ -14,8 +14,8 @@ namespace {
 constexpr Isa kIsa = Isa::kAvx2;
 constexpr const char* kName = "avx2";
 // vpmaddubsw adds two u8 x s8 products with saturation at 32767; 2 * 127 * 127 = 32258 stays below, so inputs are
-// kept in 1..127 (7 bits) and every sum is exact.
-constexpr int kU8Levels = 63;
+// kept in 0..127 (7 bits) and every sum is exact.
+constexpr int kU8Max = 127;
 
 using F32 = FloatPolicy<4, 3>;
 using BF16 = WideningBf16Policy<4, 2>;

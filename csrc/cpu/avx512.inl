@@ -5,7 +5,7 @@
 #include "vec.inl"
 #include "policies.inl"
 
-constexpr int kU8Levels = 127;
+constexpr int kU8Max = 255;
 
 // The products are one-line asm because GCC 12 spills a tile of intrinsics' accumulators to the stack, which costs
 // 40 % of the peak; "+v" keeps each in a register.

@@ -76,7 +76,7 @@ struct Encoder::Chunk {
     Workspace* w = nullptr;
     float* x = nullptr;          // (rows, padded(hidden)) residual stream
     char* input = nullptr;       // (rows, padded(hidden)) what the products read; x itself for float32 post-norm
-    float* input_scale = nullptr;
+    RowScale* input_scale = nullptr;
     int32_t *ids = nullptr, *positions = nullptr, *types = nullptr;
 };
 
@@ -94,15 +94,15 @@ OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source sour
     const int64_t columns = padded(n);
     m.data = Bytes(k_.packed_bytes(precision, n, k));
     m.scale = Bytes(columns * sizeof(float));
-    m.start = Bytes(columns * sizeof(int32_t));
+    m.sum = Bytes(columns * sizeof(int32_t));
     m.bias = Bytes(columns * sizeof(float));
     std::memset(m.bias.get(), 0, columns * sizeof(float));
     if (bias) std::copy(bias, bias + n, m.bias.as<float>());
-    bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.start.as<int32_t>());
+    bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.sum.as<int32_t>());
     for (int i = 0; bias && i < n; ++i) ok &= std::isfinite(bias[i]);
     if (!ok) invalid("weight of " + what + " is NaN or infinite: the checkpoint is damaged");
     m.view = PackedMatrix{precision, n, k, static_cast<int>(columns), (k + 3) / 4 * 4, m.data.get(),
-                          m.scale.as<float>(), m.start.as<int32_t>(), m.bias.as<float>()};
+                          m.scale.as<float>(), m.sum.as<int32_t>(), m.bias.as<float>()};
     return m;
 }
 
@@ -306,7 +306,7 @@ void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep) c
     const int64_t width = padded(config_.hidden);
     float* x = c.x + begin * width;
     char* input = c.input + begin * width * bytes_of(input_);
-    float* scale = c.input_scale + begin;
+    RowScale* scale = c.input_scale + begin;
     if (norm.gamma.empty()) {
         if (input != reinterpret_cast<char*>(x))
             k_.convert(x, width, rows, config_.hidden, input, width, scale, input_);
@@ -357,7 +357,7 @@ void Encoder::attend(Chunk& c, int index) const {
                       scratch});
         if (quantise)
             k_.convert(f32, columns, c.queries[d], static_cast<int>(columns), target, columns,
-                       c.w->context_scale.as<float>() + c.row[d], input_);
+                       c.w->context_scale.as<RowScale>() + c.row[d], input_);
     }
 }
 
@@ -374,7 +374,7 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
                    gate, wide, Format::kF32});
     }
     float* h = Workspace::need<float>(c.w->wide, kBlockRows * std::max<int64_t>(wide, g.heads * g.head_dim));
-    float* scale = Workspace::need<float>(c.w->down_scale, kBlockRows);
+    RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, kBlockRows);
     k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
                direct ? Format::kBF16 : Format::kF32});
     const void* down_input = h;
@@ -411,7 +411,7 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
         c.rows = static_cast<int>(c.document.size());
     }
     project(c, l.q, g.rope[index], c.positions, Workspace::need(c.w->q, projected));
-    float* context_scale = Workspace::need<float>(c.w->context_scale, c.tokens);
+    RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.tokens);
     attend(c, index);
     for (int r = 0; r < c.rows; r += kBlockRows) {
         const int rows = std::min(kBlockRows, c.rows - r);
@@ -436,7 +436,7 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
     const bool alias = input_ == Format::kF32 && !g.pre_norm;
     c.input = alias ? reinterpret_cast<char*>(c.x)
                     : Workspace::need(c.w->input, static_cast<size_t>(c.tokens) * width * bytes_of(input_));
-    c.input_scale = Workspace::need<float>(c.w->input_scale, c.tokens);
+    c.input_scale = Workspace::need<RowScale>(c.w->input_scale, c.tokens);
     if (!g.pre_norm && !alias)
         k_.convert(c.x, width, c.tokens, g.hidden, c.input, width, c.input_scale, input_);
     const bool prune = readout == Readout::kFirst || readout == Readout::kLast;

@@ -49,7 +49,7 @@ private:
 };
 
 struct OwnedMatrix {
-    Bytes data, scale, start, bias;
+    Bytes data, scale, sum, bias;
     PackedMatrix view{};
 };
 

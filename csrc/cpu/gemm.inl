@@ -23,12 +23,11 @@ INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, c
     }
 }
 
-// What an accumulator holds before the product and what it means after it: sums, or scaled integers.
-INLINE void start(const Linear&, int, vf& c) { c = vf{}; }
-INLINE void start(const Linear& g, int n, vi& c) { c = load_as<vi>(g.w->start + n); }
+// What an accumulator means after the product: a sum, or an integer to which every input's zero point contributed.
 INLINE vf finish(const Linear& g, vf c, int, int n) { return c + load(g.w->bias + n); }
 INLINE vf finish(const Linear& g, vi c, int row, int n) {
-    return __builtin_convertvector(c, vf) * (load(g.w->scale + n) * g.x_scale[row]) + load(g.w->bias + n);
+    const vi centred = c - load_as<vi>(g.w->sum + n) * g.x_scale[row].zero;
+    return __builtin_convertvector(centred, vf) * (load(g.w->scale + n) * g.x_scale[row].scale) + load(g.w->bias + n);
 }
 
 INLINE void store_output(const Linear& g, int64_t at, vf v) {
@@ -46,10 +45,7 @@ INLINE void store_output(const Linear& g, int64_t at, vf v) {
 template <class P, int MR, int NV>
 void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
     typename P::Acc c[MR][NV];
-    UNROLL for (int j = 0; j < NV; ++j) {
-        start(g, n + j * VL, c[0][j]);
-        UNROLL for (int i = 1; i < MR; ++i) c[i][j] = c[0][j];
-    }
+    UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = typename P::Acc{};
     const int64_t lda = g.ldx * P::kElement;
     multiply<P, MR, NV>(c, static_cast<const char*>(g.x) + row * lda, lda, b, steps);
     if (g.act == Activation::kIdentity) {
@@ -139,7 +135,7 @@ bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const St
 }
 
 bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n, int k, char* data, float* scale,
-          int32_t* start) {
+          int32_t* sum) {
     if (precision == Precision::kFloat32)
         return pack_with<F32>(w, source, ldw, n, k,
                               [=](int64_t at, int, float x) { reinterpret_cast<float*>(data)[at] = x; });
@@ -154,13 +150,13 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
             amax = x > amax ? x : amax;
         }
         scale[c] = amax > 0 ? amax / 127.0f : 1.0f;
-        start[c] = 0;
+        sum[c] = 0;
     }
     return pack_with<S8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
         const float r = x / scale[c];
         const int q = static_cast<int>(r + (r < 0 ? -0.5f : 0.5f));
         reinterpret_cast<int8_t*>(data)[at] = static_cast<int8_t>(q);
-        start[c] -= (kU8Levels + 1) * q;
+        sum[c] += q;
     });
 }
 

@@ -14,8 +14,12 @@ namespace fastrerank::cpu {
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// How an activation matrix is stored. kU8: round(x / scale) + zero_point, one scale per row.
+// How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row.
 enum class Format : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
+struct RowScale {
+    float scale;
+    int32_t zero;
+};
 
 // How a weight or embedding tensor is stored in a checkpoint.
 enum class Source : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
@@ -33,18 +37,18 @@ struct PackedMatrix {
     int k_padded;         // inputs stored: k rounded up to 4
     const char* data;     // panels
     const float* scale;   // (n_padded,) per output channel, int8 only
-    const int32_t* start; // (n_padded,) -zero_point * sum_k W[n, k], int8 only
+    const int32_t* sum;   // (n_padded,) sum over k of the quantised weights, int8 only
     const float* bias;    // (n_padded,), zeros where the layer has none
 };
 
 struct Linear {
     const PackedMatrix* w;
     const void* x;        // (rows, ldx) in the format that w's precision reads
-    const float* x_scale; // (rows,), kU8 only
+    const RowScale* x_scale; // (rows,), kU8 only
     int64_t ldx;
     int rows;
     Activation act;
-    bool fast_act;        // polynomial GELU with error <= 2e-4, for outputs that are rounded to 8 or 16 bits
+    bool fast_act;        // polynomial GELU with error <= 4e-5, for outputs that are rounded to 8 or 16 bits
     const float* mul;     // y *= mul (rows, ldy) after the activation, or null
     const float* add;     // y += add (rows, ldy), or null
     void* y;              // (rows, ldy), columns [0, n_padded) are written
@@ -79,7 +83,7 @@ struct LayerNorm {
     int64_t ldy;
     void* q;
     int64_t ldq;
-    float* q_scale;            // (rows,), kU8 only
+    RowScale* q_scale;         // (rows,), kU8 only
     Format q_format;
 };
 
@@ -97,20 +101,21 @@ struct Embed {
 struct Kernels {
     Isa isa;
     const char* name;
-    int u8_levels; // 127, or 63 where 8-bit products would saturate: activations are in [-u8_levels, u8_levels]
+    int u8_max; // largest stored activation: 255, or 127 where 8-bit products would saturate
 
     Format (*input_format)(Precision);
     Format attention_format[3]; // by Precision
     size_t (*packed_bytes)(Precision, int n, int k);
-    // w: (n, ldw) as stored. Fills data, scale and start; returns false if a weight is not finite.
-    bool (*pack)(Precision, const void* w, Source, int64_t ldw, int n, int k, char* data, float* scale, int32_t* start);
+    // w: (n, ldw) as stored. Fills data, scale and sum; returns false if a weight is not finite.
+    bool (*pack)(Precision, const void* w, Source, int64_t ldw, int n, int k, char* data, float* scale, int32_t* sum);
 
     void (*linear)(const Linear&);
     void (*attention)(const Attention&);
     size_t (*attention_scratch)(Format, int keys, int head_dim);
     void (*layer_norm)(const LayerNorm&);
     // Rows of float32 to `format`; columns [0, padded(n)) are written, the amax is over the first n.
-    void (*convert)(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, float* q_scale, Format format);
+    void (*convert)(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale,
+                    Format format);
     // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (.., half)
     // by position; head_dim <= 512.
     void (*rope)(const float* x, int64_t ldx, const int32_t* positions, const float* cos, const float* sin, int rows,

@@ -14,7 +14,7 @@ namespace {
 
 constexpr Isa kIsa = Isa::kPortable;
 constexpr const char* kName = "portable";
-constexpr int kU8Levels = 127;
+constexpr int kU8Max = 255;
 
 // Pairs of inputs against pairs of weights, both widened to 16 bits: exact, |sum of two| <= 2 * 255 * 127.
 struct S8 {

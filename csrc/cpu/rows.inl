@@ -1,24 +1,29 @@
 // Passes over rows: layer norm, conversion to an activation format, rotary embedding, embedding sum.
 
-// Quantises with the zero point that makes every value unsigned: |round(x / scale)| <= kU8Levels by the choice of scale.
-INLINE void store_u8(uint8_t* q, vf x, float inverse) {
-    const vf shifted = x * inverse + (12582912.0f + kU8Levels + 1);  // 1.5 * 2^23: the low byte is the rounded value
-    store_as(q, __builtin_convertvector((vu)shifted, vb));
+// q = round(x / scale) + zero with the row's own range [lo, hi], 0 included, on 0 .. kU8Max - 1: rounding of the zero
+// point can push the ends by half a step, hence the level left free. Asymmetric, because a GELU's row is nearly all
+// positive: half of a symmetric range would stand empty.
+INLINE void quantise_row(const float* x, int width, uint8_t* q, RowScale* scale) {
+    vf lo = {}, hi = {};
+    for (int i = 0; i < width; i += VL) {
+        const vf v = load(x + i);
+        lo = vmin(lo, v);
+        hi = vmax(hi, v);
+    }
+    const float range = reduce_max(hi) + reduce_max(-lo);
+    // A row so small that the inverse would overflow is a row of zeros.
+    const float inverse = range > 1e-30f ? (kU8Max - 1) / range : 0.0f;
+    const float zero = __builtin_rintf(reduce_max(-lo) * inverse);
+    *scale = {range > 1e-30f ? range / (kU8Max - 1) : 0.0f, static_cast<int32_t>(zero)};
+    for (int i = 0; i < width; i += VL) {
+        const vf shifted = load(x + i) * inverse + (12582912.0f + zero);  // 1.5 * 2^23: the low byte is the value
+        store_as(q + i, __builtin_convertvector((vu)shifted, vb));
+    }
 }
 
-INLINE void convert_row(const float* x, int n, void* q, float* q_scale, Format format) {
+INLINE void convert_row(const float* x, int n, void* q, RowScale* scale, Format format) {
     const int width = static_cast<int>(padded(n));
-    if (format == Format::kU8) {
-        vf m = {};
-        for (int i = 0; i < width; i += VL) m = vmax(m, vabs(load(x + i)));
-        const float amax = reduce_max(m);
-        // A row of zeros, and one so small that 1 / scale would overflow, quantise to zeros.
-        const bool tiny = !(amax > 1e-30f);
-        *q_scale = tiny ? (amax != amax ? amax : 0.0f) : amax / kU8Levels;
-        const float inverse = tiny ? 0.0f : kU8Levels / amax;
-        for (int i = 0; i < width; i += VL) store_u8(static_cast<uint8_t*>(q) + i, load(x + i), inverse);
-        return;
-    }
+    if (format == Format::kU8) return quantise_row(x, width, static_cast<uint8_t*>(q), scale);
 #ifdef FASTRERANK_NATIVE_BF16
     if (format == Format::kBF16) {
         for (int i = 0; i < width; i += VL) store_bf16(static_cast<uint16_t*>(q) + i, load(x + i));
@@ -28,7 +33,8 @@ INLINE void convert_row(const float* x, int n, void* q, float* q_scale, Format f
     for (int i = 0; i < width; i += VL) store(static_cast<float*>(q) + i, load(x + i));
 }
 
-void convert(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, float* q_scale, Format format) {
+void convert(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale,
+             Format format) {
     for (int r = 0; r < rows; ++r)
         convert_row(x + r * ldx, n, static_cast<char*>(q) + r * ldq * bytes_of(format), q_scale + r, format);
 }
@@ -85,7 +91,7 @@ void rope(const float* x, int64_t ldx, const int32_t* positions, const float* co
                 t[i + half] = a[i + half] * c[i] + up;
             }
             for (int i = 2 * half; i < head_dim; ++i) t[i] = a[i];
-            float unused;
+            RowScale unused;
             convert_row(t, head_dim, static_cast<char*>(y) + (r * ldy + h * head_dim) * bytes_of(format), &unused,
                         format);
         }

@@ -23,7 +23,7 @@ __all__ = ["TokenBatch", "Tokenizer", "check_texts"]
 _BLOCK_TEXTS = 256
 _BLOCK_CHARS = 1 << 20
 # Texts are first cut to this many characters per token that fits; a denser text is then tokenised whole.
-_CHARS_PER_TOKEN = 12
+_CHARS_PER_TOKEN = 8
 _WORD_END = re.compile(r"\w(?= )")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBES = ("a", "the", "hello", "1", ".")
@@ -255,10 +255,8 @@ class Tokenizer:
         if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)):
             raise TypeError(f"max_length must be an int or None, got {_describe(max_length)}")
         if max_length < 1 or (self._position_limit is not None and max_length > self._position_limit):
-            most = (
-                "" if self._position_limit is None else f", and at most {self._position_limit}, the model's positions"
-            )
-            raise ValueError(f"max_length must be at least 1{most}; got {max_length}")
+            most = "" if self._position_limit is None else f" and at most {self._position_limit}, the model's positions"
+            raise ValueError(f"max_length must be at least 1{most}, got {max_length}")
         return int(max_length)
 
 

@@ -1,0 +1,1 @@
+"""Rerankers: one file per method, over the protocol in `base`."""

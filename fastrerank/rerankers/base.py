@@ -1,0 +1,250 @@
+"""The protocol that every reranker follows, and `load`, which finds the method that a checkpoint serves."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.native import DTYPES
+from fastrerank.text.tokenizer import TokenBatch, check_texts
+
+__all__ = ["Reranker", "Usage", "list_methods", "load", "native_dtype", "order"]
+
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass
+class Usage:
+    """What one call cost: forwards, tokens, cut texts, and seconds per stage."""
+
+    forwards: int = 0
+    tokens: int = 0
+    prefix_tokens: int = 0
+    truncated: int = 0
+    query_truncated: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def count(self, batch: TokenBatch) -> None:
+        self.forwards += 1
+        self.tokens += len(batch.ids)
+        self.truncated += int(batch.truncated.sum())
+        self.query_truncated |= batch.query_truncated
+
+
+class Reranker(ABC):
+    """Scores documents for a query. One object may be called from many threads at once."""
+
+    method: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def last_usage(self) -> dict[str, Any]:
+        """What this thread's last call cost.
+
+        {"forwards", "tokens", "prefix_tokens", "truncated": documents that were cut, "query_truncated": bool,
+        "seconds": {stage: seconds}}; {} before the first call.
+        """
+        usage: Usage | None = getattr(self._local, "usage", None)
+        return {} if usage is None else dict(vars(usage))
+
+    @abstractmethod
+    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+        """Raw scores of checked texts, one array per query."""
+
+    def score(self, query: str, documents: Sequence[str]) -> Scores:
+        """Return the raw ranking score of each document, float32 (N,), higher is better.
+
+        Raises TypeError naming the position of a query or document that is not a str.
+
+        Example:
+            >>> reranker.score("who?", ["the owl", "the cat"])  # doctest: +SKIP
+        """
+        (checked,) = check_texts([query], "query", scalar=True)
+        texts = check_texts(documents, "documents")
+        with self._call() as usage:
+            return self._finite(self._score_many([checked], [texts], usage))[0]
+
+    def score_many(self, queries: Sequence[str], documents: Sequence[Sequence[str]]) -> list[Scores]:
+        """Return `[score(q, d) for q, d in zip(queries, documents)]`, computed in one pass over all pairs.
+
+        `documents` holds one list per query. Raises ValueError if the lengths differ.
+        """
+        checked = check_texts(queries, "queries")
+        if len(documents) != len(checked):
+            raise ValueError(f"documents must hold one list per query: {len(checked)}, got {len(documents)}")
+        texts = [check_texts(some, f"documents[{i}]") for i, some in enumerate(documents)]
+        with self._call() as usage:
+            return self._finite(self._score_many(checked, texts, usage))
+
+    def rank(
+        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return documents sorted by `score`, best first; ties keep the order they came in.
+
+        Args:
+            query: the query. documents: N str.
+            top_k: how many to return; None for all.
+            return_documents: whether each entry carries its "text".
+
+        Returns [{"corpus_id": position in documents, "score": float, "text"?: str}, ...].
+        Raises TypeError for texts that are not str, ValueError for a negative top_k.
+
+        Example:
+            >>> reranker.rank("who?", ["the owl", "the cat"], top_k=1)  # doctest: +SKIP
+            [{'corpus_id': 0, 'score': 0.41}]
+        """
+        check_top_k(top_k)
+        scores = self.score(query, documents)
+        return ranked(order(scores), scores, documents if return_documents else None, top_k)
+
+    @contextmanager
+    def _call(self) -> Iterator[Usage]:
+        usage = Usage()
+        with usage.stage("total"):
+            yield usage
+        self._local.usage = usage
+
+    def _finite(self, results: list[Scores]) -> list[Scores]:
+        for i, scores in enumerate(results):
+            bad = np.flatnonzero(~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1))
+            if len(bad):
+                where = f"document {bad[0]}" + (f" of query {i}" if len(results) > 1 else "")
+                raise FloatingPointError(
+                    f"the model's score of {where} is NaN or infinite, so it cannot be ranked: "
+                    "the weights are damaged or overflow in this precision (try dtype='float32')"
+                )
+        return results
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled: its weights are packed for this CPU; load the checkpoint anew "
+            "in the other process"
+        )
+
+
+def check_top_k(top_k: int | None) -> None:
+    """Raise ValueError unless `top_k` is None or an int >= 0."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 0):
+        raise ValueError(f"top_k must be None or an int of at least 0, got {top_k!r}")
+
+
+def order(*keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return positions sorted by the first key descending, ties by the next, the last ties by position."""
+    positions = np.arange(len(keys[0]))
+    return np.lexsort((positions, *(-key for key in reversed(keys))))
+
+
+def ranked(
+    positions: npt.NDArray[np.int64], scores: npt.NDArray[Any], documents: Sequence[str] | None, top_k: int | None
+) -> list[dict[str, Any]]:
+    """Return the result rows for `positions` in order, with texts where `documents` is given."""
+    rows: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in positions[:top_k]]
+    if documents is not None:
+        for row in rows:
+            row["text"] = documents[row["corpus_id"]]
+    return rows
+
+
+def native_dtype(dtype: str) -> str:
+    """Return the native encoder's precision for a caller's `dtype`; "auto" is float32 on a CPU."""
+    if dtype == "auto":
+        return "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} on a CPU, got {dtype!r}")
+    return dtype
+
+
+def check_device(device: Any) -> str:
+    """Return "cpu" for None or a CPU device; raise ValueError for any other."""
+    if device is None or str(device) in ("cpu", "cpu:0"):
+        return "cpu"
+    raise ValueError(f"device must be None or 'cpu': the native encoder runs on CPUs, got {str(device)!r}")
+
+
+# Method -> (module, class, papers).
+_METHODS = {
+    "cross-encoder": (
+        "fastrerank.rerankers.cross_encoder",
+        "CrossEncoder",
+        "Passage Re-ranking with BERT (Nogueira and Cho 2019, arXiv 1901.04085)",
+    ),
+    "late-interaction": (
+        "fastrerank.rerankers.late_interaction",
+        "LateInteractionReranker",
+        "ColBERT (Khattab and Zaharia 2020, arXiv 2004.12832)",
+    ),
+    "embedding": (
+        "fastrerank.rerankers.embedding",
+        "EmbeddingReranker",
+        "Sentence-BERT (Reimers and Gurevych 2019, arXiv 1908.10084)",
+    ),
+}
+
+
+def list_methods() -> dict[str, str]:
+    """Return the method names that `load` takes, each with the paper it comes from.
+
+    Example:
+        >>> sorted(list_methods())
+        ['cross-encoder', 'embedding', 'late-interaction']
+    """
+    return {name: paper for name, (_, _, paper) in _METHODS.items()}
+
+
+def load(model: str, method: str | None = None, **options: Any) -> Reranker:
+    """Load a checkpoint as a reranker.
+
+    Args:
+        model: hub id or local folder.
+        method: one of `list_methods()`; None finds it: a sequence classification head is a cross-encoder, a
+            sentence-transformers model with Pooling is an embedding model.
+        options: the class's own keywords (device, dtype, max_length, num_threads, revision, token, ...).
+
+    Raises ValueError for an unknown method, and for a checkpoint that the method, or every method, must refuse.
+
+    Example:
+        >>> load("path/to/all-MiniLM-L6-v2", method="late-interaction")  # doctest: +SKIP
+    """
+    if method is not None and method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if method is None:
+        hub = ("revision", "cache_folder", "local_files_only", "token", "trust_remote_code")
+        method = _method_of(open_checkpoint(model, **{key: options[key] for key in hub if key in options}))
+    module, name, _ = _METHODS[method]
+    reranker = getattr(importlib.import_module(module), name)(model, **options)
+    return cast("Reranker", reranker)
+
+
+def _method_of(checkpoint: Checkpoint) -> str:
+    architectures = checkpoint.config.get("architectures") or []
+    kinds = [module.type for module in checkpoint.modules]
+    if checkpoint.st_config.get("model_type") == "CrossEncoder" or (
+        not kinds and any(name.endswith("ForSequenceClassification") for name in architectures)
+    ):
+        return "cross-encoder"
+    if "Pooling" in kinds:
+        return "embedding"
+    raise ValueError(
+        f"{checkpoint.path}: cannot tell which method this checkpoint is for (architectures {architectures}, no pooling "
+        "modules); say method='late-interaction' or method='embedding' to use its token vectors"
+    )

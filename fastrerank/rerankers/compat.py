@@ -1,0 +1,95 @@
+"""Arguments of older and newer sentence-transformers releases, mapped to ours."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+__all__ = ["init_options", "predict_options"]
+
+_RENAMED = {
+    "model_name": "model_name_or_path",
+    "cache_dir": "cache_folder",
+    "default_activation_function": "activation_fn",
+}
+_POSITIONAL = ("num_labels", "max_length", "activation_fn", "device")
+# Dictionaries of arguments for parts that do not exist here, with the entries that mean something.
+_DICTIONARIES: dict[str, dict[str, str]] = {
+    "model_kwargs": {"torch_dtype": "dtype", "dtype": "dtype"},
+    "automodel_args": {"torch_dtype": "dtype", "dtype": "dtype"},
+    "processor_kwargs": {"model_max_length": "max_length"},
+    "tokenizer_kwargs": {"model_max_length": "max_length"},
+    "tokenizer_args": {"model_max_length": "max_length"},
+    "config_kwargs": {"num_labels": "num_labels"},
+    "config_args": {"num_labels": "num_labels"},
+}
+# The head is float32 whatever is asked, dropout does not exist in inference, and there is no card to write.
+_WITHOUT_EFFECT = ("keep_in_fp32_modules", "classifier_dropout", "model_card_data")
+_PREDICT_WITHOUT_EFFECT = ("num_workers", "device", "pool", "chunk_size", "processing_kwargs")
+_RANK_WITHOUT_EFFECT = ("apply_softmax", "convert_to_numpy", "convert_to_tensor", *_PREDICT_WITHOUT_EFFECT)
+
+
+def init_options(given: dict[str, Any], legacy: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Return `given` with positional `legacy` and other releases' keyword `options` merged in.
+
+    Deprecated spellings warn once per place. Raises TypeError for an unknown keyword or one given twice, ValueError for
+    a backend or modules.
+    """
+    if len(legacy) > len(_POSITIONAL):
+        raise TypeError(f"CrossEncoder takes at most {1 + len(_POSITIONAL)} positional arguments")
+    found = dict(zip(_POSITIONAL, legacy, strict=False))
+    if legacy:
+        _deprecated("positional arguments after the model", "keywords " + ", ".join(found))
+    for key, value in options.items():
+        if key in _RENAMED:
+            _deprecated(key, _RENAMED[key])
+            found[_RENAMED[key]] = value
+        elif key in _DICTIONARIES:
+            found |= _from_dictionary(key, value)
+        elif key == "backend":
+            if value != "torch":
+                raise ValueError(f"backend {value!r} does not exist here: the native engine takes the checkpoint as it is")
+        elif key == "modules":
+            raise ValueError("modules cannot be passed as objects; give a folder that sentence-transformers saved")
+        elif key not in _WITHOUT_EFFECT:
+            raise TypeError(f"CrossEncoder got an unexpected keyword argument {key!r}")
+    for key, value in found.items():
+        if value is None:
+            continue
+        if given[key] not in (None, "auto") and given[key] != value:
+            raise TypeError(f"{key} is given twice, as {given[key]!r} and {value!r}")
+        given[key] = value
+    return given
+
+
+def _from_dictionary(name: str, values: dict[str, Any] | None) -> dict[str, Any]:
+    found = {}
+    for key, value in (values or {}).items():
+        target = _DICTIONARIES[name].get(key)
+        if target is None:
+            warnings.warn(f"{name}[{key!r}] has no effect in fastrerank", UserWarning, stacklevel=5)
+        else:
+            found[target] = str(value).removeprefix("torch.") if target == "dtype" else value
+    return found
+
+
+def predict_options(inputs: Any, activation_fn: Any, options: dict[str, Any], call: str) -> tuple[Any, Any]:
+    """Return (inputs, activation_fn) with `sentences` and `activation_fct` of older releases merged in."""
+    for key, value in options.items():
+        if key == "sentences" and call == "predict":
+            _deprecated("sentences", "inputs")
+            inputs = value
+        elif key == "activation_fct":
+            _deprecated("activation_fct", "activation_fn")
+            activation_fn = value if activation_fn is None else activation_fn
+        elif key not in (_PREDICT_WITHOUT_EFFECT if call == "predict" else _RANK_WITHOUT_EFFECT):
+            raise TypeError(f"{call}() got an unexpected keyword argument {key!r}")
+        elif key == "device" and value is not None and str(value) not in ("cpu", "['cpu']"):
+            raise ValueError(f"device must be None or 'cpu': the model was loaded for the CPU, got {value!r}")
+    if inputs is None:
+        raise TypeError("predict() needs inputs: a sequence of (query, document) pairs")
+    return inputs, activation_fn
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=4)

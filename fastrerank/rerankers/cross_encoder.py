@@ -1,0 +1,333 @@
+"""Cross-encoders: query and document read together, one score each. A drop-in for sentence-transformers' class."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.families import family_of
+from fastrerank.engine.heads import Head, classification_head, module_head
+from fastrerank.engine.native import NativeEncoder, body_prefix
+from fastrerank.rerankers import activations
+from fastrerank.rerankers.base import (
+    Reranker,
+    Scores,
+    Usage,
+    check_device,
+    check_top_k,
+    native_dtype,
+    order,
+    ranked,
+)
+from fastrerank.rerankers.compat import init_options, predict_options
+from fastrerank.text.tokenizer import Tokenizer, check_texts
+
+__all__ = ["CrossEncoder"]
+
+# Pairs tokenised and scored in one forward: bounds the memory of token ids and is the progress bar's step.
+BLOCK_PAIRS = 2048
+ENGINES = ("native",)
+
+
+class CrossEncoder(Reranker):
+    """Like `sentence_transformers.CrossEncoder`: same scores, no padding, no torch.
+
+    Args:
+        model_name_or_path: hub id or local folder of a sequence classification checkpoint, or of a
+            sentence-transformers cross-encoder made of modules.
+        device: None or "cpu".
+        dtype: "float32" (equals the reference), "bfloat16", "int8"; "auto" is float32 on a CPU. Heads and activations
+            are float32 in all of them.
+        max_length: tokens per pair; None for the checkpoint's limit. Documents are cut to fit; the query is cut only if
+            it alone does not fit. `last_usage` tells what was cut.
+        activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid for one label.
+        num_labels: what the checkpoint is expected to have; None takes any.
+        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
+        engine: "native" or None.
+        prompts, default_prompt_name: texts by name that `prompt_name` puts before the query.
+        revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
+        legacy, options: positional and keyword arguments of older sentence-transformers releases.
+
+    Raises ValueError for a checkpoint without a trained classification head, of an unsupported family, or with damaged
+    weights; OSError if it cannot be found.
+
+    Paper: Passage Re-ranking with BERT, Nogueira and Cho 2019, arXiv 1901.04085.
+
+    Example:
+        >>> model = CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2")                   # doctest: +SKIP
+        >>> model.predict([("how long do fleas live", "A flea lives up to a year.")])     # doctest: +SKIP
+        array([8.6], dtype=float32)
+        >>> model.rank("how long do fleas live", ["Fleas are insects.", "A year."])[0]    # doctest: +SKIP
+        {'corpus_id': 1, 'score': 3.2}
+    """
+
+    method: ClassVar[str] = "cross-encoder"
+
+    def __init__(
+        self, model_name_or_path: str | Path | None = None, *legacy: Any, device: Any = None, dtype: str = "auto",
+        max_length: int | None = None, activation_fn: Any = None, num_labels: int | None = None,
+        trust_remote_code: bool = False, revision: str | None = None, local_files_only: bool = False,
+        token: bool | str | None = None, cache_folder: str | None = None, num_threads: int | None = None,
+        engine: str | None = None, prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        given = {
+            "model_name_or_path": model_name_or_path, "device": device, "dtype": dtype, "max_length": max_length,
+            "activation_fn": activation_fn, "num_labels": num_labels, "cache_folder": cache_folder,
+        }  # fmt: skip
+        given = init_options(given, legacy, options)
+        if given["model_name_or_path"] is None:
+            raise TypeError("CrossEncoder needs model_name_or_path: a hub id or a local folder")
+        if engine is not None and engine not in ENGINES:
+            raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        self.device = check_device(given["device"])
+        self.dtype = native_dtype(given["dtype"])
+        checkpoint = open_checkpoint(
+            given["model_name_or_path"], revision=revision, cache_folder=given["cache_folder"],
+            local_files_only=local_files_only, token=token,
+            # A stored activation is code only if the caller did not choose another one.
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        self.engine = _load_engine(checkpoint, self.dtype, num_threads)
+        self.num_labels = self.engine.width
+        if given["num_labels"] not in (None, self.num_labels):
+            raise ValueError(
+                f"num_labels is {given['num_labels']}, but the head in {checkpoint.path} has {self.num_labels}; "
+                "an untrained head is not made up"
+            )
+        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, given["max_length"] or checkpoint.max_seq_length)
+        self.activation_fn = given["activation_fn"]
+        if self.activation_fn is None:
+            saved = checkpoint.activation() or ("sigmoid" if self.num_labels == 1 else "identity")
+            self.activation_fn = activations.resolve(saved, f"the activation saved in {checkpoint.path}")
+        activations.resolve(self.activation_fn)
+        stored = checkpoint.st_config.get("prompts") or {}
+        self.prompts: dict[str, str] = {**stored, **(prompts or {})}
+        self.default_prompt_name = default_prompt_name or checkpoint.st_config.get("default_prompt_name")
+        self.config = SimpleNamespace(**{**checkpoint.config, "num_labels": self.num_labels})
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer`. Set nothing on it: it is shared by all threads."""
+        return self._tokenizer.tokenizer
+
+    @property
+    def model(self) -> NativeEncoder:
+        """The engine that computes the scores."""
+        return self.engine
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens per pair, special tokens included."""
+        return self._tokenizer.max_length
+
+    @property
+    def max_length(self) -> int | None:
+        """Same as `max_seq_length`."""
+        return self._tokenizer.max_length
+
+    @property
+    def default_activation_function(self) -> Any:
+        """Same as `activation_fn`."""
+        return self.activation_fn
+
+    def eval(self) -> CrossEncoder:
+        """Return self: there is no training mode."""
+        return self
+
+    def to(self, device: Any) -> CrossEncoder:
+        """Return self if `device` is a CPU; raise ValueError for any other."""
+        check_device(device)
+        return self
+
+    def compile(self, *_: Any, **__: Any) -> CrossEncoder:
+        """Return self: the kernels are compiled."""
+        return self
+
+    def half(self) -> CrossEncoder:
+        """Raise ValueError: precision is chosen when the weights are packed."""
+        raise ValueError("half() cannot change packed weights; load with dtype='bfloat16' or dtype='int8' instead")
+
+    def start_multi_process_pool(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return an empty pool: one call already uses every CPU it may; `predict` accepts the pool."""
+        return {"input": None, "output": None, "processes": []}
+
+    def stop_multi_process_pool(self, pool: dict[str, Any]) -> None:
+        """Accept what `start_multi_process_pool` returned."""
+
+    def predict(
+        self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
+        show_progress_bar: bool | None = None, activation_fn: Any = None, apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True, convert_to_tensor: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Score (query, document) pairs.
+
+        Args:
+            inputs: sequence of pairs, one pair, or a 1-D (one pair) or 2-D array of str.
+            prompt, prompt_name: text put before each query; a name of `self.prompts`.
+            batch_size: must be positive; work is split by tokens, so it changes neither speed nor scores.
+            show_progress_bar: True draws a bar on stderr; None and False do not.
+            activation_fn: replaces the model's for this call.
+            apply_softmax: over the labels, where there are several.
+            convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
+            options: `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size` of other releases.
+
+        Returns float32 (N,), or (N, num_labels) for several labels; without the first axis for one pair.
+        Raises TypeError naming the position of what is not a pair of str, ValueError for batch_size < 1.
+
+        Example:
+            >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
+            array([0.91, 0.03], dtype=float32)
+        """
+        inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict")
+        _check_batch_size(batch_size)
+        pairs, single = _as_pairs(inputs)
+        function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
+        prefix = self._prompt(prompt, prompt_name)
+        with self._call() as usage:
+            blocks = [np.zeros((0, self.num_labels), np.float32)]
+            for begin in _steps(len(pairs), bool(show_progress_bar)):
+                block = pairs[begin : begin + BLOCK_PAIRS]
+                if prefix:
+                    block = [(prefix + query if isinstance(query, str) else query, text) for query, text in block]
+                blocks.append(self._logits(block, usage))
+            (logits,) = self._finite([np.concatenate(blocks)])
+        scores = self._activate(logits, function)
+        if apply_softmax and scores.ndim > 1:
+            scores = activations.softmax(scores)
+        return _converted(scores[0] if single else scores, convert_to_numpy, convert_to_tensor, single)
+
+    def rank(  # type: ignore[override]
+        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
+        prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
+        show_progress_bar: bool | None = None, activation_fn: Any = None, **options: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Return documents sorted by activated score, best first; ties by raw logit, then by position.
+
+        Arguments as in `predict`; `top_k` rows are returned (None: all), with "text" if `return_documents`.
+        Raises ValueError if the model has several labels, TypeError naming the position of a text that is not a str.
+
+        Example:
+            >>> model.rank("who?", ["the owl", "the cat"], top_k=1)  # doctest: +SKIP
+            [{'corpus_id': 0, 'score': 0.91}]
+        """
+        _, activation_fn = predict_options((), activation_fn, options, "rank")
+        _check_batch_size(batch_size)
+        check_top_k(top_k)
+        self._need_one_label("rank")
+        prefix = self._prompt(prompt, prompt_name)
+        (checked,) = check_texts([query], "query", scalar=True)
+        texts = check_texts(documents, "documents")
+        function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
+        with self._call() as usage:
+            logits = self._one_query(prefix + checked, texts, usage, bool(show_progress_bar))
+            self._finite([logits])
+        scores = self._activate(logits[:, None], function)
+        return ranked(order(scores, logits), scores, documents if return_documents else None, top_k)
+
+    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+        self._need_one_label("score")
+        pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
+        blocks = [self._logits(pairs[i : i + BLOCK_PAIRS], usage)[:, 0] for i in range(0, len(pairs), BLOCK_PAIRS)]
+        flat = np.concatenate([np.zeros(0, np.float32), *blocks])
+        return np.split(flat, np.cumsum([len(texts) for texts in documents])[:-1])
+
+    def _one_query(self, query: str, texts: list[str], usage: Usage, progress: bool) -> Scores:
+        blocks = [np.zeros(0, np.float32)]
+        for begin in _steps(len(texts), progress):
+            with usage.stage("tokenize"):
+                batch = self._tokenizer.pairs(query, texts[begin : begin + BLOCK_PAIRS])
+            usage.count(batch)
+            with usage.stage("compute"):
+                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets)[:, 0])
+        return np.concatenate(blocks)
+
+    def _logits(self, pairs: list[tuple[str, str]], usage: Usage) -> npt.NDArray[np.float32]:
+        with usage.stage("tokenize"):
+            batch = self._tokenizer.pair_list(pairs)
+        usage.count(batch)
+        with usage.stage("compute"):
+            return self.engine.forward(batch.ids, batch.type_ids, batch.offsets)
+
+    def _activate(self, logits: npt.NDArray[np.float32], function: activations.Activation) -> Scores:
+        """Activated scores of (N, num_labels) logits: (N,) for one label."""
+        scores = np.asarray(function(logits), np.float32)
+        return scores[:, 0] if self.num_labels == 1 and scores.ndim > 1 else scores
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        name = name or self.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise ValueError(f"prompt_name must be one of {list(self.prompts)}, got {name!r}")
+        return self.prompts[name]
+
+    def _need_one_label(self, what: str) -> None:
+        if self.num_labels != 1:
+            raise ValueError(f"{what}() needs a model with one label, this one has {self.num_labels}; use predict()")
+
+
+def _load_engine(checkpoint: Checkpoint, dtype: str, num_threads: int | None) -> NativeEncoder:
+    family = family_of(checkpoint.config)
+    with checkpoint.tensors() as tensors:
+        if any(module.type == "Dense" for module in checkpoint.modules):
+            head: Head | None = module_head(checkpoint.modules)
+        else:
+            head = classification_head(family, tensors, body_prefix(family, tensors))
+        if head is None:
+            raise ValueError(
+                f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
+                "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
+            )
+        return NativeEncoder(checkpoint, family, tensors, head, dtype=dtype, num_threads=num_threads)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+
+
+def _as_pairs(inputs: Any) -> tuple[list[Any], bool]:
+    """Return (pairs, whether the input was one pair)."""
+    if isinstance(inputs, np.ndarray):
+        if inputs.ndim > 2:
+            raise TypeError(f"inputs must be one pair (1-D) or pairs (2-D), got an array of {inputs.ndim} dimensions")
+        inputs = inputs.tolist()
+    elif isinstance(inputs, (str, bytes, dict, set)) or not hasattr(inputs, "__iter__"):
+        raise TypeError(f"inputs must be a sequence of (query, document) pairs, got {type(inputs).__name__}")
+    pairs = list(inputs)
+    if pairs and isinstance(pairs[0], str):
+        return [tuple(pairs)], True
+    return pairs, False
+
+
+def _steps(pairs: int, progress: bool) -> Iterator[int]:
+    steps = range(0, pairs, BLOCK_PAIRS)
+    if not progress:
+        yield from steps
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(steps, description="Scoring", console=Console(file=sys.stderr), total=len(steps))
+
+
+def _converted(scores: Any, to_numpy: bool, to_tensor: bool, single: bool) -> Any:
+    if to_numpy and not to_tensor:
+        return scores
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("tensors as results need torch: pip install 'fastrerank[torch]'") from None
+    tensor = torch.tensor(np.asarray(scores))
+    return tensor if to_tensor or single else list(tensor)

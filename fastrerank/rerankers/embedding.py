@@ -1,0 +1,102 @@
+"""Embedding models as rerankers: cosine similarity of the query's and each document's vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank import ops
+from fastrerank.checkpoint import open_checkpoint
+from fastrerank.engine.heads import Head, NormalizeStep, module_head
+from fastrerank.engine.native import NativeEncoder
+from fastrerank.rerankers.base import Reranker, Scores, Usage, check_device, native_dtype
+from fastrerank.text.tokenizer import Tokenizer, check_texts
+
+__all__ = ["EmbeddingReranker"]
+
+# Texts tokenised and encoded in one forward: bounds memory, far above what keeps all threads busy.
+BLOCK_TEXTS = 2048
+
+
+class EmbeddingReranker(Reranker):
+    """Like sentence-transformers' `util.cos_sim(model.encode_query(q), model.encode_document(documents))`.
+
+    Pooling, Dense, LayerNorm and Normalize modules are those of the checkpoint; without any, tokens are averaged.
+    Prompts that the checkpoint stores as "query" and "document" (or "passage") are prepended.
+
+    Args:
+        model_name_or_path: hub id or local folder.
+        device: None or "cpu".
+        dtype: "float32", "bfloat16", "int8"; "auto" is float32.
+        max_length: tokens per text; None for the checkpoint's limit.
+        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
+        revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
+
+    Paper: Sentence-BERT, Reimers and Gurevych 2019, arXiv 1908.10084.
+
+    Example:
+        >>> reranker = EmbeddingReranker("path/to/all-MiniLM-L6-v2")   # doctest: +SKIP
+        >>> reranker.rank("who?", ["the owl", "the cat"])              # doctest: +SKIP
+    """
+
+    method: ClassVar[str] = "embedding"
+
+    def __init__(
+        self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
+        max_length: int | None = None, num_threads: int | None = None, revision: str | None = None,
+        cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.device = check_device(device)
+        self.dtype = native_dtype(dtype)
+        checkpoint = open_checkpoint(
+            model_name_or_path, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only,
+            token=token, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        head = module_head(checkpoint.modules)
+        if not head.steps or not isinstance(head.steps[-1], NormalizeStep):
+            head = Head(head.readout, (*head.steps, NormalizeStep()))
+        self.engine = NativeEncoder.load(checkpoint, head, dtype=self.dtype, num_threads=num_threads)
+        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
+        prompts = checkpoint.st_config.get("prompts") or {}
+        self.query_prompt = str(prompts.get("query") or "")
+        self.document_prompt = str(prompts.get("document") or prompts.get("passage") or "")
+
+    def encode(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.float32]:
+        """Return unit vectors, float32 (N, D), of texts with `prompt` put before each.
+
+        Example:
+            >>> reranker.encode(["the owl"]).shape  # doctest: +SKIP
+            (1, 384)
+        """
+        with self._call() as usage:
+            return self._encode(check_texts(texts, "texts"), prompt, usage)
+
+    def _encode(self, texts: list[str], prompt: str, usage: Usage) -> npt.NDArray[np.float32]:
+        blocks = []
+        for begin in range(0, len(texts), BLOCK_TEXTS):
+            with usage.stage("tokenize"):
+                batch = self._tokenizer.singles([prompt + text for text in texts[begin : begin + BLOCK_TEXTS]])
+            usage.count(batch)
+            with usage.stage("compute"):
+                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets))
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.engine.width), np.float32)
+
+    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+        flat = [text for some in documents for text in some]
+        if not flat:
+            return [np.zeros(0, np.float32) for _ in queries]
+        query_vectors = self._encode(queries, self.query_prompt, usage)
+        vectors = self._encode(flat, self.document_prompt, usage)
+        bounds = np.cumsum([0, *map(len, documents)])
+        # A dot product per document: late interaction between one-token texts, in the kernel's fixed order.
+        with usage.stage("score"):
+            return [
+                ops.max_sim(query_vectors[i : i + 1], vectors[begin:end], np.arange(end - begin + 1), threads=1)
+                for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            ]
