@@ -22,7 +22,15 @@ _NAMES = {
     "load": "fastrerank.rerankers.base",
     "set_num_threads": "fastrerank.ops",
 }
-__all__ = ["__version__", *_NAMES]
+__all__ = [
+    "CrossEncoder",
+    "EmbeddingReranker",
+    "LateInteractionReranker",
+    "__version__",
+    "list_methods",
+    "load",
+    "set_num_threads",
+]
 
 if TYPE_CHECKING:
     from fastrerank.ops import set_num_threads

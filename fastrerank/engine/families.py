@@ -203,9 +203,7 @@ def _distilbert(config: Config) -> Family:
 def _modernbert(config: Config) -> Family:
     layers = config["num_hidden_layers"]
     every = config.get("global_attn_every_n_layers", 3)
-    types = config.get("layer_types") or [
-        "sliding_attention" if i % every else "full_attention" for i in range(layers)
-    ]
+    types = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     rope = config.get("rope_parameters") or {}
     theta = {
         "full_attention": config.get("global_rope_theta", 160_000.0),
@@ -214,7 +212,9 @@ def _modernbert(config: Config) -> Family:
     for kind in theta:
         parameters = rope.get(kind) or {}
         if parameters.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type {parameters['rope_type']!r} in config.json is not supported by the native encoder")
+            raise ValueError(
+                f"rope_type {parameters['rope_type']!r} in config.json is not supported by the native encoder"
+            )
         theta[kind] = parameters.get("rope_theta", theta[kind])
     eps = config.get("norm_eps", 1e-5)
     layer: dict[str, str | Fused] = {
@@ -287,5 +287,3 @@ def family_of(config: Config) -> Family:
     if family.hidden % family.heads:
         raise ValueError(f"hidden size {family.hidden} in config.json is not a multiple of {family.heads} heads")
     return family
-
-

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank import _cpu, ops
+import fastrerank._cpu as _cpu
+from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.families import Family, Fused, family_of
 from fastrerank.engine.heads import DenseStep, Head, NormStep

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank import _cpu
+import fastrerank._cpu as _cpu
 
 __all__ = ["cpu_info", "isa", "max_sim", "num_threads", "peak", "set_isa", "set_num_threads"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,7 @@ import numpy.typing as npt
 __all__ = ["max_sim"]
 
 
-def max_sim(
-    query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]
-) -> npt.NDArray[Any]:
+def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Mean over the query's tokens of the largest dot product with one of the document's tokens.
 
     Args:
@@ -24,5 +23,5 @@ def max_sim(
         >>> max_sim(np.eye(2, 4), np.eye(4), np.array([0, 1, 4])).tolist()
         [0.5, 0.5]
     """
-    bounds = zip(offsets[:-1], offsets[1:], strict=True)
-    return np.array([(query @ tokens[begin:end].T).max(axis=1).mean() for begin, end in bounds], query.dtype)
+    best = [(query @ tokens[begin:end].T).max(axis=1) for begin, end in pairwise(offsets)]
+    return np.array([similarities.mean() for similarities in best], query.dtype)

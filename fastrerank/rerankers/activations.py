@@ -22,23 +22,25 @@ def identity(x: Array) -> Array:
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)), exact at both ends."""
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(np.float32)
+    result: Array = np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(np.float32)
+    return result
 
 
 def tanh(x: Array) -> Array:
     """Return the hyperbolic tangent."""
-    return np.tanh(x)
+    return np.asarray(np.tanh(x), np.float32)
 
 
 def relu(x: Array) -> Array:
     """Return max(x, 0)."""
-    return np.maximum(x, 0)
+    return np.asarray(np.maximum(x, 0), np.float32)
 
 
 def softmax(x: Array) -> Array:
     """Return exp(x) / sum(exp(x)) over the last axis."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return (e / e.sum(axis=-1, keepdims=True)).astype(np.float32)
+    result: Array = np.asarray(e / e.sum(axis=-1, keepdims=True), np.float32)
+    return result
 
 
 ACTIVATIONS: dict[str, Activation] = {"identity": identity, "sigmoid": sigmoid, "tanh": tanh, "relu": relu}

@@ -126,8 +126,9 @@ class Reranker(ABC):
 
     def _finite(self, results: list[Scores]) -> list[Scores]:
         for i, scores in enumerate(results):
-            bad = np.flatnonzero(~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1))
-            if len(bad):
+            finite = np.isfinite(scores)
+            if not finite.all():
+                bad = np.argwhere(~finite)[0]
                 where = f"document {bad[0]}" + (f" of query {i}" if len(results) > 1 else "")
                 raise FloatingPointError(
                     f"the model's score of {where} is NaN or infinite, so it cannot be ranked: "
@@ -245,6 +246,6 @@ def _method_of(checkpoint: Checkpoint) -> str:
     if "Pooling" in kinds:
         return "embedding"
     raise ValueError(
-        f"{checkpoint.path}: cannot tell which method this checkpoint is for (architectures {architectures}, no pooling "
-        "modules); say method='late-interaction' or method='embedding' to use its token vectors"
+        f"{checkpoint.path}: cannot tell which method this checkpoint is for (architectures {architectures}, no "
+        "pooling modules); say method='late-interaction' or method='embedding' to use its token vectors"
     )

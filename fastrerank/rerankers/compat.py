@@ -48,7 +48,9 @@ def init_options(given: dict[str, Any], legacy: tuple[Any, ...], options: dict[s
             found |= _from_dictionary(key, value)
         elif key == "backend":
             if value != "torch":
-                raise ValueError(f"backend {value!r} does not exist here: the native engine takes the checkpoint as it is")
+                raise ValueError(
+                    f"backend {value!r} does not exist here: the native engine takes the checkpoint as it is"
+                )
         elif key == "modules":
             raise ValueError("modules cannot be passed as objects; give a folder that sentence-transformers saved")
         elif key not in _WITHOUT_EFFECT:

@@ -47,7 +47,8 @@ class CrossEncoder(Reranker):
             are float32 in all of them.
         max_length: tokens per pair; None for the checkpoint's limit. Documents are cut to fit; the query is cut only if
             it alone does not fit. `last_usage` tells what was cut.
-        activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid for one label.
+        activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid if it has one
+            label.
         num_labels: what the checkpoint is expected to have; None takes any.
         num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
         engine: "native" or None.
@@ -205,7 +206,7 @@ class CrossEncoder(Reranker):
             scores = activations.softmax(scores)
         return _converted(scores[0] if single else scores, convert_to_numpy, convert_to_tensor, single)
 
-    def rank(  # type: ignore[override]
+    def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
         prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
         show_progress_bar: bool | None = None, activation_fn: Any = None, **options: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,5 +99,5 @@ class EmbeddingReranker(Reranker):
         with usage.stage("score"):
             return [
                 ops.max_sim(query_vectors[i : i + 1], vectors[begin:end], np.arange(end - begin + 1), threads=1)
-                for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+                for i, (begin, end) in enumerate(pairwise(bounds))
             ]

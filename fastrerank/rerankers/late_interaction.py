@@ -70,9 +70,7 @@ class LateInteractionReranker(Reranker):
         self.engine = NativeEncoder.load(checkpoint, head, dtype=self.dtype, num_threads=num_threads)
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
 
-    def _tokens(
-        self, texts: list[str], usage: Usage
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    def _tokens(self, texts: list[str], usage: Usage) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         with usage.stage("tokenize"):
             batch = self._tokenizer.singles(texts)
         usage.count(batch)

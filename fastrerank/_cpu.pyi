@@ -1,0 +1,55 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+class Encoder:
+    def __init__(self, config: dict[str, Any], isa: str) -> None: ...
+    def set_linear(
+        self, layer: int, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[np.float32] | None
+    ) -> None: ...
+    def set_norm(
+        self, layer: int, name: str, gamma: npt.NDArray[np.float32], beta: npt.NDArray[np.float32] | None
+    ) -> None: ...
+    def set_tables(
+        self,
+        word: npt.NDArray[Any],
+        position: npt.NDArray[np.float32] | None,
+        type: npt.NDArray[np.float32] | None,
+    ) -> None: ...
+    def add_rope(self, theta: float, half: int) -> None: ...
+    def add_dense(self, weight: npt.NDArray[Any], bias: npt.NDArray[np.float32] | None, activation: str) -> None: ...
+    def add_norm(self, gamma: npt.NDArray[np.float32], beta: npt.NDArray[np.float32] | None, eps: float) -> None: ...
+    def add_normalize(self) -> None: ...
+    def forward(
+        self,
+        ids: npt.NDArray[np.int32],
+        types: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
+        readout: str,
+        threads: int,
+    ) -> npt.NDArray[np.float32]: ...
+    @property
+    def output_width(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+def levels() -> list[str]: ...
+def max_sim(
+    query: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.float32],
+    offsets: npt.NDArray[np.int64],
+    threads: int,
+    isa: str,
+) -> npt.NDArray[np.float32]: ...
+def linear(
+    x: npt.NDArray[np.float32],
+    w: npt.NDArray[Any],
+    bias: npt.NDArray[np.float32] | None,
+    dtype: str,
+    activation: str,
+    isa: str,
+) -> npt.NDArray[np.float32]: ...
+def peak(dtype: str, threads: int, isa: str) -> float: ...

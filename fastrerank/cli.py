@@ -1,0 +1,354 @@
+"""The command line: `fastrerank rank | eval | bench | doctor | version`.
+
+Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
+else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+import fastrerank
+
+from .datasets import load_dataset, write_trec_run
+from .doctor import report
+from .documents import read_documents
+from .evaluation import Evaluation, evaluate
+
+LONG_WORK = 256  # documents from which one `rank` call may take seconds and gets a progress line
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Rerank passages by a query: cross-encoders, late interaction and embeddings on native kernels.",
+)
+
+
+class Dtype(str, Enum):
+    """Precisions that --dtype takes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+
+
+class Suite(str, Enum):
+    """Benchmarks that `bench` runs."""
+
+    cross_encoder = "cross-encoder"
+
+
+class Format(str, Enum):
+    """How `rank` reads files of documents."""
+
+    auto = "auto"
+    lines = "lines"
+    paragraphs = "paragraphs"
+    jsonl = "jsonl"
+
+
+def _method(value: str | None) -> str | None:
+    if value is not None and value not in (known := list(fastrerank.list_methods())):
+        raise typer.BadParameter(f"{value!r} is not a method; one of {', '.join(known)}")
+    return value
+
+
+def _device(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        raise typer.BadParameter(f"{value!r} is not a device; one of cpu, cuda, cuda:<number>")
+    return value
+
+
+Model = Annotated[str | None, typer.Option(help="Hugging Face id or local folder of the checkpoint (required).")]
+Method = Annotated[
+    str | None, typer.Option(callback=_method, help="Ranking method; found from the checkpoint if unsaid.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision; auto: float32 on a CPU, bfloat16 on a GPU.")]
+Device = Annotated[
+    str | None, typer.Option(callback=_device, help="cpu, cuda or cuda:1; a usable GPU, else the CPU, if unsaid.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if unsaid.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def rank(
+    query: Annotated[str, typer.Argument(help="The query.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE...", help="Files of documents; - is stdin.")
+    ] = None,
+    model: Model = None,
+    method: Method = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Print only the best K documents.")] = None,
+    as_json: AsJson = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
+    format: Annotated[
+        Format, typer.Option(help="How files hold documents; auto: jsonl by file name or content, else lines.")
+    ] = Format.auto,
+    text_field: Annotated[str, typer.Option(help="Field of a JSONL row that holds the text.")] = "text",
+) -> None:
+    """Rank the documents of FILE... by QUERY and print rank, score and text, best first."""
+    checkpoint = _checkpoint(model)
+    if not files:
+        if sys.stdin.isatty():
+            raise typer.BadParameter(
+                "name at least one file of documents, or - for standard input", param_hint="FILE..."
+            )
+        files = ["-"]
+    for name in files:
+        if name != "-" and not Path(name).is_file():
+            raise typer.BadParameter(f"no such file: {name}", param_hint="FILE...")
+    documents, undecodable = read_documents(files, format.value, text_field)
+    for name in undecodable:
+        _warn(f"{name} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
+    if not documents:
+        _warn("there are no documents to rank")
+    reranker = _load(checkpoint, method, dtype, device, threads)
+    start = time.perf_counter()
+    with _progress(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
+        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True)
+    seconds = time.perf_counter() - start
+    if as_json:
+        _print_json([{"corpus_id": int(h["corpus_id"]), "score": float(h["score"]), "text": h["text"]} for h in hits])
+        return
+    rows = [(str(place), f"{hit['score']:.4f}", hit["text"]) for place, hit in enumerate(hits, start=1)]
+    _print_table(
+        ("rank", "score", "text"), rows, caption=f"{len(documents)} documents in {1e3 * seconds:.0f} ms", crop=True
+    )
+
+
+@app.command("eval")
+def evaluate_command(
+    dataset: Annotated[Path, typer.Argument(help="JSONL rows, a BEIR folder, or the texts of a TREC run.")],
+    model: Model = None,
+    method: Method = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Rerank only the first K candidates of each query.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Write the reranked order to this file, as a TREC run.")] = None,
+    trec_run: Annotated[
+        Path | None, typer.Option(help="First-stage TREC run: its documents are the candidates.")
+    ] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements, TREC or BEIR; a BEIR folder has its own.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries, JSONL or TSV; a BEIR folder has its own.")] = None,
+    min_relevance: Annotated[
+        int, typer.Option(min=1, help="Smallest grade that MRR and Recall count as relevant.")
+    ] = 1,
+    as_json: AsJson = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Rerank the judged candidates of DATASET; print nDCG@10, MRR@10, Recall and latency."""
+    checkpoint = _checkpoint(model)
+    inputs = {"DATASET": dataset, "--trec-run": trec_run, "--qrels": qrels, "--queries": queries}
+    for name, path in inputs.items():
+        if path is not None and not path.exists():
+            raise typer.BadParameter(f"no such file: {path}", param_hint=name)
+    if run is not None and not run.resolve().parent.is_dir():
+        raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
+    judged = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
+    reranker = _load(checkpoint, method, dtype, device, threads)
+    with _progress("reranking", total=len(judged), shown=True) as advance:
+        result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, progress=advance)
+    if run is not None:
+        write_trec_run(run, result.run)
+    if as_json:
+        _print_json(_evaluation_json(result, dataset, checkpoint, method, dtype))
+        return
+    rows = [(name, f"{result.first_stage[name]:.4f}", f"{value:.4f}") for name, value in result.metrics.items()]
+    rows += [("latency p50 [ms]", "", f"{1e3 * result.latency_p50:.1f}")]
+    rows += [("latency p95 [ms]", "", f"{1e3 * result.latency_p95:.1f}")]
+    caption = f"{len(judged)} queries, {result.judged} judged; {dtype.value}"
+    _print_table(("measure", "first stage", "reranked"), rows, caption=caption)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.cross_encoder,
+) -> None:
+    """Compare with rival engines on this machine; further options go to `python -m bench.run`."""
+    clone = Path(fastrerank.__file__).resolve().parent.parent
+    folder = next((root for root in (Path.cwd(), clone) if (root / "bench" / "run.py").is_file()), None)
+    if folder is None:
+        raise RuntimeError(
+            "the benchmarks are not part of the installed package: run this in a clone of the repository"
+        )
+    command = [sys.executable, "-m", "bench.run", suite.value, *context.args]
+    if subprocess.run(command, cwd=folder, check=False).returncode != 0:
+        raise RuntimeError(f"the benchmark failed: {' '.join(command[1:])}")
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    torch: Annotated[
+        bool, typer.Option("--torch", help="Import torch and ask it for its GPUs (takes seconds).")
+    ] = False,
+) -> None:
+    """Print what was found: versions, CPU level, threads, kernels, GPU, optional packages."""
+    found = report(ask_torch=torch)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_table(("what", "found"), [(name, _plain(value)) for name, value in found.items()])
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(fastrerank.__version__)
+
+
+def _checkpoint(model: str | None) -> str:
+    if not model:
+        example = "--model cross-encoder/ms-marco-MiniLM-L6-v2"
+        raise typer.BadParameter(f"say which checkpoint to use, for example {example}", param_hint="--model")
+    return model
+
+
+def _load(model: str, method: str | None, dtype: Dtype, device: str | None, threads: int | None) -> Any:
+    return fastrerank.load(model, method=method, dtype=dtype.value, device=device, num_threads=threads)
+
+
+def _evaluation_json(result: Evaluation, dataset: Path, model: str, method: str | None, dtype: Dtype) -> dict[str, Any]:
+    return {
+        "dataset": str(dataset),
+        "model": model,
+        "method": method,
+        "dtype": dtype.value,
+        "queries": len(result.latencies),
+        "judged": result.judged,
+        "first_stage": result.first_stage,
+        "reranked": result.metrics,
+        "latency_ms": {"p50": 1e3 * result.latency_p50, "p95": 1e3 * result.latency_p95},
+    }
+
+
+@contextmanager
+def _progress(what: str, *, shown: bool, total: int | None = None) -> Iterator[Any]:
+    """A bar (or, without a total, a running clock) on standard error while the block runs, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = [SpinnerColumn(), TextColumn("{task.description}")]
+    columns += [BarColumn(), MofNCompleteColumn()] if total is not None else []
+    disable = not (shown and console.is_terminal)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=disable) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
+def _print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None, crop: bool = False
+) -> None:
+    """A table on a terminal, its last column wrapped or, with `crop`, cut to the width; else tab-separated values."""
+    console = Console()
+    cells = [[_one_line(cell) for cell in row] for row in rows]
+    if not console.is_terminal:
+        for row in [columns, *cells]:
+            print("\t".join(row))
+        return
+    table = Table(caption=caption)
+    for number, name in enumerate(columns):
+        column = [name, *(row[number] for row in cells)]
+        if number == len(columns) - 1:  # the only one that gives way on a narrow terminal
+            table.add_column(name, overflow="ellipsis" if crop else "fold")
+        else:
+            numeric = all(re.fullmatch(r"-?[\d.]*", cell) for cell in column[1:])
+            table.add_column(name, justify="right" if numeric else "left", min_width=max(map(len, column)))
+    for row in cells:
+        table.add_row(*(Text(cell, no_wrap=crop) for cell in row))
+    console.print(table)
+
+
+def _one_line(text: str) -> str:
+    """`text` without line breaks, and without the control characters and surrogates that a terminal would act on."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", text).split())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "not found" if value is None else str(value)
+
+
+def _print_json(value: Any) -> None:
+    # A lone surrogate cannot be encoded; main() has it written as \udXXX, which JSON reads back as the same character.
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not utf8, indent=2))
+
+
+def _warn(message: str) -> None:
+    print(f"fastrerank: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 ok, 1 the work failed, 2 wrong usage.
+
+    Args:
+        arguments: what follows the program's name; None takes `sys.argv`.
+
+    An exception becomes one line on standard error; with FASTRERANK_TRACEBACK=1 in the environment it is raised.
+
+    Example:
+        >>> main(["version"])                                                            # doctest: +SKIP
+        0
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="fastrerank", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader of the output has gone; Python must not flush into the closed pipe again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("FASTRERANK_TRACEBACK") == "1":
+            raise
+        return _fail(error)
+    return int(code or 0)
+
+
+def _fail(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if context is not None:
+        message = f"{message.rstrip('.')} (see {context.command_path} --help)"
+    expected = isinstance(error, (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError))
+    if not message or not (expected or hasattr(error, "exit_code")):
+        message = f"{type(error).__name__}: {message} (FASTRERANK_TRACEBACK=1 shows where)"
+    print(f"fastrerank: error: {_one_line(message)}", file=sys.stderr)
+    return int(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

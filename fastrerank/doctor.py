@@ -1,0 +1,81 @@
+"""What this installation found on this machine: versions, CPU level, GPU, optional packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import fastrerank
+
+from .ops import cpu_info
+
+REQUIRED = ("numpy", "tokenizers", "safetensors", "huggingface_hub")
+OPTIONAL = ("torch", "transformers", "triton", "ir_measures", "sentence-transformers", "onnxruntime", "openvino")
+
+
+def report(*, ask_torch: bool = False) -> dict[str, Any]:
+    """What was found, as JSON-ready values; imports neither torch nor transformers unless `ask_torch`.
+
+    Returns:
+        "fastrerank", "python", "platform": versions, as strings;
+        "cpu": the name of the instruction set level that the kernels use; "cpu levels": all that this CPU can run;
+        "threads": how many threads a call uses; "kernels": where the native kernels were loaded from;
+        "gpu": a line of nvidia-smi for each GPU, or why it failed; None where there is no nvidia-smi;
+        "torch": "not installed", "installed, not asked (--torch asks)" or, with `ask_torch`, what torch sees;
+        "packages": package -> version; "optional packages": package -> version, or None if it is not installed.
+
+    Example:
+        >>> report()["packages"]["numpy"]                                                # doctest: +SKIP
+        '2.4.6'
+    """
+    cpu = cpu_info()
+    kernels = importlib.util.find_spec("fastrerank._cpu")
+    return {
+        "fastrerank": fastrerank.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu["isa"],
+        "cpu levels": list(cpu["supported"]),
+        "threads": cpu["threads"],
+        "kernels": kernels.origin if kernels else None,
+        "gpu": _gpus(),
+        "torch": _torch(ask_torch),
+        "packages": {name: _version(name) for name in REQUIRED},
+        "optional packages": {name: _version(name) for name in OPTIONAL},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str] | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"nvidia-smi failed: {error}"]
+    return answer.stdout.splitlines()
+
+
+def _torch(ask: bool) -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "not installed"
+    if not ask:
+        return "installed, not asked (--torch asks)"
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return f"{torch.__version__}, no usable GPU"
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return f"{torch.__version__}, {', '.join(names)}"

@@ -1,0 +1,121 @@
+"""The wheel and the sdist, built once: what they hold, what they link to, and that they rank where nothing else is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers_tiny import save_tiny_cross_encoder
+
+import fastrerank
+
+ROOT = Path(__file__).resolve().parents[1]
+SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|ld-linux[-\w]*)\.so\.\d+")
+QUERY, DOCUMENTS = "how long do fleas live", ["cats sleep all day", "a flea lives up to a year", ""]
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel that the sdist of this tree builds, with the isolated build that users' pip runs."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny_cross_encoder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def empty_environment(wheel, tmp_path_factory) -> Path:
+    """The bin folder of a virtual environment that holds the wheel and what it depends on, nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    run(*pip, "install", "--constraint", ROOT / "constraints.txt", wheel)
+    return folder / "bin"
+
+
+def test_the_sdist_builds_the_wheel_of_the_tree(wheel, tmp_path):
+    names = zipfile.ZipFile(wheel).namelist()
+    shared = [name for name in names if name.endswith(".so")]
+    assert [name.split(".")[0] for name in shared] == ["fastrerank/_cpu"]
+    # without compiling: which of the tree's other files a wheel of it holds
+    uncompiled = [sys.executable, "-m", "build", "--wheel", "--config-setting=wheel.cmake=false"]
+    run(*uncompiled, "--outdir", tmp_path, ROOT)
+    (of_the_tree,) = tmp_path.glob("*.whl")
+    assert sorted(set(names) - set(shared)) == sorted(zipfile.ZipFile(of_the_tree).namelist())
+
+
+def test_the_wheel_holds_the_package_and_its_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastrerank").rglob("*.py")}
+    assert modules <= set(names)
+    others = [name for name in names if not name.startswith("fastrerank/")]
+    assert all(name.startswith(f"fastrerank-{fastrerank.__version__}.dist-info/") for name in others)
+    assert any(name.endswith("/LICENSE") for name in others)
+
+
+def test_shared_objects_need_only_the_system(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    shared = list(tmp_path.rglob("*.so"))
+    needed = re.findall(r"\(NEEDED\)\s+Shared library: \[(.+)\]", run("readelf", "--dynamic", *shared))
+    assert needed
+    assert [name for name in needed if not SYSTEM_LIBRARIES.fullmatch(name)] == []
+
+
+def test_the_wheel_ranks_in_an_empty_environment(empty_environment, tiny):
+    code = f"""
+import importlib.util, json, sys
+import fastrerank
+absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+hits = fastrerank.CrossEncoder({str(tiny)!r}).rank({QUERY!r}, {DOCUMENTS!r})
+print(json.dumps([fastrerank.__file__, absent, hits]))
+"""
+    place, absent, hits = json.loads(run(empty_environment / "python", "-I", "-c", code))
+    assert Path(place).is_relative_to(empty_environment.parent)
+    assert absent == ["torch", "transformers"]
+    assert hits == fastrerank.CrossEncoder(str(tiny)).rank(QUERY, DOCUMENTS)
+
+
+def test_the_command_works_in_an_empty_environment(empty_environment, tiny, tmp_path):
+    command = empty_environment / "fastrerank"
+    assert run(command, "version", cwd=tmp_path) == f"{fastrerank.__version__}\n"
+    (tmp_path / "documents.txt").write_text("\n".join(DOCUMENTS))
+    arguments = ("rank", QUERY, "documents.txt", "--model", tiny, "--json")
+    assert {hit["text"] for hit in json.loads(run(command, *arguments, cwd=tmp_path))} == set(DOCUMENTS) - {""}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = """
+import sys
+import numpy
+before = set(sys.modules)
+import fastrerank
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+    assert run(sys.executable, "-c", code).split() == ["fastrerank"]
+
+
+def test_a_cross_encoder_imports_neither_torch_nor_transformers(tiny):
+    code = f"""
+import sys
+import fastrerank
+fastrerank.CrossEncoder({str(tiny)!r}).rank({QUERY!r}, {DOCUMENTS!r})
+print(*[name for name in ("torch", "transformers", "typer", "rich") if name in sys.modules])
+"""
+    assert run(sys.executable, "-c", code).split() == []
