@@ -24,7 +24,7 @@ FLOOR_PAIRS = 16  # pairs that are also scored in float64
 # A float32 engine may differ from the float32 reference by this many times the reference's own distance from float64:
 # other summation orders and other exp/tanh/erf polynomials cost a few times it (2-3 here); a wrong layer costs 1e4.
 FLOOR_FACTOR = 16
-# A lower precision below this Kendall tau is broken, not rounded: the worst sound one seen has 0.88 (MiniLM body, random head).
+# A lower precision below this Kendall tau is broken, not rounded: the worst sound one seen (random head) has 0.88.
 TAU_FLOOR = 0.5
 
 

@@ -230,12 +230,14 @@ F32Array linear(const F32Array& x, const py::array& w, const std::optional<F32Ar
     std::fill_n(b.as<float>(), columns, 0.0f);
     const float* given = vector_of(bias, m.n, "bias");
     if (given) std::copy(given, given + m.n, b.as<float>());
-    if (!k.pack(precision, m.data, m.source, m.ld, m.n, m.k, data.get(), scale.as<float>(), sum.as<int32_t>()))
+    if (!k.pack(precision, m.data, m.source, m.ld, m.n, m.k, data.get(), scale.as<float>(), sum.as<float>()))
         throw std::invalid_argument("w has a value that is NaN or infinite");
     const PackedMatrix packed{precision, m.n, m.k, static_cast<int>(columns), (m.k + 3) / 4 * 4, data.get(),
-                              scale.as<float>(), sum.as<int32_t>(), b.as<float>()};
+                              scale.as<float>(), sum.as<float>(), b.as<float>()};
     const Format format = k.input_format(precision);
-    Bytes wide(rows * inputs * 4), input(rows * inputs * bytes_of(format)), x_scale(rows * sizeof(RowScale)), y(rows * columns * 4);
+    const int64_t tiled = rows + kRowTile;
+    Bytes wide(tiled * inputs * 4), input(tiled * inputs * bytes_of(format)), x_scale(tiled * sizeof(RowScale)),
+        y(tiled * columns * 4);
     std::fill_n(wide.as<float>(), rows * inputs, 0.0f);
     for (int r = 0; r < rows; ++r) std::copy(x.data() + r * m.k, x.data() + (r + 1) * m.k, wide.as<float>() + r * inputs);
     k.convert(wide.as<float>(), inputs, rows, m.k, input.get(), inputs, x_scale.as<RowScale>(), format);

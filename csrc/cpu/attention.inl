@@ -222,21 +222,19 @@ void max_sim(const char* packed_query, int query_tokens, int dim, const float* t
     }
 }
 
-// Register-only multiply-adds, as many independent accumulators as the tile has.
+// The tile on operands that stay in the first-level cache: what the multiply-add units can sustain.
 template <class P>
 INLINE double peak_with(int64_t iterations) {
-    static const char zeros[64] = {};
+    static const char zeros[P::kRows * 4 + P::kVectors * P::kBBytes] = {};
     const char* p = zeros;
-    asm volatile("" : "+r"(p));  // the compiler must not know that the operands are zero
     typename P::Acc c[P::kRows][P::kVectors] = {};
-    const typename P::A x = P::load_a(p);
-    const typename P::B w = P::load_b(p);
     for (int64_t it = 0; it < iterations; ++it) {
-        asm volatile("" ::: "memory");
-        UNROLL for (int i = 0; i < P::kRows; ++i) UNROLL for (int j = 0; j < P::kVectors; ++j) P::dot(c[i][j], x, w);
+        asm volatile("" : "+r"(p));  // the operands may differ every time, as far as the compiler knows
+        multiply<P, P::kRows, P::kVectors>(c, p, 4, p + P::kRows * 4, 1);
     }
-    for (int i = 0; i < P::kRows; ++i)
-        for (int j = 0; j < P::kVectors; ++j) asm volatile("" ::"m"(c[i][j]));
+    typename P::Acc sum = {};
+    UNROLL for (int i = 0; i < P::kRows; ++i) UNROLL for (int j = 0; j < P::kVectors; ++j) sum += c[i][j];
+    asm volatile("" ::"m"(sum));
     return 2.0 * iterations * P::kRows * P::kVectors * VL * P::kStep;
 }
 double peak(Precision precision, int64_t iterations) {

@@ -51,3 +51,14 @@ INLINE void transpose_block(const char* src, int64_t ld, int rows, int columns, 
         if (u1 < columns) _mm512_storeu_si512(dst + u1 * width, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
     }
 }
+
+// The low byte of every lane of four vectors, in order: two rounds of narrowing by pairs within 128-bit lanes, then
+// the lanes' dwords are put back in order.
+INLINE void store_low_bytes(uint8_t* q, vu a, vu b, vu c, vu d) {
+    const __m512i low = _mm512_set1_epi32(0xff);
+    const __m512i ab = _mm512_packus_epi32(_mm512_and_si512((__m512i)a, low), _mm512_and_si512((__m512i)b, low));
+    const __m512i cd = _mm512_packus_epi32(_mm512_and_si512((__m512i)c, low), _mm512_and_si512((__m512i)d, low));
+    const __m512i bytes = _mm512_packus_epi16(ab, cd);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(q, _mm512_permutexvar_epi32(order, bytes));
+}

@@ -54,9 +54,10 @@ struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,
         head1, ids, positions, types, down_scale;
 
+    // Room for `rows` rows of `columns` values, and for the tile that a product rounds them up to.
     template <class T = char>
-    static T* need(Bytes& b, size_t count) {
-        const size_t bytes = count * sizeof(T);
+    static T* need(Bytes& b, int64_t rows, int64_t columns = 1) {
+        const size_t bytes = static_cast<size_t>(rows + kRowTile) * columns * sizeof(T);
         if (b.size() < bytes) {
             b = Bytes();  // release before asking for more
             b = Bytes(bytes);
@@ -94,15 +95,15 @@ OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source sour
     const int64_t columns = padded(n);
     m.data = Bytes(k_.packed_bytes(precision, n, k));
     m.scale = Bytes(columns * sizeof(float));
-    m.sum = Bytes(columns * sizeof(int32_t));
+    m.sum = Bytes(columns * sizeof(float));
     m.bias = Bytes(columns * sizeof(float));
     std::memset(m.bias.get(), 0, columns * sizeof(float));
     if (bias) std::copy(bias, bias + n, m.bias.as<float>());
-    bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.sum.as<int32_t>());
+    bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.sum.as<float>());
     for (int i = 0; bias && i < n; ++i) ok &= std::isfinite(bias[i]);
     if (!ok) invalid("weight of " + what + " is NaN or infinite: the checkpoint is damaged");
     m.view = PackedMatrix{precision, n, k, static_cast<int>(columns), (k + 3) / 4 * 4, m.data.get(),
-                          m.scale.as<float>(), m.sum.as<int32_t>(), m.bias.as<float>()};
+                          m.scale.as<float>(), m.sum.as<float>(), m.bias.as<float>()};
     return m;
 }
 
@@ -289,8 +290,8 @@ void Encoder::forward(const int32_t* ids, const int32_t* types, const int64_t* o
 void Encoder::embed(Chunk& c) const {
     const EncoderConfig& g = config_;
     const int64_t width = padded(g.hidden), ld = padded(g.embedding);
-    c.x = Workspace::need<float>(c.w->x, c.tokens * width);
-    float* target = projection_.data.size() ? Workspace::need<float>(c.w->context_f32, c.tokens * ld) : c.x;
+    c.x = Workspace::need<float>(c.w->x, c.tokens, width);
+    float* target = projection_.data.size() ? Workspace::need<float>(c.w->context_f32, c.tokens, ld) : c.x;
     k_.embed({c.ids, c.positions, c.types, word_, word_source_, position_.empty() ? nullptr : position_.data(),
               type_.empty() ? nullptr : type_.data(), c.tokens, g.embedding, target, ld});
     const float* beta = embedding_norm_.has_beta ? embedding_norm_.beta.data() : nullptr;
@@ -313,7 +314,7 @@ void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep) c
         return;
     }
     const bool same = input == reinterpret_cast<char*>(x);
-    float* y = keep ? x : Workspace::need<float>(c.w->head0, width);
+    float* y = keep ? x : Workspace::need<float>(c.w->head0, 1, width);
     k_.layer_norm({x, width, rows, config_.hidden, norm.gamma.data(), norm.has_beta ? norm.beta.data() : nullptr,
                    config_.eps, y, keep ? width : 0, same ? nullptr : input, width, scale, input_});
 }
@@ -328,7 +329,7 @@ void Encoder::project(Chunk& c, const OwnedMatrix& w, int rope, const int32_t* p
         return;
     }
     const RopeTable& table = ropes_[rope];
-    float* wide = Workspace::need<float>(c.w->wide, kBlockRows * std::max(columns, padded(config_.intermediate)));
+    float* wide = Workspace::need<float>(c.w->wide, kBlockRows, std::max(columns, padded(config_.intermediate)));
     for (int r = 0; r < c.rows; r += kBlockRows) {
         const int rows = std::min(kBlockRows, c.rows - r);
         k_.linear({&w.view, c.input + r * width * element, c.input_scale + r, width, rows, Activation::kIdentity, false,
@@ -345,9 +346,9 @@ void Encoder::attend(Chunk& c, int index) const {
     const size_t element = bytes_of(attention_), input = bytes_of(input_);
     const int longest = *std::max_element(c.keys.begin(), c.keys.end());
     char* scratch = Workspace::need(c.w->scratch, k_.attention_scratch(attention_, longest, g.head_dim));
-    char* context = Workspace::need(c.w->context, c.rows * columns * input);
+    char* context = Workspace::need(c.w->context, c.rows, columns * input);
     const bool quantise = input_ == Format::kU8;
-    float* f32 = quantise ? Workspace::need<float>(c.w->context_f32, longest * columns) : nullptr;
+    float* f32 = quantise ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
         char* target = context + c.row[d] * columns * input;
         k_.attention({c.w->q.get() + c.row[d] * columns * element, c.w->k.get() + c.key_row[d] * columns * element,
@@ -369,17 +370,17 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     const char* x = c.input + begin * width * bytes_of(input_);
     float* gate = nullptr;
     if (g.gated) {
-        gate = Workspace::need<float>(c.w->gate, kBlockRows * wide);
+        gate = Workspace::need<float>(c.w->gate, kBlockRows, wide);
         k_.linear({&l.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr, nullptr,
                    gate, wide, Format::kF32});
     }
-    float* h = Workspace::need<float>(c.w->wide, kBlockRows * std::max<int64_t>(wide, g.heads * g.head_dim));
+    float* h = Workspace::need<float>(c.w->wide, kBlockRows, std::max<int64_t>(wide, g.heads * g.head_dim));
     RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, kBlockRows);
     k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
                direct ? Format::kBF16 : Format::kF32});
     const void* down_input = h;
     if (input_ == Format::kU8) {
-        char* q = Workspace::need(c.w->wide_input, kBlockRows * wide);
+        char* q = Workspace::need(c.w->wide_input, kBlockRows, wide);
         k_.convert(h, wide, rows, g.intermediate, q, wide, scale, input_);
         down_input = q;
     }
@@ -394,9 +395,9 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
     const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
     const size_t input = bytes_of(input_);
     if (g.pre_norm) norm(c, l.attention_norm, 0, c.rows, false);
-    const size_t projected = static_cast<size_t>(c.tokens) * columns * bytes_of(attention_);
-    project(c, l.k, g.rope[index], c.positions, Workspace::need(c.w->k, projected));
-    project(c, l.v, -1, c.positions, Workspace::need(c.w->v, projected));
+    const int64_t projected = columns * bytes_of(attention_);
+    project(c, l.k, g.rope[index], c.positions, Workspace::need(c.w->k, c.tokens, projected));
+    project(c, l.v, -1, c.positions, Workspace::need(c.w->v, c.tokens, projected));
     if (prune) {  // keep only the row that the head reads; it moves to the front, and row d >= d documents before it
         for (size_t d = 0; d < c.document.size(); ++d) {
             const int from = c.key_row[d] + c.start[d], to = static_cast<int>(d);
@@ -410,7 +411,7 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
         }
         c.rows = static_cast<int>(c.document.size());
     }
-    project(c, l.q, g.rope[index], c.positions, Workspace::need(c.w->q, projected));
+    project(c, l.q, g.rope[index], c.positions, Workspace::need(c.w->q, c.rows, projected));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.tokens);
     attend(c, index);
     for (int r = 0; r < c.rows; r += kBlockRows) {
@@ -435,7 +436,7 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
     c.start.assign(documents, 0);
     const bool alias = input_ == Format::kF32 && !g.pre_norm;
     c.input = alias ? reinterpret_cast<char*>(c.x)
-                    : Workspace::need(c.w->input, static_cast<size_t>(c.tokens) * width * bytes_of(input_));
+                    : Workspace::need(c.w->input, c.tokens, width * bytes_of(input_));
     c.input_scale = Workspace::need<RowScale>(c.w->input_scale, c.tokens);
     if (!g.pre_norm && !alias)
         k_.convert(c.x, width, c.tokens, g.hidden, c.input, width, c.input_scale, input_);
@@ -459,8 +460,8 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
 float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
     int64_t widest = 0;
     for (const HeadOp& op : head_) widest = std::max(widest, padded(op.width));
-    float* spare[2] = {Workspace::need<float>(c.w->head0, std::max(widest, padded(config_.hidden)) * rows),
-                       Workspace::need<float>(c.w->head1, widest * rows)};
+    float* spare[2] = {Workspace::need<float>(c.w->head0, rows, std::max(widest, padded(config_.hidden))),
+                       Workspace::need<float>(c.w->head1, rows, widest)};
     int turn = x == spare[0];
     int width = config_.hidden;
     for (const HeadOp& op : head_) {
@@ -494,7 +495,7 @@ void Encoder::read(Chunk& c, Readout readout, float* out) const {
     float* x = c.x;
     if (readout == Readout::kMean) {
         rows = static_cast<int>(c.document.size());
-        x = Workspace::need<float>(c.w->head0, rows * width);
+        x = Workspace::need<float>(c.w->head0, rows, width);
         for (int d = 0; d < rows; ++d) {
             float* y = x + d * width;
             std::fill(y, y + width, 0.0f);

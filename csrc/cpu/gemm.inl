@@ -24,10 +24,20 @@ INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, c
 }
 
 // What an accumulator means after the product: a sum, or an integer to which every input's zero point contributed.
-INLINE vf finish(const Linear& g, vf c, int, int n) { return c + load(g.w->bias + n); }
-INLINE vf finish(const Linear& g, vi c, int row, int n) {
-    const vi centred = c - load_as<vi>(g.w->sum + n) * g.x_scale[row].zero;
-    return __builtin_convertvector(centred, vf) * (load(g.w->scale + n) * g.x_scale[row].scale) + load(g.w->bias + n);
+// b: the column's bias; s, sum: its scale and its scaled sum of weights.
+template <int NV>
+struct Columns {
+    vf bias[NV], scale[NV], sum[NV];
+};
+template <int NV>
+INLINE vf finish(const Linear&, const Columns<NV>& w, vf c, int, int j) {
+    return c + w.bias[j];
+}
+template <int NV>
+INLINE vf finish(const Linear& g, const Columns<NV>& w, vi c, int row, int j) {
+    const RowScale x = g.x_scale[row];
+    const vf bias = w.bias[j] - w.sum[j] * (x.scale * static_cast<float>(x.zero));
+    return __builtin_convertvector(c, vf) * (w.scale[j] * x.scale) + bias;
 }
 
 INLINE void store_output(const Linear& g, int64_t at, vf v) {
@@ -42,23 +52,59 @@ INLINE void store_output(const Linear& g, int64_t at, vf v) {
     store(static_cast<float*>(g.y) + at, v);
 }
 
-template <class P, int MR, int NV>
+template <class P, int NV>
 void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
+    constexpr int MR = P::kRows;
     typename P::Acc c[MR][NV];
     UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = typename P::Acc{};
     const int64_t lda = g.ldx * P::kElement;
     multiply<P, MR, NV>(c, static_cast<const char*>(g.x) + row * lda, lda, b, steps);
+    Columns<NV> w;
+    UNROLL for (int j = 0; j < NV; ++j) {
+        w.bias[j] = load(g.w->bias + n + j * VL);
+        if constexpr (P::kElement == 1) {
+            w.scale[j] = load(g.w->scale + n + j * VL);
+            w.sum[j] = load(g.w->sum + n + j * VL);
+        }
+    }
+    const int64_t at = row * g.ldy + n;
     if (g.act == Activation::kIdentity) {
         UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
-            store_output(g, (row + i) * g.ldy + n + j * VL, finish(g, c[i][j], row + i, n + j * VL));
+            store_output(g, at + i * g.ldy + j * VL, finish(g, w, c[i][j], row + i, j));
+        return;
+    }
+    if (g.act == Activation::kGelu && g.fast_act) {  // the hot one stays in registers
+        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
+            store_output(g, at + i * g.ldy + j * VL, gelu_fast(finish(g, w, c[i][j], row + i, j)));
         return;
     }
     alignas(64) float t[MR * NV * VL];
     UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
-        store(t + (i * NV + j) * VL, finish(g, c[i][j], row + i, n + j * VL));
+        store(t + (i * NV + j) * VL, finish(g, w, c[i][j], row + i, j));
     activate(t, MR * NV, g.act, g.fast_act);
     for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NV; ++j) store_output(g, (row + i) * g.ldy + n + j * VL, load(t + (i * NV + j) * VL));
+        for (int j = 0; j < NV; ++j) store_output(g, at + i * g.ldy + j * VL, load(t + (i * NV + j) * VL));
+}
+
+template <class P, int NV>
+INLINE void linear_panel(const Linear& g, int n, const char* b, int steps) {
+    for (int row = 0; row < g.rows; row += P::kRows) linear_tile<P, NV>(g, row, n, b, steps);
+}
+
+template <class P>
+void linear_with(const Linear& g) {
+    static_assert(P::kRows <= kRowTile);
+    const int steps = g.w->k_padded / P::kStep;
+    for (int n = 0; n < g.w->n_padded; n += P::kVectors * VL) {
+        const char* b = g.w->data + static_cast<int64_t>(n) * steps * P::kBBytes / VL;
+        const int left = (g.w->n_padded - n) / VL;
+        if (left >= P::kVectors)
+            linear_panel<P, P::kVectors>(g, n, b, steps);
+        else if (left == 2)
+            linear_panel<P, 2>(g, n, b, steps);
+        else
+            linear_panel<P, 1>(g, n, b, steps);
+    }
 }
 
 // Calls f.template operator()<MR>(row) for row tiles of kRows, then of the halves, down to 1.
@@ -72,33 +118,6 @@ INLINE void for_row_tiles(int rows, const F& f) {
         if (row + 2 <= rows) f.template run<2>(row), row += 2;
     if constexpr (MR >= 2)
         if (row + 1 <= rows) f.template run<1>(row);
-}
-
-template <class P, int NV>
-struct LinearPanel {
-    const Linear& g;
-    int n;
-    const char* b;
-    int steps;
-    template <int MR>
-    void run(int row) const {
-        linear_tile<P, MR, NV>(g, row, n, b, steps);
-    }
-};
-
-template <class P>
-void linear_with(const Linear& g) {
-    const int steps = g.w->k_padded / P::kStep;
-    for (int n = 0; n < g.w->n_padded; n += P::kVectors * VL) {
-        const char* b = g.w->data + static_cast<int64_t>(n) * steps * P::kBBytes / VL;
-        const int left = (g.w->n_padded - n) / VL;
-        if (left >= P::kVectors)
-            for_row_tiles<P::kRows>(g.rows, LinearPanel<P, P::kVectors>{g, n, b, steps});
-        else if (left == 2)
-            for_row_tiles<P::kRows>(g.rows, LinearPanel<P, 2>{g, n, b, steps});
-        else
-            for_row_tiles<P::kRows>(g.rows, LinearPanel<P, 1>{g, n, b, steps});
-    }
 }
 
 void linear(const Linear& g) {
@@ -135,7 +154,7 @@ bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const St
 }
 
 bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n, int k, char* data, float* scale,
-          int32_t* sum) {
+          float* sum) {
     if (precision == Precision::kFloat32)
         return pack_with<F32>(w, source, ldw, n, k,
                               [=](int64_t at, int, float x) { reinterpret_cast<float*>(data)[at] = x; });
@@ -152,12 +171,15 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
         scale[c] = amax > 0 ? amax / 127.0f : 1.0f;
         sum[c] = 0;
     }
-    return pack_with<S8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
+    // Sums of integers below 2^24 are exact in float; each is scaled when it is complete.
+    const bool ok = pack_with<S8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
         const float r = x / scale[c];
         const int q = static_cast<int>(r + (r < 0 ? -0.5f : 0.5f));
         reinterpret_cast<int8_t*>(data)[at] = static_cast<int8_t>(q);
-        sum[c] += q;
+        sum[c] += static_cast<float>(q);
     });
+    for (int c = 0; c < n_padded; ++c) sum[c] *= scale[c];
+    return ok;
 }
 
 size_t packed_bytes(Precision precision, int n, int k) {

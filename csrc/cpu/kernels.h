@@ -37,10 +37,13 @@ struct PackedMatrix {
     int k_padded;         // inputs stored: k rounded up to 4
     const char* data;     // panels
     const float* scale;   // (n_padded,) per output channel, int8 only
-    const int32_t* sum;   // (n_padded,) sum over k of the quantised weights, int8 only
+    const float* sum;     // (n_padded,) scale * sum over k of the quantised weights, int8 only
     const float* bias;    // (n_padded,), zeros where the layer has none
 };
 
+// Rows are taken in tiles of at most kRowTile: x, x_scale, mul, add and y are read or written for rows rounded up to it,
+// and what stands in the rows beyond `rows` is of no matter.
+constexpr int kRowTile = 8;
 struct Linear {
     const PackedMatrix* w;
     const void* x;        // (rows, ldx) in the format that w's precision reads
@@ -107,7 +110,7 @@ struct Kernels {
     Format attention_format[3]; // by Precision
     size_t (*packed_bytes)(Precision, int n, int k);
     // w: (n, ldw) as stored. Fills data, scale and sum; returns false if a weight is not finite.
-    bool (*pack)(Precision, const void* w, Source, int64_t ldw, int n, int k, char* data, float* scale, int32_t* sum);
+    bool (*pack)(Precision, const void* w, Source, int64_t ldw, int n, int k, char* data, float* scale, float* sum);
 
     void (*linear)(const Linear&);
     void (*attention)(const Attention&);

@@ -15,10 +15,11 @@ INLINE void quantise_row(const float* x, int width, uint8_t* q, RowScale* scale)
     const float inverse = range > 1e-30f ? (kU8Max - 1) / range : 0.0f;
     const float zero = __builtin_rintf(reduce_max(-lo) * inverse);
     *scale = {range > 1e-30f ? range / (kU8Max - 1) : 0.0f, static_cast<int32_t>(zero)};
-    for (int i = 0; i < width; i += VL) {
-        const vf shifted = load(x + i) * inverse + (12582912.0f + zero);  // 1.5 * 2^23: the low byte is the value
-        store_as(q + i, __builtin_convertvector((vu)shifted, vb));
-    }
+    const auto shifted = [&](int i) { return (vu)(load(x + i) * inverse + (12582912.0f + zero)); };  // 1.5 * 2^23 + ..
+    int i = 0;
+    for (; i + 4 * VL <= width; i += 4 * VL)
+        store_low_bytes(q + i, shifted(i), shifted(i + VL), shifted(i + 2 * VL), shifted(i + 3 * VL));
+    for (; i < width; i += VL) store_as(q + i, __builtin_convertvector(shifted(i), vb));
 }
 
 INLINE void convert_row(const float* x, int n, void* q, RowScale* scale, Format format) {

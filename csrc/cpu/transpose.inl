@@ -5,3 +5,11 @@ INLINE void transpose_block(const char* src, int64_t ld, int rows, int columns, 
         for (int u = 0; u < columns; ++u) dst[u * width + t] = t < rows ? s[u] : 0;
     }
 }
+
+// The low byte of every lane of four vectors, in order.
+INLINE void store_low_bytes(uint8_t* q, vu a, vu b, vu c, vu d) {
+    store_as(q, __builtin_convertvector(a, vb));
+    store_as(q + VL, __builtin_convertvector(b, vb));
+    store_as(q + 2 * VL, __builtin_convertvector(c, vb));
+    store_as(q + 3 * VL, __builtin_convertvector(d, vb));
+}

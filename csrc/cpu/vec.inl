@@ -27,20 +27,30 @@ INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// Lanes are folded in halves: the order is fixed, so equal vectors give equal sums.
+// Lanes are folded in halves, in one fixed order.
+template <int W>
+INLINE vf upper_half(vf v) {  // lanes [W, 2 W) moved to [0, W)
+    vi lanes;
+    for (int i = 0; i < VL; ++i) lanes[i] = i < W ? i + W : i;
+#if defined(__clang__)
+    vf moved;
+    for (int i = 0; i < VL; ++i) moved[i] = v[lanes[i]];
+    return moved;
+#else
+    return __builtin_shuffle(v, lanes);
+#endif
+}
 INLINE float reduce_add(vf v) {
-    float t[VL];
-    store(t, v);
-    for (int w = VL / 2; w > 0; w /= 2)
-        for (int i = 0; i < w; ++i) t[i] += t[i + w];
-    return t[0];
+    if constexpr (VL >= 16) v += upper_half<8>(v);
+    if constexpr (VL >= 8) v += upper_half<4>(v);
+    v += upper_half<2>(v);
+    return v[0] + v[1];
 }
 INLINE float reduce_max(vf v) {
-    float t[VL];
-    store(t, v);
-    for (int w = VL / 2; w > 0; w /= 2)
-        for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
-    return t[0];
+    if constexpr (VL >= 16) v = vmax(v, upper_half<8>(v));
+    if constexpr (VL >= 8) v = vmax(v, upper_half<4>(v));
+    v = vmax(v, upper_half<2>(v));
+    return v[0] > v[1] ? v[0] : v[1];
 }
 
 INLINE vf widen_bf16(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
@@ -68,10 +78,10 @@ INLINE float to_float(const void* p, int64_t i, Source source) {
     return f;
 }
 
-// 2^x for x in [-127, 127]; below, exactly 0. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit mantissas).
+// 2^x for x <= 127; below -127 exactly 0. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit mantissas).
 template <int Degree>
 INLINE vf exp2v(vf x) {
-    x = vmin(vmax(x, splat(-127.0f)), splat(127.0f));
+    x = vmax(x, splat(-127.0f));
     const vf z = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
     const vf f = x - (z - 12582912.0f);
     vf p;
@@ -88,7 +98,7 @@ INLINE vf exp2v(vf x) {
     }
     return p * (vf)(((vi)z << 23) + (127 << 23));
 }
-INLINE vf expv(vf x) { return exp2v<5>(x * 1.4426950408889634f); }
+INLINE vf expv(vf x) { return exp2v<5>(vmin(x * 1.4426950408889634f, splat(127.0f))); }
 
 // x * Phi(x) with Phi(x) - 1/2 = x P(x^2) / Q(x^2) fitted on |x| <= 5.2: absolute error 1.2e-7 |x| at most.
 INLINE vf gelu(vf x) {
