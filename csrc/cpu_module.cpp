@@ -217,36 +217,57 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     return out;
 }
 
-// C = A W^T + b through one level's packed product in one precision, with A converted as the encoder converts it.
+// y = activation(x W^T + b) through one level's packed product, with x converted as the encoder converts it.
+class PyLinear {
+public:
+    PyLinear(const py::array& w, const std::optional<F32Array>& bias, const std::string& dtype, const std::string& isa)
+        : k_(*kernels_of(isa)) {
+        const Weight m = weight_of(w, "w");
+        const Precision precision = precision_of(dtype);
+        const int64_t columns = padded(m.n);
+        data_ = Bytes(k_.packed_bytes(precision, m.n, m.k));
+        scale_ = Bytes(columns * sizeof(float));
+        sum_ = Bytes(columns * sizeof(float));
+        bias_ = Bytes(columns * sizeof(float));
+        std::fill_n(bias_.as<float>(), columns, 0.0f);
+        const float* given = vector_of(bias, m.n, "bias");
+        if (given) std::copy(given, given + m.n, bias_.as<float>());
+        if (!k_.pack(precision, m.data, m.source, m.ld, m.n, m.k, data_.get(), scale_.as<float>(), sum_.as<float>()))
+            throw std::invalid_argument("w has a value that is NaN or infinite");
+        packed_ = {precision,         m.n,  m.k, static_cast<int>(columns), (m.k + 3) / 4 * 4, data_.get(),
+                   scale_.as<float>(), sum_.as<float>(), bias_.as<float>()};
+    }
+
+    F32Array call(const F32Array& x, const std::string& activation) const {
+        if (x.ndim() != 2 || x.shape(1) != packed_.k) throw std::invalid_argument("x must be float32 of shape (rows, k)");
+        const Activation act = activation_of(activation);
+        const int rows = static_cast<int>(x.shape(0));
+        const int64_t columns = packed_.n_padded, inputs = padded(packed_.k), tiled = rows + kRowTile;
+        const Format format = k_.input_format(packed_.precision);
+        Bytes wide(tiled * inputs * sizeof(float)), input(tiled * inputs * bytes_of(format)),
+            x_scale(tiled * sizeof(RowScale)), y(tiled * columns * sizeof(float));
+        std::fill_n(wide.as<float>(), tiled * inputs, 0.0f);
+        for (int r = 0; r < rows; ++r)
+            std::copy(x.data() + r * packed_.k, x.data() + (r + 1) * packed_.k, wide.as<float>() + r * inputs);
+        k_.convert(wide.as<float>(), inputs, rows, packed_.k, input.get(), inputs, x_scale.as<RowScale>(), format);
+        k_.linear({&packed_, input.get(), x_scale.as<RowScale>(), inputs, rows, act, false, nullptr, nullptr, y.get(),
+                   columns, Format::kF32});
+        F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(packed_.n)});
+        for (int r = 0; r < rows; ++r)
+            std::copy(y.as<float>() + r * columns, y.as<float>() + r * columns + packed_.n,
+                      out.mutable_data() + r * packed_.n);
+        return out;
+    }
+
+private:
+    const Kernels& k_;
+    Bytes data_, scale_, sum_, bias_;
+    PackedMatrix packed_;
+};
+
 F32Array linear(const F32Array& x, const py::array& w, const std::optional<F32Array>& bias, const std::string& dtype,
-                const std::string& act, const std::string& isa) {
-    const Kernels& k = *kernels_of(isa);
-    const Precision precision = precision_of(dtype);
-    const Weight m = weight_of(w, "w");
-    if (x.ndim() != 2 || x.shape(1) != m.k) throw std::invalid_argument("x must be float32 of shape (rows, k)");
-    const int rows = static_cast<int>(x.shape(0));
-    const int64_t columns = padded(m.n), inputs = padded(m.k);
-    Bytes data(k.packed_bytes(precision, m.n, m.k)), scale(columns * 4), sum(columns * 4), b(columns * 4);
-    std::fill_n(b.as<float>(), columns, 0.0f);
-    const float* given = vector_of(bias, m.n, "bias");
-    if (given) std::copy(given, given + m.n, b.as<float>());
-    if (!k.pack(precision, m.data, m.source, m.ld, m.n, m.k, data.get(), scale.as<float>(), sum.as<float>()))
-        throw std::invalid_argument("w has a value that is NaN or infinite");
-    const PackedMatrix packed{precision, m.n, m.k, static_cast<int>(columns), (m.k + 3) / 4 * 4, data.get(),
-                              scale.as<float>(), sum.as<float>(), b.as<float>()};
-    const Format format = k.input_format(precision);
-    const int64_t tiled = rows + kRowTile;
-    Bytes wide(tiled * inputs * 4), input(tiled * inputs * bytes_of(format)), x_scale(tiled * sizeof(RowScale)),
-        y(tiled * columns * 4);
-    std::fill_n(wide.as<float>(), rows * inputs, 0.0f);
-    for (int r = 0; r < rows; ++r) std::copy(x.data() + r * m.k, x.data() + (r + 1) * m.k, wide.as<float>() + r * inputs);
-    k.convert(wide.as<float>(), inputs, rows, m.k, input.get(), inputs, x_scale.as<RowScale>(), format);
-    k.linear({&packed, input.get(), x_scale.as<RowScale>(), inputs, rows, activation_of(act), false, nullptr, nullptr,
-              y.get(), columns, Format::kF32});
-    F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(m.n)});
-    for (int r = 0; r < rows; ++r)
-        std::copy(y.as<float>() + r * columns, y.as<float>() + r * columns + m.n, out.mutable_data() + r * m.n);
-    return out;
+                const std::string& activation, const std::string& isa) {
+    return PyLinear(w, bias, dtype, isa).call(x, activation);
 }
 
 double peak(const std::string& dtype, int threads, const std::string& isa) {
@@ -279,6 +300,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"), py::arg("isa"));
     m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"), py::arg("isa"));
     m.def("peak", &peak, py::arg("dtype"), py::arg("threads"), py::arg("isa"));
+    py::class_<PyLinear>(m, "Linear")
+        .def(py::init<const py::array&, const std::optional<F32Array>&, const std::string&, const std::string&>(),
+             py::arg("w"), py::arg("bias").none(true), py::arg("dtype"), py::arg("isa"))
+        .def("__call__", &PyLinear::call, py::arg("x"), py::arg("activation") = "identity");
     py::class_<PyEncoder>(m, "Encoder")
         .def(py::init<const py::dict&, const std::string&>(), py::arg("config"), py::arg("isa"))
         .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("weight"), py::arg("bias").none(true))

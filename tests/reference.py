@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def body(model: torch.nn.Module) -> torch.nn.Module:
 def run(model: torch.nn.Module, family: str, ids: np.ndarray, types: np.ndarray, offsets: np.ndarray) -> Any:
     """(logits (N, labels), token vectors (T, D)) in float64, every document alone."""
     logits, tokens = [], []
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in pairwise(offsets):
         inputs = {"input_ids": torch.from_numpy(ids[None, begin:end]).long()}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if not family.startswith(("distilbert", "modernbert")):
@@ -43,22 +44,26 @@ def run(model: torch.nn.Module, family: str, ids: np.ndarray, types: np.ndarray,
     return np.concatenate(logits), np.concatenate(tokens)
 
 
-@lru_cache(maxsize=None)
+@cache
 def results(family: str, dtype: str, labels: int = 3) -> Any:
     """`run` of the tiny model of seed 0 in a torch dtype on `documents(family)`."""
     return run(tiny.build(family, labels).to(getattr(torch, dtype)), family, *documents(family))
 
 
-@lru_cache(maxsize=None)
+@cache
 def int8_results(family: str, u8_max: int, labels: int = 3) -> Any:
     """The same in float64, with every product of the layers quantised as the native encoder states it."""
-    model = tiny.build(family, labels).double()
+    return run(quantise(tiny.build(family, labels).double(), u8_max), family, *documents(family))
+
+
+def quantise(model: torch.nn.Module, u8_max: int) -> torch.nn.Module:
+    """`model` with 8-bit products in its layers: rows of inputs asymmetric on 0 .. u8_max - 1, weights by channel."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and re.search(r"\blayers?\.\d+\.", name):
             scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
             module.weight.data = (module.weight.data / scale).round() * scale
             module.forward = _quantised(module.forward, u8_max - 1)  # type: ignore[method-assign]
-    return run(model, family, *documents(family))
+    return model
 
 
 def _quantised(forward: Callable[[torch.Tensor], torch.Tensor], levels: int) -> Callable[[torch.Tensor], torch.Tensor]:

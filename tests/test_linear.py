@@ -192,6 +192,21 @@ def test_activations_against_float64(isa: str, name: str) -> None:
     assert (np.abs(result - exact) <= BOUNDS[name](np.abs(x))).all()
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_keep_nan(isa: str, name: str) -> None:
+    # A damaged model must end in NaN, which is refused, and not in a plausible score.
+    x = np.array([[np.nan]], np.float32)
+    assert np.isnan(_cpu.linear(x, np.ones((1, 1), np.float32), None, "float32", name, isa))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_int8_rows_that_are_not_finite_stay_so(isa: str, value: float) -> None:
+    x, w, bias = operands(3, 5, 40)
+    x[1, 3] = value
+    result = _cpu.linear(x, w, bias, "int8", "identity", isa)
+    np.testing.assert_array_equal(np.isfinite(result).all(axis=1), [True, False, True])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused(isa: str, dtype: str, value: float) -> None:

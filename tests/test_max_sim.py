@@ -46,7 +46,8 @@ def test_equals_the_reference_in_every_level(
         assert np.abs(result - exact).max() <= sums_bound(query, tokens)
 
 
-def test_error_is_at_most_twice_that_of_the_reference_in_float32(isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_error_is_at_most_twice_that_of_the_reference_in_float32() -> None:
     query, tokens, offsets = case(32, [50] * 40, 384, 0)
     exact = reference.max_sim(query.astype(np.float64), tokens.astype(np.float64), offsets)
     plain = reference.max_sim(query, tokens, offsets)
@@ -72,7 +73,8 @@ def test_a_document_is_bitwise_the_same_in_any_company(lengths: list[int], seed:
             ops.set_isa(None)
 
 
-def test_all_negative_products_are_not_lifted_to_zero(isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_all_negative_products_are_not_lifted_to_zero() -> None:
     # Rows and columns that only fill up a vector must not take part in the maximum.
     query = np.ones((3, 5), np.float32)
     tokens = -np.ones((3, 5), np.float32) * np.array([[1], [2], [3]], np.float32)
@@ -80,7 +82,8 @@ def test_all_negative_products_are_not_lifted_to_zero(isa: str) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 5, 6, 7, 13, 384])
-def test_reads_nothing_beyond_the_last_token(isa: str, width: int) -> None:
+@pytest.mark.usefixtures("isa")
+def test_reads_nothing_beyond_the_last_token(width: int) -> None:
     memory = np.full(3 * width + 4096, np.nan, np.float32)
     memory[: 3 * width] = 1
     tokens = memory[: 3 * width].reshape(3, width)
@@ -88,7 +91,8 @@ def test_reads_nothing_beyond_the_last_token(isa: str, width: int) -> None:
     np.testing.assert_array_equal(result, [width, width])
 
 
-def test_example_of_no_documents_and_of_other_layouts(isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_example_of_no_documents_and_of_other_layouts() -> None:
     query, tokens = np.eye(2, 4, dtype=np.float32), np.eye(4, dtype=np.float32)
     assert ops.max_sim(query, tokens, np.array([0, 1, 4])).tolist() == [0.5, 0.5]
     assert ops.max_sim(query, tokens[:0], np.array([0])).shape == (0,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def test_the_reference_spreads(family: str) -> None:
     last = offsets[-2]
     changed = ids.copy()
     changed[-1] = 5 + (changed[-1] - 4) % (factory.VOCABULARY - 5)
-    _, other = reference.run(factory.build(family, 3).double(), family, changed[last:], types[last:], offsets[-2:] - last)
+    model = factory.build(family, 3).double()
+    _, other = reference.run(model, family, changed[last:], types[last:], offsets[-2:] - last)
     assert np.abs(other - tokens[last:])[0].max() > 1e-3  # the first of 160 tokens sees the last
 
 
@@ -59,24 +61,28 @@ def test_float32_logits_equal_transformers(isa: str, tiny: Tiny, family: str, la
 
 @pytest.mark.parametrize("family", factory.FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_error_against_float64_is_at_most_twice_torchs(isa: str, tiny: Tiny, family: str, dtype: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_error_against_float64_is_no_worse_than_torchs(tiny: Tiny, family: str, dtype: str) -> None:
     exact_logits, exact = reference.results(family, "float64")
     plain_logits, plain = reference.results(family, dtype)
     tokens = encoder(tiny(family, labels=3), dtype=dtype).forward(*reference.documents(family))
-    assert rms(tokens - exact) <= 2 * rms(plain - exact)
+    # In float32 the order of sums differs; in bfloat16 ours must not be worse, as sums and norms stay in float32.
+    factor = 2 if dtype == "float32" else 1
+    assert rms(tokens - exact) <= factor * rms(plain - exact)
     logits = CrossEncoder(tiny(family, labels=3), dtype=dtype).engine.forward(*reference.documents(family))
-    assert rms(logits - exact_logits) <= 2 * rms(plain_logits - exact_logits)
+    assert rms(logits - exact_logits) <= factor * rms(plain_logits - exact_logits)
 
 
 @pytest.mark.parametrize("family", factory.FAMILIES)
 def test_int8_error_is_that_of_its_stated_quantisation(isa: str, tiny: Tiny, family: str) -> None:
     # The same quantisation simulated in float64 has an error of its own. Ours may differ from it where a value near
     # the middle of two levels falls the other way, and by bfloat16 attention on levels that have it: neither adds
-    # more than a fraction of what the 8-bit rounding already costs.
+    # more than a tenth to what the 8-bit rounding already costs (measured: 0.98 to 1.05 of it). There are only 48
+    # logits, so chance weighs more in them (0.7 to 1.2).
     exact_logits, exact = reference.results(family, "float64")
     simulated_logits, simulated = reference.int8_results(family, 127 if isa == "avx2" else 255)
     tokens = encoder(tiny(family, labels=3), dtype="int8").forward(*reference.documents(family))
-    assert rms(tokens - exact) <= 1.25 * rms(simulated - exact)
+    assert rms(tokens - exact) <= 1.1 * rms(simulated - exact)
     logits = CrossEncoder(tiny(family, labels=3), dtype="int8").engine.forward(*reference.documents(family))
     assert rms(logits - exact_logits) <= 1.5 * rms(simulated_logits - exact_logits)
     assert rms(tokens - exact) > 0.5 * rms(simulated - exact)  # it is quantised at all
@@ -84,7 +90,8 @@ def test_int8_error_is_that_of_its_stated_quantisation(isa: str, tiny: Tiny, fam
 
 @pytest.mark.parametrize("family", ["bert", "electra-narrow", "roberta", "distilbert", "modernbert", "modernbert-mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_readouts_are_rows_of_the_token_vectors(isa: str, tiny: Tiny, family: str, dtype: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_readouts_are_rows_of_the_token_vectors(tiny: Tiny, family: str, dtype: str) -> None:
     inputs = reference.documents(family)
     offsets = inputs[2]
     tokens = encoder(tiny(family, labels=3), "tokens", dtype).forward(*inputs)
@@ -95,7 +102,7 @@ def test_readouts_are_rows_of_the_token_vectors(isa: str, tiny: Tiny, family: st
     last = encoder(tiny(family, labels=3), "last", dtype).forward(*inputs)
     np.testing.assert_array_equal(last, tokens[offsets[1:] - 1])
     mean = encoder(tiny(family, labels=3), "mean", dtype).forward(*inputs)
-    for d, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for d, (begin, end) in enumerate(pairwise(offsets)):
         rows = tokens[begin:end].astype(np.float64)
         bound = (end - begin + 1) * 2.0**-24 * np.abs(rows).mean(axis=0)
         assert (np.abs(mean[d] - rows.mean(axis=0)) <= bound + 1e-12).all()
@@ -130,7 +137,7 @@ def test_a_document_is_bitwise_the_same_in_any_company(
     order = data.draw(st.permutations(range(len(lengths))))
     engine = cached(tiny, family, dtype, level, readout)
     ids, types, offsets = reference.documents(family, lengths, seed=len(lengths))
-    spans = [slice(begin, end) for begin, end in zip(offsets, offsets[1:], strict=False)]
+    spans = [slice(begin, end) for begin, end in pairwise(offsets)]
     engine.num_threads = 1
     alone = np.concatenate([engine.forward(ids[s], types[s], np.array([0, s.stop - s.start])) for s in spans])
     rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in order])
@@ -142,7 +149,8 @@ def test_a_document_is_bitwise_the_same_in_any_company(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_token_vectors_are_bitwise_the_same_for_any_thread_count(isa: str, tiny: Tiny, dtype: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_token_vectors_are_bitwise_the_same_for_any_thread_count(tiny: Tiny, dtype: str) -> None:
     inputs = reference.documents("modernbert", reference.LENGTHS * 3)
     engine = encoder(tiny("modernbert", labels=3), dtype=dtype, num_threads=1)
     expected = engine.forward(*inputs)
@@ -166,7 +174,8 @@ def test_a_padding_token_inside_a_text_is_not_counted(tiny: Tiny, family: str, d
     assert np.abs(counted - expected).max() > 0.1
 
 
-def test_modernbert_windows_end_where_the_reference_ends_them(tiny: Tiny, isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_modernbert_windows_end_where_the_reference_ends_them(tiny: Tiny) -> None:
     # With local layers only, a token reaches one window further per layer, and not one token more.
     folder = tiny("modernbert")
     config = open_checkpoint(folder)
@@ -190,18 +199,22 @@ def test_type_ids_left_out_are_zeros(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
-def test_half_precision_checkpoints(isa: str, tiny: Tiny, family: str, stored: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_half_precision_checkpoints(tiny: Tiny, family: str, stored: str) -> None:
     folder = tiny(family, labels=3, dtype=stored)
-    model = factory.build(family, 3).to(getattr(torch, stored)).float()
+    model = factory.build(family, 3)
+    for parameter in model.parameters():  # not the module: that would round rotary frequencies, which are not stored
+        parameter.data = parameter.data.to(getattr(torch, stored)).float()
     expected, _ = reference.run(model, family, *reference.documents(family))
     logits = CrossEncoder(folder).engine.forward(*reference.documents(family))
     assert np.abs(logits - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
 def legacy_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    return {name.replace("LayerNorm.weight", renamed["LayerNorm.weight"])
-            .replace("LayerNorm.bias", renamed["LayerNorm.bias"]): tensor for name, tensor in tensors.items()}  # fmt: skip
+    return {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def bare(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -213,13 +226,12 @@ def test_other_layouts_of_the_same_weights_give_the_same_result(tiny: Tiny, opti
     folder = tiny("bert", labels=3, **options)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard_size" in options)
     inputs = reference.documents("bert")
-    np.testing.assert_array_equal(
-        encoder(folder).forward(*inputs), encoder(tiny("bert", labels=3)).forward(*inputs)
-    )
+    np.testing.assert_array_equal(encoder(folder).forward(*inputs), encoder(tiny("bert", labels=3)).forward(*inputs))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])
-def test_inputs_out_of_range(isa: str, tiny: Tiny, family: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_inputs_out_of_range(tiny: Tiny, family: str) -> None:
     engine = CrossEncoder(tiny(family)).engine
 
     def forward(ids: list[int], offsets: list[int], types: list[int] | None = None) -> np.ndarray:

@@ -16,6 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+torch.set_num_threads(1)  # for these sizes, waking a second thread takes longer than the work
+
 FAMILIES = (
     "bert", "bert-relu", "roberta", "xlm-roberta", "camembert", "electra", "electra-narrow", "distilbert",
     "modernbert", "modernbert-mean",
@@ -23,10 +25,11 @@ FAMILIES = (
 MAX_LENGTH = 160
 MODERNBERT_WINDOW = 8  # tokens on either side of a local layer's token: local_attention / 2
 
-WORDS = (
+_TEXT = (
     "the owl sleeps by day and hunts mice at night a flea lives up to one year cats sleep all day rerankers read query "
     "passage together what is where do how long live city river old bank water light green stone paper machine"
-).split()
+)
+WORDS = _TEXT.split()
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

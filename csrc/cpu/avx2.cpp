@@ -17,7 +17,9 @@ constexpr const char* kName = "avx2";
 // kept in 0..127 (7 bits) and every sum is exact.
 constexpr int kU8Max = 127;
 
-using F32 = FloatPolicy<4, 3>;
+struct F32 : FloatPolicy<4, 3> {
+    INLINE void dot(Acc& c, A a, B b) { asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b)); }
+};
 using BF16 = WideningBf16Policy<4, 2>;
 struct S8 {
     using Acc = vi;

@@ -16,8 +16,9 @@ namespace {
 
 // Tokens per chunk: enough rows to reuse a streamed weight panel, few enough that a chunk's activations stay in L2.
 constexpr int64_t kChunkTokens = 160;
-// Rows that go through output projection, norms and feed-forward together: bounds the widest buffers.
-constexpr int kBlockRows = 80;
+// Rows that go through output projection, norms and feed-forward together: bounds the widest buffers. A multiple of
+// every level's row tile (8, 6, 4), because a product that works in place must not touch the next block's rows.
+constexpr int kBlockRows = 72;
 
 [[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
 

@@ -107,16 +107,16 @@ void linear_with(const Linear& g) {
     }
 }
 
-// Calls f.template operator()<MR>(row) for row tiles of kRows, then of the halves, down to 1.
+// Calls f.template run<MR>(row) for whole row tiles, then for tiles of 4, 2 and 1.
 template <int MR, class F>
 INLINE void for_row_tiles(int rows, const F& f) {
     int row = 0;
     for (; row + MR <= rows; row += MR) f.template run<MR>(row);
-    if constexpr (MR >= 8)
+    if constexpr (MR > 4)
         if (row + 4 <= rows) f.template run<4>(row), row += 4;
-    if constexpr (MR >= 4)
+    if constexpr (MR > 2)
         if (row + 2 <= rows) f.template run<2>(row), row += 2;
-    if constexpr (MR >= 2)
+    if constexpr (MR > 1)
         if (row + 1 <= rows) f.template run<1>(row);
 }
 

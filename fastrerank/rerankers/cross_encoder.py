@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -198,7 +199,7 @@ class CrossEncoder(Reranker):
             for begin in _steps(len(pairs), bool(show_progress_bar)):
                 block = pairs[begin : begin + BLOCK_PAIRS]
                 if prefix:
-                    block = [(prefix + query if isinstance(query, str) else query, text) for query, text in block]
+                    block = [(prefix + query, text) for query, text in block]
                 blocks.append(self._logits(block, usage))
             (logits,) = self._finite([np.concatenate(blocks)])
         scores = self._activate(logits, function)
@@ -239,7 +240,8 @@ class CrossEncoder(Reranker):
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
         blocks = [self._logits(pairs[i : i + BLOCK_PAIRS], usage)[:, 0] for i in range(0, len(pairs), BLOCK_PAIRS)]
         flat = np.concatenate([np.zeros(0, np.float32), *blocks])
-        return np.split(flat, np.cumsum([len(texts) for texts in documents])[:-1])
+        bounds = np.cumsum([0, *map(len, documents)])
+        return [flat[begin:end] for begin, end in pairwise(bounds)]
 
     def _one_query(self, query: str, texts: list[str], usage: Usage, progress: bool) -> Scores:
         blocks = [np.zeros(0, np.float32)]
@@ -298,18 +300,28 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
 
 
-def _as_pairs(inputs: Any) -> tuple[list[Any], bool]:
-    """Return (pairs, whether the input was one pair)."""
+def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
+    """Return (checked pairs, whether the input was one pair)."""
     if isinstance(inputs, np.ndarray):
-        if inputs.ndim > 2:
+        if inputs.ndim not in (1, 2):
             raise TypeError(f"inputs must be one pair (1-D) or pairs (2-D), got an array of {inputs.ndim} dimensions")
         inputs = inputs.tolist()
     elif isinstance(inputs, (str, bytes, dict, set)) or not hasattr(inputs, "__iter__"):
         raise TypeError(f"inputs must be a sequence of (query, document) pairs, got {type(inputs).__name__}")
     pairs = list(inputs)
-    if pairs and isinstance(pairs[0], str):
-        return [tuple(pairs)], True
-    return pairs, False
+    single = bool(pairs) and isinstance(pairs[0], str)
+    if single:
+        return [_as_pair(pairs, "inputs")], True
+    return [_as_pair(pair, f"inputs[{position}]") for position, pair in enumerate(pairs)], False
+
+
+def _as_pair(pair: Any, name: str) -> tuple[str, str]:
+    if not isinstance(pair, (list, tuple, np.ndarray)):
+        raise TypeError(f"{name} must be a (query, document) pair, got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise TypeError(f"{name} must be a (query, document) pair, got {len(pair)} items")
+    query, text = check_texts(pair, name)
+    return query, text
 
 
 def _steps(pairs: int, progress: bool) -> Iterator[int]:

@@ -1,0 +1,63 @@
+"""Microbenchmarks of the kernels: `pytest bench/test_kernels.py --benchmark-only`.
+
+Each checks its result before it is timed and reports operations per second and the fraction of what the same level
+sustains in registers (`fastrerank.ops.peak`). Sizes are MiniLM-L6's and bge-reranker-base's, one thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastrerank import _cpu, ops
+from fastrerank.ops import reference
+
+ROWS = 128
+SHAPES = {"minilm-up": (1536, 384), "minilm-down": (384, 1536), "base-up": (3072, 768), "base-down": (768, 3072)}
+# Relative to the largest output: float32 sums, 8 bits of mantissa, 8 bits of range (7 at avx2).
+BOUNDS = {"float32": 5e-6, "bfloat16": 2e-2, "int8": 6e-2}
+
+
+@pytest.fixture(params=_cpu.levels())
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def _report(benchmark: Any, operations: float, dtype: str, isa: str) -> None:
+    if benchmark.stats is None:
+        return
+    rate = operations / benchmark.stats.stats.median
+    benchmark.extra_info["Gop/s"] = round(rate / 1e9, 1)
+    benchmark.extra_info["% of peak"] = round(100 * rate / _cpu.peak(dtype, 1, isa))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(benchmark: Any, isa: str, dtype: str, shape: str) -> None:
+    """One packed product, with packing and conversion left out of the operations but not out of the time."""
+    n, k = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, k), np.float32)
+    w = rng.standard_normal((n, k), np.float32)
+    expected = x @ w.T
+    product = _cpu.Linear(w, None, dtype, isa)
+    assert np.abs(product(x) - expected).max() <= BOUNDS[dtype] * np.abs(expected).max()
+    benchmark(product, x)
+    _report(benchmark, 2.0 * ROWS * n * k, dtype, isa)
+
+
+def test_max_sim(benchmark: Any, isa: str) -> None:
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((12, 384), np.float32)
+    offsets = np.arange(0, 9601, 96)
+    tokens = rng.standard_normal((offsets[-1], 384), np.float32)
+    ops.set_isa(isa)
+    try:
+        expected = reference.max_sim(query.astype(np.float64), tokens.astype(np.float64), offsets)
+        np.testing.assert_allclose(ops.max_sim(query, tokens, offsets, threads=1), expected, rtol=1e-5)
+        benchmark(ops.max_sim, query, tokens, offsets, threads=1)
+    finally:
+        ops.set_isa(None)
+    _report(benchmark, 2.0 * query.size * len(tokens), "float32", isa)
