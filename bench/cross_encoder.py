@@ -107,8 +107,11 @@ def select(names: Iterable[str]) -> tuple[str, ...]:
     return (*(engine.name for engine in rivals.OURS), *chosen)
 
 
-def run(options: Options, log: Any) -> Findings:
-    """Equals the findings of the whole comparison; `log` is a rich console for progress."""
+def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _: None) -> Findings:
+    """Equals the findings of the whole comparison; `log` is a rich console for progress.
+
+    `save` gets the findings so far after each part, because a run takes minutes and may be broken off.
+    """
     model = models.build(options.model, options.cache)
     tokenizer = data.PairTokenizer(model.path)
     work = data.load(options.data, tokenizer, documents=options.documents, length=options.length)
@@ -149,13 +152,17 @@ def run(options: Options, log: Any) -> Findings:
             rows[name].seconds = seconds
             if rows[name].on_text:
                 rows[name].tokenise_seconds = float(np.median([workers[name].call("tokenise") for _ in range(3)]))
-        if not options.quick:
-            findings.latency, findings.stages = bench.latencies(_fastest(findings), workers)
-    if not options.quick:
-        for result in findings.measured():
-            result.peak_bytes = bench.peak_memory(result)
-        findings.variants = bench.variants([row.name for row in findings.measured() if row.ours])
-        findings.quality = bench.quality([row for row in findings.measured() if row.ours])
+        save(findings)
+        if options.quick:
+            return findings
+        findings.latency, findings.stages = bench.latencies(_fastest(findings), workers)
+        save(findings)
+    for result in findings.measured():
+        result.peak_bytes = bench.peak_memory(result)
+    save(findings)
+    findings.variants = bench.variants([row.name for row in findings.measured() if row.ours])
+    findings.quality = bench.quality([row for row in findings.measured() if row.ours])
+    save(findings)
     return findings
 
 
@@ -343,13 +350,10 @@ def _scores(worker: Worker) -> Callable[[], float]:
 
 
 def _fastest(findings: Findings) -> list[str]:
-    """Ours, sentence-transformers, and the fastest rival of each precision."""
+    """Ours, sentence-transformers, and the two fastest other rivals."""
     chosen = [row.name for row in findings.measured() if row.ours or row.on_text]
-    for precision in PRECISIONS:
-        peers = [row for row in findings.measured() if row.precision == precision and not row.ours and not row.on_text]
-        if peers:
-            chosen.append(min(peers, key=lambda row: float(np.median(row.seconds))).name)
-    return chosen
+    others = [row for row in findings.measured() if row.name not in chosen]
+    return chosen + [row.name for row in sorted(others, key=lambda row: float(np.median(row.seconds)))[:2]]
 
 
 def _host(options: Options) -> dict[str, Any]:

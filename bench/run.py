@@ -70,12 +70,10 @@ def cross_encoder(
             cache=cache or models.default_cache(),
             command="python -m bench.run " + " ".join(sys.argv[1:]),
         )
-        findings = bench.run(options, log)
+        findings = bench.run(options, log, lambda found: report.write_json(found, json_file) if json_file else None)
     except (ValueError, FileNotFoundError) as error:
         log.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
-    if json_file is not None:
-        report.write_json(findings, json_file)
     report.show(findings, markdown=markdown)
     raise typer.Exit(0 if findings.sound else 1)
 

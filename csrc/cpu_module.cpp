@@ -85,7 +85,8 @@ Weight weight_of(const py::array& a, const char* what) {
         source = Source::kBF16;
     else
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
-    if (a.strides(1) != size || a.strides(0) % size) throw std::invalid_argument(std::string(what) + " must have contiguous rows");
+    if (a.strides(1) != size || a.strides(0) % size)
+        throw std::invalid_argument(std::string(what) + " must have contiguous rows");
     return {a.data(), source, a.strides(0) / size, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1))};
 }
 const float* vector_of(const std::optional<F32Array>& a, int64_t n, const char* what) {
@@ -102,7 +103,8 @@ const float* table_of(const std::optional<F32Array>& a, int rows, int columns, c
     return a->data();
 }
 void check_offsets(const I64Array& offsets, int64_t tokens) {
-    if (offsets.ndim() != 1 || offsets.shape(0) < 1) throw std::invalid_argument("offsets must be int64 of shape (N + 1,)");
+    if (offsets.ndim() != 1 || offsets.shape(0) < 1)
+        throw std::invalid_argument("offsets must be int64 of shape (N + 1,)");
     const int64_t* o = offsets.data();
     for (py::ssize_t i = 0; i + 1 < offsets.shape(0); ++i)
         if (o[i] > o[i + 1]) throw std::invalid_argument("offsets must not decrease");
@@ -124,7 +126,8 @@ public:
         const int n = static_cast<int>(gamma.size());
         encoder_.set_norm(layer, name, gamma.data(), vector_of(beta, n, "beta"), n);
     }
-    void set_tables(const py::array& word, const std::optional<F32Array>& position, const std::optional<F32Array>& type) {
+    void set_tables(const py::array& word, const std::optional<F32Array>& position,
+                    const std::optional<F32Array>& type) {
         const EncoderConfig& c = encoder_.config();
         const Weight m = weight_of(word, "word embeddings");
         if (m.n != c.vocabulary || m.k != c.embedding || m.ld != m.k)
@@ -212,7 +215,8 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     run_parallel((documents + kPerTask - 1) / kPerTask, threads, [&](int i) {
         Bytes best(padded(lq) * sizeof(float));
         const int begin = i * kPerTask, count = std::min(kPerTask, documents - begin);
-        k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(), o + begin);
+        k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(),
+                  o + begin);
     });
     return out;
 }
@@ -234,12 +238,20 @@ public:
         if (given) std::copy(given, given + m.n, bias_.as<float>());
         if (!k_.pack(precision, m.data, m.source, m.ld, m.n, m.k, data_.get(), scale_.as<float>(), sum_.as<float>()))
             throw std::invalid_argument("w has a value that is NaN or infinite");
-        packed_ = {precision,         m.n,  m.k, static_cast<int>(columns), (m.k + 3) / 4 * 4, data_.get(),
-                   scale_.as<float>(), sum_.as<float>(), bias_.as<float>()};
+        packed_ = {precision,
+                   m.n,
+                   m.k,
+                   static_cast<int>(columns),
+                   (m.k + 3) / 4 * 4,
+                   data_.get(),
+                   scale_.as<float>(),
+                   sum_.as<float>(),
+                   bias_.as<float>()};
     }
 
     F32Array call(const F32Array& x, const std::string& activation) const {
-        if (x.ndim() != 2 || x.shape(1) != packed_.k) throw std::invalid_argument("x must be float32 of shape (rows, k)");
+        if (x.ndim() != 2 || x.shape(1) != packed_.k)
+            throw std::invalid_argument("x must be float32 of shape (rows, k)");
         const Activation act = activation_of(activation);
         const int rows = static_cast<int>(x.shape(0));
         const int64_t columns = packed_.n_padded, inputs = padded(packed_.k), tiled = rows + kRowTile;
@@ -291,14 +303,19 @@ double peak(const std::string& dtype, int threads, const std::string& isa) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "fastrerank's CPU kernels; use them through fastrerank.ops and fastrerank.engine.";
-    m.def("levels", [] {
-        std::vector<std::string> names;
-        for (int i = 0; i < 4; ++i)
-            if (kernels(static_cast<Isa>(i))) names.emplace_back(kIsaNames[i]);
-        return names;
-    }, "Instruction-set levels that this CPU runs, lowest first.");
-    m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"), py::arg("isa"));
-    m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"), py::arg("isa"));
+    m.def(
+        "levels",
+        [] {
+            std::vector<std::string> names;
+            for (int i = 0; i < 4; ++i)
+                if (kernels(static_cast<Isa>(i))) names.emplace_back(kIsaNames[i]);
+            return names;
+        },
+        "Instruction-set levels that this CPU runs, lowest first.");
+    m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"),
+          py::arg("isa"));
+    m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"),
+          py::arg("isa"));
     m.def("peak", &peak, py::arg("dtype"), py::arg("threads"), py::arg("isa"));
     py::class_<PyLinear>(m, "Linear")
         .def(py::init<const py::array&, const std::optional<F32Array>&, const std::string&, const std::string&>(),
@@ -306,14 +323,18 @@ PYBIND11_MODULE(_cpu, m) {
         .def("__call__", &PyLinear::call, py::arg("x"), py::arg("activation") = "identity");
     py::class_<PyEncoder>(m, "Encoder")
         .def(py::init<const py::dict&, const std::string&>(), py::arg("config"), py::arg("isa"))
-        .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("weight"), py::arg("bias").none(true))
-        .def("set_norm", &PyEncoder::set_norm, py::arg("layer"), py::arg("name"), py::arg("gamma"), py::arg("beta").none(true))
-        .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position").none(true), py::arg("type").none(true))
+        .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("weight"),
+             py::arg("bias").none(true))
+        .def("set_norm", &PyEncoder::set_norm, py::arg("layer"), py::arg("name"), py::arg("gamma"),
+             py::arg("beta").none(true))
+        .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position").none(true),
+             py::arg("type").none(true))
         .def("add_rope", &PyEncoder::add_rope, py::arg("theta"), py::arg("half"))
         .def("add_dense", &PyEncoder::add_dense, py::arg("weight"), py::arg("bias").none(true), py::arg("activation"))
         .def("add_norm", &PyEncoder::add_norm, py::arg("gamma"), py::arg("beta").none(true), py::arg("eps"))
         .def("add_normalize", &PyEncoder::add_normalize)
-        .def("forward", &PyEncoder::forward, py::arg("ids"), py::arg("types").none(true), py::arg("offsets"), py::arg("readout"), py::arg("threads"))
+        .def("forward", &PyEncoder::forward, py::arg("ids"), py::arg("types").none(true), py::arg("offsets"),
+             py::arg("readout"), py::arg("threads"))
         .def_property_readonly("output_width", &PyEncoder::output_width)
         .def_property_readonly("weight_bytes", &PyEncoder::weight_bytes)
         .def_property_readonly("isa", &PyEncoder::isa);

@@ -190,6 +190,22 @@ def test_duplicates_tie_and_keep_their_order(reranker: Any) -> None:
     ]
 
 
+def test_work_split_into_blocks_gives_the_same(reranker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = reranker.score(QUERY, TEXTS)
+    rows = reranker.rank(QUERY, TEXTS)
+    module = sys.modules[type(reranker).__module__]
+    sizes = {"BLOCK_PAIRS": 3, "BLOCK_TEXTS": 3, "BLOCK_TOKENS": 50}  # 20 texts of 3 to 42 tokens
+    assert any(hasattr(module, name) for name in sizes)
+    for name, size in sizes.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, size)
+    np.testing.assert_array_equal(reranker.score(QUERY, TEXTS), expected)
+    assert reranker.last_usage["forwards"] > 5
+    assert reranker.rank(QUERY, TEXTS) == rows
+    many = reranker.score_many([QUERY, "a", QUERY], [TEXTS[:9], [], TEXTS])
+    np.testing.assert_array_equal(np.concatenate(many), np.concatenate([expected[:9], expected]))
+
+
 def test_other_containers_of_texts(reranker: Any) -> None:
     expected = reranker.score(QUERY, TEXTS)
     for some in (tuple(TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):

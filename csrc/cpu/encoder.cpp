@@ -30,7 +30,8 @@ Norm make_norm(const float* gamma, const float* beta, int n) {
     if (beta) std::copy(beta, beta + n, norm.beta.begin());
     norm.has_beta = beta != nullptr;
     for (int i = 0; i < n; ++i)
-        if (!std::isfinite(norm.gamma[i]) || !std::isfinite(norm.beta[i])) invalid("a norm's weight is NaN or infinite");
+        if (!std::isfinite(norm.gamma[i]) || !std::isfinite(norm.beta[i]))
+            invalid("a norm's weight is NaN or infinite");
     return norm;
 }
 
@@ -83,8 +84,11 @@ struct Encoder::Chunk {
 };
 
 Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
-    : config_(config), k_(*kernels), input_(k_.input_format(config.precision)),
-      attention_(k_.attention_format[static_cast<int>(config.precision)]), layers_(config.layers) {
+    : config_(config),
+      k_(*kernels),
+      input_(k_.input_format(config.precision)),
+      attention_(k_.attention_format[static_cast<int>(config.precision)]),
+      layers_(config.layers) {
     if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
 }
 
@@ -103,8 +107,15 @@ OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source sour
     bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.sum.as<float>());
     for (int i = 0; bias && i < n; ++i) ok &= std::isfinite(bias[i]);
     if (!ok) invalid("weight of " + what + " is NaN or infinite: the checkpoint is damaged");
-    m.view = PackedMatrix{precision, n, k, static_cast<int>(columns), (k + 3) / 4 * 4, m.data.get(),
-                          m.scale.as<float>(), m.sum.as<float>(), m.bias.as<float>()};
+    m.view = PackedMatrix{precision,
+                          n,
+                          k,
+                          static_cast<int>(columns),
+                          (k + 3) / 4 * 4,
+                          m.data.get(),
+                          m.scale.as<float>(),
+                          m.sum.as<float>(),
+                          m.bias.as<float>()};
     return m;
 }
 
@@ -127,8 +138,8 @@ void Encoder::set_linear(int layer, const std::string& name, const void* w, Sour
         return;
     }
     Layer& l = layers_.at(layer);
-    const std::pair<const char*, OwnedMatrix*> slots[] = {{"q", &l.q}, {"k", &l.k},       {"v", &l.v},      {"o", &l.o},
-                                                          {"up", &l.up}, {"gate", &l.gate}, {"down", &l.down}};
+    const std::pair<const char*, OwnedMatrix*> slots[] = {
+        {"q", &l.q}, {"k", &l.k}, {"v", &l.v}, {"o", &l.o}, {"up", &l.up}, {"gate", &l.gate}, {"down", &l.down}};
     for (const auto& [slot, target] : slots)
         if (name == slot) {
             *target = std::move(m);
@@ -296,8 +307,8 @@ void Encoder::embed(Chunk& c) const {
     k_.embed({c.ids, c.positions, c.types, word_, word_source_, position_.empty() ? nullptr : position_.data(),
               type_.empty() ? nullptr : type_.data(), c.tokens, g.embedding, target, ld});
     const float* beta = embedding_norm_.has_beta ? embedding_norm_.beta.data() : nullptr;
-    k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, nullptr,
-                   0, nullptr, Format::kF32});
+    k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, nullptr, 0,
+                   nullptr, Format::kF32});
     if (projection_.data.size())
         k_.linear({&projection_.view, target, nullptr, ld, c.tokens, Activation::kIdentity, false, nullptr, nullptr,
                    c.x, width, Format::kF32});
@@ -335,8 +346,8 @@ void Encoder::project(Chunk& c, const OwnedMatrix& w, int rope, const int32_t* p
         const int rows = std::min(kBlockRows, c.rows - r);
         k_.linear({&w.view, c.input + r * width * element, c.input_scale + r, width, rows, Activation::kIdentity, false,
                    nullptr, nullptr, wide, columns, Format::kF32});
-        k_.rope(wide, columns, positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
-                config_.head_dim, table.half, out + r * columns * bytes_of(attention_), columns, attention_);
+        k_.rope(wide, columns, positions + r, table.cos.data(), table.sin.data(), rows, config_.heads, config_.head_dim,
+                table.half, out + r * columns * bytes_of(attention_), columns, attention_);
     }
 }
 
@@ -436,11 +447,9 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
     c.queries = c.keys;
     c.start.assign(documents, 0);
     const bool alias = input_ == Format::kF32 && !g.pre_norm;
-    c.input = alias ? reinterpret_cast<char*>(c.x)
-                    : Workspace::need(c.w->input, c.tokens, width * bytes_of(input_));
+    c.input = alias ? reinterpret_cast<char*>(c.x) : Workspace::need(c.w->input, c.tokens, width * bytes_of(input_));
     c.input_scale = Workspace::need<RowScale>(c.w->input_scale, c.tokens);
-    if (!g.pre_norm && !alias)
-        k_.convert(c.x, width, c.tokens, g.hidden, c.input, width, c.input_scale, input_);
+    if (!g.pre_norm && !alias) k_.convert(c.x, width, c.tokens, g.hidden, c.input, width, c.input_scale, input_);
     const bool prune = readout == Readout::kFirst || readout == Readout::kLast;
     for (int i = 0; i < g.layers; ++i) {
         const bool last = prune && i + 1 == g.layers;
@@ -471,8 +480,9 @@ float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
         if (op.kind == HeadOp::kDense) {
             k_.linear({&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32});
         } else if (op.kind == HeadOp::kNorm) {
-            k_.layer_norm({x, ldx, rows, op.width, op.norm.gamma.data(), op.norm.has_beta ? op.norm.beta.data() : nullptr,
-                           op.eps, y, ldy, nullptr, 0, nullptr, Format::kF32});
+            k_.layer_norm({x, ldx, rows, op.width, op.norm.gamma.data(),
+                           op.norm.has_beta ? op.norm.beta.data() : nullptr, op.eps, y, ldy, nullptr, 0, nullptr,
+                           Format::kF32});
         } else {
             for (int r = 0; r < rows; ++r) {
                 double square = 0;
@@ -519,8 +529,7 @@ void Encoder::read(Chunk& c, Readout readout, float* out) const {
         const int count = std::min(block, rows - r);
         const float* y = head_.empty() ? x + r * width : apply_head(c, x + r * width, width, count);
         const int64_t ldy = head_.empty() ? width : padded(n);
-        for (int i = 0; i < count; ++i)
-            std::memcpy(out + target[r + i] * n, y + i * ldy, n * sizeof(float));
+        for (int i = 0; i < count; ++i) std::memcpy(out + target[r + i] * n, y + i * ldy, n * sizeof(float));
     }
 }
 

@@ -41,7 +41,9 @@ public:
     char* get() const { return p_; }
     size_t size() const { return n_; }
     template <class T>
-    T* as() const { return reinterpret_cast<T*>(p_); }
+    T* as() const {
+        return reinterpret_cast<T*>(p_);
+    }
 
 private:
     char* p_;

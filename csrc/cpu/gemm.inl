@@ -13,7 +13,7 @@ template <class P, int MR, int NV>
 INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, const char* b, int steps) {
     for (int s = 0; s < steps; ++s) {
         typename P::B w[NV];
-        UNROLL for (int j = 0; j < NV; ++j) w[j] = P::load_b(b + j * P::kBBytes);
+    UNROLL for (int j = 0; j < NV; ++j) w[j] = P::load_b(b + j * P::kBBytes);
         UNROLL for (int i = 0; i < MR; ++i) {
             const typename P::A x = P::load_a(a + i * lda);
             UNROLL for (int j = 0; j < NV; ++j) P::dot(c[i][j], x, w[j]);
@@ -23,12 +23,13 @@ INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, c
     }
 }
 
-// What an accumulator means after the product: a sum, or an integer to which every input's zero point contributed.
-// b: the column's bias; s, sum: its scale and its scaled sum of weights.
+// What a tile's columns carry: bias, and for int8 their scale and scaled sum of weights.
 template <int NV>
 struct Columns {
     vf bias[NV], scale[NV], sum[NV];
 };
+
+// What an accumulator means after the product: a sum, or an integer to which every input's zero point contributed.
 template <int NV>
 INLINE vf finish(const Linear&, const Columns<NV>& w, vf c, int, int j) {
     return c + w.bias[j];

@@ -41,8 +41,8 @@ struct PackedMatrix {
     const float* bias;    // (n_padded,), zeros where the layer has none
 };
 
-// Rows are taken in tiles of at most kRowTile: x, x_scale, mul, add and y are read or written for rows rounded up to it,
-// and what stands in the rows beyond `rows` is of no matter.
+// Rows are taken in tiles of at most kRowTile: x, x_scale, mul, add and y are read or written for rows rounded up to
+// it, and what stands in the rows beyond `rows` is of no matter.
 constexpr int kRowTile = 8;
 struct Linear {
     const PackedMatrix* w;
@@ -119,8 +119,8 @@ struct Kernels {
     // Rows of float32 to `format`; columns [0, padded(n)) are written, the amax is over the first n.
     void (*convert)(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale,
                     Format format);
-    // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (.., half)
-    // by position; head_dim <= 512.
+    // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (..,
+    // half) by position; head_dim <= 512.
     void (*rope)(const float* x, int64_t ldx, const int32_t* positions, const float* cos, const float* sin, int rows,
                  int heads, int head_dim, int half, void* y, int64_t ldy, Format format);
     void (*embed)(const Embed&);

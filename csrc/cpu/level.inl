@@ -11,5 +11,7 @@ Format input_format(Precision p) {
 
 constexpr Format kReducedAttention = BF16::kElement == 2 ? Format::kBF16 : Format::kF32;
 constexpr Kernels kTable = {
-    kIsa,   kName,  kU8Max, input_format, {Format::kF32, kReducedAttention, kReducedAttention},
-    packed_bytes, pack, linear, attention, attention_scratch, layer_norm, convert, rope, embed, max_sim, peak};
+    kIsa,         kName,   kU8Max, input_format, {Format::kF32, kReducedAttention, kReducedAttention},
+    packed_bytes, pack,    linear, attention,    attention_scratch,
+    layer_norm,   convert, rope,   embed,        max_sim,
+    peak};

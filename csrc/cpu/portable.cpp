@@ -36,7 +36,7 @@ struct S8 {
     INLINE B load_b(const char* p) {
         typedef int8_t s8 __attribute__((vector_size(8)));
         typedef int16_t s16 __attribute__((vector_size(16)));
-        return (vi)__builtin_convertvector(load_as<s8>(p), s16);
+        return (vi) __builtin_convertvector(load_as<s8>(p), s16);
     }
     INLINE void dot(Acc& c, A a, B b) { c += (a & 0xffff) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 #endif

@@ -34,8 +34,7 @@ INLINE void convert_row(const float* x, int n, void* q, RowScale* scale, Format 
     for (int i = 0; i < width; i += VL) store(static_cast<float*>(q) + i, load(x + i));
 }
 
-void convert(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale,
-             Format format) {
+void convert(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale, Format format) {
     for (int r = 0; r < rows; ++r)
         convert_row(x + r * ldx, n, static_cast<char*>(q) + r * ldq * bytes_of(format), q_scale + r, format);
 }
