@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -22,34 +20,7 @@ constexpr int kBlockRows = 72;
 
 [[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
-Norm make_norm(const float* gamma, const float* beta, int n) {
-    Norm norm;
-    norm.gamma.assign(padded(n), 0.0f);
-    norm.beta.assign(padded(n), 0.0f);
-    std::copy(gamma, gamma + n, norm.gamma.begin());
-    if (beta) std::copy(beta, beta + n, norm.beta.begin());
-    norm.has_beta = beta != nullptr;
-    for (int i = 0; i < n; ++i)
-        if (!std::isfinite(norm.gamma[i]) || !std::isfinite(norm.beta[i]))
-            invalid("a norm's weight is NaN or infinite");
-    return norm;
-}
-
 }  // namespace
-
-Bytes::Bytes(size_t n) : p_(nullptr), n_(n) {
-    if (!n) return;
-    const size_t rounded = (n + 64 + 63) / 64 * 64;
-    p_ = static_cast<char*>(std::aligned_alloc(64, rounded));
-    if (!p_) throw std::bad_alloc();
-}
-Bytes::~Bytes() { std::free(p_); }
-Bytes::Bytes(Bytes&& other) noexcept : p_(std::exchange(other.p_, nullptr)), n_(std::exchange(other.n_, 0)) {}
-Bytes& Bytes::operator=(Bytes&& other) noexcept {
-    std::swap(p_, other.p_);
-    std::swap(n_, other.n_);
-    return *this;
-}
 
 // Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
 struct Encoder::Workspace {
@@ -93,134 +64,6 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
 }
 
 Encoder::~Encoder() = default;
-
-OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
-                                 const float* bias, const std::string& what) const {
-    OwnedMatrix m;
-    const int64_t columns = padded(n);
-    m.data = Bytes(k_.packed_bytes(precision, n, k));
-    m.scale = Bytes(columns * sizeof(float));
-    m.sum = Bytes(columns * sizeof(float));
-    m.bias = Bytes(columns * sizeof(float));
-    std::memset(m.bias.get(), 0, columns * sizeof(float));
-    if (bias) std::copy(bias, bias + n, m.bias.as<float>());
-    bool ok = k_.pack(precision, w, source, ldw, n, k, m.data.get(), m.scale.as<float>(), m.sum.as<float>());
-    for (int i = 0; bias && i < n; ++i) ok &= std::isfinite(bias[i]);
-    if (!ok) invalid("weight of " + what + " is NaN or infinite: the checkpoint is damaged");
-    m.view = PackedMatrix{precision,
-                          n,
-                          k,
-                          static_cast<int>(columns),
-                          (k + 3) / 4 * 4,
-                          m.data.get(),
-                          m.scale.as<float>(),
-                          m.sum.as<float>(),
-                          m.bias.as<float>()};
-    return m;
-}
-
-void Encoder::set_linear(int layer, const std::string& name, const void* w, Source source, int64_t ldw, int n, int k,
-                         const float* bias) {
-    const std::string what = layer < 0 ? name : "layer " + std::to_string(layer) + " " + name;
-    const int columns = config_.heads * config_.head_dim;
-    const bool query_like = name == "q" || name == "k" || name == "v";
-    const int outputs = query_like ? columns : name == "up" || name == "gate" ? config_.intermediate : config_.hidden;
-    const int inputs = name == "o"            ? columns
-                       : name == "down"       ? config_.intermediate
-                       : name == "projection" ? config_.embedding
-                                              : config_.hidden;
-    if (n != outputs || k != inputs)
-        invalid("weight of " + what + " has shape (" + std::to_string(n) + ", " + std::to_string(k) + "), expected (" +
-                std::to_string(outputs) + ", " + std::to_string(inputs) + ")");
-    OwnedMatrix m = make_matrix(layer < 0 ? Precision::kFloat32 : config_.precision, w, source, ldw, n, k, bias, what);
-    if (layer < 0 && name == "projection") {
-        projection_ = std::move(m);
-        return;
-    }
-    Layer& l = layers_.at(layer);
-    const std::pair<const char*, OwnedMatrix*> slots[] = {
-        {"q", &l.q}, {"k", &l.k}, {"v", &l.v}, {"o", &l.o}, {"up", &l.up}, {"gate", &l.gate}, {"down", &l.down}};
-    for (const auto& [slot, target] : slots)
-        if (name == slot) {
-            *target = std::move(m);
-            return;
-        }
-    invalid("unknown linear layer " + name);
-}
-
-void Encoder::set_norm(int layer, const std::string& name, const float* gamma, const float* beta, int n) {
-    const int width = name == "embedding" ? config_.embedding : config_.hidden;
-    if (n != width)
-        invalid("the " + name + " norm has " + std::to_string(n) + " weights, expected " + std::to_string(width));
-    Norm norm = make_norm(gamma, beta, n);
-    if (layer < 0)
-        (name == "embedding" ? embedding_norm_ : final_norm_) = std::move(norm);
-    else
-        (name == "attention" ? layers_.at(layer).attention_norm : layers_.at(layer).output_norm) = std::move(norm);
-}
-
-void Encoder::set_tables(const void* word, Source source, const float* position, const float* type) {
-    word_ = word;
-    word_source_ = source;
-    const int64_t width = padded(config_.embedding);
-    const auto copy = [&](std::vector<float>& to, const float* from, int rows) {
-        if (!from) return;
-        to.assign(rows * width, 0.0f);
-        for (int64_t r = 0; r < rows; ++r)
-            std::copy(from + r * config_.embedding, from + (r + 1) * config_.embedding, to.begin() + r * width);
-    };
-    copy(position_, position, config_.positions);
-    copy(type_, type, config_.types);
-}
-
-void Encoder::add_rope(float theta, int half) {
-    RopeTable t;
-    t.half = half;
-    for (int p = 0; p < config_.positions; ++p)
-        for (int i = 0; i < half; ++i) {
-            // The reference computes frequencies and angles in float32.
-            const float frequency = 1.0f / std::pow(theta, static_cast<float>(2 * i) / static_cast<float>(2 * half));
-            const float angle = static_cast<float>(p) * frequency;
-            t.cos.push_back(std::cos(angle));
-            t.sin.push_back(std::sin(angle));
-        }
-    ropes_.push_back(std::move(t));
-}
-
-void Encoder::add_dense(const void* w, Source source, int64_t ldw, int n, int k, const float* bias, Activation act) {
-    HeadOp op;
-    op.kind = HeadOp::kDense;
-    op.dense = make_matrix(Precision::kFloat32, w, source, ldw, n, k, bias, "head");
-    op.act = act;
-    op.width = n;
-    head_.push_back(std::move(op));
-}
-
-void Encoder::add_norm(const float* gamma, const float* beta, int n, float eps) {
-    HeadOp op;
-    op.kind = HeadOp::kNorm;
-    op.norm = make_norm(gamma, beta, n);
-    op.eps = eps;
-    op.width = n;
-    head_.push_back(std::move(op));
-}
-
-void Encoder::add_normalize() {
-    HeadOp op;
-    op.kind = HeadOp::kNormalize;
-    op.width = output_width();
-    head_.push_back(std::move(op));
-}
-
-int Encoder::output_width() const { return head_.empty() ? config_.hidden : head_.back().width; }
-
-size_t Encoder::weight_bytes() const {
-    size_t total = (position_.size() + type_.size()) * sizeof(float) + projection_.data.size();
-    for (const Layer& l : layers_)
-        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.up, &l.gate, &l.down}) total += m->data.size();
-    for (const HeadOp& op : head_) total += op.dense.data.size();
-    return total;
-}
 
 void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const {
     if (offsets[0] != 0) invalid("offsets must start at 0");

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank import ops
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.heads import Head, NormalizeStep, module_head
-from fastrerank.engine.native import NativeEncoder
-from fastrerank.rerankers.base import Reranker, Scores, Usage, check_device, native_dtype
-from fastrerank.text.tokenizer import Tokenizer, check_texts
+from fastrerank.checkpoint import Checkpoint
+from fastrerank.engine.heads import Head, module_head
+from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.vectors import VectorReranker
+from fastrerank.text.tokenizer import check_texts
 
 __all__ = ["EmbeddingReranker"]
 
@@ -23,19 +23,13 @@ __all__ = ["EmbeddingReranker"]
 BLOCK_TEXTS = 2048
 
 
-class EmbeddingReranker(Reranker):
+class EmbeddingReranker(VectorReranker):
     """Like sentence-transformers' `util.cos_sim(model.encode_query(q), model.encode_document(documents))`.
 
     Pooling, Dense, LayerNorm and Normalize modules are those of the checkpoint; without any, tokens are averaged.
     Prompts that the checkpoint stores as "query" and "document" (or "passage") are prepended.
 
-    Args:
-        model_name_or_path: hub id or local folder.
-        device: None or "cpu".
-        dtype: "float32", "bfloat16", "int8"; "auto" is float32.
-        max_length: tokens per text; None for the checkpoint's limit.
-        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
-        revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
+    Arguments as in `VectorReranker`: model_name_or_path, device, dtype, max_length, num_threads, and those of the hub.
 
     Paper: Sentence-BERT, Reimers and Gurevych 2019, arXiv 1908.10084.
 
@@ -46,27 +40,14 @@ class EmbeddingReranker(Reranker):
 
     method: ClassVar[str] = "embedding"
 
-    def __init__(
-        self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
-        max_length: int | None = None, num_threads: int | None = None, revision: str | None = None,
-        cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.device = check_device(device)
-        self.dtype = native_dtype(dtype)
-        checkpoint = open_checkpoint(
-            model_name_or_path, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only,
-            token=token, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        head = module_head(checkpoint.modules)
-        if not head.steps or not isinstance(head.steps[-1], NormalizeStep):
-            head = Head(head.readout, (*head.steps, NormalizeStep()))
-        self.engine = NativeEncoder.load(checkpoint, head, dtype=self.dtype, num_threads=num_threads)
-        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
-        prompts = checkpoint.st_config.get("prompts") or {}
+    def __init__(self, model_name_or_path: str | Path, **options: Any) -> None:
+        super().__init__(model_name_or_path, **options)
+        prompts = self.checkpoint.st_config.get("prompts") or {}
         self.query_prompt = str(prompts.get("query") or "")
         self.document_prompt = str(prompts.get("document") or prompts.get("passage") or "")
+
+    def _head(self, checkpoint: Checkpoint) -> Head:
+        return module_head(checkpoint.modules)
 
     def encode(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.float32]:
         """Return unit vectors, float32 (N, D), of texts with `prompt` put before each.
