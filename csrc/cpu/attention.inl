@@ -209,11 +209,11 @@ void max_sim(const char* packed_query, int query_tokens, int dim, const float* t
             const char* b = packed_query + static_cast<int64_t>(n) * k_padded * 4;
             const int left = (n_padded - n) / VL;
             if (left >= F32::kVectors)
-                for_row_tiles<F32::kRows>(count, MaxSimPanel<F32::kVectors>{rows, ld, b, k_padded, best + n});
+                for_row_tiles<F32::kRows>(count, MaxSimPanel<F32::kVectors>{rows, ld, b, dim, best + n});
             else if (left == 2)
-                for_row_tiles<F32::kRows>(count, MaxSimPanel<2>{rows, ld, b, k_padded, best + n});
+                for_row_tiles<F32::kRows>(count, MaxSimPanel<2>{rows, ld, b, dim, best + n});
             else
-                for_row_tiles<F32::kRows>(count, MaxSimPanel<1>{rows, ld, b, k_padded, best + n});
+                for_row_tiles<F32::kRows>(count, MaxSimPanel<1>{rows, ld, b, dim, best + n});
         }
         double sum = 0;
         for (int i = 0; i < query_tokens; ++i) sum += best[i];

@@ -4,17 +4,19 @@
 // point can push the ends by half a step, hence the level left free. Asymmetric, because a GELU's row is nearly all
 // positive: half of a symmetric range would stand empty.
 INLINE void quantise_row(const float* x, int width, uint8_t* q, RowScale* scale) {
-    vf lo = {}, hi = {};
+    vf lo = {}, hi = {}, bad = {};
     for (int i = 0; i < width; i += VL) {
         const vf v = load(x + i);
         lo = vmin(lo, v);
         hi = vmax(hi, v);
+        bad += v * 0.0f;
     }
     const float range = reduce_max(hi) + reduce_max(-lo);
+    // NaN and infinity have no 8-bit form: they make the scale NaN, and with it all that reads the row.
     // A row so small that the inverse would overflow is a row of zeros.
     const float inverse = range > 1e-30f ? (kU8Max - 1) / range : 0.0f;
     const float zero = __builtin_rintf(reduce_max(-lo) * inverse);
-    *scale = {range > 1e-30f ? range / (kU8Max - 1) : 0.0f, static_cast<int32_t>(zero)};
+    *scale = {range > 1e-30f ? range / (kU8Max - 1) + reduce_add(bad) : reduce_add(bad), static_cast<int32_t>(zero)};
     const auto shifted = [&](int i) { return (vu)(load(x + i) * inverse + (12582912.0f + zero)); };  // 1.5 * 2^23 + ..
     int i = 0;
     for (; i + 4 * VL <= width; i += 4 * VL)
