@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 
-class Engine:
+class Engine(ABC):
     """One inference engine at one precision.
 
     Class attributes: `name` (unique), `precision`, `package` (the distribution whose version is reported), `modules`
@@ -50,19 +51,19 @@ class Engine:
         """Equals the version of the engine's package."""
         return importlib.metadata.version(cls.package)
 
-    def convert(self) -> None:
+    def convert(self) -> None:  # noqa: B027  (not every engine converts)
         """Writes what `load` needs under `cache`, with `calibration` where data is needed; nothing when it is there."""
 
+    @abstractmethod
     def load(self) -> None:
         """Makes the engine ready to score."""
-        raise NotImplementedError
 
-    def use(self, setting: dict[str, Any]) -> None:
+    def use(self, setting: dict[str, Any]) -> None:  # noqa: B027  (nor has settings)
         """Switches to one of `settings`."""
 
+    @abstractmethod
     def scores(self, pairs: Pairs) -> Scores:
         """Equals the raw logits, float32 (N,), in the order of `pairs`."""
-        raise NotImplementedError
 
     def rank(self, query: str, documents: list[str]) -> list[tuple[int, float]]:
         """Equals (document index, score) best first, from text: the engine's own call where it has one.
@@ -89,7 +90,7 @@ class PaddedEngine(Engine):
     settings = tuple({"batch": batch} for batch in BATCHES)
     batch = 8
 
-    def use(self, setting: dict[str, Any]) -> None:
+    def use(self, setting: dict[str, Any]) -> None:  # noqa: B027  (nor has settings)
         self.batch = setting["batch"]
 
     def scores(self, pairs: Pairs) -> Scores:
@@ -120,9 +121,9 @@ class PaddedEngine(Engine):
             self._pad_id_value = int(config_of(self.checkpoint)["pad_token_id"])
         return self._pad_id_value
 
+    @abstractmethod
     def _run(self, batches: list[dict[str, Ids]]) -> list[Scores]:
         """Equals the logits, float32 (B,), of each padded batch."""
-        raise NotImplementedError
 
 
 def config_of(checkpoint: Path) -> dict[str, Any]:
