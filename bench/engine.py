@@ -90,7 +90,7 @@ class PaddedEngine(Engine):
     settings = tuple({"batch": batch} for batch in BATCHES)
     batch = 8
 
-    def use(self, setting: dict[str, Any]) -> None:  # noqa: B027  (nor has settings)
+    def use(self, setting: dict[str, Any]) -> None:
         self.batch = setting["batch"]
 
     def scores(self, pairs: Pairs) -> Scores:
