@@ -298,7 +298,7 @@ def _plain(value: Any) -> str:
 
 
 def _print_json(value: Any) -> None:
-    # A lone surrogate cannot be encoded; main() has it written as an escape, which JSON reads back as the same character.
+    # A lone surrogate cannot be encoded; main() has it written as an escape, which JSON reads back as the same.
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(value, ensure_ascii=not utf8, indent=2))
 
