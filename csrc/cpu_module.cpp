@@ -126,6 +126,15 @@ public:
         const int n = static_cast<int>(gamma.size());
         encoder_.set_norm(layer, name, gamma.data(), vector_of(beta, n, "beta"), n);
     }
+    void set_factor(int layer, const std::string& name, const F32Array& factor) {
+        encoder_.set_factor(layer, name, factor.data(), static_cast<int>(factor.size()));
+    }
+    void set_strip(int layer, const I32Array& columns, const F32Array& weight) {
+        const Weight m = weight_of(weight, "strip");
+        if (columns.ndim() != 1 || columns.size() != m.k)
+            throw std::invalid_argument("strip must hold one column of weights for each of its columns");
+        encoder_.set_strip(layer, columns.data(), weight.data(), m.n, m.k);
+    }
     void set_tables(const py::array& word, const std::optional<F32Array>& position,
                     const std::optional<F32Array>& type) {
         const EncoderConfig& c = encoder_.config();
@@ -261,7 +270,8 @@ public:
         std::fill_n(wide.as<float>(), tiled * inputs, 0.0f);
         for (int r = 0; r < rows; ++r)
             std::copy(x.data() + r * packed_.k, x.data() + (r + 1) * packed_.k, wide.as<float>() + r * inputs);
-        k_.convert(wide.as<float>(), inputs, rows, packed_.k, input.get(), inputs, x_scale.as<RowScale>(), format);
+        k_.convert(wide.as<float>(), inputs, rows, packed_.k,
+                   {input.get(), inputs, x_scale.as<RowScale>(), nullptr, format});
         k_.linear({&packed_, input.get(), x_scale.as<RowScale>(), inputs, rows, act, false, nullptr, nullptr, y.get(),
                    columns, Format::kF32});
         F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(packed_.n)});
@@ -327,6 +337,8 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("bias").none(true))
         .def("set_norm", &PyEncoder::set_norm, py::arg("layer"), py::arg("name"), py::arg("gamma"),
              py::arg("beta").none(true))
+        .def("set_factor", &PyEncoder::set_factor, py::arg("layer"), py::arg("name"), py::arg("factor"))
+        .def("set_strip", &PyEncoder::set_strip, py::arg("layer"), py::arg("columns"), py::arg("weight"))
         .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position").none(true),
              py::arg("type").none(true))
         .def("add_rope", &PyEncoder::add_rope, py::arg("theta"), py::arg("half"))

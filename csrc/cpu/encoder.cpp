@@ -25,7 +25,7 @@ constexpr int kBlockRows = 72;
 // Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
 struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,
-        head1, ids, positions, types, down_scale;
+        head1, ids, positions, types, down_scale, v_input, v_scale, strip_input;
 
     // Room for `rows` rows of `columns` values, and for the tile that a product rounds them up to.
     template <class T = char>
@@ -51,6 +51,8 @@ struct Encoder::Chunk {
     float* x = nullptr;          // (rows, padded(hidden)) residual stream
     char* input = nullptr;       // (rows, padded(hidden)) what the products read; x itself for float32 post-norm
     RowScale* input_scale = nullptr;
+    char* v_input = nullptr;     // (rows, padded(hidden)) what v reads: `input`, unless its columns have factors
+    RowScale* v_scale = nullptr;
     int32_t *ids = nullptr, *positions = nullptr, *types = nullptr;
 };
 
@@ -150,47 +152,58 @@ void Encoder::embed(Chunk& c) const {
     k_.embed({c.ids, c.positions, c.types, word_, word_source_, position_.empty() ? nullptr : position_.data(),
               type_.empty() ? nullptr : type_.data(), c.tokens, g.embedding, target, ld});
     const float* beta = embedding_norm_.has_beta ? embedding_norm_.beta.data() : nullptr;
-    k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, nullptr, 0,
-                   nullptr, Format::kF32});
+    k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, {}});
     if (projection_.data.size())
         k_.linear({&projection_.view, target, nullptr, ld, c.tokens, Activation::kIdentity, false, nullptr, nullptr,
                    c.x, width, Format::kF32});
 }
 
-// Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to the products' input.
-void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep) const {
+// Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to the input of the products that follow,
+// its columns multiplied by `factor`; if `attention` is what follows, to that of its values too.
+void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const float* factor,
+                   const Layer* attention) const {
     const int64_t width = padded(config_.hidden);
     float* x = c.x + begin * width;
-    char* input = c.input + begin * width * bytes_of(input_);
-    RowScale* scale = c.input_scale + begin;
+    const int64_t at = begin * width * static_cast<int64_t>(bytes_of(input_));
+    const bool same = c.input == reinterpret_cast<char*>(c.x), second = attention && !attention->v_factor.empty();
+    const Stored first{same ? nullptr : c.input + at, width, c.input_scale + begin, factor, input_};
+    const Stored values =
+        second ? Stored{c.v_input + at, width, c.v_scale + begin, attention->v_factor.data(), input_} : Stored{};
     if (norm.gamma.empty()) {
-        if (input != reinterpret_cast<char*>(x))
-            k_.convert(x, width, rows, config_.hidden, input, width, scale, input_);
+        for (const Stored& s : {first, values})
+            if (s.q) k_.convert(x, width, rows, config_.hidden, s);
         return;
     }
-    const bool same = input == reinterpret_cast<char*>(x);
     float* y = keep ? x : Workspace::need<float>(c.w->head0, 1, width);
-    k_.layer_norm({x, width, rows, config_.hidden, norm.gamma.data(), norm.has_beta ? norm.beta.data() : nullptr,
-                   config_.eps, y, keep ? width : 0, same ? nullptr : input, width, scale, input_});
+    k_.layer_norm({x,
+                   width,
+                   rows,
+                   config_.hidden,
+                   norm.gamma.data(),
+                   norm.has_beta ? norm.beta.data() : nullptr,
+                   config_.eps,
+                   y,
+                   keep ? width : 0,
+                   {first, values}});
 }
 
 // Queries, keys or values in the attention's format; with a rotary table they pass through float32.
-void Encoder::project(Chunk& c, const OwnedMatrix& w, int rope, const int32_t* positions, char* out) const {
+void Encoder::project(Chunk& c, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope, char* out) const {
     const int64_t width = padded(config_.hidden), columns = config_.heads * config_.head_dim;
     const size_t element = bytes_of(input_);
     if (rope < 0) {
-        k_.linear({&w.view, c.input, c.input_scale, width, c.rows, Activation::kIdentity, false, nullptr, nullptr, out,
-                   columns, attention_});
+        k_.linear({&w.view, x, scale, width, c.rows, Activation::kIdentity, false, nullptr, nullptr, out, columns,
+                   attention_});
         return;
     }
     const RopeTable& table = ropes_[rope];
     float* wide = Workspace::need<float>(c.w->wide, kBlockRows, std::max(columns, padded(config_.intermediate)));
     for (int r = 0; r < c.rows; r += kBlockRows) {
         const int rows = std::min(kBlockRows, c.rows - r);
-        k_.linear({&w.view, c.input + r * width * element, c.input_scale + r, width, rows, Activation::kIdentity, false,
-                   nullptr, nullptr, wide, columns, Format::kF32});
-        k_.rope(wide, columns, positions + r, table.cos.data(), table.sin.data(), rows, config_.heads, config_.head_dim,
-                table.half, out + r * columns * bytes_of(attention_), columns, attention_);
+        k_.linear({&w.view, x + r * width * element, scale + r, width, rows, Activation::kIdentity, false, nullptr,
+                   nullptr, wide, columns, Format::kF32});
+        k_.rope(wide, columns, c.positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
+                config_.head_dim, table.half, out + r * columns * bytes_of(attention_), columns, attention_);
     }
 }
 
@@ -212,9 +225,21 @@ void Encoder::attend(Chunk& c, int index) const {
                       quantise ? reinterpret_cast<char*>(f32) : target, columns, quantise ? Format::kF32 : input_,
                       scratch});
         if (quantise)
-            k_.convert(f32, columns, c.queries[d], static_cast<int>(columns), target, columns,
-                       c.w->context_scale.as<RowScale>() + c.row[d], input_);
+            k_.convert(f32, columns, c.queries[d], static_cast<int>(columns),
+                       {target, columns, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, input_});
     }
+}
+
+// x += the strip's columns of h times their weights, in float32.
+void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int rows) const {
+    const int64_t width = padded(config_.hidden), wide = padded(config_.intermediate);
+    const int count = static_cast<int>(l.strip_columns.size());
+    const int64_t ld = l.strip.view.k_padded;
+    float* x = Workspace::need<float>(c.w->strip_input, kBlockRows, ld);
+    for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < count; ++i) x[r * ld + i] = h[r * wide + l.strip_columns[i]];
+    float* y = c.x + begin * width;
+    k_.linear({&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32});
 }
 
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
@@ -236,8 +261,10 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     const void* down_input = h;
     if (input_ == Format::kU8) {
         char* q = Workspace::need(c.w->wide_input, kBlockRows, wide);
-        k_.convert(h, wide, rows, g.intermediate, q, wide, scale, input_);
+        k_.convert(h, wide, rows, g.intermediate,
+                   {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), input_});
         down_input = q;
+        if (!l.strip_columns.empty()) add_strip(c, l, h, begin, rows);
     }
     float* y = c.x + begin * width;
     k_.linear({&l.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
@@ -248,11 +275,14 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
     const EncoderConfig& g = config_;
     const Layer& l = layers_[index];
     const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
+    const Layer* next = index + 1 < g.layers ? &layers_[index + 1] : nullptr;
     const size_t input = bytes_of(input_);
-    if (g.pre_norm) norm(c, l.attention_norm, 0, c.rows, false);
+    if (g.pre_norm) norm(c, l.attention_norm, 0, c.rows, false, nullptr, &l);
+    const bool values = !l.v_factor.empty();
     const int64_t projected = columns * bytes_of(attention_);
-    project(c, l.k, g.rope[index], c.positions, Workspace::need(c.w->k, c.tokens, projected));
-    project(c, l.v, -1, c.positions, Workspace::need(c.w->v, c.tokens, projected));
+    project(c, l.k, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->k, c.tokens, projected));
+    project(c, l.v, values ? c.v_input : c.input, values ? c.v_scale : c.input_scale, -1,
+            Workspace::need(c.w->v, c.tokens, projected));
     if (prune) {  // keep only the row that the head reads; it moves to the front, and row d >= d documents before it
         for (size_t d = 0; d < c.document.size(); ++d) {
             const int from = c.key_row[d] + c.start[d], to = static_cast<int>(d);
@@ -266,7 +296,7 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
         }
         c.rows = static_cast<int>(c.document.size());
     }
-    project(c, l.q, g.rope[index], c.positions, Workspace::need(c.w->q, c.rows, projected));
+    project(c, l.q, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->q, c.rows, projected));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.tokens);
     attend(c, index);
     for (int r = 0; r < c.rows; r += kBlockRows) {
@@ -274,9 +304,10 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
                    Activation::kIdentity, false, nullptr, x, x, width, Format::kF32});
-        norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm);
+        norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm,
+             l.up_factor.empty() ? nullptr : l.up_factor.data(), nullptr);
         feed_forward(c, l, r, rows);
-        if (!g.pre_norm) norm(c, l.output_norm, r, rows, true);
+        if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, nullptr, next);
     }
 }
 
@@ -292,7 +323,11 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
     const bool alias = input_ == Format::kF32 && !g.pre_norm;
     c.input = alias ? reinterpret_cast<char*>(c.x) : Workspace::need(c.w->input, c.tokens, width * bytes_of(input_));
     c.input_scale = Workspace::need<RowScale>(c.w->input_scale, c.tokens);
-    if (!g.pre_norm && !alias) k_.convert(c.x, width, c.tokens, g.hidden, c.input, width, c.input_scale, input_);
+    if (input_ == Format::kU8) {
+        c.v_input = Workspace::need(c.w->v_input, c.tokens, width);
+        c.v_scale = Workspace::need<RowScale>(c.w->v_scale, c.tokens);
+    }
+    if (!g.pre_norm && !alias) norm(c, Norm{}, 0, c.tokens, true, nullptr, &layers_[0]);
     const bool prune = readout == Readout::kFirst || readout == Readout::kLast;
     for (int i = 0; i < g.layers; ++i) {
         const bool last = prune && i + 1 == g.layers;
@@ -302,9 +337,16 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
     }
     if (g.pre_norm) {
         float* x = c.x;
-        k_.layer_norm({x, width, c.rows, g.hidden, final_norm_.gamma.data(),
-                       final_norm_.has_beta ? final_norm_.beta.data() : nullptr, g.eps, x, width, nullptr, 0, nullptr,
-                       Format::kF32});
+        k_.layer_norm({x,
+                       width,
+                       c.rows,
+                       g.hidden,
+                       final_norm_.gamma.data(),
+                       final_norm_.has_beta ? final_norm_.beta.data() : nullptr,
+                       g.eps,
+                       x,
+                       width,
+                       {}});
     }
     read(c, readout, out);
 }
@@ -323,9 +365,16 @@ float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
         if (op.kind == HeadOp::kDense) {
             k_.linear({&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32});
         } else if (op.kind == HeadOp::kNorm) {
-            k_.layer_norm({x, ldx, rows, op.width, op.norm.gamma.data(),
-                           op.norm.has_beta ? op.norm.beta.data() : nullptr, op.eps, y, ldy, nullptr, 0, nullptr,
-                           Format::kF32});
+            k_.layer_norm({x,
+                           ldx,
+                           rows,
+                           op.width,
+                           op.norm.gamma.data(),
+                           op.norm.has_beta ? op.norm.beta.data() : nullptr,
+                           op.eps,
+                           y,
+                           ldy,
+                           {}});
         } else {
             for (int r = 0; r < rows; ++r) {
                 double square = 0;

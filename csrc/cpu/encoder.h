@@ -63,6 +63,11 @@ struct Norm {
 struct Layer {
     OwnedMatrix q, k, v, o, up, gate, down;
     Norm attention_norm, output_norm;
+    // int8 only. What the inputs of v, of up and gate, and of down are multiplied by before they are rounded, padded;
+    // empty: nothing. The weights came divided by it.
+    std::vector<float> v_factor, up_factor, down_factor;
+    OwnedMatrix strip;              // float32 (hidden, columns): those inputs of down that are not rounded
+    std::vector<int> strip_columns; // their factor is 0
 };
 
 struct HeadOp {
@@ -90,6 +95,10 @@ public:
                     const float* bias);
     // attention, output; with layer -1: embedding, final.
     void set_norm(int layer, const std::string& name, const float* gamma, const float* beta, int n);
+    // For int8. name is v, up (and gate) or down; n inputs.
+    void set_factor(int layer, const std::string& name, const float* factor, int n);
+    // For int8: inputs `columns` of down are multiplied in float32 with w (n, k = number of columns).
+    void set_strip(int layer, const int32_t* columns, const float* w, int n, int k);
     // The word table is used in place: the caller keeps it alive. The others are copied.
     void set_tables(const void* word, Source source, const float* position, const float* type);
     void add_rope(float theta, int half);
@@ -118,10 +127,12 @@ private:
     void run_chunk(Chunk& chunk, Readout readout, float* out) const;
     void embed(Chunk& c) const;
     void layer(Chunk& c, int index, bool prune) const;
-    void project(Chunk& c, const OwnedMatrix& w, int rope, const int32_t* positions, char* out) const;
+    void project(Chunk& c, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope, char* out) const;
     void attend(Chunk& c, int index) const;
     void feed_forward(Chunk& c, const Layer& l, int begin, int rows) const;
-    void norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep) const;
+    void norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const float* factor,
+              const Layer* attention) const;
+    void add_strip(Chunk& c, const Layer& l, const float* h, int begin, int rows) const;
     void read(Chunk& c, Readout readout, float* out) const;
     float* apply_head(Chunk& c, float* x, int64_t ldx, int rows) const;
 

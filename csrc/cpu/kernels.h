@@ -75,7 +75,16 @@ struct Attention {
     char* scratch;         // attention_scratch(keys, head_dim) bytes, 64-aligned
 };
 
-// y = (x - mean) / sqrt(var + eps) * gamma + beta, stored as float32 (if y) and as the next layer's input (if q).
+// Rows of float32 as a product reads them; columns [0, padded(n)) are written.
+struct Stored {
+    void* q;             // null: not wanted
+    int64_t ldq;
+    RowScale* scale;     // (rows,), kU8 only
+    const float* factor; // (padded(n),) what columns are multiplied by before rounding, or null; kU8 only
+    Format format;
+};
+
+// y = (x - mean) / sqrt(var + eps) * gamma + beta, stored as float32 and as up to two products' inputs.
 struct LayerNorm {
     const float* x;
     int64_t ldx;
@@ -84,10 +93,7 @@ struct LayerNorm {
     float eps;
     float* y;                  // may be x itself
     int64_t ldy;
-    void* q;
-    int64_t ldq;
-    RowScale* q_scale;         // (rows,), kU8 only
-    Format q_format;
+    Stored inputs[2];
 };
 
 // x = word[id] + position[pos] + type[type_id]; null tables are left out.
@@ -116,9 +122,7 @@ struct Kernels {
     void (*attention)(const Attention&);
     size_t (*attention_scratch)(Format, int keys, int head_dim);
     void (*layer_norm)(const LayerNorm&);
-    // Rows of float32 to `format`; columns [0, padded(n)) are written, the amax is over the first n.
-    void (*convert)(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale,
-                    Format format);
+    void (*convert)(const float* x, int64_t ldx, int rows, int n, const Stored&);
     // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (..,
     // half) by position; head_dim <= 512.
     void (*rope)(const float* x, int64_t ldx, const int32_t* positions, const float* cos, const float* sin, int rows,

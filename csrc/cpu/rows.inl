@@ -3,10 +3,12 @@
 // q = round(x / scale) + zero with the row's own range [lo, hi], 0 included, on 0 .. kU8Max - 1: rounding of the zero
 // point can push the ends by half a step, hence the level left free. Asymmetric, because a GELU's row is nearly all
 // positive: half of a symmetric range would stand empty.
-INLINE void quantise_row(const float* x, int width, uint8_t* q, RowScale* scale) {
+template <bool kFactor>
+INLINE void quantise_row(const float* x, const float* factor, int width, uint8_t* q, RowScale* scale) {
+    const auto value = [&](int i) { return kFactor ? load(x + i) * load(factor + i) : load(x + i); };
     vf lo = {}, hi = {}, bad = {};
     for (int i = 0; i < width; i += VL) {
-        const vf v = load(x + i);
+        const vf v = value(i);
         lo = vmin(lo, v);
         hi = vmax(hi, v);
         bad += v * 0.0f;
@@ -17,28 +19,32 @@ INLINE void quantise_row(const float* x, int width, uint8_t* q, RowScale* scale)
     const float inverse = range > 1e-30f ? (kU8Max - 1) / range : 0.0f;
     const float zero = __builtin_rintf(reduce_max(-lo) * inverse);
     *scale = {range > 1e-30f ? range / (kU8Max - 1) + reduce_add(bad) : reduce_add(bad), static_cast<int32_t>(zero)};
-    const auto shifted = [&](int i) { return (vu)(load(x + i) * inverse + (12582912.0f + zero)); };  // 1.5 * 2^23 + ..
+    const auto shifted = [&](int i) { return (vu)(value(i) * inverse + (12582912.0f + zero)); };  // 1.5 * 2^23 + ..
     int i = 0;
     for (; i + 4 * VL <= width; i += 4 * VL)
         store_low_bytes(q + i, shifted(i), shifted(i + VL), shifted(i + 2 * VL), shifted(i + 3 * VL));
     for (; i < width; i += VL) store_as(q + i, __builtin_convertvector(shifted(i), vb));
 }
 
-INLINE void convert_row(const float* x, int n, void* q, RowScale* scale, Format format) {
+INLINE void convert_row(const float* x, int n, const Stored& s, int64_t r) {
     const int width = static_cast<int>(padded(n));
-    if (format == Format::kU8) return quantise_row(x, width, static_cast<uint8_t*>(q), scale);
+    char* q = static_cast<char*>(s.q) + r * s.ldq * bytes_of(s.format);
+    if (s.format == Format::kU8) {
+        uint8_t* bytes = reinterpret_cast<uint8_t*>(q);
+        if (s.factor) return quantise_row<true>(x, s.factor, width, bytes, s.scale + r);
+        return quantise_row<false>(x, nullptr, width, bytes, s.scale + r);
+    }
 #ifdef FASTRERANK_NATIVE_BF16
-    if (format == Format::kBF16) {
-        for (int i = 0; i < width; i += VL) store_bf16(static_cast<uint16_t*>(q) + i, load(x + i));
+    if (s.format == Format::kBF16) {
+        for (int i = 0; i < width; i += VL) store_bf16(reinterpret_cast<uint16_t*>(q) + i, load(x + i));
         return;
     }
 #endif
-    for (int i = 0; i < width; i += VL) store(static_cast<float*>(q) + i, load(x + i));
+    for (int i = 0; i < width; i += VL) store(reinterpret_cast<float*>(q) + i, load(x + i));
 }
 
-void convert(const float* x, int64_t ldx, int rows, int n, void* q, int64_t ldq, RowScale* q_scale, Format format) {
-    for (int r = 0; r < rows; ++r)
-        convert_row(x + r * ldx, n, static_cast<char*>(q) + r * ldq * bytes_of(format), q_scale + r, format);
+void convert(const float* x, int64_t ldx, int rows, int n, const Stored& s) {
+    for (int r = 0; r < rows; ++r) convert_row(x + r * ldx, n, s, r);
 }
 
 void layer_norm(const LayerNorm& g) {
@@ -74,8 +80,8 @@ void layer_norm(const LayerNorm& g) {
             const vf d = (load(x + i) - mean) * (load(g.gamma + i) * inverse);
             store(y + i, g.beta ? d + load(g.beta + i) : d);
         }
-        if (g.q)
-            convert_row(y, g.n, static_cast<char*>(g.q) + r * g.ldq * bytes_of(g.q_format), g.q_scale + r, g.q_format);
+        for (const Stored& s : g.inputs)
+            if (s.q) convert_row(y, g.n, s, r);
     }
 }
 
@@ -93,9 +99,8 @@ void rope(const float* x, int64_t ldx, const int32_t* positions, const float* co
                 t[i + half] = a[i + half] * c[i] + up;
             }
             for (int i = 2 * half; i < head_dim; ++i) t[i] = a[i];
-            RowScale unused;
-            convert_row(t, head_dim, static_cast<char*>(y) + (r * ldy + h * head_dim) * bytes_of(format), &unused,
-                        format);
+            char* target = static_cast<char*>(y) + (r * ldy + h * head_dim) * bytes_of(format);
+            convert_row(t, head_dim, {target, 0, nullptr, nullptr, format}, 0);
         }
     }
 }

@@ -108,6 +108,28 @@ void Encoder::set_norm(int layer, const std::string& name, const float* gamma, c
         (name == "attention" ? layers_.at(layer).attention_norm : layers_.at(layer).output_norm) = std::move(norm);
 }
 
+void Encoder::set_factor(int layer, const std::string& name, const float* factor, int n) {
+    Layer& l = layers_.at(layer);
+    if (name != "v" && name != "up" && name != "down") invalid("no factor for the inputs of " + name);
+    const int inputs = name == "down" ? config_.intermediate : config_.hidden;
+    if (n != inputs || config_.precision != Precision::kInt8)
+        invalid("factor of " + name + " has " + std::to_string(n) + " entries, expected " + std::to_string(inputs) +
+                " of an int8 encoder");
+    std::vector<float>& target = name == "v" ? l.v_factor : name == "up" ? l.up_factor : l.down_factor;
+    target.assign(padded(n), 0.0f);
+    std::copy(factor, factor + n, target.begin());
+}
+
+void Encoder::set_strip(int layer, const int32_t* columns, const float* w, int n, int k) {
+    Layer& l = layers_.at(layer);
+    if (n != config_.hidden) invalid("strip has " + std::to_string(n) + " rows, expected one for each output of down");
+    for (int i = 0; i < k; ++i)
+        if (columns[i] < 0 || columns[i] >= config_.intermediate)
+            invalid("strip column " + std::to_string(columns[i]) + " is not an input of down");
+    l.strip_columns.assign(columns, columns + k);
+    l.strip = make_matrix(Precision::kFloat32, w, Source::kF32, k, n, k, nullptr, "strip");
+}
+
 void Encoder::set_tables(const void* word, Source source, const float* position, const float* type) {
     word_ = word;
     word_source_ = source;
@@ -166,7 +188,8 @@ int Encoder::output_width() const { return head_.empty() ? config_.hidden : head
 size_t Encoder::weight_bytes() const {
     size_t total = (position_.size() + type_.size()) * sizeof(float) + projection_.data.size();
     for (const Layer& l : layers_)
-        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.up, &l.gate, &l.down}) total += m->data.size();
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.up, &l.gate, &l.down, &l.strip})
+            total += m->data.size();
     for (const HeadOp& op : head_) total += op.dense.data.size();
     return total;
 }

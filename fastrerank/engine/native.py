@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint
+from fastrerank.engine import balance
 from fastrerank.engine.families import Family, Fused, family_of
 from fastrerank.engine.heads import DenseStep, Head, NormStep
 from fastrerank.tensors import Tensor, Tensors
@@ -20,6 +22,23 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 # Attention works on whole vectors of head dimensions; narrower heads are padded with zero weights.
 _HEAD_MULTIPLE = 16
+
+
+_Norm = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]  # gamma, beta
+
+
+@dataclass
+class _Linear:
+    """A layer's weight (n, k) as stored under `name`, or already float32, and its bias."""
+
+    name: str
+    weight: npt.NDArray[Any]
+    bias: npt.NDArray[np.float32] | None
+
+    def float32(self) -> npt.NDArray[np.float32]:
+        if self.weight.dtype == np.uint16:  # bfloat16, the upper half of a float32
+            return (self.weight.astype(np.uint32) << 16).view(np.float32)
+        return self.weight.astype(np.float32, copy=False)
 
 
 def _padded(n: int) -> int:
@@ -167,40 +186,83 @@ class NativeEncoder:
         encoder.set_tables(word.raw, tables["position"], tables["type"])
         for kind in dict.fromkeys(family.layer_types) if family.rope_theta else ():
             encoder.add_rope(family.rope_theta[kind], family.head_size // 2)
-        self._set_norm(tensors, -1, "embedding", prefix + family.embedding_norm)
+        norms = {(-1, "embedding"): self._set_norm(tensors, -1, "embedding", prefix + family.embedding_norm)}
         if family.final_norm:
             self._set_norm(tensors, -1, "final", prefix + family.final_norm)
         if family.projection:
-            self._set_linear(tensors, -1, "projection", prefix + family.projection)
+            self._set_linear(-1, "projection", self._linear(tensors, -1, family.projection, prefix))
         for i in range(family.layers):
-            for slot, name in family.layer.items():
-                self._set_linear(tensors, i, slot, name, prefix=prefix)
             for slot, norm in family.norms.items():
                 if i > 0 or slot != "attention" or family.first_norm:
-                    self._set_norm(tensors, i, slot, prefix + norm.format(i))
+                    norms[i, slot] = self._set_norm(tensors, i, slot, prefix + norm.format(i))
+            self._set_layer(tensors, i, prefix, norms)
 
-    def _set_norm(self, tensors: Tensors, layer: int, slot: str, name: str) -> None:
+    def _set_norm(self, tensors: Tensors, layer: int, slot: str, name: str) -> _Norm:
         # Old conversions from TensorFlow call a norm's weight gamma and its bias beta.
         legacy = f"{name}.weight" not in tensors and f"{name}.gamma" in tensors
-        gamma = self._tensor(tensors, f"{name}.gamma" if legacy else f"{name}.weight")
-        beta = f"{name}.beta" if legacy else f"{name}.bias"
-        self._encoder.set_norm(layer, slot, gamma.float32(), tensors[beta].float32() if beta in tensors else None)
+        gamma = self._tensor(tensors, f"{name}.gamma" if legacy else f"{name}.weight").float32()
+        beta_name = f"{name}.beta" if legacy else f"{name}.bias"
+        beta = tensors[beta_name].float32() if beta_name in tensors else None
+        self._encoder.set_norm(layer, slot, gamma, beta)
+        return gamma, beta
 
-    def _set_linear(self, tensors: Tensors, layer: int, slot: str, name: str | Fused, prefix: str = "") -> None:
+    def _set_layer(self, tensors: Tensors, i: int, prefix: str, norms: dict[tuple[int, str], _Norm]) -> None:
+        linears = {slot: self._linear(tensors, i, name, prefix) for slot, name in self.family.layer.items()}
+        if self.dtype == "int8":
+            self._balance(linears, i, norms)
+        for slot, linear in linears.items():
+            self._set_linear(i, slot, linear)
+        for name in {linear.name for linear in linears.values()}:
+            tensors.drop(name)
+
+    def _balance(self, linears: dict[str, _Linear], i: int, norms: dict[tuple[int, str], _Norm]) -> None:
+        """Move what int8 rounding cannot hold out of the inputs of v, up, gate and down; see `engine.balance`.
+
+        Queries and keys read their input as it is: they need no more, and share one rounding of it.
+        """
+        before, between = ("attention", "output") if self.family.pre_norm else ("output", "attention")
+        source = norms.get((i if self.family.pre_norm else i - 1, before))
+        if source is None and i == 0 and not self.family.projection:
+            source = norms[-1, "embedding"]
+        for slots, norm, power in ((("v",), source, 1.0), (("up", "gate"), norms.get((i, between)), 1.0)):
+            parts = [linears[slot] for slot in slots if slot in linears]
+            for part in parts:
+                part.weight = part.float32()
+            factor = balance.column_factors(
+                [part.weight for part in parts], balance.spread(*norm) if norm else None, power
+            )
+            self._scale(parts, i, slots[0], factor)
+        down = linears["down"]
+        down.weight = down.float32()
+        columns = balance.strip_columns(down.weight)
+        factor = balance.column_factors([down.weight], None, 0.5)
+        factor[columns] = 0
+        if len(columns):
+            self._encoder.set_strip(i, columns, np.ascontiguousarray(down.weight[:, columns]))
+        self._scale([down], i, "down", factor)
+
+    def _scale(self, parts: list[_Linear], layer: int, slot: str, factor: npt.NDArray[np.float32]) -> None:
+        divisor = np.divide(np.float32(1), factor, where=factor > 0, out=np.zeros_like(factor))
+        for part in parts:
+            part.weight = part.weight * divisor
+        self._encoder.set_factor(layer, slot, factor)
+
+    def _linear(self, tensors: Tensors, layer: int, name: str | Fused, prefix: str) -> _Linear:
         part = name if isinstance(name, Fused) else Fused(name, 0, 1)
         full = prefix + part.name.format(layer)
         stored = self._tensor(tensors, f"{full}.weight")
-        weight = _block(stored.raw, part)
         bias_name = f"{full}.bias"
         bias = _block(tensors[bias_name].float32(), part) if bias_name in tensors else None
+        return _Linear(stored.name, _block(stored.raw, part), bias)
+
+    def _set_linear(self, layer: int, slot: str, linear: _Linear) -> None:
+        weight, bias = linear.weight, linear.bias
         if self._head_dim != self.family.head_size:
             weight, bias = self._pad_heads(slot, weight, bias)
         try:
             self._encoder.set_linear(layer, slot, weight, bias)
         except ValueError as error:
-            raise ValueError(f"{self._path}: {error} ({full})") from None
-        if part.index == part.parts - 1:
-            tensors.drop(stored.name)
+            raise ValueError(f"{self._path}: {error} ({linear.name})") from None
 
     def _pad_heads(
         self, slot: str, weight: npt.NDArray[Any], bias: npt.NDArray[np.float32] | None
