@@ -197,6 +197,7 @@ private:
         c.window = d["window"].cast<std::vector<int>>(), c.rope = d["rope"].cast<std::vector<int>>();
         c.attention_scale = d["attention_scale"].cast<float>();
         c.precision = precision_of(d["precision"].cast<std::string>());
+        c.precise_layers = number("precise_layers");
         return c;
     }
 

@@ -88,6 +88,21 @@ def test_int8_error_is_that_of_its_stated_quantisation(isa: str, tiny: Tiny, fam
     assert rms(tokens - exact) > 0.5 * rms(simulated - exact)  # it is quantised at all
 
 
+@pytest.mark.parametrize("family", ["bert", "electra-narrow", "roberta", "distilbert", "modernbert"])
+@pytest.mark.usefixtures("isa")
+def test_precise_layers_of_int8_are_the_last_ones_in_bfloat16(tiny: Tiny, family: str) -> None:
+    _, exact = reference.results(family, "float64")
+    checkpoint = open_checkpoint(tiny(family, labels=3))
+    errors = []
+    for n in range(4 + (family == "modernbert")):
+        model = NativeEncoder.load(checkpoint, Head("tokens"), dtype="int8", precise_layers=n)
+        tokens = model.forward(*reference.documents(family))
+        errors.append(rms(tokens - exact))
+    np.testing.assert_array_equal(tokens, encoder(tiny(family, labels=3), dtype="bfloat16").forward(
+        *reference.documents(family)))  # fmt: skip
+    assert errors == sorted(errors, reverse=True)
+
+
 @pytest.mark.parametrize("family", ["bert", "electra-narrow", "roberta", "distilbert", "modernbert", "modernbert-mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("isa")

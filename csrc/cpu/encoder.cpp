@@ -25,7 +25,7 @@ constexpr int kBlockRows = 72;
 // Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
 struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,
-        head1, ids, positions, types, down_scale, v_input, v_scale, strip_input;
+        head1, ids, positions, types, down_scale, v_input, v_scale, strip_input, other_input;
 
     // Room for `rows` rows of `columns` values, and for the tile that a product rounds them up to.
     template <class T = char>
@@ -57,12 +57,15 @@ struct Encoder::Chunk {
 };
 
 Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
-    : config_(config),
-      k_(*kernels),
-      input_(k_.input_format(config.precision)),
-      attention_(k_.attention_format[static_cast<int>(config.precision)]),
-      layers_(config.layers) {
+    : config_(config), k_(*kernels), layers_(config.layers) {
     if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+    for (int i = 0; i < config.layers; ++i) {
+        Layer& l = layers_[i];
+        const bool precise = config.precision == Precision::kInt8 && i >= config.layers - config.precise_layers;
+        l.precision = precise ? Precision::kBFloat16 : config.precision;
+        l.input = k_.input_format(l.precision);
+        l.attention = k_.attention_format[static_cast<int>(l.precision)];
+    }
 }
 
 Encoder::~Encoder() = default;
@@ -158,17 +161,19 @@ void Encoder::embed(Chunk& c) const {
                    c.x, width, Format::kF32});
 }
 
-// Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to the input of the products that follow,
-// its columns multiplied by `factor`; if `attention` is what follows, to that of its values too.
-void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const float* factor,
-                   const Layer* attention) const {
+// Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to `input` for the products of `reader`:
+// those of its attention, with a second copy for the values where their columns have factors, or its feed-forward's.
+void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const Layer& reader, bool attention,
+                   char* input) const {
     const int64_t width = padded(config_.hidden);
     float* x = c.x + begin * width;
-    const int64_t at = begin * width * static_cast<int64_t>(bytes_of(input_));
-    const bool same = c.input == reinterpret_cast<char*>(c.x), second = attention && !attention->v_factor.empty();
-    const Stored first{same ? nullptr : c.input + at, width, c.input_scale + begin, factor, input_};
-    const Stored values =
-        second ? Stored{c.v_input + at, width, c.v_scale + begin, attention->v_factor.data(), input_} : Stored{};
+    const int64_t at = begin * width * static_cast<int64_t>(bytes_of(reader.input));
+    const bool factors = reader.input == Format::kU8;
+    Stored first{input + at, width, c.input_scale + begin, nullptr, reader.input}, values{};
+    if (input == reinterpret_cast<char*>(c.x)) first.q = nullptr;
+    if (factors && !attention && !reader.up_factor.empty()) first.factor = reader.up_factor.data();
+    if (factors && attention && !reader.v_factor.empty())
+        values = {c.v_input + at, width, c.v_scale + begin, reader.v_factor.data(), reader.input};
     if (norm.gamma.empty()) {
         for (const Stored& s : {first, values})
             if (s.q) k_.convert(x, width, rows, config_.hidden, s);
@@ -188,12 +193,13 @@ void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, c
 }
 
 // Queries, keys or values in the attention's format; with a rotary table they pass through float32.
-void Encoder::project(Chunk& c, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope, char* out) const {
+void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope,
+                      char* out) const {
     const int64_t width = padded(config_.hidden), columns = config_.heads * config_.head_dim;
-    const size_t element = bytes_of(input_);
+    const size_t element = bytes_of(l.input);
     if (rope < 0) {
         k_.linear({&w.view, x, scale, width, c.rows, Activation::kIdentity, false, nullptr, nullptr, out, columns,
-                   attention_});
+                   l.attention});
         return;
     }
     const RopeTable& table = ropes_[rope];
@@ -203,7 +209,7 @@ void Encoder::project(Chunk& c, const OwnedMatrix& w, const char* x, const RowSc
         k_.linear({&w.view, x + r * width * element, scale + r, width, rows, Activation::kIdentity, false, nullptr,
                    nullptr, wide, columns, Format::kF32});
         k_.rope(wide, columns, c.positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
-                config_.head_dim, table.half, out + r * columns * bytes_of(attention_), columns, attention_);
+                config_.head_dim, table.half, out + r * columns * bytes_of(l.attention), columns, l.attention);
     }
 }
 
@@ -211,22 +217,23 @@ void Encoder::project(Chunk& c, const OwnedMatrix& w, const char* x, const RowSc
 void Encoder::attend(Chunk& c, int index) const {
     const EncoderConfig& g = config_;
     const int64_t columns = g.heads * g.head_dim;
-    const size_t element = bytes_of(attention_), input = bytes_of(input_);
+    const Layer& l = layers_[index];
+    const size_t element = bytes_of(l.attention), input = bytes_of(l.input);
     const int longest = *std::max_element(c.keys.begin(), c.keys.end());
-    char* scratch = Workspace::need(c.w->scratch, k_.attention_scratch(attention_, longest, g.head_dim));
+    char* scratch = Workspace::need(c.w->scratch, k_.attention_scratch(l.attention, longest, g.head_dim));
     char* context = Workspace::need(c.w->context, c.rows, columns * input);
-    const bool quantise = input_ == Format::kU8;
+    const bool quantise = l.input == Format::kU8;
     float* f32 = quantise ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
         char* target = context + c.row[d] * columns * input;
         k_.attention({c.w->q.get() + c.row[d] * columns * element, c.w->k.get() + c.key_row[d] * columns * element,
-                      c.w->v.get() + c.key_row[d] * columns * element, attention_, columns, columns, c.queries[d],
+                      c.w->v.get() + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d],
                       c.keys[d], c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
-                      quantise ? reinterpret_cast<char*>(f32) : target, columns, quantise ? Format::kF32 : input_,
+                      quantise ? reinterpret_cast<char*>(f32) : target, columns, quantise ? Format::kF32 : l.input,
                       scratch});
         if (quantise)
             k_.convert(f32, columns, c.queries[d], static_cast<int>(columns),
-                       {target, columns, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, input_});
+                       {target, columns, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, l.input});
     }
 }
 
@@ -245,9 +252,9 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
     const EncoderConfig& g = config_;
     const int64_t width = padded(g.hidden), wide = padded(g.intermediate);
-    const bool rounded = input_ != Format::kF32;
-    const bool direct = input_ == Format::kBF16;  // the epilogue stores what the next product reads
-    const char* x = c.input + begin * width * bytes_of(input_);
+    const bool rounded = l.input != Format::kF32;
+    const bool direct = l.input == Format::kBF16;  // the epilogue stores what the next product reads
+    const char* x = c.input + begin * width * bytes_of(l.input);
     float* gate = nullptr;
     if (g.gated) {
         gate = Workspace::need<float>(c.w->gate, kBlockRows, wide);
@@ -259,10 +266,10 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
                direct ? Format::kBF16 : Format::kF32});
     const void* down_input = h;
-    if (input_ == Format::kU8) {
+    if (l.input == Format::kU8) {
         char* q = Workspace::need(c.w->wide_input, kBlockRows, wide);
         k_.convert(h, wide, rows, g.intermediate,
-                   {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), input_});
+                   {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), l.input});
         down_input = q;
         if (!l.strip_columns.empty()) add_strip(c, l, h, begin, rows);
     }
@@ -271,17 +278,28 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
                Format::kF32});
 }
 
+// The rows of the layer's input that the products of `reader` will read, in a buffer other than `busy`.
+char* Encoder::input_of(Chunk& c, const Layer& reader, const char* busy) const {
+    if (reader.input == Format::kF32 && !config_.pre_norm) return reinterpret_cast<char*>(c.x);
+    const int64_t bytes = padded(config_.hidden) * bytes_of(reader.input);
+    Bytes& buffer = busy && busy == c.w->input.get() ? c.w->other_input : c.w->input;
+    return Workspace::need(buffer, c.tokens, bytes);
+}
+
 void Encoder::layer(Chunk& c, int index, bool prune) const {
     const EncoderConfig& g = config_;
     const Layer& l = layers_[index];
-    const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
     const Layer* next = index + 1 < g.layers ? &layers_[index + 1] : nullptr;
-    const size_t input = bytes_of(input_);
-    if (g.pre_norm) norm(c, l.attention_norm, 0, c.rows, false, nullptr, &l);
+    const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
+    const size_t input = bytes_of(l.input);
+    if (g.pre_norm) {
+        c.input = input_of(c, l, nullptr);
+        norm(c, l.attention_norm, 0, c.rows, false, l, true, c.input);
+    }
     const bool values = !l.v_factor.empty();
-    const int64_t projected = columns * bytes_of(attention_);
-    project(c, l.k, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->k, c.tokens, projected));
-    project(c, l.v, values ? c.v_input : c.input, values ? c.v_scale : c.input_scale, -1,
+    const int64_t projected = columns * bytes_of(l.attention);
+    project(c, l, l.k, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->k, c.tokens, projected));
+    project(c, l, l.v, values ? c.v_input : c.input, values ? c.v_scale : c.input_scale, -1,
             Workspace::need(c.w->v, c.tokens, projected));
     if (prune) {  // keep only the row that the head reads; it moves to the front, and row d >= d documents before it
         for (size_t d = 0; d < c.document.size(); ++d) {
@@ -296,19 +314,22 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
         }
         c.rows = static_cast<int>(c.document.size());
     }
-    project(c, l.q, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->q, c.rows, projected));
+    project(c, l, l.q, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->q, c.rows, projected));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.tokens);
     attend(c, index);
+    // Where the formats differ, rows of the next layer's input would overwrite rows that are still to be read.
+    char* target = c.input;
+    if (!g.pre_norm && next && next->input != l.input) target = input_of(c, *next, c.input);
     for (int r = 0; r < c.rows; r += kBlockRows) {
         const int rows = std::min(kBlockRows, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
                    Activation::kIdentity, false, nullptr, x, x, width, Format::kF32});
-        norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm,
-             l.up_factor.empty() ? nullptr : l.up_factor.data(), nullptr);
+        norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm, l, false, c.input);
         feed_forward(c, l, r, rows);
-        if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, nullptr, next);
+        if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, next ? *next : l, next != nullptr, target);
     }
+    c.input = target;
 }
 
 void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
@@ -320,14 +341,13 @@ void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
     c.row = c.key_row;
     c.queries = c.keys;
     c.start.assign(documents, 0);
-    const bool alias = input_ == Format::kF32 && !g.pre_norm;
-    c.input = alias ? reinterpret_cast<char*>(c.x) : Workspace::need(c.w->input, c.tokens, width * bytes_of(input_));
     c.input_scale = Workspace::need<RowScale>(c.w->input_scale, c.tokens);
-    if (input_ == Format::kU8) {
-        c.v_input = Workspace::need(c.w->v_input, c.tokens, width);
-        c.v_scale = Workspace::need<RowScale>(c.w->v_scale, c.tokens);
+    c.v_input = Workspace::need(c.w->v_input, c.tokens, width);
+    c.v_scale = Workspace::need<RowScale>(c.w->v_scale, c.tokens);
+    if (!g.pre_norm) {
+        c.input = input_of(c, layers_[0], nullptr);
+        norm(c, Norm{}, 0, c.tokens, true, layers_[0], true, c.input);
     }
-    if (!g.pre_norm && !alias) norm(c, Norm{}, 0, c.tokens, true, nullptr, &layers_[0]);
     const bool prune = readout == Readout::kFirst || readout == Readout::kLast;
     for (int i = 0; i < g.layers; ++i) {
         const bool last = prune && i + 1 == g.layers;

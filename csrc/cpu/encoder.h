@@ -27,6 +27,7 @@ struct EncoderConfig {
     std::vector<int> rope;     // per layer: index of its rotary table, or -1
     float attention_scale;     // usually 1 / sqrt(head size)
     Precision precision;
+    int precise_layers;        // of int8: the last ones, which run in bfloat16
 };
 
 enum class Readout : int { kFirst = 0, kLast = 1, kMean = 2, kTokens = 3 };
@@ -61,6 +62,8 @@ struct Norm {
 };
 
 struct Layer {
+    Precision precision;
+    Format input, attention;  // what the products read; how q, k and v are stored
     OwnedMatrix q, k, v, o, up, gate, down;
     Norm attention_norm, output_norm;
     // int8 only. What the inputs of v, of up and gate, and of down are multiplied by before they are rounded, padded;
@@ -126,19 +129,20 @@ private:
     std::unique_ptr<Workspace> take_workspace() const;
     void run_chunk(Chunk& chunk, Readout readout, float* out) const;
     void embed(Chunk& c) const;
+    char* input_of(Chunk& c, const Layer& reader, const char* busy) const;
     void layer(Chunk& c, int index, bool prune) const;
-    void project(Chunk& c, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope, char* out) const;
+    void project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope,
+                 char* out) const;
     void attend(Chunk& c, int index) const;
     void feed_forward(Chunk& c, const Layer& l, int begin, int rows) const;
-    void norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const float* factor,
-              const Layer* attention) const;
+    void norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const Layer& reader, bool attention,
+              char* input) const;
     void add_strip(Chunk& c, const Layer& l, const float* h, int begin, int rows) const;
     void read(Chunk& c, Readout readout, float* out) const;
     float* apply_head(Chunk& c, float* x, int64_t ldx, int rows) const;
 
     EncoderConfig config_;
     const Kernels& k_;
-    Format input_, attention_;
     const void* word_ = nullptr;
     Source word_source_ = Source::kF32;
     std::vector<float> position_, type_;

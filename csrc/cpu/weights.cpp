@@ -81,7 +81,8 @@ void Encoder::set_linear(int layer, const std::string& name, const void* w, Sour
     if (n != outputs || k != inputs)
         invalid("weight of " + what + " has shape (" + std::to_string(n) + ", " + std::to_string(k) + "), expected (" +
                 std::to_string(outputs) + ", " + std::to_string(inputs) + ")");
-    OwnedMatrix m = make_matrix(layer < 0 ? Precision::kFloat32 : config_.precision, w, source, ldw, n, k, bias, what);
+    OwnedMatrix m =
+        make_matrix(layer < 0 ? Precision::kFloat32 : layers_.at(layer).precision, w, source, ldw, n, k, bias, what);
     if (layer < 0 && name == "projection") {
         projection_ = std::move(m);
         return;
@@ -112,9 +113,9 @@ void Encoder::set_factor(int layer, const std::string& name, const float* factor
     Layer& l = layers_.at(layer);
     if (name != "v" && name != "up" && name != "down") invalid("no factor for the inputs of " + name);
     const int inputs = name == "down" ? config_.intermediate : config_.hidden;
-    if (n != inputs || config_.precision != Precision::kInt8)
+    if (n != inputs || l.precision != Precision::kInt8)
         invalid("factor of " + name + " has " + std::to_string(n) + " entries, expected " + std::to_string(inputs) +
-                " of an int8 encoder");
+                " of an int8 layer");
     std::vector<float>& target = name == "v" ? l.v_factor : name == "up" ? l.up_factor : l.down_factor;
     target.assign(padded(n), 0.0f);
     std::copy(factor, factor + n, target.begin());

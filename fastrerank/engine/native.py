@@ -65,6 +65,7 @@ class NativeEncoder:
         dtype: "float32" (the reference's result), "bfloat16" or "int8" (per-token activations, per-channel weights).
             The head is float32 in all of them.
         num_threads: threads of one call; None for the default.
+        precise_layers: of int8, the last layers that run in bfloat16.
 
     A document's result is bitwise the same whatever else is in the call and however many threads work on it.
     One object may be called from many threads.
@@ -74,12 +75,13 @@ class NativeEncoder:
 
     def __init__(
         self, checkpoint: Checkpoint, family: Family, tensors: Tensors, head: Head, *, dtype: str,
-        num_threads: int | None = None,
+        num_threads: int | None = None, precise_layers: int = 0,
     ) -> None:  # fmt: skip
         self.family = family
         self.dtype = dtype
         self.readout = head.readout
         self.num_threads = num_threads
+        self._precise_layers = precise_layers if dtype == "int8" else 0
         self._path = checkpoint.transformer_path
         self._head_dim = _padded(family.head_size)
         prefix = body_prefix(family, tensors)
@@ -96,8 +98,9 @@ class NativeEncoder:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, head: Head, *, dtype: str = "float32", num_threads: int | None = None
-    ) -> NativeEncoder:
+        cls, checkpoint: Checkpoint, head: Head, *, dtype: str = "float32", num_threads: int | None = None,
+        precise_layers: int = 0,
+    ) -> NativeEncoder:  # fmt: skip
         """Open the checkpoint's weights and pack them.
 
         Example:
@@ -105,7 +108,10 @@ class NativeEncoder:
             >>> encoder = NativeEncoder.load(open_checkpoint("path"), Head("mean"))           # doctest: +SKIP
         """
         with checkpoint.tensors() as tensors:
-            return cls(checkpoint, family_of(checkpoint.config), tensors, head, dtype=dtype, num_threads=num_threads)
+            family = family_of(checkpoint.config)
+            return cls(
+                checkpoint, family, tensors, head, dtype=dtype, num_threads=num_threads, precise_layers=precise_layers
+            )
 
     @property
     def width(self) -> int:
@@ -170,6 +176,7 @@ class NativeEncoder:
             "rope": [tables.index(kind) if tables else -1 for kind in types],
             "attention_scale": family.head_size**-0.5,
             "precision": dtype,
+            "precise_layers": self._precise_layers,
         }
 
     def _tensor(self, tensors: Tensors, name: str) -> Tensor:
@@ -208,7 +215,7 @@ class NativeEncoder:
 
     def _set_layer(self, tensors: Tensors, i: int, prefix: str, norms: dict[tuple[int, str], _Norm]) -> None:
         linears = {slot: self._linear(tensors, i, name, prefix) for slot, name in self.family.layer.items()}
-        if self.dtype == "int8":
+        if self.dtype == "int8" and i < self.family.layers - self._precise_layers:
             self._balance(linears, i, norms)
         for slot, linear in linears.items():
             self._set_linear(i, slot, linear)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.native import NativeEncoder
 from fastrerank.rerankers.base import Reranker, check_device, native_dtype
@@ -21,7 +22,8 @@ class VectorReranker(Reranker):
     Args:
         model_name_or_path: hub id or local folder.
         device: None or "cpu".
-        dtype: "float32", "bfloat16", "int8"; "auto" is float32.
+        dtype: "float32", "bfloat16", "int8"; "auto" is float32. In int8 the last third of the layers runs in bfloat16:
+            what is rounded there reaches every coordinate of the vectors.
         max_length: tokens per text; None for the checkpoint's limit.
         num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
@@ -44,7 +46,10 @@ class VectorReranker(Reranker):
         head = self._head(checkpoint)
         if not head.steps or not isinstance(head.steps[-1], NormalizeStep):
             head = Head(head.readout, (*head.steps, NormalizeStep()))
-        self.engine = NativeEncoder.load(checkpoint, head, dtype=self.dtype, num_threads=num_threads)
+        self.engine = NativeEncoder.load(
+            checkpoint, head, dtype=self.dtype, num_threads=num_threads,
+            precise_layers=family_of(checkpoint.config).layers // 3,
+        )  # fmt: skip
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
 
     @abstractmethod
