@@ -298,7 +298,7 @@ double peak(const std::string& dtype, int threads, const std::string& isa) {
     const Precision p = precision_of(dtype);
     py::gil_scoped_release release;
     double best = 0;
-    for (int round = 0; round < 5; ++round) {
+    for (int round = 0; round < 25; ++round) {
         std::vector<double> operations(threads);
         const auto begin = std::chrono::steady_clock::now();
         run_parallel(threads, threads, [&](int i) { operations[i] = k.peak(p, 2000000); });

@@ -2,6 +2,14 @@
 // 3 weight vectors, 1 broadcast. Shared by the levels with and without BF16.
 #define VL 16
 #define UNROLL16 _Pragma("GCC unroll 16")
+#define FASTRERANK_SCALEF
+typedef float vf16 __attribute__((vector_size(64)));
+static inline __attribute__((always_inline)) vf16 round_nearest(vf16 x) {
+    return (vf16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline __attribute__((always_inline)) vf16 scale_by_power(vf16 x, vf16 power) {
+    return (vf16)_mm512_scalef_ps((__m512)x, (__m512)power);
+}
 #include "vec.inl"
 #include "policies.inl"
 

@@ -53,9 +53,8 @@ INLINE void store_output(const Linear& g, int64_t at, vf v) {
     store(static_cast<float*>(g.y) + at, v);
 }
 
-template <class P, int NV>
+template <class P, int MR, int NV>
 void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
-    constexpr int MR = P::kRows;
     typename P::Acc c[MR][NV];
     UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = typename P::Acc{};
     const int64_t lda = g.ldx * P::kElement;
@@ -89,7 +88,9 @@ void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
 
 template <class P, int NV>
 INLINE void linear_panel(const Linear& g, int n, const char* b, int steps) {
-    for (int row = 0; row < g.rows; row += P::kRows) linear_tile<P, NV>(g, row, n, b, steps);
+    int row = 0;
+    for (; row + P::kRows / 2 < g.rows; row += P::kRows) linear_tile<P, P::kRows, NV>(g, row, n, b, steps);
+    if (row < g.rows) linear_tile<P, P::kRows / 2, NV>(g, row, n, b, steps);
 }
 
 template <class P>

@@ -78,12 +78,17 @@ INLINE float to_float(const void* p, int64_t i, Source source) {
     return f;
 }
 
-// 2^x for x <= 127; below -127 exactly 0. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit mantissas).
+// 2^x for x <= 127; 0 or below 2^-126 under -127. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit
+// mantissas).
 template <int Degree>
 INLINE vf exp2v(vf x) {
+#ifdef FASTRERANK_SCALEF
+    const vf z = round_nearest(x), f = x - z;
+#else
     x = vmax(x, splat(-127.0f));
     const vf z = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
     const vf f = x - (z - 12582912.0f);
+#endif
     vf p;
     if constexpr (Degree == 5) {
         p = f * 0.0013276466634124517f + 0.009675540961325169f;
@@ -96,7 +101,11 @@ INLINE vf exp2v(vf x) {
         p = p * f + 0.6932609677314758f;
         p = p * f + 0.9999280571937561f;
     }
+#ifdef FASTRERANK_SCALEF
+    return scale_by_power(p, z);  // 0 and infinity by itself, without a clamp
+#else
     return p * (vf)(((vi)z << 23) + (127 << 23));
+#endif
 }
 INLINE vf expv(vf x) { return exp2v<5>(vmin(x * 1.4426950408889634f, splat(127.0f))); }
 
