@@ -78,10 +78,11 @@ INLINE float to_float(const void* p, int64_t i, Source source) {
     return f;
 }
 
-// 2^x for x <= 127; below -127 exactly 0. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit mantissas).
+// 2^x for x <= 127; below -127 exactly 0; NaN stays NaN. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for 8-bit
+// mantissas).
 template <int Degree>
 INLINE vf exp2v(vf x) {
-    x = vmax(x, splat(-127.0f));
+    x = vmax(splat(-127.0f), x);  // in this order a NaN passes
     const vf z = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
     const vf f = x - (z - 12582912.0f);
     vf p;
