@@ -27,13 +27,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By head size up to which they hold. Chosen for what fits and does not spill when compiled; not yet by measured time.
-_HALF_80 = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)}
-_HALF_90 = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)}
-_HALF_100 = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)}
-_HALF_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 1)}
-_SINGLE = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)}
-_HALF = {80: _HALF_80, 90: _HALF_90, 100: _HALF_100, 103: _HALF_100}
+# By head size up to which they hold. Chosen for what fits and hardly spills when compiled; not yet by measured time.
+_HALF = {
+    80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 4, 1)},
+    90: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    100: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+}
+_HALF_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)}
+# float32 has no tensor cores and keeps its operands in registers: tiles for correctness, not for speed.
+_SINGLE = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 
 def tile(head_dim: int, dtype: torch.dtype, arch: int) -> Tile:
@@ -41,7 +43,7 @@ def tile(head_dim: int, dtype: torch.dtype, arch: int) -> Tile:
 
     Capabilities without a row of their own take tiles that fit in the 99 KB of shared memory of consumer devices.
     """
-    table = _SINGLE if dtype == torch.float32 else _HALF.get(arch, _HALF_SMALL)
+    table = _SINGLE if dtype == torch.float32 else _HALF.get(100 if arch == 103 else arch, _HALF_SMALL)
     return next(chosen for largest, chosen in table.items() if head_dim <= largest)
 
 
