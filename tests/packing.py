@@ -1,4 +1,4 @@
-"""Packed rows for the tests of attention: intervals of segments, plain torch on dense masks, comparisons with float64."""
+"""Packed rows for the tests of attention: intervals of segments, plain torch on dense masks, comparisons."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def intervals(segments: list[Segment]) -> list[np.ndarray]:
     """[lo, hi, plo, phi] of the segments packed one after another."""
     starts = np.cumsum([0, *(segment.length for segment in segments)])
     rows = []
-    for number, (length, prefix, mode) in enumerate(segments):
+    for number, (_, prefix, mode) in enumerate(segments):
         start, end = int(starts[number]), int(starts[number + 1])
         shared = (0, 0) if prefix is None else (int(starts[prefix]), int(starts[prefix + 1]))
         for i in range(start, end):
@@ -94,7 +94,7 @@ def check(
     out: torch.Tensor, lse: torch.Tensor, inputs: list[torch.Tensor], spans: list[np.ndarray], softcap: float = 0.0,
     scale: float | None = None,
 ) -> None:  # fmt: skip
-    """Assert that errors against float64 are at most twice plain torch's in the same dtype, and what empty rows hold."""
+    """Assert errors against float64 of at most twice plain torch's in the same dtype, and what empty rows hold."""
     scale = inputs[0].shape[2] ** -0.5 if scale is None else scale
     exact, exact_lse = reference.attention(
         *(tensor.double().cpu().numpy() for tensor in inputs), *spans, scale=scale, softcap=softcap

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pytest
-
-torch = pytest.importorskip("torch")
-
 import packing
+import pytest
+import torch
 from packing import Case, Segment, documents
 
 from fastrerank import ops
@@ -143,9 +141,7 @@ def test_any_intervals_and_fewer_queries_than_keys(backend: str, seed: int, monk
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_strided_views_are_read_and_written_in_place(
-    backend: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strided_views_are_read_and_written_in_place(backend: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton" and dtype not in TRITON_DTYPES:
         dtype = torch.float32
     op = ops.attention if backend == "cpp" else triton_attention(monkeypatch)
@@ -347,7 +343,9 @@ def test_the_registered_op_passes_torchs_checks() -> None:
 
 
 def test_importing_ops_imports_neither_torch_nor_triton() -> None:
-    code = "import sys, fastrerank.ops; print('attention' in fastrerank.ops.__all__, {'torch', 'triton'} & {*sys.modules})"
+    code = (
+        "import sys, fastrerank.ops; print('attention' in fastrerank.ops.__all__, {'torch', 'triton'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.split() == ["True", "set()"]
 

@@ -76,7 +76,7 @@ struct IntervalTile {
         const char *a = q + query * lda, *b = key_panels + t0 * lda;
         for (int d = 0; d < g.head_dim; d += kPiece, a += kPiece * P::kElement, b += kPiece * P::kElement * NV * VL) {
             vf c[MR][NV];
-            UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = vf{};
+        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = vf{};
             const int left = g.head_dim - d < kPiece ? g.head_dim - d : kPiece;
             multiply<P, MR, NV>(c, a, lda, b, left / P::kStep);
             UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) {

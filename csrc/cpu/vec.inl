@@ -21,7 +21,7 @@ INLINE void store_as(T* p, V v) {
 }
 INLINE vf load(const float* p) { return load_as<vf>(p); }
 INLINE void store(float* p, vf v) { store_as(p, v); }
-INLINE vf splat(float x) { return vf{} + x; }
+INLINE vf splat(float x) { return x - vf{}; }  // x + 0 would be an addition, because -0 + 0 is 0
 INLINE vi splat_int(int32_t x) { return vi{} + x; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -52,20 +52,22 @@ def attention(
         return_lse: also return the logarithms of the softmax's denominators.
         backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
 
-    Returns (T, H, D) in q's dtype, and with `return_lse` float32 (T, H) of natural logarithms. A row without keys (padding)
-    gets zeros and -infinity. Sums are float32 on every device, float32 inputs are not rounded (no tf32), 16-bit inputs'
-    softmax weights are rounded to 16 bits before they meet the values. On the CPU float16 is computed in float32.
+    Returns (T, H, D) in q's dtype, and with `return_lse` float32 (T, H) of natural logarithms. A row without keys
+    (padding) gets zeros and -infinity. Sums are float32 on every device, float32 inputs are not rounded (no tf32).
+    The softmax's weights are rounded to 16 bits before they meet 16-bit values on GPUs and, for bfloat16, on CPUs of
+    level avx512_bf16; elsewhere the CPU computes 16-bit inputs in float32.
 
-    Intervals may come in any order and rows in any relation. It is fast when neighbouring rows see nearly the same keys.
-    On the CPU `lo` and the others are checked; on a GPU, where that would wait for the device, intervals are clamped to
-    [0, S) and keys that both intervals of a row hold count twice.
+    Intervals may come in any order; what is fast is neighbouring rows that see nearly the same keys. The CPU checks
+    `lo` and the others. A GPU would have to be waited for: there intervals are clamped to [0, S), and keys that both
+    intervals of a row hold count twice.
 
-    What a result depends on: on the CPU a row is bitwise the same whatever else is packed, wherever its segment stands and
-    however many threads run, for segments of which `lo`, `hi`, `plo` and `phi` step by 0 or 1 from row to row; that
-    includes all above. (Where a row's interval begins exactly one key after the previous row's, overlaps it and belongs to
-    another segment, sums may be grouped differently.) NaN and infinities stay in the segment. On a GPU the same call gives
-    the same bits; other neighbours in a tile of rows change how sums are grouped, hence the last bits, and a non-finite
-    value in `v` reaches all rows of tiles that look at its key.
+    What a result depends on: on the CPU a row is bitwise the same whatever else is packed, wherever its segment stands
+    and however many threads run, if `lo`, `hi`, `plo` and `phi` step by 0 or 1 from row to row of a segment, as they do
+    for all masks above. (One exception: the first row of a segment whose interval begins exactly one key after the
+    previous row's and overlaps it. Sums of that segment may then be grouped differently.) NaN and infinities stay in
+    their segment. On a GPU the same call gives the same bits, but other neighbours in a tile of rows group the sums
+    differently, which changes last bits, and a value of `v` that is not finite reaches every row of a tile that reads
+    it.
 
     Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
 
@@ -158,7 +160,9 @@ def _backend(device: torch.device, wanted: str | None) -> str:
     if device.type != "cpu":
         raise ValueError(f"q must be on a CPU or CUDA device, got {device}")
     if wanted == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError('backend "triton" takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got CPU tensors')
+        raise ValueError(
+            'backend "triton" takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got CPU tensors'
+        )
     return wanted or "cpp"
 
 
@@ -222,12 +226,9 @@ def _compiled(
     return _run(q, k, v, lo, hi, plo, phi, scale, softcap, None, return_lse, backend)
 
 
-def _fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, scale: float | None, softcap: float, return_lse: bool, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    lse = q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
-    return q.new_empty(q.shape), lse
+def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse = others[-2]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
 
 
 _library.impl("attention", _compiled, "CompositeExplicitAutograd")

@@ -1,7 +1,7 @@
 """Attention by key intervals in Triton: one program per tile of rows and query head, a running softmax over the keys.
 
-A tile of rows takes the union of its rows' intervals. Blocks of keys that every row sees whole need no mask and run in a
-pipelined loop; the others are masked per row, and stretches of keys that no row sees are jumped over.
+A tile of rows takes the union of its rows' intervals. Blocks of keys that every row sees whole need no mask and run in
+a pipelined loop; the others are masked per row, and stretches of keys that no row sees are jumped over.
 
 A head is read as two tiles whose widths are powers of two (96 = 64 + 32, 80 = 64 + 16), because a Triton tile must have
 one and a dot product needs at least 16: padding 80 or 96 to 128 would waste a third of the tensor cores' work.
@@ -29,11 +29,11 @@ class Tile(NamedTuple):
 
 # By head size up to which they hold. Chosen for what fits and hardly spills when compiled; not yet by measured time.
 _HALF = {
-    80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 4, 1)},
+    80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
     90: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     100: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
 }
-_HALF_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)}
+_HALF_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)}
 # float32 has no tensor cores and keeps its operands in registers: tiles for correctness, not for speed.
 _SINGLE = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
@@ -88,7 +88,7 @@ def _tanh(x):
 
 @triton.jit
 def _step(
-    qa, qb, k, v, n, end, lo, hi, m, l, acc_a, acc_b, k_row, v_row, inner, factor,
+    qa, qb, k, v, n, end, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [n, min(n + BN, end)) into the running softmax; without MASK every row sees all BN of them."""
@@ -107,19 +107,19 @@ def _step(
     shift = tl.where(largest == float("-inf"), 0.0, largest)  # rows without a key so far
     p = tl.exp2(s * factor - shift[:, None])
     shrink = tl.exp2(m - shift)
-    l = l * shrink + tl.sum(p, 1)
+    total = total * shrink + tl.sum(p, 1)
     values = _rows(v, keys, inside, v_row, 0, D, DA, MASK)
     p = p.to(values.dtype)
     acc_a = tl.dot(p, values, acc=acc_a * shrink[:, None], input_precision="ieee")
     if DB > 0:
         values_b = _rows(v, keys, inside, v_row, DA, D, DB, MASK)
         acc_b = tl.dot(p, values_b, acc=acc_b * shrink[:, None], input_precision="ieee")
-    return largest, l, acc_a, acc_b
+    return largest, total, acc_a, acc_b
 
 
 @triton.jit
 def _span(
-    qa, qb, k, v, lo, hi, dead, m, l, acc_a, acc_b, k_row, v_row, inner, factor,
+    qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Take one interval per row into the running softmax. `dead` rows see nothing at all and may be given anything."""
@@ -133,22 +133,22 @@ def _span(
     full = tl.maximum(tl.minimum(full_keys, end) - full_begin, 0) // BN
     full_end = full_begin + full * BN
     for n in range(full_begin, full_end, BN):
-        m, l, acc_a, acc_b = _step(
-            qa, qb, k, v, n, full_end, lo, hi, m, l, acc_a, acc_b, k_row, v_row, inner, factor,
+        m, total, acc_a, acc_b = _step(
+            qa, qb, k, v, n, full_end, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
             D, DA, DB, BN, False, SOFTCAP,
         )  # fmt: skip
     n = tl.where((full > 0) & (begin == full_begin), full_end, begin)
     n = tl.min(tl.where(some & (hi > n), tl.maximum(lo, n), NEVER))
     while n < end:
         stop = tl.where((full > 0) & (n < full_begin), full_begin, end)
-        m, l, acc_a, acc_b = _step(
-            qa, qb, k, v, n, stop, lo, hi, m, l, acc_a, acc_b, k_row, v_row, inner, factor,
+        m, total, acc_a, acc_b = _step(
+            qa, qb, k, v, n, stop, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
             D, DA, DB, BN, True, SOFTCAP,
         )  # fmt: skip
         n = tl.minimum(n + BN, stop)
         n = tl.where((full > 0) & (n == full_begin), full_end, n)
         n = tl.min(tl.where(some & (hi > n), tl.maximum(lo, n), NEVER))  # the next key that a row sees
-    return m, l, acc_a, acc_b
+    return m, total, acc_a, acc_b
 
 
 @triton.jit
@@ -174,30 +174,30 @@ def kernel(
     hi = tl.minimum(tl.load(HI + rows, mask=valid, other=0), S)
     dead = lo >= hi
     m = tl.full((BM,), float("-inf"), tl.float32)
-    l = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
     acc_a = tl.zeros((BM, DA), tl.float32)
     acc_b = tl.zeros((BM, DB if DB > 0 else 16), tl.float32)
     if PREFIX:
         plo = tl.maximum(tl.load(PLO + rows, mask=valid, other=0), 0)
         phi = tl.minimum(tl.load(PHI + rows, mask=valid, other=0), S)
         dead = dead & (plo >= phi)
-        m, l, acc_a, acc_b = _span(
-            qa, qb, k, v, plo, phi, dead, m, l, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
+        m, total, acc_a, acc_b = _span(
+            qa, qb, k, v, plo, phi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
         )  # fmt: skip
-    m, l, acc_a, acc_b = _span(
-        qa, qb, k, v, lo, hi, dead, m, l, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
+    m, total, acc_a, acc_b = _span(
+        qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
     )  # fmt: skip
 
     out = OUT + head.to(tl.int64) * out_head + rows.to(tl.int64)[:, None] * out_row
     columns = tl.arange(0, DA)[None, :]
-    result = tl.where(dead[:, None], 0.0, acc_a / l[:, None])
+    result = tl.where(dead[:, None], 0.0, acc_a / total[:, None])
     tl.store(out + columns, result.to(OUT.dtype.element_ty), mask=valid[:, None] & (columns < D))
     if DB > 0:
         columns_b = DA + tl.arange(0, DB)[None, :]
-        result_b = tl.where(dead[:, None], 0.0, acc_b / l[:, None])
+        result_b = tl.where(dead[:, None], 0.0, acc_b / total[:, None])
         tl.store(out + columns_b, result_b.to(OUT.dtype.element_ty), mask=valid[:, None] & (columns_b < D))
     if WITH_LSE:
-        lse = tl.where(dead, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
+        lse = tl.where(dead, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
         tl.store(LSE + rows.to(tl.int64) * tl.num_programs(1) + head, lse, mask=valid)
 
 
