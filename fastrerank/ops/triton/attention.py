@@ -188,6 +188,7 @@ def kernel(
         qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
     )  # fmt: skip
 
+    total = tl.where(dead, 1.0, total)
     out = OUT + head.to(tl.int64) * out_head + rows.to(tl.int64)[:, None] * out_row
     columns = tl.arange(0, DA)[None, :]
     result = tl.where(dead[:, None], 0.0, acc_a / total[:, None])
