@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "cpu/encoder.h"
+#include "cpu/interval.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -231,6 +233,42 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     return out;
 }
 
+// Pointers and strides (in elements: row and head of q, k, v and out) of tensors that the caller has checked; lo, hi,
+// plo and phi point to int32, plo, phi and lse may be 0.
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t lo, uintptr_t hi,
+               uintptr_t plo, uintptr_t phi, int rows, int keys, int heads, int kv_heads, int head_dim,
+               const std::array<int64_t, 8>& strides, const std::string& dtype, float scale, float softcap, int threads,
+               const std::string& isa) {
+    const Precision precision = precision_of(dtype);
+    if (precision == Precision::kInt8) throw std::invalid_argument("dtype must be one of float32, bfloat16");
+    const auto integers = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
+    const auto& s = strides;
+    const IntervalAttention g{reinterpret_cast<const char*>(q),
+                              reinterpret_cast<const char*>(k),
+                              reinterpret_cast<const char*>(v),
+                              reinterpret_cast<char*>(out),
+                              reinterpret_cast<float*>(lse),
+                              s[0],
+                              s[1],
+                              s[2],
+                              s[3],
+                              s[4],
+                              s[5],
+                              s[6],
+                              s[7],
+                              precision == Precision::kFloat32 ? Format::kF32 : Format::kBF16,
+                              heads,
+                              heads / kv_heads,
+                              head_dim,
+                              scale,
+                              softcap,
+                              {integers(plo), integers(lo)},
+                              {integers(phi), integers(hi)}};
+    const Kernels& level = *kernels_of(isa);
+    py::gil_scoped_release release;
+    run_interval_attention(level, g, rows, keys, threads);
+}
+
 // y = activation(x W^T + b) through one level's packed product, with x converted as the encoder converts it.
 class PyLinear {
 public:
@@ -323,6 +361,10 @@ PYBIND11_MODULE(_cpu, m) {
             return names;
         },
         "Instruction-set levels that this CPU runs, lowest first.");
+    m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+          py::arg("lo"), py::arg("hi"), py::arg("plo"), py::arg("phi"), py::arg("rows"), py::arg("keys"),
+          py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("strides"), py::arg("dtype"),
+          py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("isa"));
     m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"),
           py::arg("isa"));
     m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"),

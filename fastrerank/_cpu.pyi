@@ -43,6 +43,28 @@ class Linear:
     def __call__(self, x: npt.NDArray[np.float32], activation: str = "identity") -> npt.NDArray[np.float32]: ...
 
 def levels() -> list[str]: ...
+def attention(
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    lo: int,
+    hi: int,
+    plo: int,
+    phi: int,
+    rows: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    strides: list[int],
+    dtype: str,
+    scale: float,
+    softcap: float,
+    threads: int,
+    isa: str,
+) -> None: ...
 def max_sim(
     query: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.float32],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ import numpy as np
 import pytest
 
 from fastrerank import ops
+
+# Without a GPU, Triton kernels run in Triton's interpreter. Triton reads this when it is first imported.
+if importlib.util.find_spec("torch"):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=ops.cpu_info()["supported"])

@@ -75,6 +75,34 @@ struct Attention {
     char* scratch;         // attention_scratch(keys, head_dim) bytes, 64-aligned
 };
 
+// Attention of T rows in which row i sees the keys [lo[i], hi[i]) of up to two lists of intervals, which do not
+// overlap. Query head h reads key head h / group. A row without keys gets zeros and a log-sum of -infinity.
+struct IntervalAttention {
+    const char *q, *k, *v;
+    char* out;
+    float* lse;            // (T, heads) natural logarithms of the softmax's denominators, or null
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head; // strides in elements
+    Format format;         // of q, k, v and out: kF32 or kBF16
+    int heads, group, head_dim; // head_dim is a multiple of 8, at most 256
+    float scale;           // positive
+    float softcap;         // scores become softcap * tanh(score / softcap); 0: they stay
+    const int32_t *lo[2], *hi[2]; // (T,) each; a list may be null
+};
+
+// Consecutive rows whose intervals of one list are not empty and of which neither end moves back or by more than one
+// key from row to row. Blocks of keys are counted from key_begin, the first key of the run's first row.
+struct KeyRun {
+    int row_begin, row_end, key_begin;
+};
+
+// The rows [row_begin, row_end) for the queries of one key head. runs[list] is the first run of the list that reaches
+// into the rows; runs_end[list] closes the list.
+struct IntervalTask {
+    int kv_head, row_begin, row_end;
+    const KeyRun *runs[2], *runs_end[2];
+    char* scratch;         // interval_scratch(head_dim, (row_end - row_begin) * group) bytes, 64-aligned
+};
+
 // Rows of float32 as a product reads them; columns [0, padded(n)) are written.
 struct Stored {
     void* q;             // null: not wanted
@@ -121,6 +149,8 @@ struct Kernels {
     void (*linear)(const Linear&);
     void (*attention)(const Attention&);
     size_t (*attention_scratch)(Format, int keys, int head_dim);
+    void (*interval_attention)(const IntervalAttention&, const IntervalTask&);
+    size_t (*interval_scratch)(int head_dim, int queries);
     void (*layer_norm)(const LayerNorm&);
     void (*convert)(const float* x, int64_t ldx, int rows, int n, const Stored&);
     // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (..,

@@ -2,6 +2,7 @@
 #include "gemm.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "interval.inl"
 
 Format input_format(Precision p) {
     if (p == Precision::kInt8) return Format::kU8;
@@ -10,8 +11,21 @@ Format input_format(Precision p) {
 }
 
 constexpr Format kReducedAttention = BF16::kElement == 2 ? Format::kBF16 : Format::kF32;
-constexpr Kernels kTable = {
-    kIsa,         kName,   kU8Max, input_format, {Format::kF32, kReducedAttention, kReducedAttention},
-    packed_bytes, pack,    linear, attention,    attention_scratch,
-    layer_norm,   convert, rope,   embed,        max_sim,
-    peak};
+constexpr Kernels kTable = {kIsa,
+                            kName,
+                            kU8Max,
+                            input_format,
+                            {Format::kF32, kReducedAttention, kReducedAttention},
+                            packed_bytes,
+                            pack,
+                            linear,
+                            attention,
+                            attention_scratch,
+                            interval_attention,
+                            interval_scratch,
+                            layer_norm,
+                            convert,
+                            rope,
+                            embed,
+                            max_sim,
+                            peak};

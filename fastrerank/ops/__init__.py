@@ -7,14 +7,28 @@ Shapes use one letter each: T tokens, N documents, H heads, D width of a vector,
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 import fastrerank._cpu as _cpu
 
-__all__ = ["cpu_info", "isa", "max_sim", "num_threads", "peak", "set_isa", "set_num_threads"]
+if TYPE_CHECKING:
+    from fastrerank.ops._attention import attention
+
+__all__ = ["attention", "cpu_info", "isa", "max_sim", "num_threads", "peak", "set_isa", "set_num_threads"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the ops on torch tensors at first use: importing this module must not import torch."""
+    if name != "attention":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastrerank.ops._attention import attention
+
+    globals()[name] = attention
+    return attention
+
 
 _threads: int | None = None
 _isa: str | None = None

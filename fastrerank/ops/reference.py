@@ -8,7 +8,45 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["max_sim"]
+__all__ = ["attention", "max_sim"]
+
+
+def attention(
+    q: npt.NDArray[Any], k: npt.NDArray[Any], v: npt.NDArray[Any], lo: npt.NDArray[Any], hi: npt.NDArray[Any],
+    plo: npt.NDArray[Any] | None = None, phi: npt.NDArray[Any] | None = None, *, scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:  # fmt: skip
+    """Softmax attention in which row i sees the keys [lo[i], hi[i]) and [plo[i], phi[i]), which do not overlap.
+
+    Args:
+        q: (T, H, D). k, v: (S, Hkv, D), Hkv divides H and query head h reads key head h // (H / Hkv).
+        lo, hi, plo, phi: integers (T,). scale: factor of the scores, None for D**-0.5.
+        softcap: scores become softcap * tanh(score / softcap) where it is above 0.
+
+    Returns (T, H, D), zeros in rows without keys, and the natural logarithms (T, H) of the softmax's denominators,
+    -infinity in rows without keys; both in q's dtype.
+
+    Example:
+        >>> attention(np.zeros((1, 1, 8)), np.ones((2, 1, 8)), np.ones((2, 1, 8)), np.array([0]), np.array([2]))[1]
+        array([[0.69314718]])
+    """
+    rows, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    out, lse = np.zeros_like(q), np.full((rows, heads), -np.inf, q.dtype)
+    for i in range(rows):
+        keys = np.arange(lo[i], hi[i])
+        if plo is not None and phi is not None:
+            keys = np.concatenate([np.arange(plo[i], phi[i]), keys])
+        if not keys.size:
+            continue
+        for h in range(heads):
+            s = k[keys, h // group] @ q[i, h] * q.dtype.type(head_dim**-0.5 if scale is None else scale)
+            if softcap > 0:
+                s = softcap * np.tanh(s / softcap)
+            p = np.exp(s - s.max())
+            out[i, h] = p @ v[keys, h // group] / p.sum()
+            lse[i, h] = s.max() + np.log(p.sum())
+    return out, lse
 
 
 def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -1,0 +1,95 @@
+#include "interval.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "encoder.h"
+#include "parallel.h"
+
+namespace fastrerank::cpu {
+namespace {
+
+// Queries of a task: enough that packing a block of keys costs little beside the products with it.
+constexpr int kTaskQueries = 256;
+
+constexpr const char* kNames[2][2] = {{"plo", "phi"}, {"lo", "hi"}};
+
+void check(const IntervalAttention& g, int rows, int keys) {
+    for (int list = 0; list < 2; ++list) {
+        if (!g.lo[list]) continue;
+        const std::string lo = kNames[list][0], hi = kNames[list][1];
+        for (int i = 0; i < rows; ++i) {
+            const int a = g.lo[list][i], b = g.hi[list][i];
+            if (a < 0 || a > b || b > keys)
+                throw std::invalid_argument(lo + " and " + hi + " must hold 0 <= " + lo + "[i] <= " + hi + "[i] <= " +
+                                            std::to_string(keys) + ", the number of keys; got [" + std::to_string(a) +
+                                            ", " + std::to_string(b) + ") at row " + std::to_string(i));
+        }
+    }
+    if (!g.lo[0] || !g.lo[1]) return;
+    for (int i = 0; i < rows; ++i) {
+        const int begin = std::max(g.lo[0][i], g.lo[1][i]), end = std::min(g.hi[0][i], g.hi[1][i]);
+        const bool both = g.lo[0][i] < g.hi[0][i] && g.lo[1][i] < g.hi[1][i];
+        if (both && begin < end)
+            throw std::invalid_argument("[plo, phi) and [lo, hi) of a row must not overlap; both hold key " +
+                                        std::to_string(begin) + " at row " + std::to_string(i));
+    }
+}
+
+std::vector<KeyRun> runs_of(const int32_t* lo, const int32_t* hi, int rows) {
+    std::vector<KeyRun> runs;
+    if (!lo) return runs;
+    const auto step = [](int from, int to) { return to == from || to == from + 1; };
+    for (int i = 0; i < rows; ++i) {
+        if (lo[i] >= hi[i]) continue;
+        const bool joins = !runs.empty() && runs.back().row_end == i && step(lo[i - 1], lo[i]) &&
+                           step(hi[i - 1], hi[i]) && lo[i] < hi[i - 1];
+        if (joins)
+            runs.back().row_end = i + 1;
+        else
+            runs.push_back({i, i + 1, lo[i]});
+    }
+    return runs;
+}
+
+}  // namespace
+
+void run_interval_attention(const Kernels& k, const IntervalAttention& g, int rows, int keys, int threads) {
+    check(g, rows, keys);
+    const std::vector<KeyRun> runs[2] = {runs_of(g.lo[0], g.hi[0], rows), runs_of(g.lo[1], g.hi[1], rows)};
+    const int kv_heads = g.heads / g.group;
+    // Whole runs of own keys where they fit, smaller pieces where there would be too few for the threads.
+    const int most = std::max(1, kTaskQueries / g.group);
+    const int64_t fair = static_cast<int64_t>(rows) * kv_heads / (4 * static_cast<int64_t>(threads)) + 1;
+    const int target = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(16, fair)));
+    std::vector<IntervalTask> tasks;
+    const KeyRun* at[2] = {runs[0].data(), runs[1].data()};
+    const KeyRun* const end[2] = {at[0] + runs[0].size(), at[1] + runs[1].size()};
+    for (int row = 0; row < rows;) {
+        IntervalTask task{0, row, std::min(rows, row + target), {}, {end[0], end[1]}, nullptr};
+        for (int list = 0; list < 2; ++list) {
+            while (at[list] != end[list] && at[list]->row_end <= row) ++at[list];
+            task.runs[list] = at[list];
+        }
+        const KeyRun* cut = at[1];
+        while (cut != end[1] && cut->row_end <= task.row_end) ++cut;
+        if (cut != end[1] && cut->row_begin > row && cut->row_begin < task.row_end) task.row_end = cut->row_begin;
+        row = task.row_end;
+        for (task.kv_head = 0; task.kv_head < kv_heads; ++task.kv_head) tasks.push_back(task);
+    }
+    const size_t bytes = k.interval_scratch(g.head_dim, target * g.group);
+    run_parallel(static_cast<int>(tasks.size()), threads, [&](int i) {
+        thread_local Bytes scratch;
+        if (scratch.size() < bytes) {
+            scratch = Bytes();  // release before asking for more
+            scratch = Bytes(bytes);
+        }
+        IntervalTask task = tasks[i];
+        task.scratch = scratch.get();
+        k.interval_attention(g, task);
+    });
+}
+
+}  // namespace fastrerank::cpu

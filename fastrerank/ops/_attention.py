@@ -1,0 +1,235 @@
+"""The Python face of `ops.attention`: checks, and a choice between C++ (CPU tensors) and Triton (CUDA tensors)."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Literal, overload
+
+import torch
+
+import fastrerank._cpu as _cpu
+from fastrerank import ops
+
+__all__ = ["attention"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BACKENDS = ("cpp", "triton")
+
+
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
+    plo: torch.Tensor | None = ..., phi: torch.Tensor | None = ..., *, scale: float | None = ..., softcap: float = ...,
+    out: torch.Tensor | None = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
+    plo: torch.Tensor | None = ..., phi: torch.Tensor | None = ..., *, scale: float | None = ..., softcap: float = ...,
+    out: torch.Tensor | None = ..., return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
+    plo: torch.Tensor | None = None, phi: torch.Tensor | None = None, *, scale: float | None = None,
+    softcap: float = 0.0, out: torch.Tensor | None = None, return_lse: bool = False, backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Like `softmax(scale * q @ k.T, where=row i sees [lo_i, hi_i) and [plo_i, phi_i)) @ v` in every head.
+
+    One op for every mask of packed attention: bidirectional documents (lo and hi are the document's ends), causal ones
+    (hi = i + 1), sliding windows (both move), a shared prefix ([plo, phi), anywhere among the keys). Grouped heads are
+    read in place: query head h uses key head h // (H / Hkv). The softmax runs over blocks of keys as in FlashAttention
+    (arXiv 2205.14135); no T x T matrix exists.
+
+    Args:
+        q: (T, H, D) float32, float16 or bfloat16. D is a multiple of 8, at most 256. Any strides, D contiguous.
+        k, v: (S, Hkv, D) in q's dtype; Hkv divides H. S is T where a packed row attends to itself.
+        lo, hi: int32 (T,) with 0 <= lo <= hi <= S. lo == hi is an empty interval.
+        plo, phi: int32 (T,) likewise, or both None. A row's two intervals must not overlap.
+        scale: positive factor of the scores; None for D**-0.5.
+        softcap: scores become softcap * tanh(score / softcap) where it is above 0.
+        out: (T, H, D) in q's dtype to write to (D contiguous, no memory in common with the inputs); None for a new one.
+        return_lse: also return the logarithms of the softmax's denominators.
+        backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
+
+    Returns (T, H, D) in q's dtype, and with `return_lse` float32 (T, H) of natural logarithms. A row without keys
+    (padding) gets zeros and -infinity. Sums are float32 on every device, float32 inputs are not rounded (no tf32).
+    The softmax's weights are rounded to 16 bits before they meet 16-bit values on GPUs and, for bfloat16, on CPUs of
+    level avx512_bf16; elsewhere the CPU computes 16-bit inputs in float32.
+
+    Intervals may come in any order; what is fast is neighbouring rows that see nearly the same keys. The CPU checks
+    `lo` and the others. A GPU would have to be waited for: there intervals are clamped to [0, S), and keys that both
+    intervals of a row hold count twice.
+
+    What a result depends on: on the CPU a row is bitwise the same whatever else is packed, wherever its segment stands
+    and however many threads run, if `lo`, `hi`, `plo` and `phi` step by 0 or 1 from row to row of a segment, as they do
+    for all masks above. (One exception: the first row of a segment whose interval begins exactly one key after the
+    previous row's and overlaps it. Sums of that segment may then be grouped differently.) NaN and infinities stay in
+    their segment. On a GPU the same call gives the same bits, but other neighbours in a tile of rows group the sums
+    differently, which changes last bits, and a value of `v` that is not finite reaches every row of a tile that reads
+    it.
+
+    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+
+    Example:
+        >>> import torch
+        >>> q = torch.zeros(3, 1, 8); v = torch.arange(3.0).reshape(3, 1, 1).expand(3, 1, 8).contiguous()
+        >>> lo, hi = torch.tensor([0, 0, 2], dtype=torch.int32), torch.tensor([2, 2, 3], dtype=torch.int32)
+        >>> attention(q, q, v, lo, hi)[:, 0, 0].tolist()
+        [0.5, 0.5, 2.0]
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("attention has no gradient: call it under torch.inference_mode() or torch.no_grad()")
+    if torch.compiler.is_compiling():
+        result, lse = torch.ops.fastrerank.attention(q, k, v, lo, hi, plo, phi, scale, softcap, return_lse, backend)
+        if out is not None:
+            if out.shape != q.shape or out.dtype != q.dtype:
+                raise ValueError(f"out must be {q.dtype} of shape {tuple(q.shape)}, got {_said(out)}")
+            result = out.copy_(result)
+    else:
+        result, lse = _run(q, k, v, lo, hi, plo, phi, scale, softcap, out, return_lse, backend)
+    return (result, lse) if return_lse else result
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
+    phi: torch.Tensor | None, scale: float | None, softcap: float, out: torch.Tensor | None, return_lse: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    _check(q, k, v, lo, hi, plo, phi, out)
+    backend = _backend(q.device, backend)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite or None, got {scale}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32, device=q.device)
+    if q.shape[0] == 0:
+        return out, lse
+    lo, hi = lo.contiguous(), hi.contiguous()
+    if plo is not None and phi is not None:
+        plo, phi = plo.contiguous(), phi.contiguous()
+    if backend == "triton":
+        _triton(q, k, v, lo, hi, plo, phi, out, lse if return_lse else None, scale, float(softcap))
+    elif q.dtype == torch.float16:
+        wide = torch.empty(q.shape, dtype=torch.float32)
+        _cpp(q.float(), k.float(), v.float(), lo, hi, plo, phi, wide, lse if return_lse else None, scale, softcap)
+        out.copy_(wide)
+    else:
+        _cpp(q, k, v, lo, hi, plo, phi, out, lse if return_lse else None, scale, softcap)
+    return out, lse
+
+
+def _cpp(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
+    phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
+) -> None:  # fmt: skip
+    rows, heads, head_dim = q.shape
+    keys, kv_heads, _ = k.shape
+    strides = [step for tensor in (q, k, v, out) for step in tensor.stride()[:2]]
+    _cpu.attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+        lo.data_ptr(), hi.data_ptr(), 0 if plo is None else plo.data_ptr(), 0 if phi is None else phi.data_ptr(),
+        rows, keys, heads, kv_heads, head_dim, strides, "bfloat16" if q.dtype == torch.bfloat16 else "float32",
+        scale, softcap, ops.num_threads(), ops.isa(),
+    )  # fmt: skip
+
+
+def _triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
+    phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
+) -> None:  # fmt: skip
+    from fastrerank.ops.triton.attention import attention as launch
+
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
+    else:
+        launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
+
+
+def _backend(device: torch.device, wanted: str | None) -> str:
+    if wanted is not None and wanted not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)} or None, got {wanted!r}")
+    if device.type == "cuda":
+        if wanted == "cpp":
+            raise ValueError('backend "cpp" takes CPU tensors, got CUDA tensors; use backend None or "triton"')
+        return "triton"
+    if device.type != "cpu":
+        raise ValueError(f"q must be on a CPU or CUDA device, got {device}")
+    if wanted == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            'backend "triton" takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got CPU tensors'
+        )
+    return wanted or "cpp"
+
+
+def _said(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
+    phi: torch.Tensor | None, out: torch.Tensor | None,
+) -> None:  # fmt: skip
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor is None and name == "out":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {_said(tensor)}")
+        if tensor.ndim != 3 or tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float32, float16 or bfloat16 (rows, heads, D), got {_said(tensor)}")
+        if tensor.stride(2) != 1 and tensor.numel():
+            raise ValueError(f"{name} must be contiguous along D, got strides {tensor.stride()}; call .contiguous()")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {tensor.dtype} on {tensor.device}")
+    rows, heads, head_dim = q.shape
+    keys, kv_heads, _ = k.shape
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"q's head size must be a multiple of 8 from 8 to 256, got {head_dim}")
+    if k.shape[2] != head_dim or kv_heads < 1 or heads % kv_heads or heads < 1:
+        raise ValueError(f"k must be (S, Hkv, {head_dim}) with Hkv dividing {heads} heads, got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if out is not None and out.shape != q.shape:
+        raise ValueError(f"out must have q's shape {tuple(q.shape)}, got {tuple(out.shape)}")
+    if max(rows, keys) >= 2**31:
+        raise ValueError(f"q and k must have fewer than 2**31 rows, got {rows} and {keys}")
+    if (plo is None) != (phi is None):
+        raise ValueError(f"plo and phi must both be given or both be None, got only {'phi' if plo is None else 'plo'}")
+    for name, tensor in (("lo", lo), ("hi", hi), ("plo", plo), ("phi", phi)):
+        if tensor is None and name in ("plo", "phi"):
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {_said(tensor)}")
+        if tensor.dtype != torch.int32 or tensor.shape != (rows,):
+            raise ValueError(f"{name} must be int32 of shape ({rows},), got {_said(tensor)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
+
+
+# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
+_library = torch.library.Library("fastrerank", "FRAGMENT")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? plo, Tensor? phi, float? scale, "
+    "float softcap, bool return_lse, str? backend) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _compiled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
+    phi: torch.Tensor | None, scale: float | None, softcap: float, return_lse: bool, backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _run(q, k, v, lo, hi, plo, phi, scale, softcap, None, return_lse, backend)
+
+
+def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse = others[-2]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
+
+
+_library.impl("attention", _compiled, "CompositeExplicitAutograd")
+torch.library.register_fake("fastrerank::attention", _fake, lib=_library)

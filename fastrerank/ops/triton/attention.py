@@ -1,0 +1,237 @@
+"""Attention by key intervals in Triton: one program per tile of rows and query head, a running softmax over the keys.
+
+A tile of rows takes the union of its rows' intervals. Blocks of keys that every row sees whole need no mask and run in
+a pipelined loop; the others are masked per row, and stretches of keys that no row sees are jumped over.
+
+A head is read as two tiles whose widths are powers of two (96 = 64 + 32, 80 = 64 + 16), because a Triton tile must have
+one and a dot product needs at least 16: padding 80 or 96 to 128 would waste a third of the tensor cores' work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["Tile", "attention", "constants", "kernel", "tile"]
+
+
+class Tile(NamedTuple):
+    """Rows and keys per tile, warps, and stages of the pipelined loop."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By head size up to which they hold. Chosen for what fits and hardly spills when compiled; not yet by measured time.
+_HALF = {
+    80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
+    90: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    100: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+}
+_HALF_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)}
+# float32 has no tensor cores and keeps its operands in registers: tiles for correctness, not for speed.
+_SINGLE = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+
+
+def tile(head_dim: int, dtype: torch.dtype, arch: int) -> Tile:
+    """Return the tile for a head size, dtype and compute capability (90 for 9.0); a table, nothing is timed.
+
+    Capabilities without a row of their own take tiles that fit in the 99 KB of shared memory of consumer devices.
+    """
+    table = _SINGLE if dtype == torch.float32 else _HALF.get(100 if arch == 103 else arch, _HALF_SMALL)
+    return next(chosen for largest, chosen in table.items() if head_dim <= largest)
+
+
+def constants(head_dim: int) -> dict[str, int]:
+    """Return the kernel's constants that split a head in two tiles, the second of 0 columns where one is enough."""
+    first = 1 << (head_dim.bit_length() - 1)
+    if head_dim <= 16:
+        return {"D": head_dim, "DA": 16, "DB": 0}
+    rest = head_dim - first
+    return {"D": head_dim, "DA": first, "DB": max(16, triton.next_power_of_2(rest)) if rest else 0}
+
+
+@triton.jit
+def _rows(base, rows, keep, stride, first: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr):
+    """(rows, WIDTH) of a head from its column `first`, zeros where a row is not kept or the head has ended."""
+    columns = first + tl.arange(0, WIDTH)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if first + WIDTH > D:
+        return tl.load(pointers, mask=keep[:, None] & (columns[None, :] < D), other=0.0)
+    if MASK:
+        return tl.load(pointers, mask=keep[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to about 2 ulp: an odd rational function fitted on |x| <= 7.9, beyond which it is 1; NaN stays NaN."""
+    x = tl.where(x > 7.90531110763549805, 7.90531110763549805, x)
+    x = tl.where(x < -7.90531110763549805, -7.90531110763549805, x)
+    t = x * x
+    p = t * -2.76076847742355e-16 + 2.00018790482477e-13
+    p = p * t - 8.60467152213735e-11
+    p = p * t + 5.12229709037114e-08
+    p = p * t + 1.48572235717979e-05
+    p = p * t + 6.37261928875436e-04
+    p = p * t + 4.89352455891786e-03
+    q = t * 1.19825839466702e-06 + 1.18534705686654e-04
+    q = q * t + 2.26843463243900e-03
+    q = q * t + 4.89352518554385e-03
+    return x * p / q
+
+
+@triton.jit
+def _step(
+    qa, qb, k, v, n, end, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Take the keys [n, min(n + BN, end)) into the running softmax; without MASK every row sees all BN of them."""
+    keys = n + tl.arange(0, BN)
+    inside = keys < end
+    # "ieee": float32 stays float32 (no tf32); 16-bit inputs are not affected
+    s = tl.dot(qa, tl.trans(_rows(k, keys, inside, k_row, 0, D, DA, MASK)), input_precision="ieee")
+    if DB > 0:
+        s = tl.dot(qb, tl.trans(_rows(k, keys, inside, k_row, DA, D, DB, MASK)), acc=s, input_precision="ieee")
+    if SOFTCAP:
+        s = _tanh(s * inner)
+    if MASK:
+        seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]) & inside[None, :]
+        s = tl.where(seen, s, float("-inf"))
+    largest = tl.maximum(m, tl.max(s, 1) * factor)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)  # rows without a key so far
+    p = tl.exp2(s * factor - shift[:, None])
+    shrink = tl.exp2(m - shift)
+    total = total * shrink + tl.sum(p, 1)
+    values = _rows(v, keys, inside, v_row, 0, D, DA, MASK)
+    p = p.to(values.dtype)
+    acc_a = tl.dot(p, values, acc=acc_a * shrink[:, None], input_precision="ieee")
+    if DB > 0:
+        values_b = _rows(v, keys, inside, v_row, DA, D, DB, MASK)
+        acc_b = tl.dot(p, values_b, acc=acc_b * shrink[:, None], input_precision="ieee")
+    return largest, total, acc_a, acc_b
+
+
+@triton.jit
+def _span(
+    qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Take one interval per row into the running softmax. `dead` rows see nothing at all and may be given anything."""
+    NEVER: tl.constexpr = 2147483647
+    some = lo < hi
+    begin = tl.min(tl.where(some, lo, NEVER))
+    end = tl.max(tl.where(some, hi, 0))
+    # [full_begin, full_end): whole blocks that every row sees, dead ones aside
+    full_begin = tl.max(tl.where(some, lo, tl.where(dead, 0, NEVER)))
+    full_keys = tl.min(tl.where(some, hi, tl.where(dead, NEVER, 0)))
+    full = tl.maximum(tl.minimum(full_keys, end) - full_begin, 0) // BN
+    full_end = full_begin + full * BN
+    for n in range(full_begin, full_end, BN):
+        m, total, acc_a, acc_b = _step(
+            qa, qb, k, v, n, full_end, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
+            D, DA, DB, BN, False, SOFTCAP,
+        )  # fmt: skip
+    n = tl.where((full > 0) & (begin == full_begin), full_end, begin)
+    n = tl.min(tl.where(some & (hi > n), tl.maximum(lo, n), NEVER))
+    while n < end:
+        stop = tl.where((full > 0) & (n < full_begin), full_begin, end)
+        m, total, acc_a, acc_b = _step(
+            qa, qb, k, v, n, stop, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
+            D, DA, DB, BN, True, SOFTCAP,
+        )  # fmt: skip
+        n = tl.minimum(n + BN, stop)
+        n = tl.where((full > 0) & (n == full_begin), full_end, n)
+        n = tl.min(tl.where(some & (hi > n), tl.maximum(lo, n), NEVER))  # the next key that a row sees
+    return m, total, acc_a, acc_b
+
+
+@triton.jit
+def kernel(
+    Q, K, V, LO, HI, PLO, PHI, OUT, LSE, T, S, inner, factor,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
+    G: tl.constexpr, D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """Rows [BM * program 0, ...) of query head program 1. S is the number of keys; G query heads share a key head."""
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    valid = rows < T
+    q = Q + head.to(tl.int64) * q_head
+    k = K + (head // G).to(tl.int64) * k_head
+    v = V + (head // G).to(tl.int64) * v_head
+    qa = _rows(q, rows, valid, q_row, 0, D, DA, True)
+    qb = qa
+    if DB > 0:
+        qb = _rows(q, rows, valid, q_row, DA, D, DB, True)
+    # clamped, because reading the intervals here to refuse them would wait for the device
+    lo = tl.maximum(tl.load(LO + rows, mask=valid, other=0), 0)
+    hi = tl.minimum(tl.load(HI + rows, mask=valid, other=0), S)
+    dead = lo >= hi
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc_a = tl.zeros((BM, DA), tl.float32)
+    acc_b = tl.zeros((BM, DB if DB > 0 else 16), tl.float32)
+    if PREFIX:
+        plo = tl.maximum(tl.load(PLO + rows, mask=valid, other=0), 0)
+        phi = tl.minimum(tl.load(PHI + rows, mask=valid, other=0), S)
+        dead = dead & (plo >= phi)
+        m, total, acc_a, acc_b = _span(
+            qa, qb, k, v, plo, phi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
+        )  # fmt: skip
+    m, total, acc_a, acc_b = _span(
+        qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
+    )  # fmt: skip
+
+    total = tl.where(dead, 1.0, total)
+    out = OUT + head.to(tl.int64) * out_head + rows.to(tl.int64)[:, None] * out_row
+    columns = tl.arange(0, DA)[None, :]
+    result = tl.where(dead[:, None], 0.0, acc_a / total[:, None])
+    tl.store(out + columns, result.to(OUT.dtype.element_ty), mask=valid[:, None] & (columns < D))
+    if DB > 0:
+        columns_b = DA + tl.arange(0, DB)[None, :]
+        result_b = tl.where(dead[:, None], 0.0, acc_b / total[:, None])
+        tl.store(out + columns_b, result_b.to(OUT.dtype.element_ty), mask=valid[:, None] & (columns_b < D))
+    if WITH_LSE:
+        lse = tl.where(dead, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+        tl.store(LSE + rows.to(tl.int64) * tl.num_programs(1) + head, lse, mask=valid)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
+    phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
+    chosen: Tile | None = None,
+) -> None:  # fmt: skip
+    """Launch the kernel on arguments that `fastrerank.ops.attention` has checked; fills `out` and `lse`.
+
+    `chosen` replaces the table's tile.
+    """
+    rows, heads, head_dim = q.shape
+    if chosen is None:
+        chosen = tile(head_dim, q.dtype, capability(q.device.index) if q.is_cuda else 0)
+    log2e = 1.4426950408889634
+    inner, factor = (scale / softcap, softcap * log2e) if softcap else (1.0, scale * log2e)
+    kernel[(triton.cdiv(rows, chosen.rows), heads)](
+        q, k, v, lo, hi, lo if plo is None else plo, hi if phi is None else phi, out, out if lse is None else lse,
+        rows, k.shape[0], inner, factor,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
+        G=heads // k.shape[1], BM=chosen.rows, BN=chosen.keys, PREFIX=plo is not None, SOFTCAP=softcap > 0,
+        WITH_LSE=lse is not None, num_warps=chosen.warps, num_stages=chosen.stages, **constants(head_dim),
+    )  # fmt: skip
+
+
+_capabilities: dict[int, int] = {}
+
+
+def capability(device: int) -> int:
+    """Return a CUDA device's compute capability as one number (90 for 9.0), asked once per device."""
+    found = _capabilities.get(device)
+    if found is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        found = _capabilities[device] = 10 * major + minor
+    return found
