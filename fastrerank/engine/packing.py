@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PackedBatch", "Segment", "pack", "pack_documents", "split", "split_lengths"]
+__all__ = ["PackedBatch", "Segment", "pack", "pack_documents", "split", "split_lengths", "split_padded"]
 
 Ids = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.int32]
@@ -178,6 +178,26 @@ def split_lengths(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDA
             batches[number].append(item)
             heapq.heapreplace(loads, (load + length, number))
     return [np.sort(np.array(batch, np.int64)) for batch in batches if batch]
+
+
+def split_padded(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDArray[np.int64]]:
+    """Split items into batches of similar lengths, longest first, of at most `budget` tokens with their padding.
+
+    A batch holds one item at least. Raises ValueError for budget < 1.
+
+    Example:
+        >>> [batch.tolist() for batch in split_padded(np.array([4, 1, 5, 2]), 10)]
+        [[2, 0], [3, 1]]
+    """
+    if budget < 1:
+        raise ValueError(f"budget must be at least 1 token, got {budget}")
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches = []
+    while len(order):
+        count = max(1, budget // int(lengths[order[0]]))
+        batches.append(order[:count])
+        order = order[count:]
+    return batches
 
 
 def split(segments: Sequence[Segment], budget: int) -> list[tuple[list[Segment], npt.NDArray[np.int64]]]:

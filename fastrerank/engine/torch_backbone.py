@@ -1,0 +1,188 @@
+"""Any Hugging Face backbone on one packed row: its attention calls are answered by `fastrerank.ops.attention`.
+
+transformers hands q, k and v of every layer, rotary positions applied, to the attention function that is registered
+under the model's `attn_implementation`. Ours looks up the batch that this thread is running, so nothing depends on
+which keyword arguments a family passes down. No mask function is registered under our name: transformers then builds no
+mask, for attention that needs none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AttentionInterface
+
+from fastrerank.engine.packing import PackedBatch, pack_documents
+from fastrerank.ops.attention import attention
+
+__all__ = ["IMPLEMENTATION", "PackedBackbone", "Row", "upload", "why_not_packed"]
+
+IMPLEMENTATION = "fastrerank"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Tensors that families pass to every attention function and that say nothing about who sees whom.
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings", "token_type_ids"}
+
+_running = threading.local()
+
+
+class Row:
+    """A `PackedBatch` on a device; `intervals(window)` are its four int32 vectors there, made once per window."""
+
+    def __init__(self, batch: PackedBatch, position_ids: npt.NDArray[np.int64], device: torch.device) -> None:
+        self.batch = batch
+        self.device = device
+        stacked = np.stack([batch.ids, batch.types, position_ids, batch.lo, batch.hi, batch.plo, batch.phi])
+        self._stacked = upload(stacked.astype(np.int32), device)
+        self.inputs = self._stacked[:3].long()[:, None]
+        self._intervals: dict[int | None, torch.Tensor] = {None: self._stacked[3:]}
+        self.prefixed = bool((batch.phi > batch.plo).any())
+
+    def intervals(self, window: int | None) -> torch.Tensor:
+        """Return int32 (4, T): lo, hi, plo, phi."""
+        if window not in self._intervals:
+            assert window is not None
+            self._intervals[window] = upload(np.stack(self.batch.windowed(window)), self.device)
+        return self._intervals[window]
+
+
+def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Return the array as a tensor on `device`; to a GPU from pinned memory, without waiting."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextmanager
+def _answering(row: Any) -> Iterator[None]:
+    outer = getattr(_running, "row", None)
+    _running.row = row
+    try:
+        yield
+    finally:
+        _running.row = outer
+
+
+def _attend(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,  # noqa: ARG001
+    sliding_window: int | None = None, softcap: float | None = None, **others: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention of a layer: query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, D)."""
+    row = getattr(_running, "row", None)
+    if row is None:
+        raise RuntimeError(f"attention {IMPLEMENTATION!r} runs inside fastrerank only, on packed rows")
+    unknown = [name for name, other in others.items() if torch.is_tensor(other) and name not in _HARMLESS]
+    if attention_mask is not None or unknown or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for attention that packed rows do not compute "
+            f"(mask: {attention_mask is not None}, query {tuple(query.shape)}, key {tuple(key.shape)}, {unknown})"
+        )
+    lo, hi, plo, phi = row.intervals(sliding_window)
+    prefix = (plo, phi) if row.prefixed else (None, None)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attention(q, k, v, lo, hi, *prefix, scale=scaling, softcap=softcap or 0.0)[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+def why_not_packed(backbone: Any) -> str | None:
+    """Return why the model cannot run packed, read off its class and configuration; None if nothing speaks against it.
+
+    Example:
+        >>> why_not_packed(transformers.DebertaV2Model(config))  # doctest: +SKIP
+        'DebertaV2Model computes its attention itself, not through an attention backend of transformers'
+    """
+    name, config = type(backbone).__name__, backbone.config
+    if not getattr(backbone, "_supports_attention_backend", False):
+        return f"{name} computes its attention itself, not through an attention backend of transformers"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder and a decoder"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return f"{name} takes no position_ids"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds or getattr(config, "attention_chunk_size", None):
+        return f"{name} has layers of other kinds than full and sliding attention: {', '.join(sorted(kinds)) or 'chunks'}"
+    if len(_causality(backbone)) != 1:
+        return f"{name} does not say whether its attention is causal"
+    return None
+
+
+def _causality(backbone: torch.nn.Module) -> set[bool]:
+    return {bool(module.is_causal) for module in backbone.modules() if hasattr(module, "is_causal")}
+
+
+class PackedBackbone:
+    """A transformers model without its head, on packed rows.
+
+    Args:
+        backbone: a model for which `why_not_packed` is None, in evaluation mode on its device. Its attention
+            implementation is switched to ours.
+    """
+
+    packed = True
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+        self.device: torch.device = next(backbone.parameters()).device
+        (self.causal,) = _causality(backbone)
+        parameters = inspect.signature(backbone.forward).parameters
+        self._takes_types = "token_type_ids" in parameters and bool(getattr(backbone.config, "type_vocab_size", 0))
+        self._options = {"use_cache": False} if "use_cache" in parameters else {}
+        self._padding_idx = _counted_positions(backbone)
+        backbone.set_attn_implementation(IMPLEMENTATION)
+
+    def position_ids(self, batch: PackedBatch) -> npt.NDArray[np.int64]:
+        """Return the family's position ids, int64 (T,).
+
+        RoBERTa and its kin count from padding_idx + 1 over tokens that are not padding; a padding token in a text takes
+        position padding_idx and is not counted.
+        """
+        if self._padding_idx is None:
+            return batch.positions
+        counted = batch.ids != self._padding_idx
+        count = np.cumsum(counted)
+        before = np.concatenate([[0], count])[batch.lo]
+        return np.where(counted, count - before, 0) + self._padding_idx
+
+    def hidden(self, row: Row) -> torch.Tensor:
+        """Return the last hidden states (T, hidden) of a row."""
+        ids, types, positions = row.inputs
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, **self._options}
+        if self._takes_types:
+            inputs["token_type_ids"] = types
+        with _answering(row):
+            states: torch.Tensor = self.backbone(**inputs)[0]
+        return states[0]
+
+    def rows(
+        self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
+        chosen: npt.NDArray[np.int64], readout: str,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return what `readout` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
+        batch = pack_documents(ids, types, offsets, chosen, self.causal)
+        return self._read(self.hidden(Row(batch, self.position_ids(batch), self.device)), batch, readout)
+
+    def _read(self, states: torch.Tensor, batch: PackedBatch, readout: str) -> torch.Tensor:
+        if readout == "tokens":
+            return states[: int(batch.ends[-1])].float()
+        if readout == "mean":
+            lengths = upload(batch.ends - batch.starts, self.device)
+            return torch.segment_reduce(states[: int(batch.ends[-1])].float(), "mean", lengths=lengths)
+        return states[upload(batch.starts if readout == "first" else batch.ends - 1, self.device)].float()
+
+
+def _counted_positions(backbone: torch.nn.Module) -> int | None:
+    """Return padding_idx of embeddings that make position ids by counting tokens that are not padding, else None."""
+    for module in backbone.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return int(module.padding_idx)
+    return None
