@@ -20,6 +20,7 @@ __all__ = [
     "open_checkpoint",
     "position_limit",
     "read_json",
+    "untrained",
 ]
 
 # Everything that loading a checkpoint can need, once without and once with pickled weights. The hub matches these
@@ -196,6 +197,14 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
     if isinstance(rows, int) and rows > 0:
         limits.append(rows - _position_offset(config))
     return min(limits, default=None)
+
+
+def untrained(checkpoint: Checkpoint) -> ValueError:
+    """Return the error for a checkpoint without a classification head."""
+    return ValueError(
+        f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
+        "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
+    )
 
 
 def _position_offset(config: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PackedBatch", "Segment", "pack", "pack_documents", "split", "split_lengths", "split_padded"]
+__all__ = ["PackedBatch", "Segment", "pack", "pack_documents", "shares", "split", "split_lengths", "split_padded"]
 
 Ids = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.int32]
@@ -178,6 +178,22 @@ def split_lengths(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDA
             batches[number].append(item)
             heapq.heapreplace(loads, (load + length, number))
     return [np.sort(np.array(batch, np.int64)) for batch in batches if batch]
+
+
+def shares(lengths: npt.NDArray[np.integer], count: int) -> list[npt.NDArray[np.int64]]:
+    """Share items out to `count` workers, evenly by tokens; positions ascend in each share, and a share may be empty.
+
+    Example:
+        >>> [share.tolist() for share in shares(np.array([4, 1, 5, 2]), 2)]
+        [[1, 2], [0, 3]]
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        load, number = loads[0]
+        parts[number].append(item)
+        heapq.heapreplace(loads, (load + int(lengths[item]), number))
+    return [np.sort(np.array(part, np.int64)) for part in parts]
 
 
 def split_padded(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDArray[np.int64]]:

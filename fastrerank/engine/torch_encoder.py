@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fastrerank import ops
-from fastrerank.checkpoint import Checkpoint, position_limit
+from fastrerank.checkpoint import Checkpoint, position_limit, untrained
 from fastrerank.engine.heads import Head
 from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import pack_documents, split_lengths, split_padded
@@ -38,6 +38,7 @@ class TorchEncoder:
 
     Attributes:
         packed: whether documents run in one row without padding; else in padded batches of similar lengths.
+        reason: why it is not packed; "" if it is.
         budget: tokens of one forward; halved for good when a forward runs out of memory.
     """
 
@@ -49,6 +50,7 @@ class TorchEncoder:
         self.dtype = dtype
         self.device: torch.device = runner.device
         self.packed: bool = runner.packed
+        self.reason = ""
         self.readout: str = head.readout
         self.budget = budget
         self.num_threads = num_threads
@@ -95,19 +97,18 @@ class TorchEncoder:
         runner: Any
         if task_head is None:
             _refuse_packed(packed, checkpoint, reason)
-            with torch.device(place):
-                runner = PaddedModel(backbone)
+            runner = PaddedModel(backbone)
             task_head = _Whole(int(backbone.config.num_labels))
         else:
             task_head.to(place)
             runner, reason = _runner(backbone, dtype, packed)
             if not runner.packed and packed is not False:
                 _refuse_packed(packed, checkpoint, reason)
-        if not runner.packed and packed is None:
-            log.info("%s runs in padded batches: %s", checkpoint.path, reason)
         each = bytes_per_token(backbone.config, getattr(torch, dtype).itemsize, runner.packed)
         budget = CPU_TOKENS if place.type == "cpu" and memory_limit is None else device_budget(place, each, memory_limit)
-        return cls(checkpoint, runner, task_head, dtype=dtype, budget=budget, num_threads=num_threads)
+        encoder = cls(checkpoint, runner, task_head, dtype=dtype, budget=budget, num_threads=num_threads)
+        encoder.reason = reason
+        return encoder
 
     def forward(
         self,
@@ -229,10 +230,7 @@ def _load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
     missing = sorted(info["missing_keys"])
     in_body = [name for name in missing if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
     if task and missing and not in_body:
-        raise ValueError(
-            f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
-            "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
-        )
+        raise untrained(checkpoint)
     lacking = [name for name in missing if task or not name.startswith("pooler.")]
     if lacking:
         raise ValueError(f"{path}: the weights lack {lacking[0]!r}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1)))
