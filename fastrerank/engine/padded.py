@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastrerank.engine.torch_backbone import upload
+from fastrerank.engine.torch_backbone import Read, upload
 
 __all__ = ["PaddedBackbone", "PaddedModel"]
 
@@ -47,20 +47,17 @@ class PaddedBackbone:
 
     def rows(
         self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], readout: str,
+        chosen: npt.NDArray[np.int64], read: Read,
     ) -> torch.Tensor:  # fmt: skip
-        """Return what `readout` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
+        """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
         inputs, lengths = self.inputs(ids, types, offsets, chosen)
         states = self.backbone(**inputs)[0]
-        if readout == "first":
-            return states[:, 0].float()
-        if readout == "last":
-            return states[torch.arange(len(states), device=self.device), lengths - 1].float()
+        if not isinstance(read, str):
+            return states[torch.arange(len(states), device=self.device), upload(read[chosen], self.device)].float()
         mask = inputs["attention_mask"].bool()
-        if readout == "tokens":
+        if read == "tokens":
             return states[mask].float()
-        masked = torch.where(mask[..., None], states.float(), 0.0)
-        return masked.sum(1) / lengths[:, None]
+        return torch.where(mask[..., None], states.float(), 0.0).sum(1) / lengths[:, None]
 
 
 class PaddedModel(PaddedBackbone):
@@ -68,7 +65,7 @@ class PaddedModel(PaddedBackbone):
 
     def rows(
         self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], readout: str,  # noqa: ARG002
+        chosen: npt.NDArray[np.int64], read: Read,  # noqa: ARG002
     ) -> torch.Tensor:  # fmt: skip
         """Return logits, float32 (n, labels)."""
         inputs, _ = self.inputs(ids, types, offsets, chosen)

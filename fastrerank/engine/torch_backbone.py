@@ -22,12 +22,15 @@ from transformers import AttentionInterface
 from fastrerank.engine.packing import PackedBatch, pack_documents
 from fastrerank.ops.attention import attention
 
-__all__ = ["IMPLEMENTATION", "PackedBackbone", "Row", "upload", "why_not_packed"]
+__all__ = ["IMPLEMENTATION", "PackedBackbone", "Read", "Row", "upload", "why_not_packed"]
 
 IMPLEMENTATION = "fastrerank"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Tensors that families pass to every attention function and that say nothing about who sees whom.
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "token_type_ids"}
+
+# What is read of each document: all "tokens", their "mean", or the token at a place, int64 (N,), of every document.
+Read = str | npt.NDArray[np.int64]
 
 _running = threading.local()
 
@@ -165,19 +168,17 @@ class PackedBackbone:
 
     def rows(
         self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], readout: str,
+        chosen: npt.NDArray[np.int64], read: Read,
     ) -> torch.Tensor:  # fmt: skip
-        """Return what `readout` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
+        """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
         batch = pack_documents(ids, types, offsets, chosen, self.causal)
-        return self._read(self.hidden(Row(batch, self.position_ids(batch), self.device)), batch, readout)
-
-    def _read(self, states: torch.Tensor, batch: PackedBatch, readout: str) -> torch.Tensor:
-        if readout == "tokens":
-            return states[: int(batch.ends[-1])].float()
-        if readout == "mean":
-            lengths = upload(batch.ends - batch.starts, self.device)
-            return torch.segment_reduce(states[: int(batch.ends[-1])].float(), "mean", lengths=lengths)
-        return states[upload(batch.starts if readout == "first" else batch.ends - 1, self.device)].float()
+        states = self.hidden(Row(batch, self.position_ids(batch), self.device))
+        if not isinstance(read, str):
+            return states[upload(batch.starts + read[chosen], self.device)].float()
+        states = states[: len(batch)].float()
+        if read == "tokens":
+            return states
+        return torch.segment_reduce(states, "mean", lengths=upload(batch.ends - batch.starts, self.device))
 
 
 def _counted_positions(backbone: torch.nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastrerank.engine.heads import Head
 from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import pack_documents, split_lengths, split_padded
 from fastrerank.engine.padded import PaddedBackbone, PaddedModel
-from fastrerank.engine.torch_backbone import PackedBackbone, Row, why_not_packed
+from fastrerank.engine.torch_backbone import PackedBackbone, Read, Row, why_not_packed
 from fastrerank.engine.torch_heads import ModuleHead, split_head
 
 __all__ = ["DTYPES", "TorchEncoder"]
@@ -60,6 +61,8 @@ class TorchEncoder:
         self._types = int(getattr(config, "type_vocab_size", 0) or 0)
         self._vocabulary = int(config.vocab_size)
         self.width: int = head.width
+        self._stretch = _stretch(config)
+        self._lock = threading.Lock()
 
     @classmethod
     def load(
@@ -131,7 +134,7 @@ class TorchEncoder:
         tokens = self.readout == "tokens"
         result = np.full((len(ids) if tokens else len(offsets) - 1, self.width), np.nan, np.float32)
         with torch.inference_mode(), _threads(self.num_threads, self.device):
-            for chosen, values in self._batches(ids, types, offsets):
+            for chosen, values in self._batches(ids, types, offsets, self._read(ids, offsets)):
                 if tokens:
                     lengths = np.diff(offsets)[chosen]
                     ends = np.cumsum(lengths)
@@ -139,7 +142,20 @@ class TorchEncoder:
                 result[chosen] = values.cpu().numpy()
         return result
 
-    def _batches(self, ids: Any, types: Any, offsets: Any) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
+    def _read(self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> Read:
+        """What the head reads: a word, or the place in each document."""
+        if self.readout not in ("first", "last"):
+            return self.readout
+        if self.readout == "first" or not len(ids):
+            return np.zeros(len(offsets) - 1, np.int64)
+        if self._head.skipped is None:
+            return np.diff(offsets) - 1
+        content = np.where(ids != self._head.skipped, np.arange(len(ids)), -1)
+        return np.maximum(np.maximum.reduceat(content, offsets[:-1]) - offsets[:-1], 0)
+
+    def _batches(
+        self, ids: Any, types: Any, offsets: Any, read: Read
+    ) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
         """(documents, their values on the device) of every batch; halves the budget where memory runs out."""
         lengths = np.diff(offsets)
         waiting = self._split(lengths, np.arange(len(lengths)))
@@ -147,7 +163,8 @@ class TorchEncoder:
         while waiting:
             chosen = waiting.pop()
             try:
-                values = self._head(self._runner.rows(ids, types, offsets, chosen, self.readout))
+                with self._exclusive():
+                    values = self._head(self._runner.rows(ids, types, offsets, chosen, read))
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
                     raise
@@ -166,7 +183,23 @@ class TorchEncoder:
 
     def _split(self, lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         divide = split_lengths if self.packed else split_padded
-        return [chosen[part] for part in divide(lengths[chosen], self.budget)]
+        alone = [] if self._stretch is None else [one[None] for one in chosen if lengths[one] > self._stretch]
+        if alone:
+            chosen = chosen[lengths[chosen] <= self._stretch]
+        return alone + [chosen[part] for part in divide(lengths[chosen], self.budget)]
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Hold a model whose rotary frequencies change with the longest text, from their first state on."""
+        if self._stretch is None:
+            yield
+            return
+        with self._lock:
+            for module in self._runner.backbone.modules():
+                if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
+                    module.inv_freq = module.original_inv_freq
+                    module.max_seq_len_cached = module.original_max_seq_len
+            yield
 
     def _size(self, lengths: npt.NDArray[np.int64]) -> int:
         return int(lengths.sum() if self.packed else lengths.max() * len(lengths))
@@ -199,6 +232,7 @@ class _Whole(torch.nn.Module):
     """The head of a `PaddedModel`, which has computed its logits already."""
 
     readout = "logits"
+    skipped = None
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -217,10 +251,11 @@ def _load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
         pass
     # Heads keep the precision that they are stored in, so half precision comes after loading.
     stored = torch.float32 if dtype == "float32" else "auto"
-    model, info = factory.from_pretrained(
-        str(path), dtype=stored, output_loading_info=True, local_files_only=True,
-        trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    with _quiet():
+        model, info = factory.from_pretrained(
+            str(path), dtype=stored, output_loading_info=True, local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True,
+        )  # fmt: skip
     if info["mismatched_keys"]:
         name, stored_shape, shape = sorted(info["mismatched_keys"])[0]
         raise ValueError(
@@ -305,6 +340,33 @@ def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
         return float("inf")
     ours, expected = ours[finite], expected[finite]
     return float((ours - expected).norm() / expected.norm().clamp(min=1e-30)) if len(ours) else 0.0
+
+
+def _stretch(config: Any) -> int | None:
+    """Tokens up to which rotary frequencies are fixed, for families where a longer text changes all of a batch's."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            original = kind.get("original_max_position_embeddings")
+            return int(original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings)
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' table of unexpected and missing weights off the terminal: what matters of it is raised."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from fastrerank.engine.heads import DenseStep, Head, NormStep
 
@@ -34,7 +34,7 @@ class _Rows(torch.nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         states = self.given.states
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self.pool(states))
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=self.pool(states))
 
     def pool(self, states: torch.Tensor) -> torch.Tensor | None:
         if self.pooler is None:
@@ -47,7 +47,13 @@ class _Rows(torch.nn.Module):
 
 
 class ClassificationHead(torch.nn.Module):
-    """What a `*ForSequenceClassification` computes from its backbone's hidden states, on one row per document."""
+    """What a `*ForSequenceClassification` computes from its backbone's hidden states, on one row per document.
+
+    Attributes:
+        readout: the row that the head reads, found by trying: "first", "last" or "mean"; None if it is none of them.
+        skipped: token id that "last" passes over, as the decoders' classifiers pass over their padding token.
+        width: number of labels.
+    """
 
     def __init__(self, model: Any) -> None:
         """Take over `model`, whose backbone is replaced; the head becomes float32."""
@@ -56,9 +62,12 @@ class ClassificationHead(torch.nn.Module):
         self.rows = _Rows(getattr(model, name))
         setattr(model, name, self.rows)
         self.model = model.float().eval()
-        pad = getattr(model.config, "pad_token_id", None)
-        self._token = 1 if pad == 0 else 0  # any token that is not padding: some heads look for the last such
+        # Some heads look for the last token that is not padding, so rows are given as tokens 1 of a text padded with 0.
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+        model.config = copy.deepcopy(model.config)
+        model.config.get_text_config().pad_token_id = 0
         self.readout = self._find_readout()
+        self.skipped: int | None = pad if self.readout == "last" and self._skips_padding() else None
         self.width = self._logits(self._probe[:, :1]).shape[-1] if self.readout else 0
 
     @property
@@ -78,9 +87,14 @@ class ClassificationHead(torch.nn.Module):
         found = [name for name, error in errors.items() if error <= 1e-4 * float(expected.abs().max())]
         return found[0] if len(found) == 1 else None
 
+    def _skips_padding(self) -> bool:
+        states, ids = self._probe, torch.tensor([[1, 1, 1, 0, 0]])
+        return torch.allclose(self._logits(states, ids), self._logits(states[:, 2:3]), rtol=1e-4)
+
     @torch.inference_mode()
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        ids = torch.full(states.shape[:2], self._token, device=states.device)
+    def _logits(self, states: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        if ids is None:
+            ids = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         self.rows.given.states = states
         try:
             logits: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -99,6 +113,7 @@ class ModuleHead(torch.nn.Module):
     def __init__(self, head: Head, hidden: int) -> None:
         super().__init__()
         self.readout: str = head.readout
+        self.skipped: int | None = None
         self.width = hidden
         self._steps: list[Any] = []
         for number, step in enumerate(head.steps):
