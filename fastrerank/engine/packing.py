@@ -242,7 +242,8 @@ def split(segments: Sequence[Segment], budget: int) -> list[tuple[list[Segment],
     for root, members in dependants.items():
         lengths = np.array([len(segments[i].ids) for i in members], np.int64)
         room = budget - len(segments[root].ids)
-        pieces = [np.arange(len(members))] if lengths.sum() <= room else split_lengths(lengths, max(1, room))
+        fits = not members or lengths.sum() <= room
+        pieces = [np.arange(len(members))] if fits else split_lengths(lengths, max(1, room))
         for number, piece in enumerate(pieces):
             if number:
                 repeated.add(len(units))
