@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrerank.engine.packing import PackedBatch, Segment, pack, pack_documents, shares, split, split_lengths, split_padded
+from fastrerank.engine.packing import (
+    PackedBatch,
+    Segment,
+    pack,
+    pack_documents,
+    shares,
+    split,
+    split_lengths,
+    split_padded,
+)
 
 
 @st.composite
@@ -113,9 +124,7 @@ def test_splitting_keeps_every_segment_its_prefix_and_the_budget(segments: list[
                 assert (segment.prefix is None) == (original.prefix is None)
             if segment.prefix is not None:
                 assert segment.prefix in roots
-                np.testing.assert_array_equal(
-                    batch[segment.prefix].ids, segments[segments[index[n]].prefix].ids
-                )
+                np.testing.assert_array_equal(batch[segment.prefix].ids, segments[segments[index[n]].prefix].ids)
         tokens = sum(len(segment.ids) for segment in batch)
         assert tokens <= budget or len(batch) - len(roots) <= 1 == len(roots)  # what cannot be made smaller
     assert sorted(answered) == list(range(len(segments)))
@@ -131,7 +140,7 @@ def test_splitting_documents(lengths: list[int], budget: int) -> None:
     assert sorted(np.concatenate([*padded, np.zeros(0, int)]).tolist()) == list(range(len(lengths)))
     assert all(sizes[batch].max() * len(batch) <= budget or len(batch) == 1 for batch in padded)
     ends = [(sizes[batch].max(), sizes[batch].min()) for batch in padded]
-    assert all(least >= most for (_, least), (most, _) in zip(ends, ends[1:], strict=False))  # lengths are alike
+    assert all(least >= most for (_, least), (most, _) in pairwise(ends))  # lengths are alike
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5))

@@ -59,7 +59,7 @@ def close(ours: np.ndarray, expected: np.ndarray, bound: float = BOUND) -> bool:
 @pytest.mark.parametrize("family", families.PACKED)
 def test_the_reference_spreads(family: str) -> None:
     # Parity of constant logits, or of tokens that do not look at each other, would prove nothing.
-    logits, tokens = families.results(family)
+    logits, _ = families.results(family)
     assert np.ptp(logits, axis=0).max() > 0.3
     ids, types, offsets = families.documents(family, (12,))
     changed = ids.copy()
@@ -263,7 +263,7 @@ def test_one_document_that_does_not_fit_is_an_error(saved: Saved, monkeypatch: p
         engine.forward(*families.documents("bert"))
 
 
-def test_what_speaks_against_packing_is_said(saved: Saved, tmp_path: Path) -> None:
+def test_what_speaks_against_packing_is_said(saved: Saved) -> None:
     for family, words in (("deberta", "computes its attention itself"), ("mpnet", "computes its attention itself"),
                           ("t5", "no separate encoder")):  # fmt: skip
         assert words in load(saved(family)).reason
@@ -282,7 +282,7 @@ def test_a_backbone_that_does_not_run_packed_as_it_says_is_found_out(
     monkeypatch.undo()
 
     def leaking(self: torch_backbone.Row, _: int | None) -> torch.Tensor:
-        lo, hi, plo, phi = self._stacked[3:]
+        lo, hi, plo, phi = self.table[3:7]
         return torch.stack([torch.zeros_like(lo), torch.full_like(hi, len(hi)), plo, phi])
 
     monkeypatch.setattr(torch_backbone.Row, "intervals", leaking)

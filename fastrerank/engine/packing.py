@@ -104,8 +104,10 @@ def pack(segments: Sequence[Segment]) -> PackedBatch:
     prefix = np.array([-1 if segment.prefix is None else segment.prefix for segment in segments], np.int64)
     causal = np.array([segment.causal for segment in segments], np.bool_)
     ids = [np.asarray(segment.ids, np.int64) for segment in segments]
-    types = [np.zeros(len(segment.ids), np.int64) if segment.type_ids is None else np.asarray(segment.type_ids, np.int64)
-             for segment in segments]  # fmt: skip
+    types = [
+        np.zeros(len(segment.ids), np.int64) if segment.type_ids is None else segment.type_ids.astype(np.int64)
+        for segment in segments
+    ]
     none = [np.zeros(0, np.int64)]
     return _assemble(np.concatenate(none + ids), np.concatenate(none + types), lengths, ends, prefix, causal)
 

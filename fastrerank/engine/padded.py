@@ -51,7 +51,7 @@ class PaddedBackbone:
     ) -> torch.Tensor:  # fmt: skip
         """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
         inputs, lengths = self.inputs(ids, types, offsets, chosen)
-        states = self.backbone(**inputs)[0]
+        states: torch.Tensor = self.backbone(**inputs)[0]
         if not isinstance(read, str):
             return states[torch.arange(len(states), device=self.device), upload(read[chosen], self.device)].float()
         mask = inputs["attention_mask"].bool()

@@ -21,7 +21,7 @@ from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head, classification_head
 from fastrerank.engine.packing import shares
 
-__all__ = ["ENGINES", "Encoder", "EncoderGroup", "Plan", "load_encoder", "plan", "usable_gpu"]
+__all__ = ["ENGINES", "Encoder", "EncoderGroup", "Plan", "load_encoder", "plan", "usable_gpu", "warm_up"]
 
 ENGINES = ("native", "torch", "padded")
 _TORCH_DTYPES = ("float32", "bfloat16", "float16")
@@ -185,13 +185,12 @@ def load_encoder(
     """
     ops.num_threads(num_threads)  # checks it
     load = _load_native if chosen.engine == "native" else _load_torch
-    options = {"num_threads": num_threads, "memory_limit": memory_limit}
-    encoders = [load(checkpoint, head, chosen, device, **options) for device in chosen.devices]
+    encoders = [load(checkpoint, head, chosen, device, num_threads, memory_limit) for device in chosen.devices]
     return encoders[0] if len(encoders) == 1 else EncoderGroup(encoders)
 
 
 def _load_native(
-    checkpoint: Checkpoint, head: Head | None, chosen: Plan, device: str, *, num_threads: int | None,  # noqa: ARG001
+    checkpoint: Checkpoint, head: Head | None, chosen: Plan, device: str, num_threads: int | None,  # noqa: ARG001
     memory_limit: float | None,  # noqa: ARG001
 ) -> Encoder:  # fmt: skip
     family = family_of(checkpoint.config)
@@ -204,7 +203,7 @@ def _load_native(
 
 
 def _load_torch(
-    checkpoint: Checkpoint, head: Head | None, chosen: Plan, device: str, *, num_threads: int | None,
+    checkpoint: Checkpoint, head: Head | None, chosen: Plan, device: str, num_threads: int | None,
     memory_limit: float | None,
 ) -> Encoder:  # fmt: skip
     try:
@@ -228,6 +227,13 @@ def _load_torch(
     return encoder
 
 
+def warm_up(encoder: Encoder) -> None:
+    """Do now what an engine's first calls would do, such as capturing CUDA graphs; nothing on the native engine."""
+    warmup = getattr(encoder, "warmup", None)
+    if warmup is not None:
+        warmup()
+
+
 class EncoderGroup:
     """Encoders of one checkpoint on several devices: a call's documents are shared out by tokens, results in order."""
 
@@ -242,6 +248,11 @@ class EncoderGroup:
     def width(self) -> int:
         """Values per document, or per token where tokens are read."""
         return self.encoders[0].width
+
+    def warmup(self) -> None:
+        """Do now, on every device, what the first calls would do."""
+        for encoder in self.encoders:
+            warm_up(encoder)
 
     def forward(
         self, ids: npt.NDArray[np.int32], type_ids: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64]

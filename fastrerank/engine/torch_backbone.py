@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from transformers import AttentionInterface
 
-from fastrerank.engine.packing import PackedBatch, pack_documents
+from fastrerank.engine.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
+from fastrerank.engine.packing import PackedBatch, Segment, pack, pack_documents
 from fastrerank.ops.attention import attention
 
 __all__ = ["IMPLEMENTATION", "PackedBackbone", "Read", "Row", "upload", "why_not_packed"]
@@ -36,23 +37,25 @@ _running = threading.local()
 
 
 class Row:
-    """A `PackedBatch` on a device; `intervals(window)` are its four int32 vectors there, made once per window."""
+    """A packed row's numbers on a device: int32 (7 + 4 W, T) as `PackedBackbone.table` lays them out."""
 
-    def __init__(self, batch: PackedBatch, position_ids: npt.NDArray[np.int64], device: torch.device) -> None:
-        self.batch = batch
-        self.device = device
-        stacked = np.stack([batch.ids, batch.types, position_ids, batch.lo, batch.hi, batch.plo, batch.phi])
-        self._stacked = upload(stacked.astype(np.int32), device)
-        self.inputs = self._stacked[:3].long()[:, None]
-        self._intervals: dict[int | None, torch.Tensor] = {None: self._stacked[3:]}
-        self.prefixed = bool((batch.phi > batch.plo).any())
+    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], prefixed: bool) -> None:
+        self.table = table
+        self.windows = windows
+        self.prefixed = prefixed
+
+    def inputs(self) -> torch.Tensor:
+        """Return int64 (3, 1, T): token ids, token types, position ids."""
+        return self.table[:3].long()[:, None]
 
     def intervals(self, window: int | None) -> torch.Tensor:
-        """Return int32 (4, T): lo, hi, plo, phi."""
-        if window not in self._intervals:
-            assert window is not None
-            self._intervals[window] = upload(np.stack(self.batch.windowed(window)), self.device)
-        return self._intervals[window]
+        """Return int32 (4, T): lo, hi, plo, phi of layers that see no further than `window` positions."""
+        if window is None:
+            return self.table[3:7]
+        if window not in self.windows:
+            raise NotImplementedError(f"a layer has a window of {window}, which no part of the model announces")
+        begin = 7 + 4 * self.windows.index(window)
+        return self.table[begin : begin + 4]
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -113,7 +116,9 @@ def why_not_packed(backbone: Any) -> str | None:
         return f"{name} takes no position_ids"
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if kinds or getattr(config, "attention_chunk_size", None):
-        return f"{name} has layers of other kinds than full and sliding attention: {', '.join(sorted(kinds)) or 'chunks'}"
+        return (
+            f"{name} has layers of other kinds than full and sliding attention: {', '.join(sorted(kinds)) or 'chunks'}"
+        )
     if len(_causality(backbone)) != 1:
         return f"{name} does not say whether its attention is causal"
     return None
@@ -141,7 +146,19 @@ class PackedBackbone:
         self._takes_types = "token_type_ids" in parameters and bool(getattr(backbone.config, "type_vocab_size", 0))
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         self._padding_idx = _counted_positions(backbone)
+        self.windows = _windows(backbone)
+        self.graphs: CudaGraphs | None = None
         backbone.set_attn_implementation(IMPLEMENTATION)
+
+    def use_graphs(self) -> None:
+        """From now on capture and replay CUDA graphs for small batches."""
+        self.graphs = CudaGraphs(self._run, self.device)
+
+    def warmup(self) -> None:
+        """Capture all CUDA graphs now, where there are any, and not at the first batch of each size."""
+        for bucket in BUCKETS if self.graphs else ():
+            with self._states(pack([Segment(np.zeros(1, np.int64))]).padded_to(bucket)):
+                pass
 
     def position_ids(self, batch: PackedBatch) -> npt.NDArray[np.int64]:
         """Return the family's position ids, int64 (T,).
@@ -156,9 +173,28 @@ class PackedBackbone:
         before = np.concatenate([[0], count])[batch.lo]
         return np.where(counted, count - before, 0) + self._padding_idx
 
-    def hidden(self, row: Row) -> torch.Tensor:
-        """Return the last hidden states (T, hidden) of a row."""
-        ids, types, positions = row.inputs
+    def table(self, batch: PackedBatch) -> npt.NDArray[np.int32]:
+        """Return int32 (7 + 4 W, T): ids, types, position ids, lo, hi, plo, phi, and these four for each window."""
+        vectors: list[npt.NDArray[Any]] = [
+            batch.ids,
+            batch.types,
+            self.position_ids(batch),
+            batch.lo,
+            batch.hi,
+            batch.plo,
+            batch.phi,
+        ]
+        for window in self.windows:
+            vectors += batch.windowed(window)
+        return np.stack(vectors).astype(np.int32)
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Return the last hidden states (T, hidden) of a packed batch."""
+        return self._run(upload(self.table(batch), self.device), bool((batch.phi > batch.plo).any()))
+
+    def _run(self, table: torch.Tensor, prefixed: bool = False) -> torch.Tensor:
+        row = Row(table, self.windows, prefixed)
+        ids, types, positions = row.inputs()
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, **self._options}
         if self._takes_types:
             inputs["token_type_ids"] = types
@@ -166,24 +202,43 @@ class PackedBackbone:
             states: torch.Tensor = self.backbone(**inputs)[0]
         return states[0]
 
+    @contextmanager
+    def _states(self, batch: PackedBatch) -> Iterator[torch.Tensor]:
+        """Hidden states that are valid inside the context: a graph's output is overwritten by its next replay."""
+        bucket = bucket_of(len(batch)) if self.graphs else None
+        if self.graphs is None or bucket is None or self.graphs.failed:
+            yield self.hidden(batch)
+            return
+        padded = batch.padded_to(bucket, 0 if self._padding_idx is None else self._padding_idx)
+        with self.graphs.replay(self.table(padded)) as states:
+            yield states[: len(batch)]
+
     def rows(
         self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
         chosen: npt.NDArray[np.int64], read: Read,
     ) -> torch.Tensor:  # fmt: skip
         """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
         batch = pack_documents(ids, types, offsets, chosen, self.causal)
-        states = self.hidden(Row(batch, self.position_ids(batch), self.device))
-        if not isinstance(read, str):
-            return states[upload(batch.starts + read[chosen], self.device)].float()
-        states = states[: len(batch)].float()
-        if read == "tokens":
-            return states
-        return torch.segment_reduce(states, "mean", lengths=upload(batch.ends - batch.starts, self.device))
+        with self._states(batch) as states:
+            if not isinstance(read, str):
+                return states[upload(batch.starts + read[chosen], self.device)].float()
+            if read == "tokens":
+                return states.to(torch.float32, copy=True)
+            lengths = upload(batch.ends - batch.starts, self.device)
+            return torch.segment_reduce(states.float(), "mean", lengths=lengths)
+
+
+def _windows(backbone: torch.nn.Module) -> tuple[int, ...]:
+    """Every sliding window that a layer may ask for: |i - j| < window."""
+    sizes = [getattr(module, "sliding_window", None) for module in backbone.modules()]
+    sizes.append(getattr(backbone.config, "sliding_window", None))
+    return tuple(sorted({size for size in sizes if isinstance(size, int) and size > 0}))
 
 
 def _counted_positions(backbone: torch.nn.Module) -> int | None:
     """Return padding_idx of embeddings that make position ids by counting tokens that are not padding, else None."""
     for module in backbone.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
-            return int(module.padding_idx)
+            padding: Any = module.padding_idx
+            return int(padding)
     return None

@@ -13,23 +13,21 @@ import numpy.typing as npt
 import torch
 
 from fastrerank import ops
-from fastrerank.checkpoint import Checkpoint, position_limit, untrained
+from fastrerank.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.heads import Head
 from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
-from fastrerank.engine.packing import pack_documents, split_lengths, split_padded
-from fastrerank.engine.padded import PaddedBackbone, PaddedModel
-from fastrerank.engine.torch_backbone import PackedBackbone, Read, Row, why_not_packed
+from fastrerank.engine.packing import split_lengths, split_padded
+from fastrerank.engine.padded import PaddedModel
+from fastrerank.engine.torch_backbone import Read
 from fastrerank.engine.torch_heads import ModuleHead, split_head
+from fastrerank.engine.torch_loading import cast_parameters, load_model
+from fastrerank.engine.torch_probe import choose_runner
 
 __all__ = ["DTYPES", "TorchEncoder"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 log = logging.getLogger("fastrerank")
-
-# Relative difference between packed and single documents that passes when a model is loaded: far above rounding (1e-6,
-# 2e-2), far below what a wrong position or a glance at a neighbour does.
-_AGREES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
 class TorchEncoder:
@@ -68,6 +66,7 @@ class TorchEncoder:
     def load(
         cls, checkpoint: Checkpoint, head: Head | None = None, *, dtype: str = "float32", device: str = "cpu",
         num_threads: int | None = None, packed: bool | None = None, memory_limit: float | None = None,
+        cuda_graphs: bool = True,
     ) -> TorchEncoder:  # fmt: skip
         """Load a checkpoint through transformers.
 
@@ -79,6 +78,7 @@ class TorchEncoder:
             num_threads: CPU threads of a call; None for torch's own setting.
             packed: True: packed or ValueError; False: padded; None: packed if the model can.
             memory_limit: bytes, or a fraction of the device's memory, that the process may come to; None for 0.9.
+            cuda_graphs: whether a packed model on a GPU replays captured graphs for small batches.
 
         Raises ValueError for a checkpoint without a trained classification head (where `head` is None), without some of
         its weights, with weights that are NaN, or that cannot run as asked.
@@ -88,13 +88,14 @@ class TorchEncoder:
             >>> encoder = TorchEncoder.load(open_checkpoint("path"))          # doctest: +SKIP
         """
         ops.num_threads(num_threads)  # checks it
-        model = _load_model(checkpoint, head is None, dtype)
+        model = load_model(checkpoint, head is None, dtype)
+        task_head: Any = None
         if head is None:
             backbone, task_head, reason = split_head(model)
         else:
             backbone, reason = model, ""
             task_head = ModuleHead(head, model.config.get_text_config().hidden_size)
-        _cast(backbone, getattr(torch, dtype))
+        cast_parameters(backbone, getattr(torch, dtype))
         place = torch.device(device)
         backbone.to(place).eval()
         runner: Any
@@ -104,14 +105,24 @@ class TorchEncoder:
             task_head = _Whole(int(backbone.config.num_labels))
         else:
             task_head.to(place)
-            runner, reason = _runner(backbone, dtype, packed)
+            with _place(None, place):
+                runner, reason = choose_runner(backbone, dtype, packed)
             if not runner.packed and packed is not False:
                 _refuse_packed(packed, checkpoint, reason)
         each = bytes_per_token(backbone.config, getattr(torch, dtype).itemsize, runner.packed)
-        budget = CPU_TOKENS if place.type == "cpu" and memory_limit is None else device_budget(place, each, memory_limit)
+        unlimited = place.type == "cpu" and memory_limit is None
+        budget = CPU_TOKENS if unlimited else device_budget(place, each, memory_limit)
         encoder = cls(checkpoint, runner, task_head, dtype=dtype, budget=budget, num_threads=num_threads)
         encoder.reason = reason
+        if cuda_graphs and runner.packed and place.type == "cuda" and encoder._stretch is None:
+            runner.use_graphs()
         return encoder
+
+    def warmup(self) -> None:
+        """Capture the CUDA graphs of all batch sizes now; does nothing where there are none."""
+        if self.packed:
+            with torch.inference_mode(), _place(self.num_threads, self.device):
+                self._runner.warmup()
 
     def forward(
         self,
@@ -133,7 +144,7 @@ class TorchEncoder:
         self._check(ids, types, offsets)
         tokens = self.readout == "tokens"
         result = np.full((len(ids) if tokens else len(offsets) - 1, self.width), np.nan, np.float32)
-        with torch.inference_mode(), _threads(self.num_threads, self.device):
+        with torch.inference_mode(), _place(self.num_threads, self.device):
             for chosen, values in self._batches(ids, types, offsets, self._read(ids, offsets)):
                 if tokens:
                     lengths = np.diff(offsets)[chosen]
@@ -183,8 +194,9 @@ class TorchEncoder:
 
     def _split(self, lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         divide = split_lengths if self.packed else split_padded
-        alone = [] if self._stretch is None else [one[None] for one in chosen if lengths[one] > self._stretch]
-        if alone:
+        alone: list[npt.NDArray[np.int64]] = []
+        if self._stretch is not None:
+            alone = [one[None] for one in chosen if lengths[one] > self._stretch]
             chosen = chosen[lengths[chosen] <= self._stretch]
         return alone + [chosen[part] for part in divide(lengths[chosen], self.budget)]
 
@@ -197,7 +209,7 @@ class TorchEncoder:
         with self._lock:
             for module in self._runner.backbone.modules():
                 if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
-                    module.inv_freq = module.original_inv_freq
+                    module.inv_freq = module.original_inv_freq.clone()
                     module.max_seq_len_cached = module.original_max_seq_len
             yield
 
@@ -242,104 +254,9 @@ class _Whole(torch.nn.Module):
         return logits
 
 
-def _load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
-    import transformers
-
-    factory = transformers.AutoModelForSequenceClassification if task else transformers.AutoModel
-    path = checkpoint.transformer_path
-    with checkpoint.tensors():  # damaged or missing files are named before transformers reads them
-        pass
-    # Heads keep the precision that they are stored in, so half precision comes after loading.
-    stored = torch.float32 if dtype == "float32" else "auto"
-    with _quiet():
-        model, info = factory.from_pretrained(
-            str(path), dtype=stored, output_loading_info=True, local_files_only=True,
-            trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    if info["mismatched_keys"]:
-        name, stored_shape, shape = sorted(info["mismatched_keys"])[0]
-        raise ValueError(
-            f"{path}: the stored shape of {name} is {tuple(stored_shape)}, config.json makes it {tuple(shape)}"
-        )
-    prefix = f"{model.base_model_prefix}."
-    missing = sorted(info["missing_keys"])
-    in_body = [name for name in missing if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
-    if task and missing and not in_body:
-        raise untrained(checkpoint)
-    lacking = [name for name in missing if task or not name.startswith("pooler.")]
-    if lacking:
-        raise ValueError(f"{path}: the weights lack {lacking[0]!r}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1)))
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach()).all() and name not in missing:
-            raise ValueError(f"{path}: weight of {name} is NaN or infinite: the checkpoint is damaged")
-    return model.eval()
-
-
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters only: buffers such as rotary frequencies need their float32."""
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
-            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if not kept.intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(False)
-
-
 def _refuse_packed(packed: bool | None, checkpoint: Checkpoint, reason: str) -> None:
     if packed:
         raise ValueError(f"engine='torch' cannot run {checkpoint.path} packed: {reason}; engine='padded' runs it")
-
-
-def _runner(backbone: Any, dtype: str, packed: bool | None) -> tuple[Any, str]:
-    """Return the backbone's runner, and why it is a padded one if it is."""
-    if packed is False:
-        return PaddedBackbone(backbone), "engine='padded' was asked for"
-    reason = why_not_packed(backbone)
-    if reason is not None:
-        return PaddedBackbone(backbone), reason
-    documents = _probe_documents(backbone)
-    before = backbone.config._attn_implementation
-    with torch.inference_mode():
-        expected = [_alone(backbone, ids) for ids in documents]
-        runner = PackedBackbone(backbone)
-        offsets = np.cumsum([0, *map(len, documents)])
-        batch = pack_documents(np.concatenate(documents), None, offsets, np.arange(len(documents)), runner.causal)
-        try:
-            states = runner.hidden(Row(batch, runner.position_ids(batch), runner.device)).double()
-            error = _relative_error(states, torch.cat(expected).double())
-            reason = f"packed hidden states differ from single documents' by {error:.2g}"
-        except NotImplementedError as refusal:
-            error, reason = float("inf"), str(refusal)
-    if error <= _AGREES[dtype]:
-        return runner, ""
-    backbone.set_attn_implementation(before)
-    return PaddedBackbone(backbone), reason
-
-
-def _probe_documents(backbone: Any) -> list[npt.NDArray[np.int32]]:
-    """Three documents of random tokens; one is longer than the model's window, where that is small."""
-    config = backbone.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None)
-    usable = np.array([i for i in range(min(config.vocab_size, 1000)) if i != pad], np.int32)
-    window = getattr(config, "sliding_window", None) or 0
-    longest = window + 9 if window <= 128 else 20
-    limit = min(longest, (getattr(config, "max_position_embeddings", None) or longest) - (pad or 0) - 2)
-    return [np.random.default_rng(n).choice(usable, n) for n in (3, max(1, limit), 2)]
-
-
-def _alone(backbone: Any, ids: npt.NDArray[np.int32]) -> torch.Tensor:
-    tensor = torch.from_numpy(ids[None]).long().to(next(backbone.parameters()).device)
-    states: torch.Tensor = backbone(input_ids=tensor, attention_mask=torch.ones_like(tensor))[0]
-    return states[0]
-
-
-def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the expected; where both overflow alike, of the rest."""
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(ours)):
-        return float("inf")
-    ours, expected = ours[finite], expected[finite]
-    return float((ours - expected).norm() / expected.norm().clamp(min=1e-30)) if len(ours) else 0.0
 
 
 def _stretch(config: Any) -> int | None:
@@ -349,33 +266,24 @@ def _stretch(config: Any) -> int | None:
     for kind in kinds:
         if kind.get("rope_type") in ("dynamic", "longrope"):
             original = kind.get("original_max_position_embeddings")
-            return int(original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings)
+            return int(
+                original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings
+            )
     return None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' table of unexpected and missing weights off the terminal: what matters of it is raised."""
-    from transformers.utils import logging as messages
-
-    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
-    try:
-        yield
-    finally:
-        messages.set_verbosity(level)
-        if bars:
-            messages.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _threads(count: int | None, device: torch.device) -> Iterator[None]:
-    if count is None or device.type != "cpu":
+def _place(threads: int | None, device: torch.device) -> Iterator[None]:
+    """Make a GPU the current device, for kernels that run there; or set torch's CPU threads for a while."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+        return
+    if threads is None:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

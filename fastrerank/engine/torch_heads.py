@@ -133,7 +133,8 @@ class ModuleHead(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Values (N, width)."""
         for number, step in enumerate(self._steps):
-            weight, bias = getattr(self, f"weight{number}", None), getattr(self, f"bias{number}", None)
+            weight: Any = getattr(self, f"weight{number}", None)
+            bias: Any = getattr(self, f"bias{number}", None)
             if isinstance(step, DenseStep):
                 x = _ACTIVATIONS[step.activation](torch.nn.functional.linear(x, weight, bias))
             elif isinstance(step, NormStep):
@@ -164,5 +165,9 @@ def split_head(model: Any) -> tuple[Any, ClassificationHead | None, str]:
     except Exception as error:  # whatever a model's own code does when it meets rows that it did not make
         return model, None, f"the head of {name} does not run on gathered rows ({type(error).__name__}: {error})"
     if head.readout is None:
-        return model, None, f"the head of {name} reads neither the first, nor the last, nor the mean of all tokens"
+        return (
+            model,
+            None,
+            f"the head of {name} overflows, or reads neither the first, nor the last, nor the mean of all tokens",
+        )
     return backbone, head, ""

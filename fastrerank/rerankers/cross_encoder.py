@@ -33,8 +33,8 @@ class CrossEncoder(Reranker):
         model_name_or_path: hub id or local folder of a sequence classification checkpoint, or of a
             sentence-transformers cross-encoder made of modules.
         device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
-        dtype: "float32" (equals the reference), "bfloat16", "int8" (native engine only), "float16" (torch engines only);
-            "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations are float32 in all of them.
+        dtype: "float32" (equals the reference), "bfloat16", "int8" (native engine only), "float16" (torch engines
+            only); "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations are float32 in all of them.
         max_length: tokens per pair; None for the checkpoint's limit. Documents are cut to fit; the query is cut only if
             it alone does not fit. `last_usage` tells what was cut.
         activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid if it has one
