@@ -16,6 +16,7 @@ from fastrerank.engine.packing import (
     pack_documents,
     shares,
     split,
+    split_equal,
     split_lengths,
     split_padded,
 )
@@ -141,6 +142,15 @@ def test_splitting_documents(lengths: list[int], budget: int) -> None:
     assert all(sizes[batch].max() * len(batch) <= budget or len(batch) == 1 for batch in padded)
     ends = [(sizes[batch].max(), sizes[batch].min()) for batch in padded]
     assert all(least >= most for (_, least), (most, _) in pairwise(ends))  # lengths are alike
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 30))
+def test_splitting_into_equal_lengths(lengths: list[int], budget: int) -> None:
+    sizes = np.array(lengths, np.int64)
+    batches = split_equal(sizes, budget)
+    assert sorted(np.concatenate([*batches, np.zeros(0, int)]).tolist()) == list(range(len(lengths)))
+    assert all(len(set(sizes[batch])) == 1 for batch in batches)
+    assert all(sizes[batch].sum() <= budget or len(batch) == 1 for batch in batches)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5))

@@ -75,6 +75,7 @@ def test_logits_and_token_vectors_equal_transformers(saved: Saved, family: str, 
     logits, tokens = families.results(family)
     engine = load(saved(family), packed=packed)
     assert engine.packed == (packed is None and family not in (*families.PADDED, "eurobert"))
+    assert engine.packed or engine._runner.pads == (family not in families.UNPADDED)
     assert close(engine.forward(*documents), logits)
     if tokens is not None:
         vectors = load(saved(family), Head("tokens"), packed=packed)

@@ -37,12 +37,17 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "position_biased_input": False, "pooler_hidden_size": 40,
     }),
     "mpnet": ("MPNet", _COMMON | {"max_position_embeddings": tiny.MAX_LENGTH + 2, "pad_token_id": 1}),
+    "xlnet": ("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 50, "pad_token_id": 0}),
+    "mobilebert": ("MobileBert", _COMMON | _POSITIONS | {
+        "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16, "num_feedforward_networks": 2,
+    }),
     "t5": ("T5", {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 50, "num_layers": 2, "pad_token_id": 0,
                   "eos_token_id": 3, "decoder_start_token_id": 0}),
 }  # fmt: skip
 KNOWN = tuple(name for name, (kind, _) in _SETTINGS.items() if hasattr(transformers, f"{kind}Config"))
 DECODERS = ("llama", "llama-without-pad", "mistral", "qwen2", "qwen3", "gemma2")
-PADDED = ("deberta", "mpnet", "t5")
+PADDED = ("deberta", "mpnet", "xlnet", "mobilebert", "t5")
+UNPADDED = ("xlnet", "mobilebert")  # padding changes what they compute
 PACKED = (*tiny.FAMILIES, *(name for name in KNOWN if name not in PADDED))
 WINDOWED = ("modernbert", "mistral", "qwen2", "gemma2")
 

@@ -30,7 +30,8 @@ def bytes_per_token(config: Any, itemsize: int, packed: bool) -> int:
         21504
     """
     text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    hidden = text.hidden_size
+    heads = getattr(text, "num_attention_heads", None) or -(-hidden // 64)
     size = getattr(text, "head_dim", None) or hidden // heads
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
     values = 8 * hidden + 6 * heads * size + 3 * intermediate

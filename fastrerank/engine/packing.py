@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PackedBatch", "Segment", "pack", "pack_documents", "shares", "split", "split_lengths", "split_padded"]
+__all__ = [
+    "PackedBatch",
+    "Segment",
+    "pack",
+    "pack_documents",
+    "shares",
+    "split",
+    "split_equal",
+    "split_lengths",
+    "split_padded",
+]
 
 Ids = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.int32]
@@ -216,6 +226,18 @@ def split_padded(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDAr
         batches.append(order[:count])
         order = order[count:]
     return batches
+
+
+def split_equal(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDArray[np.int64]]:
+    """Split items into batches of one length each, longest first, of at most `budget` tokens or one item.
+
+    Example:
+        >>> [batch.tolist() for batch in split_equal(np.array([4, 1, 4, 4]), 10)]
+        [[0, 2], [3], [1]]
+    """
+    sizes = np.asarray(lengths)
+    groups = [np.flatnonzero(sizes == size) for size in np.unique(sizes)[::-1]]
+    return [group[part] for group in groups for part in split_padded(sizes[group], budget)]
 
 
 def split(segments: Sequence[Segment], budget: int) -> list[tuple[list[Segment], npt.NDArray[np.int64]]]:

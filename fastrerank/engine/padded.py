@@ -15,9 +15,13 @@ __all__ = ["PaddedBackbone", "PaddedModel"]
 
 
 class PaddedBackbone:
-    """A transformers model without its head, on padded batches: equals the model on each document alone."""
+    """A transformers model without its head, on padded batches: equals the model on each document alone.
+
+    `pads` is False for a model whose results padding changes: then its batches must hold documents of one length.
+    """
 
     packed = False
+    pads = True
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone

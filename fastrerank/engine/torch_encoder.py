@@ -16,8 +16,7 @@ from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.heads import Head
 from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
-from fastrerank.engine.packing import split_lengths, split_padded
-from fastrerank.engine.padded import PaddedModel
+from fastrerank.engine.packing import split_equal, split_lengths, split_padded
 from fastrerank.engine.torch_backbone import Read
 from fastrerank.engine.torch_heads import ModuleHead, split_head
 from fastrerank.engine.torch_loading import cast_parameters, load_model
@@ -98,17 +97,12 @@ class TorchEncoder:
         cast_parameters(backbone, getattr(torch, dtype))
         place = torch.device(device)
         backbone.to(place).eval()
-        runner: Any
-        if task_head is None:
-            _refuse_packed(packed, checkpoint, reason)
-            runner = PaddedModel(backbone)
-            task_head = _Whole(int(backbone.config.num_labels))
-        else:
-            task_head.to(place)
-            with _place(None, place):
-                runner, reason = choose_runner(backbone, dtype, packed)
-            if not runner.packed and packed is not False:
-                _refuse_packed(packed, checkpoint, reason)
+        with _place(None, place):
+            runner, found = choose_runner(backbone, dtype, packed, whole=task_head is None)
+        reason = "; ".join(part for part in (reason, found) if part)
+        if packed and not runner.packed:
+            raise ValueError(f"engine='torch' cannot run {checkpoint.path} packed: {reason}; engine='padded' runs it")
+        task_head = _Whole(int(backbone.config.num_labels)) if task_head is None else task_head.to(place)
         each = bytes_per_token(backbone.config, getattr(torch, dtype).itemsize, runner.packed)
         unlimited = place.type == "cpu" and memory_limit is None
         budget = CPU_TOKENS if unlimited else device_budget(place, each, memory_limit)
@@ -193,7 +187,7 @@ class TorchEncoder:
         yield from finished
 
     def _split(self, lengths: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        divide = split_lengths if self.packed else split_padded
+        divide = split_lengths if self.packed else split_padded if self._runner.pads else split_equal
         alone: list[npt.NDArray[np.int64]] = []
         if self._stretch is not None:
             alone = [one[None] for one in chosen if lengths[one] > self._stretch]
@@ -252,11 +246,6 @@ class _Whole(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
-
-
-def _refuse_packed(packed: bool | None, checkpoint: Checkpoint, reason: str) -> None:
-    if packed:
-        raise ValueError(f"engine='torch' cannot run {checkpoint.path} packed: {reason}; engine='padded' runs it")
 
 
 def _stretch(config: Any) -> int | None:
