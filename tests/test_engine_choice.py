@@ -24,7 +24,7 @@ from helpers_tiny import save_tiny_cross_encoder
 import fastrerank
 from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker
 from fastrerank.engine import memory, select
-from fastrerank.engine.select import EncoderGroup, plan
+from fastrerank.engine.select import EncoderGroup, plan, usable_gpu
 from fastrerank.engine.torch_encoder import TorchEncoder
 
 Tiny = Callable[..., Path]
@@ -37,11 +37,6 @@ LLAMA = {"model_type": "llama"}
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "usable_gpu", lambda: False)
-
-
-@pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, as far as choosing goes."""
     monkeypatch.setattr(select, "usable_gpu", lambda: True)
@@ -49,7 +44,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
     ("config", "arguments", "expected"),
     [
@@ -130,15 +124,14 @@ def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch, visible: str)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(select.Path, "exists", lambda _: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert select.usable_gpu()
+    assert usable_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert not select.usable_gpu()
+    assert not usable_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(select.Path, "exists", lambda _: False)
-    assert not select.usable_gpu()
+    assert not usable_gpu()
 
 
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{"engine": "torch"}, {"engine": "padded"}, {"device": ["cpu", "cpu"]},
                                      {"engine": "torch", "device": ["cpu"] * 3}])  # fmt: skip
@@ -156,7 +149,6 @@ def test_engines_and_devices_agree(tiny: Tiny, kind: Any, options: dict[str, Any
     assert np.abs(many[0] - expected[:3]).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.usefixtures("no_gpu")
 def test_devices_share_the_documents_evenly(tiny: Tiny) -> None:
     reranker = CrossEncoder(tiny("bert"), engine="torch", device=["cpu", "cpu"])
     group = reranker.engine
@@ -170,7 +162,6 @@ def test_devices_share_the_documents_evenly(tiny: Tiny) -> None:
     assert max(tokens) < 1.2 * min(tokens)
 
 
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "deberta", "albert"])
 def test_cross_encoders_of_other_families(tmp_path: Path, family: str, labels: int) -> None:
@@ -187,7 +178,6 @@ def test_cross_encoders_of_other_families(tmp_path: Path, family: str, labels: i
     assert fastrerank.load(folder).method == "cross-encoder"
 
 
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
 @pytest.mark.parametrize("engine", ["torch", "padded"])
 def test_cross_encoders_made_of_modules(tiny: Tiny, tmp_path: Path, pooling: str, engine: str) -> None:
@@ -209,7 +199,6 @@ def test_cross_encoders_made_of_modules(tiny: Tiny, tmp_path: Path, pooling: str
     assert np.abs(scores - expected).max() <= 2e-5 * max(1, np.abs(expected).max())
 
 
-@pytest.mark.usefixtures("no_gpu")
 def test_the_log_says_once_what_runs_a_checkpoint(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     families.save(tmp_path / "deberta", "deberta", 1)
     families.save(tmp_path / "qwen2", "qwen2", 1)
@@ -289,7 +278,7 @@ def test_without_torch_the_extra_is_named(tiny: Tiny, tmp_path: Path, monkeypatc
         CrossEncoder(folder)
     with pytest.raises(ImportError, match=r"device 'cuda' needs torch"):
         CrossEncoder(tiny("bert"), device="cuda")
-    assert not select.usable_gpu()
+    assert not usable_gpu()
 
 
 def test_threads_are_torchs_own_unless_given(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

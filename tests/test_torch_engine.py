@@ -24,6 +24,7 @@ import transformers
 from fastrerank.checkpoint import open_checkpoint
 from fastrerank.engine import torch_backbone
 from fastrerank.engine.heads import Head
+from fastrerank.engine.packing import Segment, pack
 from fastrerank.engine.torch_encoder import DTYPES, TorchEncoder
 
 BOUND = 2e-5
@@ -209,6 +210,34 @@ def test_rotary_positions_that_stretch_with_the_longest_text(tmp_path: Path, rop
         assert close(engine.forward(ids, types, offsets), expected)
 
 
+@pytest.mark.parametrize("family", [*families.DECODERS, "modernbert", "bert"])
+def test_segments_with_a_shared_prefix_see_what_they_would_alone(saved: Saved, family: str) -> None:
+    # In a decoder, prefix and segment are one causal text. A bidirectional prefix sees itself only, so there is no
+    # single text to compare with: for encoders, the prefix is checked alone, and against dependants that change.
+    runner = load(saved(family), Head("tokens"))._runner
+    random = np.random.default_rng(0)
+    prefix, *texts = [random.integers(5, factory.VOCABULARY, n) for n in (11, 5, 1, 17, 9)]
+    segments = [Segment(prefix, causal=runner.causal)]
+    segments += [Segment(text, prefix=0, causal=runner.causal) for text in texts]
+    batch = pack(segments)
+    with torch.inference_mode():
+        states = runner.hidden(batch).double().numpy()
+
+    def alone(ids: np.ndarray) -> np.ndarray:
+        return families.run(families.build(family), ids, 0 * ids, np.array([0, len(ids)]))[1]
+
+    assert close(states[:11], alone(prefix))
+    for n, text in enumerate(texts, 1):
+        rows = states[batch.starts[n] : batch.ends[n]]
+        if runner.causal:
+            assert close(rows, alone(np.concatenate([prefix, text]))[11:])
+        else:
+            with torch.inference_mode():
+                pair = pack([segments[0], Segment(text, prefix=0)])
+                assert close(runner.hidden(pair).double().numpy()[11:], rows)
+            assert not close(rows, alone(text), 1e-2)
+
+
 @pytest.mark.parametrize("family", ["bert", "qwen2", "deberta"])
 def test_many_threads_may_call_one_object(saved: Saved, family: str) -> None:
     engine = load(saved(family))
@@ -326,5 +355,7 @@ def test_wrong_ids_types_and_offsets(saved: Saved, family: str) -> None:
         for wrong in (-1, 2):
             with pytest.raises(ValueError, match=f"token type {wrong} is outside"):
                 forward([5, 6], [0, 2], [0, wrong])
+    with pytest.raises(ValueError, match=r"token type 2 cannot be given to XLNet.*declares no token types"):
+        load(saved("xlnet")).forward(np.array([5, 6], np.int32), np.array([0, 2]), np.array([0, 2]))
     assert forward([], [0]).shape == (0, 3)
     assert forward([5], [0, 1]).shape == (1, 3)

@@ -81,7 +81,7 @@ def documents(family: str, lengths: Any = LENGTHS, seed: int = 0) -> tuple[np.nd
     if family == "t5":  # its classifier reads the one end-of-text token
         ids[offsets[1:] - 1] = 3
     types = random.integers(0, 2, len(ids)).astype(np.int32)
-    if tiny.is_roberta(family) or family in ("gte", "mpnet", *DECODERS):
+    if tiny.is_roberta(family) or family in ("gte", "mpnet", "xlnet", *DECODERS):
         types[:] = 0
     return ids, types, offsets
 
@@ -89,7 +89,7 @@ def documents(family: str, lengths: Any = LENGTHS, seed: int = 0) -> tuple[np.nd
 def run(model: Any, ids: np.ndarray, types: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """(logits (N, labels), token vectors (T, D) or None) in float64, every document alone."""
     body = getattr(model, model.base_model_prefix)
-    typed = "token_type_ids" in inspect.signature(body.forward).parameters
+    typed = "token_type_ids" in inspect.signature(body.forward).parameters and hasattr(model.config, "type_vocab_size")
     logits, tokens = [], []
     for begin, end in pairwise(offsets):
         inputs = {"input_ids": torch.from_numpy(ids[None, begin:end]).long()}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastrerank.checkpoint import open_checkpoint
 from fastrerank.engine.heads import module_head
-from fastrerank.engine.select import Encoder, load_encoder, plan
+from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
 from fastrerank.rerankers.compat import check_same_device, init_options, predict_options
@@ -145,6 +145,11 @@ class CrossEncoder(Reranker):
 
     def compile(self, *_: Any, **__: Any) -> CrossEncoder:
         """Return self: the kernels are compiled."""
+        return self
+
+    def warmup(self) -> CrossEncoder:
+        """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
+        warm_up(self.engine)
         return self
 
     def half(self) -> CrossEncoder:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.heads import Head, NormalizeStep
-from fastrerank.engine.select import Encoder, load_encoder, plan
+from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
 from fastrerank.text.tokenizer import Tokenizer
 
@@ -51,6 +51,11 @@ class VectorReranker(Reranker):
             checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
         )
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
+
+    def warmup(self) -> VectorReranker:
+        """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
+        warm_up(self.engine)
+        return self
 
     @abstractmethod
     def _head(self, checkpoint: Checkpoint) -> Head:
