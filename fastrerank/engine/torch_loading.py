@@ -33,10 +33,12 @@ def load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
         pass
     # Heads keep the precision that they are stored in, so half precision comes after loading.
     stored = torch.float32 if dtype == "float32" else "auto"
+    # torch's own attention has no soft capping, and some releases of transformers use it for such models all the same.
+    exact = {"attn_implementation": "eager"} if checkpoint.config.get("attn_logit_softcapping") else {}
     with quiet():
         model, info = factory.from_pretrained(
             str(path), dtype=stored, output_loading_info=True, local_files_only=True,
-            trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True,
+            trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True, **exact,
         )  # fmt: skip
     if info["mismatched_keys"]:
         name, stored_shape, shape = sorted(info["mismatched_keys"])[0]
