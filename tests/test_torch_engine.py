@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -322,6 +323,34 @@ def test_a_backbone_that_does_not_run_packed_as_it_says_is_found_out(
         assert not engine.packed
     documents = families.documents("bert")
     assert close(TorchEncoder.load(open_checkpoint(saved("bert"))).forward(*documents), families.results("bert")[0])
+
+
+def test_a_head_whose_backbone_pools_otherwise_runs_whole(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(saved("bert")).readout == "first"
+    pool = transformers.models.bert.modeling_bert.BertPooler.forward
+    monkeypatch.setattr(
+        transformers.models.bert.modeling_bert.BertPooler, "forward",
+        lambda self, states: pool(self, states.flip(1)),
+    )  # fmt: skip
+    documents = families.documents("bert")
+    engine = TorchEncoder.load(open_checkpoint(saved("bert")))
+    assert engine.readout == "last"  # the last row, as the flipped pooler reads it
+    model = families.build("bert")
+    assert close(engine.forward(*documents), families.run(model, *documents)[0])
+    forward = transformers.BertModel.forward
+
+    @functools.wraps(forward)
+    def scaled(self: Any, *args: Any, **options: Any) -> Any:
+        output = forward(self, *args, **options)
+        output.pooler_output = None if output.pooler_output is None else 2 * output.pooler_output
+        return output
+
+    monkeypatch.undo()
+    monkeypatch.setattr(transformers.BertModel, "forward", scaled)
+    engine = TorchEncoder.load(open_checkpoint(saved("bert")))
+    assert (engine.readout, engine.packed) == ("logits", False)
+    assert "BertModel pools its rows in a way of its own" in engine.reason
+    assert close(engine.forward(*documents), families.run(model, *documents)[0])
 
 
 def test_a_model_of_ours_called_from_outside_is_refused(saved: Saved) -> None:

@@ -28,10 +28,7 @@ class PaddedBackbone:
         self.device: torch.device = next(backbone.parameters()).device
         parameters = inspect.signature(backbone.forward).parameters
         config = backbone.config.get_text_config()
-        takes_types = "token_type_ids" in parameters
-        self._takes_types = takes_types and bool(getattr(config, "type_vocab_size", 0))
-        # XLNet's, for one: segments, not rows of a table, and zeros are not the same as none.
-        self._undeclared_types = takes_types and not hasattr(config, "type_vocab_size")
+        self._takes_types = "token_type_ids" in parameters and bool(getattr(config, "type_vocab_size", 0))
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         pad = getattr(config, "pad_token_id", None)
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
@@ -41,11 +38,6 @@ class PaddedBackbone:
         chosen: npt.NDArray[np.int64],
     ) -> tuple[dict[str, Any], torch.Tensor]:  # fmt: skip
         """Return the model's keyword arguments for the documents in `chosen`, and their lengths."""
-        if self._undeclared_types and types is not None and types.any():
-            raise ValueError(
-                f"token type {int(types.max())} cannot be given to {type(self.backbone).__name__}, whose config.json "
-                "declares no token types (type_vocab_size)"
-            )
         lengths = np.diff(offsets)[chosen]
         mask = np.arange(lengths.max()) < lengths[:, None]
         rows = offsets[chosen][:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import threading
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ class TorchEncoder:
         self._path = checkpoint.transformer_path
         self._positions = position_limit(checkpoint.config)
         self._types = int(getattr(config, "type_vocab_size", 0) or 0)
+        # XLNet's, for one, are no rows of a table, and zeros are not the same as none.
+        takes_types = "token_type_ids" in inspect.signature(runner.backbone.forward).parameters
+        self._undeclared_types = takes_types and not hasattr(config, "type_vocab_size")
         self._vocabulary = int(config.vocab_size)
         self.width: int = head.width
         self._stretch = _stretch(config)
@@ -228,6 +232,11 @@ class TorchEncoder:
         for wrong in (int(ids.min()), int(ids.max())):
             if not 0 <= wrong < self._vocabulary:
                 raise ValueError(f"token id {wrong} is outside the vocabulary of {self._vocabulary}")
+        if types is not None and self._undeclared_types and types.any():
+            raise ValueError(
+                f"token type {int(types.max())} cannot be given to {type(self._runner.backbone).__name__}, whose "
+                "config.json declares no token types (type_vocab_size)"
+            )
         if types is not None and self._types:
             for wrong in (int(types.min()), int(types.max())):
                 if not 0 <= wrong < self._types:

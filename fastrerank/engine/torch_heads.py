@@ -60,6 +60,7 @@ class ClassificationHead(torch.nn.Module):
         super().__init__()
         name = model.base_model_prefix
         self.rows = _Rows(getattr(model, name))
+        self._check_pooler(getattr(model, name))
         setattr(model, name, self.rows)
         self.model = model.float().eval()
         # Some heads look for the last token that is not padding, so rows are given as tokens 1 of a text padded with 0.
@@ -81,11 +82,22 @@ class ClassificationHead(torch.nn.Module):
         states = self._probe
         expected = self._logits(states)
         candidates = {"first": states[:, :1], "last": states[:, -1:], "mean": states.mean(1, keepdim=True)}
-        if not torch.isfinite(expected).all():
+        if expected.ndim != 2 or not torch.isfinite(expected).all():
             return None
         errors = {name: float((self._logits(rows) - expected).abs().max()) for name, rows in candidates.items()}
         found = [name for name, error in errors.items() if error <= 1e-4 * float(expected.abs().max())]
         return found[0] if len(found) == 1 else None
+
+    @torch.inference_mode()
+    def _check_pooler(self, backbone: Any) -> None:
+        """Raise NotImplementedError if the backbone's pooled output is not what its copied pooler makes of its rows."""
+        if self.rows.pooler is None:
+            return
+        ids = torch.ones((1, 2), dtype=torch.long)
+        output = backbone(input_ids=ids, attention_mask=ids)
+        pooled, ours = output.pooler_output, self.rows.pool(output.last_hidden_state)
+        if ours is None or pooled.shape != ours.shape or not torch.allclose(pooled, ours, 1e-2, 1e-2, True):
+            raise NotImplementedError(f"{type(backbone).__name__} pools its rows in a way of its own")
 
     def _skips_padding(self) -> bool:
         states, ids = self._probe, torch.tensor([[1, 1, 1, 0, 0]])
