@@ -27,7 +27,7 @@ def bytes_per_token(config: Any, itemsize: int, packed: bool) -> int:
         >>> config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=384, num_attention_heads=12,
         ...     intermediate_size=1536, max_position_embeddings=512))
         >>> bytes_per_token(config, 2, packed=True)
-        21504
+        19968
     """
     text = config.get_text_config()
     hidden = text.hidden_size
