@@ -20,6 +20,7 @@ __all__ = [
     "open_checkpoint",
     "position_limit",
     "read_json",
+    "untrained",
 ]
 
 # Everything that loading a checkpoint can need, once without and once with pickled weights. The hub matches these
@@ -157,7 +158,9 @@ def open_checkpoint(
         raise NotADirectoryError(f"model must be a checkpoint folder or a hub id, but {folder} is a file")
     if not isinstance(model, str) or _looks_like_path(model):
         raise FileNotFoundError(f"the checkpoint folder {folder} does not exist; pass an existing folder or a hub id")
-    return _open_folder(_download(model, revision, cache_folder, local_files_only, token), trust_remote_code)
+    return _open_folder(
+        _download(model, revision, cache_folder, local_files_only, token, trust_remote_code), trust_remote_code
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -196,6 +199,14 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
     if isinstance(rows, int) and rows > 0:
         limits.append(rows - _position_offset(config))
     return min(limits, default=None)
+
+
+def untrained(checkpoint: Checkpoint) -> ValueError:
+    """Return the error for a checkpoint without a classification head."""
+    return ValueError(
+        f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
+        "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
+    )
 
 
 def _position_offset(config: Mapping[str, Any]) -> int:
@@ -270,6 +281,7 @@ def _download(
     cache_folder: str | os.PathLike[str] | None,
     local_files_only: bool,
     token: bool | str | None,
+    trust_remote_code: bool,
 ) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -286,10 +298,11 @@ def _download(
             )
         )
 
+    patterns = _CONFIG_PATTERNS + _SAFETENSORS_PATTERNS + (["*.py"] if trust_remote_code else [])
     try:
-        root = fetch(_CONFIG_PATTERNS + _SAFETENSORS_PATTERNS)
+        root = fetch(patterns)
         if _lacks_weights(root):
-            root = fetch(_CONFIG_PATTERNS + _SAFETENSORS_PATTERNS + _PICKLE_PATTERNS)
+            root = fetch(patterns + _PICKLE_PATTERNS)
     except (OSError, ValueError) as error:
         # One sentence: the libraries' own messages run over several lines and repeat the traceback's content.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__

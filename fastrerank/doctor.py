@@ -12,7 +12,7 @@ from typing import Any
 
 import fastrerank
 
-from .ops import cpu_info
+from .ops import cpu_info, cuda_info
 
 REQUIRED = ("numpy", "tokenizers", "safetensors", "huggingface_hub")
 OPTIONAL = ("torch", "transformers", "triton", "ir_measures", "sentence-transformers", "onnxruntime", "openvino")
@@ -25,6 +25,7 @@ def report(*, ask_torch: bool = False) -> dict[str, Any]:
         "fastrerank", "python", "platform": versions, as strings;
         "cpu": the name of the instruction set level that the kernels use; "cpu levels": all that this CPU can run;
         "threads": how many threads a call uses; "kernels": where the native kernels were loaded from;
+        "cuda kernels": what they are built for, and which devices they run on or why none;
         "gpu": a line of nvidia-smi for each GPU, or why it failed; None where there is no nvidia-smi;
         "torch": "not installed", "installed, not asked (--torch asks)" or, with `ask_torch`, what torch sees;
         "packages": package -> version; "optional packages": package -> version, or None if it is not installed.
@@ -43,6 +44,7 @@ def report(*, ask_torch: bool = False) -> dict[str, Any]:
         "cpu levels": list(cpu["supported"]),
         "threads": cpu["threads"],
         "kernels": kernels.origin if kernels else None,
+        "cuda kernels": _cuda(),
         "gpu": _gpus(),
         "torch": _torch(ask_torch),
         "packages": {name: _version(name) for name in REQUIRED},
@@ -67,6 +69,18 @@ def _gpus() -> list[str] | None:
     except (OSError, subprocess.SubprocessError) as error:
         return [f"nvidia-smi failed: {error}"]
     return answer.stdout.splitlines()
+
+
+def _cuda() -> str:
+    info = cuda_info()
+    if not info["built"]:
+        return f"not built ({info['problem']})"
+    built = f"CUDA {info['runtime']} for sm {', '.join(info['architectures'])}"
+    names = [
+        f"{device['name']} ({device['capability']}{'' if device['supported'] else ', not supported'})"
+        for device in info["devices"]
+    ]
+    return f"{built}; {', '.join(names) or info['problem'] or 'no device'}"
 
 
 def _torch(ask: bool) -> str:

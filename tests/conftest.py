@@ -12,6 +12,16 @@ import numpy as np
 import pytest
 
 from fastrerank import ops
+from fastrerank.engine import select
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_unless_asked() -> Iterator[None]:
+    """Tests say so where they want a GPU: without a device, models stay on the CPU on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "usable_gpu", lambda: False)
+        yield
+
 
 # Without a GPU, Triton kernels run in Triton's interpreter. Triton reads this when it is first imported.
 if importlib.util.find_spec("torch"):

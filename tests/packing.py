@@ -9,7 +9,7 @@ import torch
 
 from fastrerank.ops import reference
 
-HEAD_SIZES = (8, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+HEAD_SIZES = (8, 10, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 
 
 class Segment(NamedTuple):

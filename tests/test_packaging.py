@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,8 +21,9 @@ SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|ld-li
 QUERY, DOCUMENTS = "how long do fleas live", ["cats sleep all day", "a flea lives up to a year", ""]
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+def run(*command: str | Path, cwd: Path = ROOT, cuda: str = "OFF") -> str:
+    environment = {**os.environ, "FASTRERANK_CUDA": cuda}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -78,6 +81,47 @@ def test_shared_objects_need_only_the_system(wheel, tmp_path):
     assert [name for name in needed if not SYSTEM_LIBRARIES.fullmatch(name)] == []
 
 
+@pytest.fixture(scope="module")
+def cuda_wheel(tmp_path_factory) -> Path:
+    """A wheel with the CUDA kernels, unpacked; nvcc is found as CMake finds it, no GPU is needed."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    folder = tmp_path_factory.mktemp("cuda")
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cuda="AUTO")
+    (found,) = folder.glob("*.whl")
+    zipfile.ZipFile(found).extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def test_the_cuda_kernels_are_compiled_for_every_architecture_and_need_only_the_system(cuda_wheel):
+    (library,) = cuda_wheel.rglob("_cuda*.so")
+    needed = re.findall(r"\(NEEDED\)\s+Shared library: \[(.+)\]", run("readelf", "--dynamic", library))
+    assert [
+        name for name in needed if not SYSTEM_LIBRARIES.fullmatch(name) and name[:5] not in ("libdl", "librt")
+    ] == []
+    code = library.read_bytes()
+    for capability in (80, 86, 89, 90):
+        assert f"sm_{capability}".encode() in code
+
+
+def test_the_cuda_kernels_import_without_a_driver(cuda_wheel):
+    (library,) = cuda_wheel.rglob("_cuda*.so")
+    code = f"""
+import importlib.util, json
+spec = importlib.util.spec_from_file_location("fastrerank._cuda", {str(library)!r})
+cuda = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda)
+try:
+    cuda.bandwidth(10**6, 1 << 20, 1)
+except RuntimeError as error:
+    print(json.dumps([cuda.architectures, cuda.devices(), cuda.status(), str(error)]))
+"""
+    architectures, devices, problem, error = json.loads(run(sys.executable, "-I", "-c", code))
+    assert architectures.split()[:4] == ["80-real", "86-real", "89-real", "90-real"]
+    assert bool(devices) != bool(problem)
+    assert error.startswith("CUDA: ")
+
+
 def test_the_wheel_ranks_in_an_empty_environment(empty_environment, tiny):
     code = f"""
 import importlib.util, json, sys
@@ -115,7 +159,7 @@ def test_a_cross_encoder_imports_neither_torch_nor_transformers(tiny):
     code = f"""
 import sys
 import fastrerank
-fastrerank.CrossEncoder({str(tiny)!r}).rank({QUERY!r}, {DOCUMENTS!r})
+fastrerank.CrossEncoder({str(tiny)!r}, device="cpu").rank({QUERY!r}, {DOCUMENTS!r})
 print(*[name for name in ("torch", "transformers", "typer", "rich") if name in sys.modules])
 """
     assert run(sys.executable, "-c", code).split() == []

@@ -68,19 +68,28 @@ def test_another_number_of_labels_is_refused(folder: Path, labels: int) -> None:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_unknown_choices_list_the_valid_ones(folder: Path, kind: Any) -> None:
-    for dtype in ("float64", "float16", "fp8", ""):
-        with pytest.raises(ValueError, match=r"auto.*float32.*bfloat16.*int8"):
+    for dtype in ("float64", "fp8", ""):
+        with pytest.raises(ValueError, match=r"auto.*float32.*bfloat16.*int8.*float16"):
             kind(folder, dtype=dtype)
-    for device in ("cuda", "mps", "cuda:1", "tpu"):
+    with pytest.raises(ValueError, match=r"auto.*float32.*bfloat16.*int8.*engine='native', got 'float16'"):
+        kind(folder, dtype="float16", engine="native")
+    for device in ("mps", "tpu", "cuda:", "cuda:-1", "", -1, ["cpu", "tpu"]):
         with pytest.raises(ValueError, match=r"None or 'cpu'.*got"):
             kind(folder, device=device)
+    for device in ("cuda", "cuda:99", 99):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=r"None or 'cpu'.*cannot use 'cuda"):
+            kind(folder, device=device)
+    with pytest.raises(ValueError, match="at least one device"):
+        kind(folder, device=[])
     for threads in (0, -1, 2.5):
         with pytest.raises(ValueError, match="num_threads must be a positive int"):
             kind(folder, num_threads=threads).score("owl", ["cat"])
 
 
 def test_unknown_engine_method_and_backend(folder: Path) -> None:
-    with pytest.raises(ValueError, match="native"):
+    with pytest.raises(ValueError, match="'native', 'torch', 'padded', got 'onnx'"):
         CrossEncoder(folder, engine="onnx")
     with pytest.raises(ValueError, match="cross-encoder, late-interaction, embedding"):
         fastrerank.load(folder, method="psychic")
@@ -130,7 +139,7 @@ def test_overflow_is_an_error_that_names_the_document(tmp_path: Path, dtype: str
         model.predict([("owl", "cat")])
 
 
-def test_unsupported_families_and_variants(folder: Path) -> None:
+def test_families_and_variants_that_the_native_engine_does_not_run(folder: Path) -> None:
     for changes, message in (
         ({"model_type": "deberta-v2"}, "deberta-v2.*bert.*modernbert"),
         ({"model_type": "llama"}, "llama.*bert"),
@@ -142,13 +151,13 @@ def test_unsupported_families_and_variants(folder: Path) -> None:
         saved = (folder / "config.json").read_text()
         set_config(folder, **changes)
         with pytest.raises(ValueError, match=message):
-            CrossEncoder(folder)
+            CrossEncoder(folder, engine="native")
         (folder / "config.json").write_text(saved)
     config = json.loads((folder / "config.json").read_text())
     del config["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks 'num_attention_heads'"):
-        CrossEncoder(folder)
+        CrossEncoder(folder, engine="native")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ Shapes use one letter each: T tokens, N documents, H heads, D width of a vector,
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,18 @@ import fastrerank._cpu as _cpu
 if TYPE_CHECKING:
     from fastrerank.ops._attention import attention
 
-__all__ = ["attention", "cpu_info", "isa", "max_sim", "num_threads", "peak", "set_isa", "set_num_threads"]
+__all__ = [
+    "attention",
+    "bandwidth",
+    "cpu_info",
+    "cuda_info",
+    "isa",
+    "max_sim",
+    "num_threads",
+    "peak",
+    "set_isa",
+    "set_num_threads",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -99,6 +112,39 @@ def peak(dtype: str, threads: int | None = None) -> float:
     products stand under.
     """
     return float(_cpu.peak(dtype, num_threads(threads), isa()))
+
+
+def cuda_info() -> dict[str, Any]:
+    """Return what the CUDA kernels found, without torch.
+
+    {"built": whether this installation holds them, "architectures": what they are compiled for (the last one also as
+    PTX), "runtime": CUDA version they were built with, "devices": [{"name", "capability", "memory": bytes,
+    "multiprocessors", "supported": whether the kernels run on it}], "problem": why no device can be used, or ""}.
+    Only "built" and "problem" where they are not built.
+    """
+    if importlib.util.find_spec("fastrerank._cuda") is None:
+        return {"built": False, "problem": "this installation was built without nvcc"}
+    cuda = importlib.import_module("fastrerank._cuda")
+    version = int(cuda.runtime)
+    return {
+        "built": True,
+        "architectures": str(cuda.architectures).split(),
+        "runtime": f"{version // 1000}.{version % 1000 // 10}",
+        "devices": cuda.devices(),
+        "problem": cuda.status(),
+    }
+
+
+def bandwidth(device: int = 0, *, size: int = 1 << 30, rounds: int = 20) -> float:
+    """Measure bytes per second that CUDA device `device` delivers to a kernel that only reads `size` bytes.
+
+    The floor under every scan of an index: what `cur_topk` can at best reach. `size` is a multiple of 16, at least
+    1 MiB, and should exceed the device's cache; the fastest of `rounds` counts, after a check of what was read.
+    Raises RuntimeError where the kernels are not built or CUDA fails.
+    """
+    if importlib.util.find_spec("fastrerank._cuda") is None:
+        raise RuntimeError("the CUDA kernels are not built: install with FASTRERANK_CUDA=ON and nvcc on the PATH")
+    return float(importlib.import_module("fastrerank._cuda").bandwidth(device, size, rounds))
 
 
 def max_sim(

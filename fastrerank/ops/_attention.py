@@ -42,7 +42,8 @@ def attention(
     (arXiv 2205.14135); no T x T matrix exists.
 
     Args:
-        q: (T, H, D) float32, float16 or bfloat16. D is a multiple of 8, at most 256. Any strides, D contiguous.
+        q: (T, H, D) float32, float16 or bfloat16. D is at most 256. Any strides, D contiguous. Unless D is a multiple
+            of 8, copies padded with zeros are made.
         k, v: (S, Hkv, D) in q's dtype; Hkv divides H. S is T where a packed row attends to itself.
         lo, hi: int32 (T,) with 0 <= lo <= hi <= S. lo == hi is an empty interval.
         plo, phi: int32 (T,) likewise, or both None. A row's two intervals must not overlap.
@@ -98,11 +99,17 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(q, k, v, lo, hi, plo, phi, out)
     backend = _backend(q.device, backend)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    head_dim = q.shape[2]
+    scale = head_dim**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite or None, got {scale}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    if head_dim % 8:  # zeros change no score, and what they add to the output is cut off
+        q, k, v = (torch.nn.functional.pad(x, (0, -x.shape[2] % 8)) for x in (q, k, v))
+        wide, lse = _run(q, k, v, lo, hi, plo, phi, scale, softcap, None, return_lse, backend)
+        result = wide[..., :head_dim]
+        return result.contiguous() if out is None else out.copy_(result), lse
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32, device=q.device)
@@ -187,8 +194,8 @@ def _check(
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {tensor.dtype} on {tensor.device}")
     rows, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"q's head size must be a multiple of 8 from 8 to 256, got {head_dim}")
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"q's head size must be 1 to 256, got {head_dim}")
     if k.shape[2] != head_dim or kv_heads < 1 or heads % kv_heads or heads < 1:
         raise ValueError(f"k must be (S, Hkv, {head_dim}) with Hkv dividing {heads} heads, got {tuple(k.shape)}")
     if v.shape != k.shape:

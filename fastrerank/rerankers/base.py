@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.native import DTYPES
 from fastrerank.text.tokenizer import TokenBatch, check_texts
 
-__all__ = ["Reranker", "Usage", "list_methods", "load", "native_dtype", "order"]
+__all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
 
 Scores = npt.NDArray[np.float32]
 
@@ -164,22 +163,6 @@ def ranked(
         for row in rows:
             row["text"] = documents[row["corpus_id"]]
     return rows
-
-
-def native_dtype(dtype: str) -> str:
-    """Return the native encoder's precision for a caller's `dtype`; "auto" is float32 on a CPU."""
-    if dtype == "auto":
-        return "float32"
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} on a CPU, got {dtype!r}")
-    return dtype
-
-
-def check_device(device: Any) -> str:
-    """Return "cpu" for None or a CPU device; raise ValueError for any other."""
-    if device is None or str(device) in ("cpu", "cpu:0"):
-        return "cpu"
-    raise ValueError(f"device must be None or 'cpu': the native encoder runs on CPUs, got {str(device)!r}")
 
 
 # Method -> (module, class, papers).

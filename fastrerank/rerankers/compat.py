@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-__all__ = ["init_options", "predict_options"]
+__all__ = ["check_same_device", "init_options", "predict_options"]
 
 _RENAMED = {
     "model_name": "model_name_or_path",
@@ -75,8 +75,13 @@ def _from_dictionary(name: str, values: dict[str, Any] | None) -> dict[str, Any]
     return found
 
 
-def predict_options(inputs: Any, activation_fn: Any, options: dict[str, Any], call: str) -> tuple[Any, Any]:
-    """Return (inputs, activation_fn) with `sentences` and `activation_fct` of older releases merged in."""
+def predict_options(
+    inputs: Any, activation_fn: Any, options: dict[str, Any], call: str, device: str | list[str]
+) -> tuple[Any, Any]:
+    """Return (inputs, activation_fn) with `sentences` and `activation_fct` of older releases merged in.
+
+    `device` is where the model is: a call may name it, and no other.
+    """
     for key, value in options.items():
         if key == "sentences" and call == "predict":
             _deprecated("sentences", "inputs")
@@ -86,11 +91,23 @@ def predict_options(inputs: Any, activation_fn: Any, options: dict[str, Any], ca
             activation_fn = value if activation_fn is None else activation_fn
         elif key not in (_PREDICT_WITHOUT_EFFECT if call == "predict" else _RANK_WITHOUT_EFFECT):
             raise TypeError(f"{call}() got an unexpected keyword argument {key!r}")
-        elif key == "device" and value is not None and str(value) not in ("cpu", "['cpu']"):
-            raise ValueError(f"device must be None or 'cpu': the model was loaded for the CPU, got {value!r}")
+        elif key == "device" and value is not None:
+            check_same_device(value, device)
     if inputs is None:
         raise TypeError("predict() needs inputs: a sequence of (query, document) pairs")
     return inputs, activation_fn
+
+
+def check_same_device(asked: Any, device: str | list[str]) -> None:
+    """Raise ValueError unless `asked` is where the model is: a device, or a list of the devices."""
+
+    def names(value: Any) -> list[str]:
+        some = value if isinstance(value, (list, tuple)) else [value]
+        plain = [f"cuda:{one}" if type(one) is int else str(one) for one in some]
+        return [{"cpu:0": "cpu", "cuda": "cuda:0"}.get(name, name) for name in plain]
+
+    if names(asked) != names(device):
+        raise ValueError(f"device must be None or {device!r}: the model was loaded there, got {asked!r}")
 
 
 def _deprecated(old: str, new: str) -> None:

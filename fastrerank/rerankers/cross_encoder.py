@@ -12,29 +12,18 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.families import family_of
-from fastrerank.engine.heads import Head, classification_head, module_head
-from fastrerank.engine.native import NativeEncoder, body_prefix
+from fastrerank.checkpoint import open_checkpoint
+from fastrerank.engine.heads import module_head
+from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers import activations
-from fastrerank.rerankers.base import (
-    Reranker,
-    Scores,
-    Usage,
-    check_device,
-    check_top_k,
-    native_dtype,
-    order,
-    ranked,
-)
-from fastrerank.rerankers.compat import init_options, predict_options
+from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
+from fastrerank.rerankers.compat import check_same_device, init_options, predict_options
 from fastrerank.text.tokenizer import Tokenizer, check_texts
 
 __all__ = ["CrossEncoder"]
 
 # Pairs tokenised and scored in one forward: bounds the memory of token ids and is the progress bar's step.
 BLOCK_PAIRS = 2048
-ENGINES = ("native",)
 
 
 class CrossEncoder(Reranker):
@@ -43,22 +32,24 @@ class CrossEncoder(Reranker):
     Args:
         model_name_or_path: hub id or local folder of a sequence classification checkpoint, or of a
             sentence-transformers cross-encoder made of modules.
-        device: None or "cpu".
-        dtype: "float32" (equals the reference), "bfloat16", "int8"; "auto" is float32 on a CPU. Heads and activations
-            are float32 in all of them.
+        device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
+        dtype: "float32" (equals the reference), "bfloat16", "int8" (native engine only), "float16" (torch engines
+            only); "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations are float32 in all of them.
         max_length: tokens per pair; None for the checkpoint's limit. Documents are cut to fit; the query is cut only if
             it alone does not fit. `last_usage` tells what was cut.
         activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid if it has one
             label.
         num_labels: what the checkpoint is expected to have; None takes any.
-        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
-        engine: "native" or None.
+        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s, or torch's own on a torch engine.
+        engine: "native" (CPU kernels), "torch" (any Hugging Face model, packed without padding) or "padded" (any, in
+            padded batches); None: native on a CPU if the family is native, else torch, else padded, said in the log.
+        memory_limit: bytes, or a fraction of the device's memory, that a torch engine may come to; None for 0.9.
         prompts, default_prompt_name: texts by name that `prompt_name` puts before the query.
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
         legacy, options: positional and keyword arguments of older sentence-transformers releases.
 
-    Raises ValueError for a checkpoint without a trained classification head, of an unsupported family, or with damaged
-    weights; OSError if it cannot be found.
+    Raises ValueError for a checkpoint without a trained classification head, that the engine cannot run, or with
+    damaged weights; ImportError if the engine needs torch and it is missing; OSError if it cannot be found.
 
     Paper: Passage Re-ranking with BERT, Nogueira and Cho 2019, arXiv 1901.04085.
 
@@ -77,8 +68,8 @@ class CrossEncoder(Reranker):
         max_length: int | None = None, activation_fn: Any = None, num_labels: int | None = None,
         trust_remote_code: bool = False, revision: str | None = None, local_files_only: bool = False,
         token: bool | str | None = None, cache_folder: str | None = None, num_threads: int | None = None,
-        engine: str | None = None, prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
-        **options: Any,
+        engine: str | None = None, memory_limit: float | None = None, prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
@@ -88,17 +79,19 @@ class CrossEncoder(Reranker):
         given = init_options(given, legacy, options)
         if given["model_name_or_path"] is None:
             raise TypeError("CrossEncoder needs model_name_or_path: a hub id or a local folder")
-        if engine is not None and engine not in ENGINES:
-            raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        self.device = check_device(given["device"])
-        self.dtype = native_dtype(given["dtype"])
         checkpoint = open_checkpoint(
             given["model_name_or_path"], revision=revision, cache_folder=given["cache_folder"],
             local_files_only=local_files_only, token=token,
             # A stored activation is code only if the caller did not choose another one.
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        self.engine = _load_engine(checkpoint, self.dtype, num_threads)
+        chosen = plan(checkpoint.config, engine, given["device"], given["dtype"])
+        self.device, self.dtype = chosen.device, chosen.dtype
+        modular = any(module.type == "Dense" for module in checkpoint.modules)
+        head = module_head(checkpoint.modules) if modular else None
+        self.engine: Encoder = load_encoder(
+            checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
+        )
         self.num_labels = self.engine.width
         if given["num_labels"] not in (None, self.num_labels):
             raise ValueError(
@@ -122,7 +115,7 @@ class CrossEncoder(Reranker):
         return self._tokenizer.tokenizer
 
     @property
-    def model(self) -> NativeEncoder:
+    def model(self) -> Encoder:
         """The engine that computes the scores."""
         return self.engine
 
@@ -146,12 +139,17 @@ class CrossEncoder(Reranker):
         return self
 
     def to(self, device: Any) -> CrossEncoder:
-        """Return self if `device` is a CPU; raise ValueError for any other."""
-        check_device(device)
+        """Return self if `device` is where the model is; raise ValueError for any other."""
+        check_same_device(device, self.device)
         return self
 
     def compile(self, *_: Any, **__: Any) -> CrossEncoder:
         """Return self: the kernels are compiled."""
+        return self
+
+    def warmup(self) -> CrossEncoder:
+        """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
+        warm_up(self.engine)
         return self
 
     def half(self) -> CrossEncoder:
@@ -189,7 +187,7 @@ class CrossEncoder(Reranker):
             >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
             array([0.91, 0.03], dtype=float32)
         """
-        inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict")
+        inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
         pairs, single = _as_pairs(inputs)
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
@@ -221,7 +219,7 @@ class CrossEncoder(Reranker):
             >>> model.rank("who?", ["the owl", "the cat"], top_k=1)  # doctest: +SKIP
             [{'corpus_id': 0, 'score': 0.91}]
         """
-        _, activation_fn = predict_options((), activation_fn, options, "rank")
+        _, activation_fn = predict_options((), activation_fn, options, "rank", self.device)
         _check_batch_size(batch_size)
         check_top_k(top_k)
         self._need_one_label("rank")
@@ -278,21 +276,6 @@ class CrossEncoder(Reranker):
     def _need_one_label(self, what: str) -> None:
         if self.num_labels != 1:
             raise ValueError(f"{what}() needs a model with one label, this one has {self.num_labels}; use predict()")
-
-
-def _load_engine(checkpoint: Checkpoint, dtype: str, num_threads: int | None) -> NativeEncoder:
-    family = family_of(checkpoint.config)
-    with checkpoint.tensors() as tensors:
-        if any(module.type == "Dense" for module in checkpoint.modules):
-            head: Head | None = module_head(checkpoint.modules)
-        else:
-            head = classification_head(family, tensors, body_prefix(family, tensors))
-        if head is None:
-            raise ValueError(
-                f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
-                "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
-            )
-        return NativeEncoder(checkpoint, family, tensors, head, dtype=dtype, num_threads=num_threads)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head, NormalizeStep
-from fastrerank.engine.native import NativeEncoder
-from fastrerank.rerankers.base import Reranker, check_device, native_dtype
+from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
+from fastrerank.rerankers.base import Reranker
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = ["VectorReranker"]
@@ -21,11 +20,14 @@ class VectorReranker(Reranker):
 
     Args:
         model_name_or_path: hub id or local folder.
-        device: None or "cpu".
-        dtype: "float32", "bfloat16", "int8"; "auto" is float32. In int8 the last third of the layers runs in bfloat16:
-            what is rounded there reaches every coordinate of the vectors.
+        device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
+        dtype: "float32", "bfloat16", "int8" (native engine only), "float16" (torch engines only); "auto": float32 on a
+            CPU, bfloat16 on a GPU. In int8 the last third of the layers runs in bfloat16: what is rounded there reaches
+            every coordinate of the vectors.
         max_length: tokens per text; None for the checkpoint's limit.
-        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s.
+        num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s, or torch's own on a torch engine.
+        engine: "native", "torch" or "padded"; None: native on a CPU if the family is native, else torch, else padded.
+        memory_limit: bytes, or a fraction of the device's memory, that a torch engine may come to; None for 0.9.
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
     """
 
@@ -33,11 +35,9 @@ class VectorReranker(Reranker):
         self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
         max_length: int | None = None, num_threads: int | None = None, revision: str | None = None,
         cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, engine: str | None = None, memory_limit: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.device = check_device(device)
-        self.dtype = native_dtype(dtype)
         checkpoint = open_checkpoint(
             model_name_or_path, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only,
             token=token, trust_remote_code=trust_remote_code,
@@ -46,11 +46,17 @@ class VectorReranker(Reranker):
         head = self._head(checkpoint)
         if not head.steps or not isinstance(head.steps[-1], NormalizeStep):
             head = Head(head.readout, (*head.steps, NormalizeStep()))
-        self.engine = NativeEncoder.load(
-            checkpoint, head, dtype=self.dtype, num_threads=num_threads,
-            precise_layers=family_of(checkpoint.config).layers // 3,
-        )  # fmt: skip
+        chosen = plan(checkpoint.config, engine, device, dtype)
+        self.device, self.dtype = chosen.device, chosen.dtype
+        self.engine: Encoder = load_encoder(
+            checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
+        )
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
+
+    def warmup(self) -> VectorReranker:
+        """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
+        warm_up(self.engine)
+        return self
 
     @abstractmethod
     def _head(self, checkpoint: Checkpoint) -> Head:

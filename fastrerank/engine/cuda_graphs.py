@@ -1,0 +1,117 @@
+"""CUDA graphs of a packed forward, one per bucket of tokens: a small model's launches cost more than its work.
+
+A batch is padded with rows that see nothing up to the next bucket, copied into the bucket's buffer, and the graph that
+was captured with this buffer is replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["BUCKETS", "CudaGraphs", "bucket_of", "capture"]
+
+# Powers of two and their halves between: at most a third of a graph's rows are padding. Above the last, a forward's
+# work covers its launches.
+BUCKETS = (*(size for power in range(6, 13) for size in (1 << power, 3 << (power - 1))), 8192)
+
+log = logging.getLogger("fastrerank")
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    table: torch.Tensor
+    replay: Callable[[], Any]
+    states: torch.Tensor
+
+
+def bucket_of(tokens: int) -> int | None:
+    """Return the smallest bucket that holds `tokens`; None for more than the largest.
+
+    Example:
+        >>> bucket_of(1), bucket_of(97), bucket_of(8192), bucket_of(8193)
+        (64, 128, 8192, None)
+    """
+    place = int(np.searchsorted(BUCKETS, tokens))
+    return BUCKETS[place] if place < len(BUCKETS) else None
+
+
+def capture(forward: Callable[[], torch.Tensor], pool: Any) -> tuple[Callable[[], Any], torch.Tensor]:
+    """Capture `forward`, which must read and write the same memory each time, as a CUDA graph.
+
+    Returns (replay, output). Kernels are compiled and libraries set up by two runs on a side stream before.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: what other threads do on the GPU meanwhile does not spoil the capture.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        states = forward()
+    return graph.replay, states
+
+
+class CudaGraphs:
+    """Captured forwards of one model by bucket, made on first use.
+
+    Args:
+        forward: table int32 (rows, T) -> hidden states (T, hidden).
+        device: where the tables live.
+        capturing: `capture`, or a stand-in for machines without a GPU.
+
+    Attributes:
+        failed: whether a capture failed; the model then runs without graphs.
+    """
+
+    def __init__(self, forward: Forward, device: torch.device, capturing: Any = capture) -> None:
+        self._forward = forward
+        self._device = device
+        self._capture = capturing
+        self._graphs: dict[int, _Graph] = {}
+        self._lock = threading.Lock()
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.failed = False
+
+    @contextmanager
+    def replay(self, table: npt.NDArray[np.int32]) -> Iterator[torch.Tensor]:
+        """Give the states of a table, as wide as a bucket; they are valid, and others wait, until the context ends."""
+        from fastrerank.engine.torch_backbone import upload
+
+        with self._lock:
+            uploaded = upload(table, self._device)
+            graph = self._graphs.get(table.shape[1]) or self._captured(uploaded)
+            if graph is None:
+                yield self._forward(uploaded)
+                return
+            graph.table.copy_(uploaded)
+            graph.replay()
+            yield graph.states
+
+    def _captured(self, table: torch.Tensor) -> _Graph | None:
+        if self.failed:
+            return None
+        buffer = table.clone()
+        try:
+            replay, states = self._capture(lambda: self._forward(buffer), self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failed = True
+            log.warning("no CUDA graph of %d tokens could be captured, going on without graphs: %s",
+                        table.shape[1], error)  # fmt: skip
+            return None
+        self._graphs[table.shape[1]] = _Graph(buffer, replay, states)
+        return self._graphs[table.shape[1]]

@@ -1,0 +1,91 @@
+"""Checkpoints as transformers models: loaded quietly, checked, and cast to the precision that they run in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging as messages
+
+from fastrerank.checkpoint import Checkpoint, untrained
+
+__all__ = ["cast_parameters", "load_model", "quiet"]
+
+
+def load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
+    """Return the checkpoint's transformers model on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: opened checkpoint.
+        task: True for the sequence classification model, False for the body alone.
+        dtype: precision that the backbone will have; parameters come as float32 for "float32", else as they are stored.
+
+    Raises ValueError for a task model without a trained head, weights that are missing, of another shape than
+    config.json says, NaN or infinite, and for a variant that transformers does not compute.
+    """
+    factory = transformers.AutoModelForSequenceClassification if task else transformers.AutoModel
+    path = checkpoint.transformer_path
+    with checkpoint.tensors():  # damaged or missing files are named before transformers reads them
+        pass
+    # Heads keep the precision that they are stored in, so half precision comes after loading.
+    stored = torch.float32 if dtype == "float32" else "auto"
+    # torch's own attention has no soft capping, and some releases of transformers use it for such models all the same.
+    exact = {"attn_implementation": "eager"} if checkpoint.config.get("attn_logit_softcapping") else {}
+    with quiet():
+        model, info = factory.from_pretrained(
+            str(path), dtype=stored, output_loading_info=True, local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True, **exact,
+        )  # fmt: skip
+    if info["mismatched_keys"]:
+        name, stored_shape, shape = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path}: the stored shape of {name} is {tuple(stored_shape)}, config.json makes it {tuple(shape)}"
+        )
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(info["missing_keys"])
+    in_body = [name for name in missing if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
+    if task and missing and not in_body:
+        raise untrained(checkpoint)
+    lacking = [name for name in missing if task or not name.startswith("pooler.")]
+    if lacking:
+        raise ValueError(
+            f"{path}: the weights lack {lacking[0]!r}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1))
+        )
+    kind = checkpoint.config.get("position_embedding_type") or "absolute"
+    if kind.startswith("relative") and not any(hasattr(module, "distance_embedding") for module in model.modules()):
+        raise ValueError(
+            f"{path}: position_embedding_type = {kind!r} in config.json is not what transformers "
+            f"{transformers.__version__} computes for {type(model).__name__}: its scores would be wrong"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.detach()).all() and name not in missing:
+            raise ValueError(f"{path}: weight of {name} is NaN or infinite: the checkpoint is damaged")
+    return model.eval()
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters only: buffers such as rotary frequencies need their float32."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' table of unexpected and missing weights off the terminal: what matters of it is raised."""
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(logging.ERROR)
+    messages.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()  # type: ignore[no-untyped-call]
