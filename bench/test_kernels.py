@@ -33,6 +33,11 @@ def _report(benchmark: Any, operations: float, dtype: str, isa: str) -> None:
     benchmark.extra_info["% of peak"] = round(100 * rate / _cpu.peak(dtype, 1, isa))
 
 
+def _report_bytes(benchmark: Any, moved: int) -> None:
+    if benchmark.stats is not None:
+        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 1)
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(benchmark: Any, isa: str, dtype: str, shape: str) -> None:
@@ -46,6 +51,50 @@ def test_linear(benchmark: Any, isa: str, dtype: str, shape: str) -> None:
     assert np.abs(product(x) - expected).max() <= BOUNDS[dtype] * np.abs(expected).max()
     benchmark(product, x)
     _report(benchmark, 2.0 * ROWS * n * k, dtype, isa)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [96, 512])
+def test_attention(benchmark: Any, isa: str, dtype: str, length: int) -> None:
+    """MiniLM's heads over packed documents, bidirectional."""
+    torch = pytest.importorskip("torch")
+    heads, head_dim, documents = 12, 32, 1920 // length
+    rows = documents * length
+    rng = np.random.default_rng(0)
+    q, k, v = (torch.from_numpy(rng.standard_normal((rows, heads, head_dim), np.float32)) for _ in range(3))
+    lo = np.repeat(np.arange(documents, dtype=np.int32) * length, length)
+    exact, _ = reference.attention(*(x[:, :2].numpy().astype(np.float64) for x in (q, k, v)), lo, lo + length)
+    inputs = [x.to(getattr(torch, dtype)) for x in (q, k, v)]
+    intervals = [torch.from_numpy(lo), torch.from_numpy(lo + np.int32(length))]
+    ops.set_isa(isa)
+    ops.set_num_threads(1)
+    try:
+        result = ops.attention(*inputs, *intervals)[:, :2].float().numpy()
+        assert np.abs(result - exact).max() <= {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * np.abs(exact).max()
+        benchmark(ops.attention, *inputs, *intervals)
+    finally:
+        ops.set_isa(None)
+        ops.set_num_threads(None)
+    _report(benchmark, 4.0 * rows * length * heads * head_dim, dtype, isa)
+
+
+def test_layer_norm(benchmark: Any, isa: str) -> None:
+    """Rows of 384 with the copies that the Python face makes."""
+    x = np.random.default_rng(0).standard_normal((ROWS, 384), np.float32)
+    ones, zeros = np.ones(384, np.float32), np.zeros(384, np.float32)
+    expected = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-12)
+    np.testing.assert_allclose(_cpu.layer_norm(x, ones, zeros, 1e-12, isa), expected, atol=1e-5)
+    benchmark(_cpu.layer_norm, x, ones, zeros, 1e-12, isa)
+    _report_bytes(benchmark, 2 * x.nbytes)
+
+
+def test_quantise(benchmark: Any, isa: str) -> None:
+    """Rows of 1536 to 8 bits with the copies that the Python face makes."""
+    x = np.random.default_rng(0).standard_normal((ROWS, 1536), np.float32)
+    q, scale, zero = _cpu.quantise(x, None, isa)
+    assert np.abs((q.astype(np.float32) - zero[:, None]) * scale[:, None] - x).max() <= 0.51 * scale.max()
+    benchmark(_cpu.quantise, x, None, isa)
+    _report_bytes(benchmark, x.nbytes + q.nbytes)
 
 
 def test_max_sim(benchmark: Any, isa: str) -> None:

@@ -331,6 +331,59 @@ F32Array linear(const F32Array& x, const py::array& w, const std::optional<F32Ar
     return PyLinear(w, bias, dtype, isa).call(x, activation);
 }
 
+// Rows of x with room for whole vectors, zeros in the padding.
+Bytes padded_rows(const F32Array& x, const char* what) {
+    if (x.ndim() != 2) throw std::invalid_argument(std::string(what) + " must be float32 of shape (rows, n)");
+    const int64_t rows = x.shape(0), n = x.shape(1), width = padded(n);
+    Bytes wide(rows * width * sizeof(float));
+    std::fill_n(wide.as<float>(), rows * width, 0.0f);
+    for (int64_t r = 0; r < rows; ++r)
+        std::copy(x.data() + r * n, x.data() + (r + 1) * n, wide.as<float>() + r * width);
+    return wide;
+}
+Bytes padded_vector(const float* v, int64_t n) {
+    Bytes wide(padded(n) * sizeof(float));
+    std::fill_n(wide.as<float>(), padded(n), 0.0f);
+    std::copy(v, v + n, wide.as<float>());
+    return wide;
+}
+
+F32Array layer_norm(const F32Array& x, const F32Array& gamma, const std::optional<F32Array>& beta, float eps,
+                    const std::string& isa) {
+    const Kernels& k = *kernels_of(isa);
+    const Bytes wide = padded_rows(x, "x");
+    const int rows = static_cast<int>(x.shape(0)), n = static_cast<int>(x.shape(1));
+    const int64_t width = padded(n);
+    const Bytes g = padded_vector(vector_of(gamma, n, "gamma"), n);
+    const float* given = vector_of(beta, n, "beta");
+    const Bytes b = given ? padded_vector(given, n) : Bytes();
+    k.layer_norm({wide.as<float>(), width, rows, n, g.as<float>(), b.as<float>(), eps, wide.as<float>(), width, {}});
+    F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(n)});
+    for (int r = 0; r < rows; ++r)
+        std::copy_n(wide.as<float>() + r * width, n, out.mutable_data() + static_cast<int64_t>(r) * n);
+    return out;
+}
+
+py::tuple quantise(const F32Array& x, const std::optional<F32Array>& factor, const std::string& isa) {
+    const Kernels& k = *kernels_of(isa);
+    const Bytes wide = padded_rows(x, "x");
+    const int rows = static_cast<int>(x.shape(0)), n = static_cast<int>(x.shape(1));
+    const int64_t width = padded(n);
+    const float* given = vector_of(factor, n, "factor");
+    const Bytes f = given ? padded_vector(given, n) : Bytes();
+    const Bytes q(rows * width), scales(rows * sizeof(RowScale));
+    k.convert(wide.as<float>(), width, rows, n, {q.get(), width, scales.as<RowScale>(), f.as<float>(), Format::kU8});
+    py::array_t<uint8_t> out({static_cast<int64_t>(rows), static_cast<int64_t>(n)});
+    F32Array scale(rows);
+    I32Array zero(rows);
+    for (int r = 0; r < rows; ++r) {
+        std::copy_n(q.as<uint8_t>() + r * width, n, out.mutable_data() + static_cast<int64_t>(r) * n);
+        scale.mutable_data()[r] = scales.as<RowScale>()[r].scale;
+        zero.mutable_data()[r] = scales.as<RowScale>()[r].zero;
+    }
+    return py::make_tuple(out, scale, zero);
+}
+
 double peak(const std::string& dtype, int threads, const std::string& isa) {
     const Kernels& k = *kernels_of(isa);
     const Precision p = precision_of(dtype);
@@ -369,6 +422,9 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("isa"));
     m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"),
           py::arg("isa"));
+    m.def("layer_norm", &layer_norm, py::arg("x"), py::arg("gamma"), py::arg("beta").none(true), py::arg("eps"),
+          py::arg("isa"));
+    m.def("quantise", &quantise, py::arg("x"), py::arg("factor").none(true), py::arg("isa"));
     m.def("peak", &peak, py::arg("dtype"), py::arg("threads"), py::arg("isa"));
     py::class_<PyLinear>(m, "Linear")
         .def(py::init<const py::array&, const std::optional<F32Array>&, const std::string&, const std::string&>(),

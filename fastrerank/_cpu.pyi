@@ -80,4 +80,14 @@ def linear(
     activation: str,
     isa: str,
 ) -> npt.NDArray[np.float32]: ...
+def layer_norm(
+    x: npt.NDArray[np.float32],
+    gamma: npt.NDArray[np.float32],
+    beta: npt.NDArray[np.float32] | None,
+    eps: float,
+    isa: str,
+) -> npt.NDArray[np.float32]: ...
+def quantise(
+    x: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None, isa: str
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.int32]]: ...
 def peak(dtype: str, threads: int, isa: str) -> float: ...

@@ -10,22 +10,6 @@ constexpr int kKeyBlock = 480;
 // What head_dim elements take in a row that whole vectors are read from.
 constexpr int dims_of(int head_dim) { return static_cast<int>(padded(head_dim)); }
 
-// tanh with a relative error of about 2 ulp: an odd rational function fitted on |x| <= 7.9, beyond which it is 1.
-INLINE vf tanh_precise(vf x) {
-    const vf c = vmax(splat(-7.90531110763549805f), vmin(splat(7.90531110763549805f), x));  // NaN passes
-    const vf t = c * c;
-    vf p = t * -2.76076847742355e-16f + 2.00018790482477e-13f;
-    p = p * t - 8.60467152213735e-11f;
-    p = p * t + 5.12229709037114e-08f;
-    p = p * t + 1.48572235717979e-05f;
-    p = p * t + 6.37261928875436e-04f;
-    p = p * t + 4.89352455891786e-03f;
-    vf q = t * 1.19825839466702e-06f + 1.18534705686654e-04f;
-    q = q * t + 2.26843463243900e-03f;
-    q = q * t + 4.89352518554385e-03f;
-    return c * p / q;
-}
-
 // n elements of a row as the policy's inputs.
 template <class P>
 INLINE void copy_row(const char* from, Format format, int n, char* to) {
@@ -98,7 +82,7 @@ struct IntervalTile {
         float c = g.scale * 1.4426950408889634f;
         if (g.softcap > 0) {
             const float inner = g.scale / g.softcap;
-            for (int j = begin; j < end; j += VL) store(x + j, tanh_precise(load(x + j) * inner));
+            for (int j = begin; j < end; j += VL) store(x + j, tanhv(load(x + j) * inner));
             c = g.softcap * 1.4426950408889634f;
         }
         for (int j = begin; j < a; ++j) x[j] = -__builtin_inff();

@@ -143,14 +143,18 @@ INLINE vf gelu_fast(vf x) {
 
 // The clamp inside expv drops NaN, which must survive to be reported.
 INLINE vf sigmoid(vf x) { return x == x ? 1.0f / (expv(-x) + 1.0f) : x; }
-// Odd by construction; near 0 the series keeps the relative error small where 1 - 2 / (e^2x + 1) cancels.
+// Odd by construction, about 3 ulp: a polynomial fitted on |x| <= 0.55, where 1 - 2 / (e^2x + 1) would cancel.
 INLINE vf tanhv(vf x) {
     const vf t = x * x;
-    const vf series = x * (t * (t * 0.13333333f - 0.33333333f) + 1.0f);
+    vf p = t * -0.006282467395067215f + 0.021077753975987434f;
+    p = p * t - 0.05385385826230049f;
+    p = p * t + 0.13332602381706238f;
+    p = p * t - 0.33333319425582886f;
+    const vf small = x * (p * t) + x;
     const vf e = expv(vabs(x) * 2.0f);
     const vf large = 1.0f - 2.0f / (e + 1.0f);
     const vf signed_large = (vf)((vi)large | ((vi)x & (int32_t)0x80000000));
-    return vabs(x) >= splat(0.08f) ? signed_large : series;  // NaN takes the series, which keeps it
+    return vabs(x) >= splat(0.55f) ? signed_large : small;  // NaN takes the small, which keeps it
 }
 
 INLINE void activate(float* x, int vectors, Activation act, bool fast) {

@@ -19,9 +19,9 @@ import torch
 
 __all__ = ["BUCKETS", "CudaGraphs", "bucket_of", "capture"]
 
-# Powers of two and their halves between: at most a third of a graph's rows are padding. Above the last, a forward's
-# work covers its launches.
-BUCKETS = (*(size for power in range(6, 13) for size in (1 << power, 3 << (power - 1))), 8192)
+# Powers of two and their halves between, where launches cost more than rows: at most a third of a graph's rows are
+# padding. From 8192 tokens in steps of 2048: at most a fifth. Above the last, a forward's work covers its launches.
+BUCKETS = (*(size for power in range(6, 13) for size in (1 << power, 3 << (power - 1))), *range(8192, 32769, 2048))
 
 log = logging.getLogger("fastrerank")
 
@@ -39,8 +39,8 @@ def bucket_of(tokens: int) -> int | None:
     """Return the smallest bucket that holds `tokens`; None for more than the largest.
 
     Example:
-        >>> bucket_of(1), bucket_of(97), bucket_of(8192), bucket_of(8193)
-        (64, 128, 8192, None)
+        >>> bucket_of(1), bucket_of(97), bucket_of(8193), bucket_of(32769)
+        (64, 128, 10240, None)
     """
     place = int(np.searchsorted(BUCKETS, tokens))
     return BUCKETS[place] if place < len(BUCKETS) else None

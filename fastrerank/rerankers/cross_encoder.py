@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +20,12 @@ from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
 from fastrerank.rerankers.compat import check_same_device, init_options, predict_options
-from fastrerank.text.tokenizer import Tokenizer, check_texts
+from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 __all__ = ["CrossEncoder"]
 
 # Pairs tokenised and scored in one forward: bounds the memory of token ids and is the progress bar's step.
-BLOCK_PAIRS = 2048
+BLOCK_PAIRS = 1024
 
 
 class CrossEncoder(Reranker):
@@ -193,13 +195,9 @@ class CrossEncoder(Reranker):
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         prefix = self._prompt(prompt, prompt_name)
         with self._call() as usage:
-            blocks = [np.zeros((0, self.num_labels), np.float32)]
-            for begin in _steps(len(pairs), bool(show_progress_bar)):
-                block = pairs[begin : begin + BLOCK_PAIRS]
-                if prefix:
-                    block = [(prefix + query, text) for query, text in block]
-                blocks.append(self._logits(block, usage))
-            (logits,) = self._finite([np.concatenate(blocks)])
+            if prefix:
+                pairs = [(prefix + query, text) for query, text in pairs]
+            (logits,) = self._finite([self._logits(pairs, usage, bool(show_progress_bar))])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
             scores = activations.softmax(scores)
@@ -236,27 +234,29 @@ class CrossEncoder(Reranker):
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         self._need_one_label("score")
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
-        blocks = [self._logits(pairs[i : i + BLOCK_PAIRS], usage)[:, 0] for i in range(0, len(pairs), BLOCK_PAIRS)]
-        flat = np.concatenate([np.zeros(0, np.float32), *blocks])
+        flat = self._logits(pairs, usage)[:, 0]
         bounds = np.cumsum([0, *map(len, documents)])
         return [flat[begin:end] for begin, end in pairwise(bounds)]
 
     def _one_query(self, query: str, texts: list[str], usage: Usage, progress: bool) -> Scores:
-        blocks = [np.zeros(0, np.float32)]
-        for begin in _steps(len(texts), progress):
-            with usage.stage("tokenize"):
-                batch = self._tokenizer.pairs(query, texts[begin : begin + BLOCK_PAIRS])
+        return self._forward(lambda part: self._tokenizer.pairs(query, part), texts, usage, progress)[:, 0]
+
+    def _logits(self, pairs: list[tuple[str, str]], usage: Usage, progress: bool = False) -> npt.NDArray[np.float32]:
+        return self._forward(self._tokenizer.pair_list, pairs, usage, progress)
+
+    def _forward(
+        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool
+    ) -> npt.NDArray[np.float32]:
+        """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it."""
+        blocks = [np.zeros((0, self.num_labels), np.float32)]
+        batches = _ahead([partial(tokenize, items[i : i + BLOCK_PAIRS]) for i in range(0, len(items), BLOCK_PAIRS)])
+        for _ in _steps(len(items), progress):
+            with usage.stage("tokenize"):  # where there are several blocks, the time that compute waits for tokens
+                batch = next(batches)
             usage.count(batch)
             with usage.stage("compute"):
-                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets)[:, 0])
+                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets))
         return np.concatenate(blocks)
-
-    def _logits(self, pairs: list[tuple[str, str]], usage: Usage) -> npt.NDArray[np.float32]:
-        with usage.stage("tokenize"):
-            batch = self._tokenizer.pair_list(pairs)
-        usage.count(batch)
-        with usage.stage("compute"):
-            return self.engine.forward(batch.ids, batch.type_ids, batch.offsets)
 
     def _activate(self, logits: npt.NDArray[np.float32], function: activations.Activation) -> Scores:
         """Activated scores of (N, num_labels) logits: (N,) for one label."""
@@ -305,6 +305,20 @@ def _as_pair(pair: Any, name: str) -> tuple[str, str]:
         raise TypeError(f"{name} must be a (query, document) pair, got {len(pair)} items")
     query, text = check_texts(pair, name)
     return query, text
+
+
+def _ahead(jobs: list[Callable[[], TokenBatch]]) -> Iterator[TokenBatch]:
+    """Results of jobs in order; while one is used, the next is made in another thread."""
+    if len(jobs) < 2:
+        yield from (job() for job in jobs)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(jobs[0])
+        for job in jobs[1:]:
+            batch = following.result()
+            following = pool.submit(job)
+            yield batch
+        yield following.result()
 
 
 def _steps(pairs: int, progress: bool) -> Iterator[int]:
