@@ -320,6 +320,45 @@ public:
         return out;
     }
 
+    // The same on the caller's memory, x (rows, k) and y (rows, n) in the format that the product reads: rows go to it
+    // in place where whole tiles and vectors fit, else through a copy.
+    void run(uintptr_t x, int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy, int threads) const {
+        if (packed_.precision == Precision::kInt8)
+            throw std::invalid_argument("run takes float32 or bfloat16 products");
+        const Format format = k_.input_format(packed_.precision);
+        const int64_t element = static_cast<int64_t>(bytes_of(format));
+        const char* from = reinterpret_cast<const char*>(x);
+        char* to = reinterpret_cast<char*>(y);
+        constexpr int kTiles = 24;  // a multiple of every level's row tile
+        const bool in_place = packed_.k == packed_.k_padded && packed_.n == packed_.n_padded;
+        const int64_t share = (rows + threads - 1) / threads;
+        const int64_t block = std::clamp<int64_t>((share + kTiles - 1) / kTiles * kTiles, kTiles, 4 * kTiles);
+        const auto product = [&](const char* a, int64_t lda, int64_t count, char* b, int64_t ldb) {
+            k_.linear({&packed_, a, nullptr, lda, static_cast<int>(count), Activation::kIdentity, false, nullptr,
+                       nullptr, b, ldb, format});
+        };
+        const py::gil_scoped_release release;
+        run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
+            int64_t begin = i * block;
+            const int64_t end = std::min(begin + block, rows);
+            const int64_t whole = in_place ? (end - begin) / kTiles * kTiles : 0;
+            if (whole) product(from + begin * ldx * element, ldx, whole, to + begin * ldy * element, ldy);
+            begin += whole;
+            const int64_t rest = end - begin;
+            if (!rest) return;
+            const int64_t lda = packed_.k_padded, ldb = packed_.n_padded;
+            Bytes a((rest + kRowTile) * lda * element), b((rest + kRowTile) * ldb * element);
+            std::fill_n(a.get(), (rest + kRowTile) * lda * element, '\0');
+            for (int64_t r = 0; r < rest; ++r)
+                std::copy_n(from + (begin + r) * ldx * element, packed_.k * element, a.get() + r * lda * element);
+            product(a.get(), lda, rest, b.get(), ldb);
+            for (int64_t r = 0; r < rest; ++r)
+                std::copy_n(b.get() + r * ldb * element, packed_.n * element, to + (begin + r) * ldy * element);
+        });
+    }
+    // Bytes of a value that run reads and writes.
+    int element() const { return static_cast<int>(bytes_of(k_.input_format(packed_.precision))); }
+
 private:
     const Kernels& k_;
     Bytes data_, scale_, sum_, bias_;
@@ -429,7 +468,10 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<PyLinear>(m, "Linear")
         .def(py::init<const py::array&, const std::optional<F32Array>&, const std::string&, const std::string&>(),
              py::arg("w"), py::arg("bias").none(true), py::arg("dtype"), py::arg("isa"))
-        .def("__call__", &PyLinear::call, py::arg("x"), py::arg("activation") = "identity");
+        .def("__call__", &PyLinear::call, py::arg("x"), py::arg("activation") = "identity")
+        .def("run", &PyLinear::run, py::arg("x"), py::arg("ldx"), py::arg("rows"), py::arg("y"), py::arg("ldy"),
+             py::arg("threads"))
+        .def_property_readonly("element", &PyLinear::element);
     py::class_<PyEncoder>(m, "Encoder")
         .def(py::init<const py::dict&, const std::string&>(), py::arg("config"), py::arg("isa"))
         .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("weight"),

@@ -20,8 +20,9 @@ from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import split_equal, split_lengths, split_padded
 from fastrerank.engine.torch_backbone import Read
 from fastrerank.engine.torch_heads import ModuleHead, split_head
+from fastrerank.engine.torch_linear import packs
 from fastrerank.engine.torch_loading import cast_parameters, load_model
-from fastrerank.engine.torch_probe import choose_runner
+from fastrerank.engine.torch_probe import choose_runner, pack_when_equal
 
 __all__ = ["DTYPES", "TorchEncoder"]
 
@@ -103,6 +104,9 @@ class TorchEncoder:
         backbone.to(place).eval()
         with _place(None, place):
             runner, found = choose_runner(backbone, dtype, packed, whole=task_head is None)
+        if place.type == "cpu" and packs(getattr(torch, dtype)):
+            with torch.inference_mode(), _place(num_threads, place):
+                pack_when_equal(runner, dtype)
         reason = "; ".join(part for part in (reason, found) if part)
         if packed and not runner.packed:
             raise ValueError(f"engine='torch' cannot run {checkpoint.path} packed: {reason}; engine='padded' runs it")

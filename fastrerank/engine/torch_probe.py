@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch
 
 from fastrerank.engine.padded import PaddedBackbone, PaddedModel
 from fastrerank.engine.torch_backbone import PackedBackbone, why_not_packed
+from fastrerank.engine.torch_linear import pack_linears
 
-__all__ = ["choose_runner"]
+__all__ = ["choose_runner", "pack_when_equal"]
+
+log = logging.getLogger("fastrerank")
 
 # Relative difference between documents together and alone that passes when a model is loaded: far above rounding (1e-6,
 # 2e-2), far below what a wrong position or a glance at a neighbour does.
@@ -55,6 +59,30 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
     if not runner.pads:
         reason = _join(reason, f"padding changes what it computes by {error_:.2g}")
     return runner, reason or ""
+
+
+def pack_when_equal(runner: Any, dtype: str) -> None:
+    """Put a CPU model's linear layers on packed kernels, unless the model then computes something else.
+
+    A model that reads a layer's weight itself, rather than calling the layer, keeps torch's layers.
+    """
+    documents = _Documents(runner.backbone)
+    alone = [[number] for number in range(3)]
+    try:
+        expected = torch.cat([documents.states(runner, chosen) for chosen in alone])
+    except Exception as error:  # a model may want tokens that random text lacks
+        log.debug("linear layers stay torch's: the model cannot be tried on random tokens (%s)", error)
+        return
+    replaced = pack_linears(runner.backbone)
+    try:
+        ours = torch.cat([documents.states(runner, chosen) for chosen in alone])
+        problem = "" if _relative_error(ours, expected) <= _AGREES[dtype] else "results differ"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        log.info("%s keeps torch's linear layers: %s", type(runner.backbone).__name__, problem)
+        for parent, name, layer in replaced:
+            setattr(parent, name, layer)
 
 
 def _join(reason: str | None, more: str) -> str:

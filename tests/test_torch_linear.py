@@ -1,0 +1,136 @@
+"""Linear layers of torch models on packed CPU products: equal to torch's at every size, or taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+
+from fastrerank import ops
+from fastrerank.engine import torch_probe
+from fastrerank.engine.torch_linear import PackedLinear, pack_linears, packs
+
+SIZES = [(32, 64), (384, 96), (33, 48), (64, 17), (7, 5), (1, 1)]  # (inputs, outputs)
+
+
+LEVELS = ops.cpu_info()["supported"]
+KINDS = [(level, "float32") for level in LEVELS] + [(level, "bfloat16") for level in LEVELS if level == "avx512_bf16"]
+
+
+@pytest.fixture(params=KINDS, ids="-".join)
+def dtype(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A precision, with a level in force that multiplies it."""
+    level, name = request.param
+    ops.set_isa(level)
+    yield getattr(torch, name)
+    ops.set_isa(None)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24, 25, 100, 217])
+def test_error_is_at_most_twice_torchs(dtype: Any, rows: int) -> None:
+    # Over all sizes together: a single tiny product of torch may be right by luck.
+    torch.manual_seed(rows)
+    errors: list[list[Any]] = [[], []]
+    for inputs, outputs in SIZES:
+        linear = torch.nn.Linear(inputs, outputs, bias=outputs != 48).to(dtype)
+        x = torch.randn(rows, inputs).to(dtype)
+        with torch.inference_mode():
+            wide = [None if t is None else t.double() for t in (x, linear.weight, linear.bias)]
+            exact = torch.nn.functional.linear(*wide)
+            for kind, layer in enumerate((PackedLinear(linear), linear)):
+                result = layer(x)
+                assert result.dtype == dtype
+                errors[kind].append((result - exact).ravel())
+    ours, plain = (torch.cat(parts).square().mean().sqrt() for parts in errors)
+    assert ours <= 2 * plain
+
+
+def test_rows_are_bitwise_their_own(dtype: Any) -> None:
+    linear = PackedLinear(torch.nn.Linear(64, 48).to(dtype))
+    x = torch.randn(230, 64).to(dtype)
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        expected = linear(x)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(linear(x), expected)
+        torch.set_num_threads(before)
+        for begin, end in ((0, 1), (5, 30), (100, 230)):
+            assert torch.equal(linear(x[begin:end]), expected[begin:end])
+
+
+def test_any_shape_and_stride(dtype: Any) -> None:
+    linear = torch.nn.Linear(32, 16).to(dtype)
+    packed = PackedLinear(linear)
+    x = torch.randn(3, 40, 64).to(dtype)
+    with torch.inference_mode():
+        for view in (x[..., :32], x[..., ::2], x.transpose(0, 1)[..., 32:], x[0, 0, :32], x[:0, :, :32]):
+            assert packed(view).shape == linear(view).shape
+            assert torch.equal(packed(view), packed(view.contiguous()))
+    assert packed.weight.dtype == dtype
+
+
+def test_what_it_refuses() -> None:
+    packed = PackedLinear(torch.nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"x must be torch.float32 \(..., 8\), got torch.float64 \(2, 8\)"):
+        packed(torch.zeros(2, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"got torch.float32 \(2, 7\)"):
+        packed(torch.zeros(2, 7))
+    broken = torch.nn.Linear(8, 4)
+    broken.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        PackedLinear(broken)
+
+
+class Reader(torch.nn.Module):
+    """A model of two layers; `direct` reads the second one's weight itself."""
+
+    def __init__(self, direct: bool) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.direct = direct
+        self.config = SimpleNamespace(vocab_size=50, get_text_config=lambda: self.config)
+
+    def rows(self, ids: Any, _types: Any, offsets: Any, chosen: Any, _read: str) -> Any:
+        ids = np.concatenate([ids[offsets[d] : offsets[d + 1]] for d in chosen])
+        x = self.first(torch.nn.functional.one_hot(torch.from_numpy(ids).long() % 8, 8).float())
+        return torch.nn.functional.linear(x, self.second.weight) if self.direct else self.second(x)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_model_that_reads_weights_itself_keeps_torchs_layers(direct: bool) -> None:
+    model = Reader(direct)
+    runner = SimpleNamespace(backbone=model, rows=model.rows)
+    with torch.inference_mode():
+        torch_probe.pack_when_equal(runner, "float32")
+    kinds = {type(model.first), type(model.second)}
+    assert kinds == ({torch.nn.Linear} if direct else {PackedLinear})
+
+
+def test_a_layer_that_stands_twice_is_packed_once() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4)})
+    model["b"] = model["a"]
+    model["other"] = torch.nn.Bilinear(2, 2, 2)
+    replaced = pack_linears(model)
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], PackedLinear)
+    assert isinstance(model["other"], torch.nn.Bilinear)
+    for parent, name, layer in replaced:
+        setattr(parent, name, layer)
+    assert type(model["b"]) is torch.nn.Linear
+
+
+def test_half_precision_without_kernels_stays_torchs() -> None:
+    assert not packs(torch.float16)
+    ops.set_isa("portable")
+    try:
+        assert packs(torch.float32)
+        assert not packs(torch.bfloat16)
+    finally:
+        ops.set_isa(None)
