@@ -169,7 +169,7 @@ class _Bench:
         real = folder is not None
         if folder is None:
             documents = 40 if self._options.tiny else 200
-            folder = gpu_models.synthetic(self._options.cache / "synthetic", documents=documents)
+            folder = gpu_models.synthetic(self._options.cache, documents=documents)
         tokenizer, what = gpu_models.tokenizer_of(folder, self._options.cache, real_text=real)
         self.findings.notes = [f"Texts: {note}.", f"Tokens: {what}."]
         return folder, tokenizer

