@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import gc
-import platform
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench import data, gpu_engines, gpu_kernels, gpu_models, gpu_profile
+from bench import data, gpu_engines, gpu_host, gpu_kernels, gpu_models, gpu_profile
 from bench.cross_encoder import TAU_FLOOR
 from bench.gpu_engines import GpuEngine, NotHere, failing_as
 from bench.gpu_models import GpuModel
 from bench.timing import EngineError, agreement, interleave
 
 PARTS = ("ceilings", "attention", "engines", "latency", "profile")
-_CLOCKS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
-_PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers", "numpy")
 # Seconds of torch.compile per layer, before the first compilation of this run has been timed.
 _COMPILE_GUESS = 3.0
 
@@ -138,7 +131,8 @@ class _Bench:
         self._options, self._device, self._log = options, device, log
         self._start = time.perf_counter()
         self._compile_cost = 0.5 if options.tiny else _COMPILE_GUESS
-        self.findings = Findings(host(options))
+        about = {"command": options.command, "device": options.device, "tiny": options.tiny, "rounds": options.rounds}
+        self.findings = Findings(about | gpu_host.host(options.device))
 
     def run(self, save: Callable[[Findings], None]) -> None:
         options, findings = self._options, self.findings
@@ -156,7 +150,7 @@ class _Bench:
             self._model(model, self._workload(model, folder))
             findings.seconds = time.perf_counter() - self._start
             save(findings)
-        findings.host["clocks after"] = clocks()
+        findings.host["clocks after"] = gpu_host.clocks()
         findings.seconds = time.perf_counter() - self._start
         save(findings)
 
@@ -370,41 +364,3 @@ def _seconds(engine: GpuEngine, pairs: data.Pairs) -> float:
     start = time.perf_counter()
     engine.scores(pairs)
     return time.perf_counter() - start
-
-
-def host(options: Options) -> dict[str, Any]:
-    """Equals what the JSON says of machine, versions and command."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    found: dict[str, Any] = {
-        "system": platform.platform(), "python": sys.version.split()[0], "versions": versions,
-        "command": options.command, "device": options.device, "tiny": options.tiny, "rounds": options.rounds,
-        "clocks before": clocks(),
-    }  # fmt: skip
-    if options.device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(options.device)
-        found["gpu"] = {
-            "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "memory": properties.total_memory, "multiprocessors": properties.multi_processor_count,
-            "cuda of torch": torch.version.cuda,
-        }  # fmt: skip
-    return found
-
-
-def clocks() -> list[dict[str, str]]:
-    """Equals what nvidia-smi says of name, driver, clocks, power and temperature per GPU; empty where it is missing."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    done = subprocess.run(
-        [tool, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader"],
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        return [{"error": (done.stderr or done.stdout).strip()[:200]}]
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    return [dict(zip(_CLOCKS, (cell.strip() for cell in line.split(",")), strict=False)) for line in lines]

@@ -148,7 +148,7 @@ def test_running_out_of_device_memory_halves_the_budget(
     torch.cuda.empty_cache()
     tokens = len(documents[0])
     total = torch.cuda.get_device_properties(DEVICE).total_memory
-    allowed = torch.cuda.memory_reserved() + 1200 * tokens  # bytes; a forward of all tokens takes more
+    allowed = torch.cuda.memory_reserved() + 600 * tokens  # bytes; hidden, q, k, v and output take 800
     engine.budget = tokens
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
