@@ -68,7 +68,8 @@ SHAPES = {
         "modernbert-base", "ModernBert",
         {
             "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12,
-            "max_position_embeddings": 8192, "initializer_range": _std(768), "pad_token_id": 0,
+            "max_position_embeddings": 8192, "initializer_range": _std(768), "pad_token_id": 0, "bos_token_id": 101,
+            "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102,
         },
         "ModernBERT-base's shape (22 layers, 768 wide, windows of 128): random weights, vocabulary of 30,522",
     ),

@@ -14,7 +14,7 @@ pytest.importorskip("sentence_transformers")
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, gpu_engines, gpu_kernels, gpu_models, gpu_profile, gpu_report, run
+from bench import cross_encoder, gpu, gpu_engines, gpu_kernels, gpu_models, gpu_profile, gpu_report, run
 
 CPU = torch.device("cpu")
 NAMES = tuple(gpu_models.SHAPES)
@@ -147,6 +147,15 @@ def test_wrong_and_failing_engines_are_not_timed(cache: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu_kernels.ops, "attention", lambda q, *_: q)
     found = gpu.run(options(cache, parts=("attention",), models=("minilm",)), Log())
     assert {one.way: one.state for one in found.attention}["ops.attention"] == "WRONG"
+
+
+def test_our_torch_engine_is_compared_on_a_cpu_where_it_is_named() -> None:
+    native = ("fastrerank-float32", "fastrerank-bfloat16", "fastrerank-int8")
+    assert "fastrerank-torch" not in cross_encoder.select([])
+    chosen = cross_encoder.select(["sentence-transformers", "fastrerank-torch"])
+    assert chosen == (*native, "fastrerank-torch", "sentence-transformers", "sentence-transformers-ids")
+    with pytest.raises(ValueError, match="'fastrerank-float32' names no rival"):
+        cross_encoder.select(["fastrerank-float32"])
 
 
 def test_operations_are_counted_pair_by_pair() -> None:
