@@ -92,14 +92,15 @@ def test_replayed_graphs_equal_eager_forwards(tmp_path: Path, family: str, dtype
     model = families.build(family)
     exact = [families.run(model.double(), *call)[1] for call in calls]
     plain = [families.run(families.build(family).to(DEVICE, getattr(torch, dtype)), *call)[1] for call in calls]
+    exact, plain = np.concatenate(exact), np.concatenate(plain)  # one bound: the errors of five tokens are luck
+    other = np.concatenate([eager.forward(*call) for call in calls])
     for _ in range(3):  # captured in the first, replayed with other documents in between
-        for call, right, rough in zip(calls, exact, plain, strict=True):
-            ours, other = graphed.forward(*call), eager.forward(*call)
-            within_twice_plain(ours, rough, right)
-            assert rms(ours - other) <= 2 * rms(rough - right)
+        ours = np.concatenate([graphed.forward(*call) for call in calls])
+        within_twice_plain(ours, plain, exact)
+        assert rms(ours - other) <= 2 * rms(plain - exact)
     graphs = graphed._runner.graphs
     assert not graphs.failed
-    assert {64, 96, 128, 384, 512} <= set(graphs._graphs)
+    assert set(graphs._graphs) == {64, 96, 384, 512}
 
 
 @needs_cuda
@@ -141,14 +142,14 @@ def test_running_out_of_device_memory_halves_the_budget(
 ) -> None:
     families.save(tmp_path, family)
     engine = encoder(tmp_path, head=Head("mean"))
-    documents = families.documents(family, (100, 37, 150, 64) * 150)
+    documents = families.documents(family, (100, 37, 150, 64) * 600)
     engine.budget = 4096
     expected = engine.forward(*documents)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     tokens = len(documents[0])
     total = torch.cuda.get_device_properties(DEVICE).total_memory
-    allowed = torch.cuda.memory_reserved() + 600 * tokens  # bytes; hidden, q, k, v and output take 800
+    allowed = torch.cuda.memory_reserved() + 1000 * tokens  # bytes; a forward takes twice as much
     engine.budget = tokens
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
