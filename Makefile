@@ -1,6 +1,7 @@
 # make demo   rank a few passages with real weights            make lint    what a review would say by machine
 # make test   the whole test suite                             make bench   this library against its rivals
 # make clean  remove what the others made
+# make test-gpu   what a CUDA device can show, in the Python that `PYTHON` names, see docs/gpu.md
 #
 # Everything happens in .venv, with the versions of constraints.txt. The package is installed editable: tests and demo
 # run the Python files of this clone and kernels that were compiled from its csrc.
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean test-gpu
 
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
@@ -30,6 +31,15 @@ lint: $(VENV)/.test $(VENV)/.installed
 
 bench: $(VENV)/.bench $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python -m bench.run cross-encoder
+
+# No package index and no .venv: torch, transformers, triton, pytest and hypothesis are those of PYTHON, and so are
+# scikit-build-core and pybind11. pytest-xdist shares the compilations out where it is installed.
+test-gpu: export FASTRERANK_CUDA := ON
+test-gpu: export PATH := $(PATH):/usr/local/cuda/bin
+test-gpu:
+	$(PYTHON) -m pip -q --disable-pip-version-check install --no-index --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -m gpu --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
+		tests/test_gpu.py tests/test_attention.py tests/test_gpu_sanitizer.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

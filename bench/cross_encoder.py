@@ -92,19 +92,20 @@ class Findings:
 
 
 def select(names: Iterable[str]) -> tuple[str, ...]:
-    """Equals ours and the rivals whose name begins with one of `names` (all rivals when there are none).
+    """Equals our native engines and those whose name begins with one of `names` (all rivals when there are none).
 
     Raises
     ------
-    ValueError: a name that no rival begins with.
+    ValueError: a name that no engine but the native ones begins with.
     """
-    known = [rival.name for rival in rivals.RIVALS]
+    native, named, rest = ([engine.name for engine in some] for some in (rivals.OURS, rivals.NAMED, rivals.RIVALS))
     wanted = [name.strip() for name in names]
     for name in wanted:
-        if not any(rival.startswith(name) for rival in known):
-            raise ValueError(f"--against {name!r} names no rival; valid are {', '.join(known)} or a beginning of one")
-    chosen = [name for name in known if not wanted or name.startswith(tuple(wanted))]
-    return (*(engine.name for engine in rivals.OURS), *chosen)
+        if not any(known.startswith(name) for known in named + rest):
+            valid = ", ".join(rest + named)
+            raise ValueError(f"--against {name!r} names no rival; valid are {valid} or a beginning of one")
+    chosen = [name for name in named + rest if name.startswith(tuple(wanted))] if wanted else rest
+    return (*native, *chosen)
 
 
 def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _: None) -> Findings:
@@ -160,8 +161,9 @@ def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _:
     for result in findings.measured():
         result.peak_bytes = bench.peak_memory(result)
     save(findings)
-    findings.variants = bench.variants([row.name for row in findings.measured() if row.ours])
-    findings.quality = bench.quality([row for row in findings.measured() if row.ours])
+    native = [row for row in findings.measured() if rivals.ENGINES[row.name] in rivals.OURS]
+    findings.variants = bench.variants([row.name for row in native])
+    findings.quality = bench.quality(native)
     save(findings)
     return findings
 
@@ -200,7 +202,7 @@ class _Bench:
     def prepare(self, name: str, reference: NDArray[np.float64], bound: float) -> tuple[EngineResult, Worker | None]:
         """Converts, loads, sweeps and checks one engine; the worker is None unless it may be timed."""
         kind = rivals.ENGINES[name]
-        result = EngineResult(name, kind.precision, kind in rivals.OURS, kind.on_text, kind.setup)
+        result = EngineResult(name, kind.precision, kind in rivals.OURS + rivals.NAMED, kind.on_text, kind.setup)
         if missing := kind.missing():
             result.state, result.detail = "not installed", f"missing modules: {', '.join(missing)}"
             return result, None

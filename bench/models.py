@@ -102,13 +102,14 @@ def build(name: str, cache: Path) -> BenchModel:
     )
 
 
-def _write_tokenizer(folder: Path, *, roberta: bool) -> None:
+def write_tokenizer(folder: Path, *, roberta: bool, source: Path | None = None, types: bool = True) -> None:
     """MiniLM's WordPiece tokenizer without its saved cut at 128 tokens and padding to 128.
 
+    `source` is another BERT-like tokenizer.json to start from; without `types` the model takes no token_type_ids.
     For the XLM-RoBERTa shape the pair is laid out as that family does (two separators, type ids all 0) and [PAD] has
     id 1: position ids there start at `pad_token_id + 1`, and CTranslate2's converter relies on it not being 0.
     """
-    tokenizer = json.loads((minilm_folder() / "tokenizer.json").read_text())
+    tokenizer = json.loads((source or minilm_folder() / "tokenizer.json").read_text())
     tokenizer["truncation"] = tokenizer["padding"] = None
     if roberta:
         vocabulary = tokenizer["model"]["vocab"]
@@ -123,12 +124,14 @@ def _write_tokenizer(folder: Path, *, roberta: bool) -> None:
         pair.insert(3, separator)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     special = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
-    names = ["input_ids", "attention_mask"] if roberta else ["input_ids", "token_type_ids", "attention_mask"]
+    typed = types and not roberta
+    names = ["input_ids", "token_type_ids", "attention_mask"] if typed else ["input_ids", "attention_mask"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "model_input_names": names}
     (folder / "tokenizer_config.json").write_text(json.dumps(special | config))
 
 
-def _write_minilm(folder: Path, config: dict[str, Any]) -> None:
+def write_minilm(folder: Path, config: dict[str, Any]) -> None:
+    """Writes the weights and tokenizer of the installed MiniLM, with a random pooler and head, to `folder`."""
     from safetensors.numpy import load_file, save_file
 
     width = config["hidden_size"]
@@ -140,7 +143,7 @@ def _write_minilm(folder: Path, config: dict[str, Any]) -> None:
     tensors["classifier.weight"] = _normal(random, (1, width), 2 * width**-0.5)
     tensors["classifier.bias"] = np.zeros(1, np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder, roberta=False)
+    write_tokenizer(folder, roberta=False)
 
 
 def _write_bge_base(folder: Path, config: dict[str, Any]) -> None:
@@ -177,7 +180,7 @@ def _write_bge_base(folder: Path, config: dict[str, Any]) -> None:
     linear("classifier.dense", width, width)
     linear("classifier.out_proj", 1, width)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder, roberta=True)
+    write_tokenizer(folder, roberta=True)
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, ...], std: float) -> NDArray[np.float32]:
@@ -197,7 +200,7 @@ _SHARED_CONFIG: dict[str, Any] = {
     "dtype": "float32",
 }
 
-_MINILM_CONFIG: dict[str, Any] = _SHARED_CONFIG | {
+MINILM_CONFIG: dict[str, Any] = _SHARED_CONFIG | {
     "architectures": ["BertForSequenceClassification"],
     "model_type": "bert",
     "hidden_size": 384,
@@ -224,7 +227,7 @@ _BGE_BASE_CONFIG: dict[str, Any] = _SHARED_CONFIG | {
 }
 
 _BUILDERS = {
-    "minilm": (_MINILM_CONFIG, "MiniLM-L6: real body (all-MiniLM-L6-v2), random pooler and head", _write_minilm),
+    "minilm": (MINILM_CONFIG, "MiniLM-L6: real body (all-MiniLM-L6-v2), random pooler and head", write_minilm),
     "bge-base": (
         _BGE_BASE_CONFIG,
         "XLM-RoBERTa-base shape (bge-reranker-base's 12 layers, 768 wide): random weights, vocabulary cut to 30,522",

@@ -40,9 +40,14 @@ def show(findings: Findings, *, markdown: bool) -> None:
         f"{host['cpu']}, {host['threads']} threads of {host['cores']}; Python {host['python']}, {host['system']}",
         f"{host['command']}",
     ]
+    show_tables(head, tables(findings), markdown=markdown)
+
+
+def show_tables(head: list[str], tables: list[Table], *, markdown: bool) -> None:
+    """Prints the lines of `head`, then the tables, to standard output."""
     if markdown:
-        print("\n\n".join([*(f"`{line}`" if line == host["command"] else line for line in head)]))
-        for table in tables(findings):
+        print("\n\n".join([*(f"`{line}`" if line.startswith("python -m") else line for line in head)]))
+        for table in tables:
             print("\n" + _markdown(table))
         return
     from rich.console import Console
@@ -52,7 +57,7 @@ def show(findings: Findings, *, markdown: bool) -> None:
         console = Console(width=140)
     for line in head:
         console.print(line, style="dim", highlight=False)
-    for table in tables(findings):
+    for table in tables:
         console.print(_rich(table))
         for note in table.notes:
             console.print(f"  {note}", style="dim", highlight=False)

@@ -1,4 +1,4 @@
-"""`python -m bench.run SUBJECT`: fastrerank against other engines, in one run on this machine."""
+"""`python -m bench.run [--device cuda] SUBJECT`: fastrerank against other engines, in one run on this machine."""
 
 from __future__ import annotations
 
@@ -31,13 +31,25 @@ class Length(str, Enum):
     full = "512"
 
 
+class Device(str, Enum):
+    """Where a subject runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.callback()
-def main() -> None:
+def main(
+    context: typer.Context,
+    device: Annotated[Device, typer.Option(help="cuda for `all`, the comparison on a GPU")] = Device.cpu,
+) -> None:
     """Compares fastrerank with other engines, in one run on this machine."""
+    context.obj = device.value
 
 
 @app.command("cross-encoder")
 def cross_encoder(
+    context: typer.Context,
     model: Annotated[Model, typer.Option(help="which shape")] = Model.minilm,
     length: Annotated[Length, typer.Option(help="passages as they are, or joined to 512 tokens")] = Length.natural,
     docs: Annotated[int, typer.Option(min=10, max=1000, help="documents per query")] = 100,
@@ -57,6 +69,9 @@ def cross_encoder(
     from bench import report
 
     log = Console(stderr=True)
+    if context.obj != "cpu":
+        log.print("[red]error:[/red] cross-encoder compares engines on a CPU; on a GPU run `all`", highlight=False)
+        raise typer.Exit(2)
     try:
         options = bench.Options(
             model=model.value,
@@ -76,6 +91,52 @@ def cross_encoder(
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     report.show(findings, markdown=markdown)
     raise typer.Exit(0 if findings.sound else 1)
+
+
+@app.command("all")
+def everything(
+    context: typer.Context,
+    parts: Annotated[str | None, typer.Option(help="ceilings,attention,engines,latency,profile; default all")] = None,
+    only: Annotated[str | None, typer.Option(help="models: xlmr-large,minilm,modernbert-base; default all")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 15,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="engines under torch.compile too")] = True,
+    seconds: Annotated[float, typer.Option(help="no further torch.compile is begun that would end later")] = 240.0,
+    quick: Annotated[bool, typer.Option(help="5 rounds, no torch.compile")] = False,
+    tiny: Annotated[bool, typer.Option(help="tiny shapes, which a CPU runs too: does the benchmark work?")] = False,
+    data: Annotated[Path | None, typer.Option(help="folder with the DL19 file; without it, synthetic text")] = None,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="default bench/results/gpu.json on a GPU")] = None,
+    markdown: Annotated[bool, typer.Option(help="print Markdown instead of terminal tables")] = False,
+) -> None:
+    """Everything on a GPU: engines end to end, attention alone, bandwidth, and a profile of a forward."""
+    from rich.console import Console
+
+    from bench import gpu as bench
+    from bench import gpu_models, gpu_report
+
+    log = Console(stderr=True)
+    root = Path(__file__).resolve().parents[1]
+    if json_file is None and context.obj == "cuda" and not tiny:
+        json_file = root / "bench" / "results" / "gpu.json"
+    options = bench.Options(
+        device="cuda:0" if context.obj == "cuda" else "cpu",
+        tiny=tiny,
+        rounds=min(rounds, 5) if quick else rounds,
+        parts=tuple(parts.split(",")) if parts else bench.PARTS,
+        models=tuple(only.split(",")) if only else tuple(gpu_models.SHAPES),
+        compile=compiled and not quick,
+        seconds=seconds,
+        data=(data,) if data else (DATA, root / "shared" / "data"),
+        cache=cache or models.default_cache(),
+        command="python -m bench.run " + " ".join(sys.argv[1:]),
+    )
+    try:
+        found = bench.run(options, log, lambda found: gpu_report.write_json(found, json_file) if json_file else None)
+    except (ValueError, RuntimeError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    gpu_report.show(found, markdown=markdown)
+    raise typer.Exit(0 if found.sound else 1)
 
 
 def _cores() -> int:

@@ -189,12 +189,15 @@ def peak_bytes() -> int:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], float]], rounds: int, progress: Callable[[], None] = lambda: None
+    runs: Mapping[str, Callable[[], float]],
+    rounds: int,
+    progress: Callable[[], None] = lambda: None,
+    settle: float = SETTLE,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Equals seconds per name, one value per round; every round calls each of `runs` once, starting one further on.
 
     A run that raises EngineError takes no part from then on: it has no seconds, and its message is in the second
-    dict. `progress` is called after every single run.
+    dict. `progress` is called after every single run, `settle` seconds are slept before it.
 
     Examples
     --------
@@ -207,7 +210,7 @@ def interleave(
         names = list(seconds)
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
-            time.sleep(SETTLE)
+            time.sleep(settle)
             try:
                 seconds[name].append(runs[name]())
             except EngineError as error:

@@ -16,8 +16,9 @@ using namespace fastrerank::cuda;
 namespace {
 
 void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-        throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // said here, and not to be found again after the next launch
+    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
 // Device memory, events and the current device, given back on every path.

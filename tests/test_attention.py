@@ -96,12 +96,14 @@ def test_cpp_head_sizes(head_dim: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.gpu
 def test_triton_equals_the_reference(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(triton_attention(monkeypatch), CASES[name], dtype, "cuda" if GPU else "cpu")
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", packing.HEAD_SIZES)
+@pytest.mark.gpu
 def test_triton_head_sizes(head_dim: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case([Segment(19), *documents([6, 1, 17], "causal", 0)], 2, 1, head_dim)
     compare(triton_attention(monkeypatch, 32, 16), case, dtype, "cuda" if GPU else "cpu")
@@ -110,10 +112,12 @@ def test_triton_head_sizes(head_dim: int, dtype: Any, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.gpu
 def test_triton_long(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(triton_attention(monkeypatch), LONG[name], dtype, "cuda")
 
 
+@pytest.mark.gpu
 def test_triton_the_tile_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(triton_attention(monkeypatch, 128, 64), CASES["shared prefix"], torch.float16, "cuda" if GPU else "cpu")
 
@@ -130,6 +134,7 @@ def any_intervals(rows: int, keys: int, seed: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.gpu
 def test_any_intervals_and_fewer_queries_than_keys(backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     op = ops.attention if backend == "cpp" else triton_attention(monkeypatch)
     device = "cuda" if GPU and backend == "triton" else "cpu"
@@ -141,6 +146,7 @@ def test_any_intervals_and_fewer_queries_than_keys(backend: str, seed: int, monk
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.gpu
 def test_strided_views_are_read_and_written_in_place(backend: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton" and dtype not in TRITON_DTYPES:
         pytest.skip("no CUDA device")
@@ -221,6 +227,7 @@ def test_nan_stays_in_its_segment_and_in_it_is_not_lost(dtype: Any) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.gpu
 def test_triton_gives_the_same_bits_again() -> None:
     case = CASES["a prefix each"]
     inputs, spans = packing.tensors(case, torch.bfloat16, "cuda"), packing.intervals(case.segments)

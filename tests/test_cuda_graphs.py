@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -105,3 +106,27 @@ def test_a_capture_that_fails_is_said_once_and_done_without(tmp_path: Path, capl
             assert np.abs(ours - logits).max() <= 2e-5 * np.abs(logits).max()
     assert caplog.text.count("going on without graphs: operation not permitted") == 1
     assert engine._runner.graphs.failed
+
+
+def test_buffers_wait_for_their_last_reader(tmp_path: Path) -> None:
+    families.save(tmp_path, "bert")
+    order: list[str] = []
+
+    class Event:
+        def wait(self) -> None:
+            order.append("wait")
+
+        def record(self) -> None:
+            order.append("record")
+
+    def capturing(forward: Callable[[], torch.Tensor], _: Any) -> tuple[Callable[[], Any], torch.Tensor]:
+        return lambda: order.append("replay"), forward()
+
+    engine = with_graphs(tmp_path, capturing)
+    engine._runner.graphs._read = Event()
+    engine.forward(*families.documents("bert", (5,)))
+    table = np.zeros((7, 64), np.int32)
+    with torch.inference_mode(), contextlib.suppress(KeyError), engine._runner.graphs.replay(table):
+        order.append("read")
+        raise KeyError
+    assert order == ["wait", "replay", "record", "wait", "replay", "read", "record"]

@@ -89,17 +89,18 @@ def documents(family: str, lengths: Any = LENGTHS, seed: int = 0) -> tuple[np.nd
 def run(model: Any, ids: np.ndarray, types: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """(logits (N, labels), token vectors (T, D) or None) in float64, every document alone."""
     body = getattr(model, model.base_model_prefix)
+    place = next(model.parameters()).device
     typed = "token_type_ids" in inspect.signature(body.forward).parameters and hasattr(model.config, "type_vocab_size")
     logits, tokens = [], []
     for begin, end in pairwise(offsets):
-        inputs = {"input_ids": torch.from_numpy(ids[None, begin:end]).long()}
+        inputs = {"input_ids": torch.from_numpy(ids[None, begin:end]).long().to(place)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if typed:
-            inputs["token_type_ids"] = torch.from_numpy(types[None, begin:end]).long()
+            inputs["token_type_ids"] = torch.from_numpy(types[None, begin:end]).long().to(place)
         with torch.inference_mode():
-            logits.append(model(**inputs).logits.double().numpy())
+            logits.append(model(**inputs).logits.double().cpu().numpy())
             if not model.config.is_encoder_decoder:
-                tokens.append(body(**inputs)[0][0].double().numpy())
+                tokens.append(body(**inputs)[0][0].double().cpu().numpy())
     return np.concatenate(logits), np.concatenate(tokens) if tokens else None
 
 

@@ -1,0 +1,242 @@
+"""Kernels alone on a GPU: attention against torch's, and the two ceilings that everything stands under.
+
+Times are of a CUDA graph that holds several calls, between two events, divided by the calls: launches cost nothing
+there, as they do in a graphed forward. Beside them stands the time of one call as Python makes it. Inputs are warm in
+the cache where they fit, as they are behind a projection. On a CPU everything is timed by the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.gpu_engines import DTYPE, NotHere, find_varlen
+from bench.gpu_models import key_pairs
+from fastrerank import ops
+from fastrerank.engine.packing import PackedBatch, pack_documents
+
+CALLS = 10  # calls in one graph
+WARM = 3
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """H heads of D on documents of these lengths; a window cuts off keys at `window` positions and beyond."""
+
+    name: str
+    heads: int
+    head_dim: int
+    lengths: NDArray[np.int64]
+    window: int | None = None
+
+    @property
+    def flop(self) -> float:
+        """Equals 2 x the multiply-accumulates of q @ k.T and of the weights @ v, keys inside the window only."""
+        return 4.0 * self.head_dim * self.heads * key_pairs(self.lengths, self.window)
+
+    def bytes(self, itemsize: int) -> float:
+        """Equals the fewest bytes that can be moved: q, k and v read, the output written."""
+        return 4.0 * itemsize * self.heads * self.head_dim * float(self.lengths.sum())
+
+
+@dataclass
+class AttentionResult:
+    """Seconds per call of one way: `graph` (in a CUDA graph; empty where it cannot be captured) and `call`."""
+
+    case: str
+    way: str
+    state: str = "ok"
+    detail: str = ""
+    error: float = 0.0
+    graph: list[float] = field(default_factory=list)
+    call: list[float] = field(default_factory=list)
+
+
+def timed_call(run: Callable[[], Any], device: torch.device) -> float:
+    """Equals the seconds of one call: between CUDA events on a GPU, by the clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Equals a CUDA graph's replay of `CALLS` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            run()
+    return graph.replay
+
+
+def ceilings(device: torch.device, *, tiny: bool, rounds: int) -> dict[str, float]:
+    """Equals what the device does at best, measured on random data, in the best of `rounds`.
+
+    "matmul": bf16 operations/s of an 8192^3 product; "copy": bytes/s read plus written of a device-to-device copy;
+    "read": bytes/s of `ops.bandwidth`, left out where fastrerank was built without CUDA (or there is no GPU).
+    """
+    size = 256 if tiny else 8192
+    a, b = (torch.randn((size, size), device=device).to(torch.bfloat16) for _ in range(2))
+    source = torch.randn((1 << 20) if tiny else (1 << 29), device=device)  # 2 GiB on a GPU: several times its L2
+    target = torch.empty_like(source)
+    expected = a[:4].float() @ b.float()
+    assert torch.allclose((a @ b)[:4].float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+    def best(run: Callable[[], Any]) -> float:
+        for _ in range(WARM):
+            run()
+        return min(timed_call(run, device) for _ in range(rounds))
+
+    found = {
+        "matmul": 2.0 * size**3 / best(lambda: torch.mm(a, b)),
+        "copy": 2.0 * source.nbytes / best(lambda: target.copy_(source)),
+    }
+    assert torch.equal(source, target)
+    if device.type == "cuda" and ops.cuda_info()["built"]:
+        found["read"] = ops.bandwidth(device.index or 0)
+    return found
+
+
+def attention_cases(natural: NDArray[np.int64], shapes: dict[str, tuple[int, int]], *, tiny: bool) -> list[
+    AttentionCase
+]:  # fmt: skip
+    """Equals every shape on documents of natural lengths and of 512 tokens, and ModernBERT's window on both."""
+    full = np.full(2 if tiny else 32, 64 if tiny else 512)
+    cases = []
+    for name, (heads, head_dim) in shapes.items():
+        windows = (None, 17 if tiny else 65) if name.startswith("modernbert") else (None,)
+        for window in windows:
+            for kind, lengths in (("natural", natural), (f"{len(full)} x {full[0]}", full)):
+                label = f"{name} {heads} x {head_dim}, {kind}" + (f", window {window}" if window else "")
+                cases.append(AttentionCase(label, heads, head_dim, lengths, window))
+    return cases
+
+
+def attention(case: AttentionCase, device: torch.device, rounds: int) -> list[AttentionResult]:
+    """Equals the results of ours, varlen_attn and padded SDPA on one case; each is checked before it is timed.
+
+    The bound is that of the tests: the root mean square error against float64 is at most twice that of plain torch
+    attention, document by document, in the same precision.
+    """
+    dtype, rows = getattr(torch, DTYPE), int(case.lengths.sum())
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn((rows, case.heads, case.head_dim), device=device, generator=generator).to(dtype) for _ in range(3)
+    )
+    exact, plain = _exact(q, k, v, case), _exact(q, k, v, case, dtype)
+    bound = 2 * _rms(plain, exact)
+    results = []
+    for way, make in _WAYS.items():
+        result = AttentionResult(case.name, way)
+        results.append(result)
+        try:
+            run, unpad = make(q, k, v, case, device)
+            out = unpad(run())
+            result.error = _rms(out, exact) / float(exact.double().square().mean().sqrt())
+        except NotHere as reason:
+            result.state, result.detail = "not here", str(reason)
+            continue
+        except RuntimeError as error:
+            result.state, result.detail = "failed", str(error).strip().splitlines()[0]
+            continue
+        if not _rms(out, exact) <= bound:  # false for NaN
+            result.state, result.detail = "WRONG", f"error {_rms(out, exact):.2e}, at most {bound:.2e} allowed"
+            continue
+        for _ in range(WARM):
+            run()
+        result.call = [timed_call(run, device) for _ in range(rounds)]
+        if device.type == "cuda":
+            try:
+                replay = captured(run)
+            except RuntimeError as error:
+                result.detail = f"no graph: {str(error).strip().splitlines()[0]}"
+                continue
+            replay()
+            result.graph = [timed_call(replay, device) / CALLS for _ in range(rounds)]
+    return results
+
+
+def packed_batch(lengths: NDArray[np.int64]) -> PackedBatch:
+    """Equals a batch of documents of these lengths, of token 0."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pack_documents(np.zeros(int(offsets[-1]), np.int32), None, offsets, np.arange(len(lengths)), False)
+
+
+Way = tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+
+
+def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, device: torch.device) -> Way:
+    batch = packed_batch(case.lengths)
+    spans = (batch.lo, batch.hi) if case.window is None else batch.windowed(case.window)[:2]
+    lo, hi = (torch.from_numpy(span).to(device) for span in spans)
+    return lambda: ops.attention(q, k, v, lo, hi), lambda out: out
+
+
+def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, device: torch.device) -> Way:
+    attend = find_varlen(device)
+    ends = torch.tensor([0, *np.cumsum(case.lengths)], dtype=torch.int32, device=device)
+    longest = int(case.lengths.max())
+    window = (-1, -1) if case.window is None else (case.window - 1, case.window - 1)
+    return lambda: attend(q, k, v, ends, ends, longest, longest, window_size=window), lambda out: out
+
+
+def _padded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, device: torch.device) -> Way:
+    """All documents in one batch padded to the longest; padding and its removal are not in the time."""
+    longest, count = int(case.lengths.max()), len(case.lengths)
+    place = torch.arange(longest, device=device)
+    inside = place[None] < torch.from_numpy(case.lengths).to(device)[:, None]  # (N, longest)
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.zeros((count, longest, *x.shape[1:]), dtype=x.dtype, device=device)
+        wide[inside] = x
+        return wide.transpose(1, 2)
+
+    seen: torch.Tensor | None = inside[:, None, None]
+    if case.window is not None:
+        seen = inside[:, None, None] & ((place[:, None] - place[None]).abs() < case.window)
+        seen = seen | ~inside[:, None, :, None]  # a padding row sees everything: no row of nothing but -inf
+    elif bool(inside.all()):
+        seen = None  # the fast path without a mask
+    wide = [pad(x) for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return lambda: sdpa(*wide, attn_mask=seen), lambda out: out.transpose(1, 2)[inside]
+
+
+_WAYS: dict[str, Callable[..., Way]] = {"ops.attention": _ours, "varlen_attn": _varlen, "padded SDPA": _padded_sdpa}
+
+
+def _exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Attention as one writes it in torch, document by document, computed in `dtype`."""
+    parts = []
+    for q_, k_, v_ in zip(*(x.to(dtype).split(case.lengths.tolist()) for x in (q, k, v)), strict=True):
+        heads = [x.transpose(0, 1) for x in (q_, k_, v_)]
+        scores = heads[0] @ heads[1].transpose(1, 2) * case.head_dim**-0.5
+        if case.window is not None:
+            place = torch.arange(len(q_), device=q.device)
+            scores = scores.masked_fill((place[:, None] - place[None]).abs() >= case.window, float("-inf"))
+        parts.append((scores.softmax(-1) @ heads[2]).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _rms(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact.double()).square().mean().sqrt())

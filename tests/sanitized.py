@@ -1,0 +1,64 @@
+"""Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/sanitized.py WHAT`.
+
+WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention) or "planted", a kernel that writes beyond
+its tensor: what a checker must find. Results are checked too.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def cuda() -> None:
+    from fastrerank import ops
+
+    # The least size, and one that leaves a tail for the last threads.
+    for size in (1 << 20, (1 << 20) + 16, (1 << 24) + 48):
+        assert ops.bandwidth(0, size=size, rounds=1) > 0
+
+
+def triton() -> None:
+    import packing
+    import torch
+
+    from fastrerank import ops
+
+    documents, segment = packing.documents, packing.Segment
+    cases = [
+        packing.Case(documents([5, 17, 1, 40, 23]), 4, 2, 64),
+        packing.Case(documents([130, 200, 3]), 2, 2, 32),
+        packing.Case(documents([21, 2, 150], "causal"), 2, 1, 80),
+        packing.Case(documents([30, 1, 7, 145], "local"), 2, 1, 96),
+        packing.Case([segment(37, None, "causal"), *documents([9, 1, 14, 3], "causal", 0)], 2, 1, 128, softcap=5.0),
+        packing.Case([segment(3, None, "padding"), segment(20), segment(19, None, "padding")], 2, 1, 40),
+        packing.Case(documents([33, 70]), 1, 1, 256),
+    ]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for case in cases:
+            inputs, spans = packing.tensors(case, dtype, "cuda"), packing.intervals(case.segments)
+            used = spans if (spans[3] > spans[2]).any() else spans[:2]
+            on_device = [torch.from_numpy(span).cuda() for span in used]
+            out = torch.full_like(inputs[0], torch.nan)
+            _, lse = ops.attention(*inputs, *on_device, softcap=case.softcap, out=out, return_lse=True)
+            torch.cuda.synchronize()
+            host = [tensor.cpu() for tensor in inputs]
+            packing.check(out.cpu(), lse.cpu(), host, spans, case.softcap)
+
+
+def planted() -> None:
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def beyond(X, n: tl.constexpr):
+        tl.store(X + n + tl.arange(0, 32), 1.0)
+
+    tensor = torch.zeros(1024, device="cuda")
+    beyond[(1,)](tensor, 1024)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    {"cuda": cuda, "triton": triton, "planted": planted}[sys.argv[1]]()
+    print(f"{sys.argv[1]}: done")
