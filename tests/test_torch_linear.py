@@ -134,3 +134,13 @@ def test_half_precision_without_kernels_stays_torchs() -> None:
         assert not packs(torch.bfloat16)
     finally:
         ops.set_isa(None)
+
+
+def test_a_compiled_model_calls_it_between_its_graphs(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    layer = PackedLinear(torch.nn.Linear(8, 4))
+    compiled = torch.compile(lambda x: torch.relu(layer(x * 2)), backend="eager")
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), torch.relu(layer(x * 2)))
+    assert not [warning for warning in recwarn if "trace" in str(warning.message)]

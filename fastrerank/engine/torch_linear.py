@@ -55,10 +55,15 @@ class PackedLinear(torch.nn.Module):
             rows = rows.contiguous()
         out = torch.empty((len(rows), self.out_features), dtype=self.dtype)
         if len(rows):
-            self._packed.run(
-                rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr(), self.out_features, torch.get_num_threads()
-            )
+            self._run(rows, out)
         return out.view(*x.shape[:-1], self.out_features)
+
+    # Pointers go to C++: a compiled model calls this between its graphs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        self._packed.run(
+            rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr(), self.out_features, torch.get_num_threads()
+        )
 
 
 def pack_linears(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Linear]]:
