@@ -136,6 +136,21 @@ print(json.dumps([fastrerank.__file__, absent, hits]))
     assert hits == fastrerank.CrossEncoder(str(tiny)).rank(QUERY, DOCUMENTS)
 
 
+def test_what_needs_torch_says_so_in_an_empty_environment(empty_environment, tiny):
+    code = f"""
+import fastrerank
+from fastrerank import ops
+for use in (lambda: ops.attention, lambda: fastrerank.CrossEncoder({str(tiny)!r}, engine="torch")):
+    try:
+        use()
+    except ImportError as error:
+        print(error)
+"""
+    lines = run(empty_environment / "python", "-I", "-c", code).splitlines()
+    assert len(lines) == 2
+    assert all("pip install 'fastrerank[torch]'" in line for line in lines)
+
+
 def test_the_command_works_in_an_empty_environment(empty_environment, tiny, tmp_path):
     command = empty_environment / "fastrerank"
     assert run(command, "version", cwd=tmp_path) == f"{fastrerank.__version__}\n"

@@ -37,6 +37,10 @@ def __getattr__(name: str) -> Any:
     """Import the ops on torch tensors at first use: importing this module must not import torch."""
     if name != "attention":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError(
+            "ops.attention takes torch tensors, and torch is not installed: pip install 'fastrerank[torch]'"
+        )
     from fastrerank.ops._attention import attention
 
     globals()[name] = attention
