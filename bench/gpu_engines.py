@@ -8,6 +8,7 @@ padded, length-sorted batches.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class NotHere(Exception):
     """An engine that this machine or this version of torch cannot run; the message says why."""
 
 
-class GpuEngine:
+class GpuEngine(ABC):
     """One way to run a checkpoint. `settings` are the batch sizes to try; `compiled` engines take minutes to start."""
 
     name: ClassVar[str]
@@ -42,12 +43,13 @@ class GpuEngine:
     def __init__(self, model: GpuModel, device: torch.device) -> None:
         self.model, self.device = model, device
 
+    @abstractmethod
     def load(self) -> None:
-        raise NotImplementedError
+        """Read the checkpoint onto the device; raises NotHere where the engine cannot run."""
 
+    @abstractmethod
     def scores(self, pairs: Pairs) -> Scores:
         """Equals the logits, float32 (N,), on the host: the call ends when they are there."""
-        raise NotImplementedError
 
 
 class Packed(GpuEngine):

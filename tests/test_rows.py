@@ -23,9 +23,9 @@ def test_layer_norm_error_is_at_most_twice_torchs(isa: str, n: int, shift: float
         exact = torch.nn.functional.layer_norm(wide[0], (n,), wide[1], wide[2], 1e-5).numpy()
         plain = torch.nn.functional.layer_norm(parts[0], (n,), parts[1], parts[2], 1e-5).numpy()
         ours = _cpu.layer_norm(x, gamma, bias, 1e-5, isa)
-        # torch may be exact by luck in a row of few values; half a unit in the last place is always allowed.
+        # torch may be exact by luck in a row of few values: a unit in the last place is always allowed.
         bound = 2 * np.abs(plain - exact).max() + 2.0**-23 * np.abs(exact).max() + 1e-30
-        assert np.abs(ours - exact).max() <= bound + 2 * 2.0**-24 * shift * np.abs(gamma).max()
+        assert np.abs(ours - exact).max() <= bound
 
 
 @pytest.mark.parametrize("n", WIDTHS)
@@ -44,8 +44,8 @@ def test_quantised_rows_are_within_half_a_step(isa: str, n: int, kind: str) -> N
     np.testing.assert_allclose(scale, span / levels, rtol=1e-6, atol=1e-36)
     assert q.max() <= levels + 1
     back = (q.astype(np.float64) - zero[:, None]) * scale[:, None]
-    # Half a step, and what the scaled value itself was rounded by in float32 on its way to an integer.
-    assert (np.abs(back - y) <= 0.5 * scale[:, None] * (1 + 2e-4)).all()
+    # Half a step, and four float32 roundings (factor, both scales, product) of a value of up to `levels` steps.
+    assert (np.abs(back - y) <= scale[:, None] * (0.5 + 4 * 2.0**-24 * levels)).all()
     if factor is not None:
         assert (back[:, ::3] == 0).all()
 

@@ -18,8 +18,8 @@ __all__ = ["STRIP", "column_factors", "spread", "strip_columns"]
 
 Vector = npt.NDArray[np.float32]
 
-# Inputs of a feed-forward's second product that are multiplied in float32. Of MiniLM's 1536, four make most of the
-# difference; eight cost what four do.
+# Inputs of a feed-forward's second product that are multiplied in float32. Simulated on MiniLM, whose product has 1536,
+# four take its error from 0.034 to 0.024, eight to 0.023.
 STRIP = 8
 
 
