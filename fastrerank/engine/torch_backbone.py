@@ -23,7 +23,7 @@ from fastrerank.engine.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
 from fastrerank.engine.packing import PackedBatch, Segment, pack, pack_documents
 from fastrerank.ops import attention
 
-__all__ = ["IMPLEMENTATION", "PackedBackbone", "Read", "Row", "upload", "why_not_packed"]
+__all__ = ["IMPLEMENTATION", "PackedBackbone", "Read", "Row", "answering", "running", "upload", "why_not_packed"]
 
 IMPLEMENTATION = "fastrerank"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -48,6 +48,16 @@ class Row:
         """Return int64 (3, 1, T): token ids, token types, position ids."""
         return self.table[:3].long()[:, None]
 
+    def answer(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None,
+        softcap: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return attention (1, T, H, D) of query (1, H, T, D), key and value (1, Hkv, T, D)."""
+        lo, hi, plo, phi = self.intervals(window)
+        prefix = (plo, phi) if self.prefixed else (None, None)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attention(q, k, v, lo, hi, *prefix, scale=scale, softcap=softcap)[None]
+
     def intervals(self, window: int | None) -> torch.Tensor:
         """Return int32 (4, T): lo, hi, plo, phi of layers that see no further than `window` positions."""
         if window is None:
@@ -66,9 +76,15 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def running() -> Row | None:
+    """Return the packed row that this thread's model is running, None outside of one."""
+    row: Row | None = getattr(_running, "row", None)
+    return row
+
+
 @contextmanager
-def _answering(row: Any) -> Iterator[None]:
-    outer = getattr(_running, "row", None)
+def answering(row: Row) -> Iterator[None]:
+    outer = running()
     _running.row = row
     try:
         yield
@@ -82,7 +98,7 @@ def _attend(
     sliding_window: int | None = None, softcap: float | None = None, **others: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention of a layer: query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, D)."""
-    row = getattr(_running, "row", None)
+    row = running()
     if row is None:
         raise RuntimeError(f"attention {IMPLEMENTATION!r} runs inside fastrerank only, on packed rows")
     unknown = [name for name, other in others.items() if torch.is_tensor(other) and name not in _HARMLESS]
@@ -91,10 +107,7 @@ def _attend(
             f"{type(module).__name__} asks for attention that packed rows do not compute "
             f"(mask: {attention_mask is not None}, query {tuple(query.shape)}, key {tuple(key.shape)}, {unknown})"
         )
-    lo, hi, plo, phi = row.intervals(sliding_window)
-    prefix = (plo, phi) if row.prefixed else (None, None)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attention(q, k, v, lo, hi, *prefix, scale=scaling, softcap=softcap or 0.0)[None], None
+    return row.answer(query, key, value, sliding_window, scaling, softcap or 0.0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
@@ -193,12 +206,15 @@ class PackedBackbone:
         return self._run(upload(self.table(batch), self.device), bool((batch.phi > batch.plo).any()))
 
     def _run(self, table: torch.Tensor, prefixed: bool = False) -> torch.Tensor:
-        row = Row(table, self.windows, prefixed)
+        return self.forward(Row(table, self.windows, prefixed))
+
+    def forward(self, row: Row) -> torch.Tensor:
+        """Return what the backbone makes of a row's tokens, (rows, hidden)."""
         ids, types, positions = row.inputs()
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, **self._options}
         if self._takes_types:
             inputs["token_type_ids"] = types
-        with _answering(row):
+        with answering(row):
             states: torch.Tensor = self.backbone(**inputs)[0]
         return states[0]
 

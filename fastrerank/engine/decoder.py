@@ -1,0 +1,192 @@
+"""A packed decoder that computes no more than its readout needs: chosen rows of the last layer, before the final norm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastrerank.engine.packing import PackedBatch
+from fastrerank.engine.torch_backbone import PackedBackbone, Row, running, upload
+from fastrerank.ops import attention
+
+__all__ = ["FinalNorm", "PackedDecoder", "find_layers", "find_norm"]
+
+# Rows of a feed-forward layer at a time on a CPU: its intermediate rows stay in the cache, and memory stays small.
+FEED_FORWARD_ROWS = 512
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """A decoder's last norm as `ops.label_logits` takes it; `module`, in float32, where it is of another kind."""
+
+    kind: str | None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    eps: float = 0.0
+    module: torch.nn.Module | None = None
+
+
+def find_layers(backbone: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the list of decoder layers; ValueError where the model has no list of `num_hidden_layers`."""
+    config: Any = backbone.config
+    count = config.get_text_config().num_hidden_layers
+    found = [m for m in backbone.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise ValueError(f"{type(backbone).__name__} has no single list of {count} layers")
+    return found[0]
+
+
+def find_norm(backbone: torch.nn.Module) -> str:
+    """Return the name of the norm after the last layer; ValueError where there is not exactly one."""
+    names = [name for name, module in backbone.named_children() if "norm" in type(module).__name__.lower()]
+    if len(names) != 1:
+        raise ValueError(f"{type(backbone).__name__} has {len(names)} norms beside its layers, expected one")
+    return names[0]
+
+
+def _read_norm(module: torch.nn.Module, width: int) -> FinalNorm:
+    """Tell which formula a norm follows by what it makes of random rows."""
+    single = copy.deepcopy(module).float().requires_grad_(False)
+    weight = getattr(single, "weight", None)
+    bias = getattr(single, "bias", None)
+    eps = next((float(getattr(single, name)) for name in ("variance_epsilon", "eps") if hasattr(single, name)), None)
+    if weight is not None and weight.shape == (width,) and eps is not None:
+        x = torch.randn((4, width), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        expected = single(x)
+        rms = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        shift = 0.0 if bias is None else bias
+        layer = torch.nn.functional.layer_norm(x, (width,), None, None, eps)
+        for kind, normed, factor in (("rms", rms, weight), ("rms", rms, 1 + weight), ("layer", layer, weight)):
+            if torch.allclose(normed * factor + shift, expected, rtol=1e-5, atol=1e-5):
+                return FinalNorm(kind, factor.clone(), bias, eps)
+    return FinalNorm(None, module=single)
+
+
+class PackedDecoder(PackedBackbone):
+    """A packed backbone whose last layer and final norm are left to the readout.
+
+    Of the last layer keys and values are computed for all tokens, everything else for the rows that are read. The
+    final norm is taken out: `norm` says what it was.
+
+    Args:
+        packed: the backbone, for which packing has been proved.
+        layers: how many layers to run; None for all. Layers above are never run.
+
+    Attributes:
+        norm: the final norm.
+        prunes: whether the last layer computes the chosen rows only.
+    """
+
+    def __init__(self, packed: PackedBackbone, layers: int | None = None) -> None:
+        super().__init__(packed.backbone)
+        stack, name = find_layers(self.backbone), find_norm(self.backbone)
+        if layers is not None:
+            if not 1 <= layers <= len(stack):
+                raise ValueError(f"layers must be 1 to {len(stack)}, got {layers}")
+            del stack[layers:]
+            self.backbone.config.get_text_config().num_hidden_layers = layers
+        width = int(self.backbone.config.get_text_config().hidden_size)
+        self.norm = _read_norm(getattr(self.backbone, name), width)
+        setattr(self.backbone, name, torch.nn.Identity())
+        self.prunes = True
+        _prune(stack[-1])
+        if self.device.type == "cpu":
+            for layer in stack:
+                feed_forward = getattr(layer, "mlp", None)
+                if hasattr(feed_forward, "down_proj"):
+                    _in_blocks(feed_forward)
+
+    def last(self, batch: PackedBatch, rows: Any) -> torch.Tensor:
+        """Return the residual stream after the last layer, before the final norm, of the chosen rows (R, hidden)."""
+        table = upload(self.table(batch), self.device)
+        prefixed = bool((batch.phi > batch.plo).any())
+        chosen = upload(rows, self.device)
+        if not self.prunes:
+            return self.forward(Row(table, self.windows, prefixed))[chosen]
+        return self.forward(_ChosenRows(table, self.windows, prefixed, chosen))
+
+
+class _KeysKept(Exception):
+    """Ends a layer's first run, in which only its keys and values are wanted."""
+
+
+class _ChosenRows(Row):
+    """A packed row of whose last layer only some rows are wanted."""
+
+    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], prefixed: bool, chosen: torch.Tensor) -> None:
+        super().__init__(table, windows, prefixed)
+        self.chosen = chosen
+        self.keys_only = False
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def answer(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None,
+        softcap: float,
+    ) -> torch.Tensor:  # fmt: skip
+        if self.keys_only:
+            self.kept = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+            raise _KeysKept
+        if self.kept is None:
+            return super().answer(query, key, value, window, scale, softcap)
+        lo, hi, plo, phi = self.intervals(window)[:, self.chosen]
+        prefix = (plo, phi) if self.prefixed else (None, None)
+        return attention(query[0].transpose(0, 1), *self.kept, lo, hi, *prefix, scale=scale, softcap=softcap)[None]
+
+
+def _prune(layer: torch.nn.Module) -> None:
+    """Make a layer compute only a `_ChosenRows`'s chosen rows, after a first run that ends at its keys and values."""
+    whole = layer.forward
+    for module in layer.modules():
+        if isinstance(getattr(module, "q_proj", None), torch.nn.Module):
+            _skip_queries(module.q_proj)  # type: ignore[arg-type]
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        row = running()
+        if not isinstance(row, _ChosenRows):
+            return whole(hidden_states, *args, **kwargs)
+        tokens, chosen = hidden_states.shape[1], row.chosen
+
+        def take(value: Any) -> Any:
+            if torch.is_tensor(value) and value.ndim > 1 and value.shape[1] == tokens:
+                return value[:, chosen]
+            if isinstance(value, tuple):
+                return tuple(take(one) for one in value)
+            return value
+
+        row.keys_only = True
+        try:
+            whole(hidden_states, *args, **kwargs)
+        except _KeysKept:
+            row.keys_only = False
+        return whole(take(hidden_states), *map(take, args), **{name: take(value) for name, value in kwargs.items()})
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _skip_queries(projection: torch.nn.Module) -> None:
+    """Leave out the queries of a run that ends at the keys."""
+    whole = projection.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        row = running()
+        if isinstance(row, _ChosenRows) and row.keys_only:
+            return x.new_zeros((*x.shape[:-1], int(projection.out_features)))  # type: ignore[call-overload]
+        result: torch.Tensor = whole(x)
+        return result
+
+    projection.forward = forward  # type: ignore[method-assign]
+
+
+def _in_blocks(feed_forward: torch.nn.Module) -> None:
+    whole: Callable[..., Any] = feed_forward.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or x.shape[0] != 1 or x.shape[1] <= FEED_FORWARD_ROWS:
+            return whole(x, *args, **kwargs)
+        return torch.cat([whole(part) for part in x.split(FEED_FORWARD_ROWS, 1)], 1)
+
+    feed_forward.forward = forward  # type: ignore[method-assign]
