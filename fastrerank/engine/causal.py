@@ -329,13 +329,21 @@ class _Probes:
         self.labels = np.unique(np.linspace(0, labels - 1, min(labels, 16)).astype(np.int64))
 
     def expected(self, model: Any, head: str) -> npt.NDArray[np.float64]:
+        """Return what the model itself says of the labels: its head is cut to their rows first."""
+        chosen = torch.from_numpy(self.labels)
+        if head == "causal":
+            whole = model.get_output_embeddings()
+            few = torch.nn.Linear(whole.in_features, len(chosen), whole.bias is not None, dtype=whole.weight.dtype)
+            few.weight.copy_(whole.weight[chosen])
+            if whole.bias is not None:
+                few.bias.copy_(whole.bias[chosen])
+            model.set_output_embeddings(few)
+            chosen = torch.arange(len(chosen))
         rows = []
         for ids in self.prompts:
             tensor = torch.from_numpy(ids)[None]
-            options = {"logits_to_keep": 1} if head == "causal" else {}
-            logits = model(tensor, attention_mask=torch.ones_like(tensor), use_cache=False, **options).logits
-            logits = logits[0, -1] if head == "causal" else logits[0]
-            rows.append(logits[torch.from_numpy(self.labels)].double().numpy())
+            logits = model(tensor, attention_mask=torch.ones_like(tensor), use_cache=False).logits
+            rows.append((logits[0, -1] if head == "causal" else logits[0])[chosen].double().numpy())
         return np.stack(rows)
 
     def error(self, scorer: CausalScorer, expected: npt.NDArray[np.float64]) -> float:

@@ -8,6 +8,7 @@ import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
+from fastrerank.engine.torch_loading import release
 
 __all__ = ["PackedLinear", "pack_linears", "packs"]
 
@@ -79,5 +80,8 @@ def pack_linears(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, tor
     ]
     packed: dict[int, PackedLinear] = {}
     for parent, name, child in replaced:
-        setattr(parent, name, packed.setdefault(id(child), PackedLinear(child)))
+        if id(child) not in packed:
+            packed[id(child)] = PackedLinear(child)
+            release(child.weight)
+        setattr(parent, name, packed[id(child)])
     return replaced

@@ -73,10 +73,18 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
             f"{transformers.__version__} computes for {type(model).__name__}: its scores would be wrong"
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach()).all() and name not in missing:
+        if name not in missing and not _finite(parameter.detach()):
             raise ValueError(f"{path}: weight of {name} is NaN or infinite: the checkpoint is damaged")
-        release(parameter)
     return model.eval()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all of a weight is finite; neither a copy nor, of a mapped file, the whole of it is in memory at once."""
+    for part in tensor.reshape(-1).split(1 << 22):
+        if not torch.isfinite(part).all():
+            return False
+        release(part)
+    return True
 
 
 def release(tensor: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.cost import Cost
 from fastrerank.text.tokenizer import TokenBatch, check_texts
 
 __all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
@@ -40,6 +41,12 @@ class Usage:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def add(self, cost: Cost) -> None:
+        """Count the forwards and tokens of an engine's call."""
+        self.forwards += cost.forwards
+        self.tokens += cost.tokens
+        self.prefix_tokens += cost.prefix_tokens
 
     def count(self, batch: TokenBatch) -> None:
         self.forwards += 1
