@@ -24,7 +24,7 @@ from fastrerank.engine.torch_linear import packs
 from fastrerank.engine.torch_loading import cast_parameters, load_model
 from fastrerank.engine.torch_probe import choose_runner, pack_when_equal
 
-__all__ = ["CausalScorer"]
+__all__ = ["CausalScorer", "Probes"]
 
 log = logging.getLogger("fastrerank")
 
@@ -122,14 +122,39 @@ class CausalScorer:
         """
         ops.num_threads(num_threads)  # checks it
         model = load_model(checkpoint, head, dtype)
-        place, kind = torch.device(device), getattr(torch, dtype)
+        return cls.from_model(
+            model, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
+            share_prefixes=share_prefixes, head=head,
+        )  # fmt: skip
+
+    @classmethod
+    def from_model(
+        cls, model: Any, *, dtype: str = "float32", device: str = "cpu", num_threads: int | None = None,
+        memory_limit: float | None = None, share_prefixes: bool = True, head: str = "causal",
+    ) -> CausalScorer:  # fmt: skip
+        """Take over a transformers model in evaluation mode; arguments as in `load`. The model is changed for good.
+
+        Raises ValueError for a model without a linear head, or whose logits are not what its class computes.
+        """
         backbone = getattr(model, model.base_model_prefix)
-        cast_parameters(backbone, kind)
+        cast_parameters(backbone, getattr(torch, dtype))
         weight, bias = _head_of(model, head)
-        probes = _Probes(backbone.config.get_text_config(), len(weight))
-        with torch.inference_mode(), place_on(num_threads, torch.device("cpu")):
+        probes = Probes(backbone.config.get_text_config(), len(weight))
+        with torch.inference_mode(), place_on(num_threads, weight.device):
             expected = probes.expected(model, head)
-        del model
+        return cls.build(
+            backbone, weight, bias, probes, expected, dtype=dtype, device=device, num_threads=num_threads,
+            memory_limit=memory_limit, share_prefixes=share_prefixes,
+        )  # fmt: skip
+
+    @classmethod
+    def build(
+        cls, backbone: Any, weight: torch.Tensor, bias: torch.Tensor | None, probes: Probes,
+        expected: npt.NDArray[np.float64], *, dtype: str, device: str, num_threads: int | None,
+        memory_limit: float | None, share_prefixes: bool,
+    ) -> CausalScorer:  # fmt: skip
+        """Put a backbone and head rows on a device, and prove them against what `probes` are `expected` to give."""
+        place, kind = torch.device(device), getattr(torch, dtype)
         backbone.to(place).eval()
         with place_on(None, place):
             runner, reason = choose_runner(backbone, dtype, None)
@@ -160,8 +185,8 @@ class CausalScorer:
             error_ = probes.error(scorer, expected)
         if error_ > _AGREES[dtype]:
             raise ValueError(
-                f"{checkpoint.path}: label logits differ by {error_:.2g} from those of {type(backbone).__name__}'s own "
-                "head: it does something to logits that its config does not name in a known way"
+                f"label logits of {type(backbone).__name__} differ by {error_:.2g} from its own head's: it does "
+                "something to logits that its config does not name in a known way"
             )
         return scorer
 
@@ -317,7 +342,7 @@ def _logit_options(config: Any) -> dict[str, float]:
     return {"scale": scale, "softcap": float(getattr(config, "final_logit_softcapping", None) or 0.0)}
 
 
-class _Probes:
+class Probes:
     """Short prompts of random tokens: what the model itself says of them, and how far a scorer is from it."""
 
     def __init__(self, config: Any, labels: int) -> None:
@@ -330,10 +355,12 @@ class _Probes:
 
     def expected(self, model: Any, head: str) -> npt.NDArray[np.float64]:
         """Return what the model itself says of the labels: its head is cut to their rows first."""
-        chosen = torch.from_numpy(self.labels)
+        chosen = torch.from_numpy(self.labels).to(model.device)
         if head == "causal":
             whole = model.get_output_embeddings()
-            few = torch.nn.Linear(whole.in_features, len(chosen), whole.bias is not None, dtype=whole.weight.dtype)
+            few = torch.nn.Linear(
+                whole.in_features, len(chosen), whole.bias is not None, dtype=whole.weight.dtype, device=model.device
+            )
             few.weight.copy_(whole.weight[chosen])
             if whole.bias is not None:
                 few.bias.copy_(whole.bias[chosen])
@@ -341,9 +368,9 @@ class _Probes:
             chosen = torch.arange(len(chosen))
         rows = []
         for ids in self.prompts:
-            tensor = torch.from_numpy(ids)[None]
+            tensor = torch.from_numpy(ids)[None].to(model.device)
             logits = model(tensor, attention_mask=torch.ones_like(tensor), use_cache=False).logits
-            rows.append((logits[0, -1] if head == "causal" else logits[0])[chosen].double().numpy())
+            rows.append((logits[0, -1] if head == "causal" else logits[0])[chosen].double().cpu().numpy())
         return np.stack(rows)
 
     def error(self, scorer: CausalScorer, expected: npt.NDArray[np.float64]) -> float:

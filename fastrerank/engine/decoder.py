@@ -74,21 +74,15 @@ class PackedDecoder(PackedBackbone):
 
     Args:
         packed: the backbone, for which packing has been proved.
-        layers: how many layers to run; None for all. Layers above are never run.
 
     Attributes:
         norm: the final norm.
         prunes: whether the last layer computes the chosen rows only.
     """
 
-    def __init__(self, packed: PackedBackbone, layers: int | None = None) -> None:
+    def __init__(self, packed: PackedBackbone) -> None:
         super().__init__(packed.backbone)
         stack, name = find_layers(self.backbone), find_norm(self.backbone)
-        if layers is not None:
-            if not 1 <= layers <= len(stack):
-                raise ValueError(f"layers must be 1 to {len(stack)}, got {layers}")
-            del stack[layers:]
-            self.backbone.config.get_text_config().num_hidden_layers = layers
         width = int(self.backbone.config.get_text_config().hidden_size)
         self.norm = _read_norm(getattr(self.backbone, name), width)
         setattr(self.backbone, name, torch.nn.Identity())

@@ -51,7 +51,6 @@ class PointwiseReranker(LLMReranker):
         if is_layerwise(checkpoint):
             from fastrerank.engine.layerwise import load_layerwise
 
-            options.pop("share_prefixes")
             scorer: Scorer = load_layerwise(checkpoint, self._cutoff_layers, **options)
             self._labels = np.zeros(1, np.int64)
             return scorer
