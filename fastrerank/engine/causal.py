@@ -19,7 +19,6 @@ from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import Segment, pack, split, split_equal, split_padded
 from fastrerank.engine.placing import place_on, stretch, unstretched
 from fastrerank.engine.prefixes import Group, share_prefixes, to_segments
-from fastrerank.engine.torch_backbone import upload
 from fastrerank.engine.torch_linear import packs
 from fastrerank.engine.torch_loading import cast_parameters, load_model
 from fastrerank.engine.torch_probe import choose_runner, pack_when_equal
@@ -138,7 +137,8 @@ class CausalScorer:
         """
         backbone = getattr(model, model.base_model_prefix)
         cast_parameters(backbone, getattr(torch, dtype))
-        weight, bias = _head_of(model, head)
+        _, linear = _head_module(model, head)
+        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         probes = Probes(backbone.config.get_text_config(), len(weight))
         with torch.inference_mode(), place_on(num_threads, weight.device):
             expected = probes.expected(model, head)
@@ -199,15 +199,15 @@ class CausalScorer:
 
         Raises ValueError naming a prompt that is empty, longer than `max_length` or has ids outside the vocabulary.
         """
-        labels = np.asarray(labels, np.int64)
-        self._check(prompts, labels)
+        chosen = np.asarray(labels, np.int64)
+        self._check(prompts, chosen)
         numbers: dict[bytes, int] = {}
         place = [numbers.setdefault(np.asarray(ids).astype(np.int64).tobytes(), len(numbers)) for ids in prompts]
         first = {number: i for i, number in reversed(list(enumerate(place)))}
         distinct = [np.asarray(prompts[first[number]]) for number in range(len(numbers))]
-        result = np.full((len(distinct), len(labels)), np.nan, np.float32)
+        result = np.full((len(distinct), len(chosen)), np.nan, np.float32)
         with torch.inference_mode(), place_on(self.num_threads, self.device):
-            cost = self._fill(distinct, labels, result)
+            cost = self._fill(distinct, chosen, result)
         return result[place] if place else result, cost
 
     def _fill(self, prompts: list[Ids], labels: npt.NDArray[np.int64], result: npt.NDArray[np.float32]) -> Cost:
@@ -256,8 +256,8 @@ class CausalScorer:
         batches: list[_Batch] = []
         if not isinstance(self._runner, PackedDecoder):
             divide = split_padded if self._runner.pads else split_equal
-            parts = [near[part] for part in divide(lengths[near], self.budget)] + [far[i : i + 1] for i in range(len(far))]
-            return [_Rows(prompts, part) for part in parts]
+            parts = [near[part] for part in divide(lengths[near], self.budget)]
+            return [_Rows(prompts, part) for part in [*parts, *far[:, None]]]
         chosen = [prompts[i] for i in near]
         groups = share_prefixes(chosen) if self.shares else [Group((i,), 0) for i in range(len(chosen))]
         segments, ends = to_segments(chosen, groups)
@@ -317,23 +317,25 @@ class _Rows:
     def hidden(self, runner: Any) -> torch.Tensor:
         lengths = np.array([len(ids) for ids in self.prompts], np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        rows: torch.Tensor = runner.rows(np.concatenate(self.prompts), None, offsets, np.arange(len(lengths)), lengths - 1)
+        ids = np.concatenate(self.prompts)
+        rows: torch.Tensor = runner.rows(ids, None, offsets, np.arange(len(lengths)), lengths - 1)
         return rows
 
 
 _Batch = _Packed | _Rows
 
 
-def _head_of(model: Any, head: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if head == "causal":
-        module = model.get_output_embeddings()
-    else:
-        linears = [m for name, m in model.named_children() if name != model.base_model_prefix]
-        linears = [m for m in linears if isinstance(m, torch.nn.Linear)]
-        module = linears[0] if len(linears) == 1 else None
-    if not isinstance(module, torch.nn.Linear):
+def _head_module(model: Any, head: str) -> tuple[str, torch.nn.Linear]:
+    """The model's head and its name, for head="causal" or "classification"."""
+    wanted = model.get_output_embeddings() if head == "causal" else None
+    found = [
+        (name, module)
+        for name, module in model.named_children()
+        if isinstance(module, torch.nn.Linear) and (wanted is None or module is wanted)
+    ]
+    if len(found) != 1:
         raise ValueError(f"{type(model).__name__} has no single linear head")
-    return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    return found[0]
 
 
 def _logit_options(config: Any) -> dict[str, float]:
@@ -349,30 +351,34 @@ class Probes:
         taken = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
         usable = np.array([i for i in range(min(int(config.vocab_size), 1000)) if i not in taken])
         generator = np.random.default_rng(0)
-        shared = generator.choice(usable, 9)
-        self.prompts = [np.concatenate([shared, generator.choice(usable, n)]) for n in (2, 5, 1)]
+        # More tokens in all than rows are read, padding included: a layer that takes one for the other must not pass.
+        shared = generator.choice(usable, 30)
+        self.prompts = [np.concatenate([shared, generator.choice(usable, n)]) for n in (20, 25, 1)]
         self.labels = np.unique(np.linspace(0, labels - 1, min(labels, 16)).astype(np.int64))
 
     def expected(self, model: Any, head: str) -> npt.NDArray[np.float64]:
-        """Return what the model itself says of the labels: its head is cut to their rows first."""
-        chosen = torch.from_numpy(self.labels).to(model.device)
-        if head == "causal":
-            whole = model.get_output_embeddings()
-            few = torch.nn.Linear(
-                whole.in_features, len(chosen), whole.bias is not None, dtype=whole.weight.dtype, device=model.device
-            )
-            few.weight.copy_(whole.weight[chosen])
-            if whole.bias is not None:
-                few.bias.copy_(whole.bias[chosen])
-            model.set_output_embeddings(few)
-            chosen = torch.arange(len(chosen))
+        """Return what the model itself says of the labels. Its head is cut to their rows, for good, and cast to it."""
+        name, whole = _head_module(model, head)
+        chosen = torch.from_numpy(self.labels).to(whole.weight.device)
+        few = torch.nn.Linear(
+            whole.in_features, len(chosen), whole.bias is not None, device=model.device,
+            dtype=next(getattr(model, model.base_model_prefix).parameters()).dtype,
+        )  # fmt: skip
+        few.weight.copy_(whole.weight[chosen])
+        if whole.bias is not None:
+            few.bias.copy_(whole.bias[chosen])
+        setattr(model, name, few)
         rows = []
         for ids in self.prompts:
             tensor = torch.from_numpy(ids)[None].to(model.device)
             logits = model(tensor, attention_mask=torch.ones_like(tensor), use_cache=False).logits
-            rows.append((logits[0, -1] if head == "causal" else logits[0])[chosen].double().cpu().numpy())
+            rows.append((logits[0, -1] if head == "causal" else logits[0]).double().cpu().numpy())
         return np.stack(rows)
 
     def error(self, scorer: CausalScorer, expected: npt.NDArray[np.float64]) -> float:
-        logits, _ = scorer.label_logits(self.prompts, self.labels)
+        try:
+            logits, _ = scorer.label_logits(self.prompts, self.labels)
+        except RuntimeError as error:
+            log.debug("probes failed: %s", error)
+            return float("inf")
         return float(np.linalg.norm(logits - expected) / max(np.linalg.norm(expected), 1e-30))

@@ -1,12 +1,14 @@
-"""A packed decoder that computes no more than its readout needs: chosen rows of the last layer, before the final norm."""
+"""A packed decoder that computes what its readout needs: chosen rows of the last layer, before the final norm."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastrerank.engine.packing import PackedBatch
@@ -17,6 +19,9 @@ __all__ = ["FinalNorm", "PackedDecoder", "find_layers", "find_norm"]
 
 # Rows of a feed-forward layer at a time on a CPU: its intermediate rows stay in the cache, and memory stays small.
 FEED_FORWARD_ROWS = 512
+# Rows are made up to multiples of this on a CPU. torch computes the last elements of a tensor that fill no two vectors
+# by other functions (of exp, sin, cos), whose last bits differ: with whole vectors a row's bits depend on it alone.
+WHOLE = 64
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,21 @@ class PackedDecoder(PackedBackbone):
         if self.device.type == "cpu":
             for layer in stack:
                 feed_forward = getattr(layer, "mlp", None)
-                if hasattr(feed_forward, "down_proj"):
+                if isinstance(feed_forward, torch.nn.Module) and hasattr(feed_forward, "down_proj"):
                     _in_blocks(feed_forward)
 
-    def last(self, batch: PackedBatch, rows: Any) -> torch.Tensor:
+    def last(self, batch: PackedBatch, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return the residual stream after the last layer, before the final norm, of the chosen rows (R, hidden)."""
+        count = len(rows)
+        if self.device.type == "cpu":
+            batch = batch.padded_to(-(-len(batch) // WHOLE) * WHOLE)
+            rows = np.resize(rows, -(-count // WHOLE) * WHOLE)
         table = upload(self.table(batch), self.device)
         prefixed = bool((batch.phi > batch.plo).any())
         chosen = upload(rows, self.device)
-        if not self.prunes:
-            return self.forward(Row(table, self.windows, prefixed))[chosen]
-        return self.forward(_ChosenRows(table, self.windows, prefixed, chosen))
+        if self.prunes:
+            return self.forward(_ChosenRows(table, self.windows, prefixed, chosen))[:count]
+        return self.forward(Row(table, self.windows, prefixed))[chosen[:count]]
 
 
 class _KeysKept(Exception):
@@ -158,21 +167,21 @@ def _prune(layer: torch.nn.Module) -> None:
             row.keys_only = False
         return whole(take(hidden_states), *map(take, args), **{name: take(value) for name, value in kwargs.items()})
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def _skip_queries(projection: torch.nn.Module) -> None:
     """Leave out the queries of a run that ends at the keys."""
-    whole = projection.forward
+    whole, width = projection.forward, cast("int", projection.out_features)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         row = running()
         if isinstance(row, _ChosenRows) and row.keys_only:
-            return x.new_zeros((*x.shape[:-1], int(projection.out_features)))  # type: ignore[call-overload]
+            return x.new_zeros((*x.shape[:-1], width))
         result: torch.Tensor = whole(x)
         return result
 
-    projection.forward = forward  # type: ignore[method-assign]
+    projection.forward = forward
 
 
 def _in_blocks(feed_forward: torch.nn.Module) -> None:
@@ -183,4 +192,4 @@ def _in_blocks(feed_forward: torch.nn.Module) -> None:
             return whole(x, *args, **kwargs)
         return torch.cat([whole(part) for part in x.split(FEED_FORWARD_ROWS, 1)], 1)
 
-    feed_forward.forward = forward  # type: ignore[method-assign]
+    feed_forward.forward = forward

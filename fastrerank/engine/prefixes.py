@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ def share_prefixes(sequences: Sequence[Ids], least: int = LEAST) -> list[Group]:
             raise ValueError(f"sequence {i} has no tokens")
     keys = [np.asarray(ids).astype(">u4") for ids in sequences]
     order = sorted(range(len(keys)), key=lambda i: keys[i].tobytes())
-    common = [_common(keys[a], keys[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common(keys[a], keys[b]) for a, b in pairwise(order)]
     groups, alone = [], set(range(len(keys)))
     for positions, length in _best(common, least):
         members = tuple(sorted(order[position] for position in positions))

@@ -35,8 +35,8 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
             body alone.
         dtype: precision that the backbone will have; parameters come as float32 for "float32", else as they are stored.
 
-    Raises ValueError for a model without the trained head that is asked for, weights that are missing, of another shape than
-    config.json says, NaN or infinite, and for a variant that transformers does not compute.
+    Raises ValueError for a model without the trained head that is asked for, weights that are missing, of another shape
+    than config.json says, NaN or infinite, and for a variant that transformers does not compute.
     """
     factory, task = _FACTORIES[head], head == "classification"
     path = checkpoint.transformer_path

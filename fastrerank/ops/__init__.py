@@ -37,6 +37,7 @@ def __getattr__(name: str) -> Any:
     """Import the ops on torch tensors at first use: importing this module must not import torch."""
     if name == "label_logits":
         from fastrerank.ops._label_logits import label_logits
+
         return label_logits
     if name != "attention":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
