@@ -18,6 +18,7 @@ _NAMES = {
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
+    "PointwiseReranker": "fastrerank.rerankers.pointwise",
     "list_methods": "fastrerank.rerankers.base",
     "load": "fastrerank.rerankers.base",
     "set_num_threads": "fastrerank.ops",
@@ -26,6 +27,7 @@ __all__ = [
     "CrossEncoder",
     "EmbeddingReranker",
     "LateInteractionReranker",
+    "PointwiseReranker",
     "__version__",
     "list_methods",
     "load",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.cross_encoder import CrossEncoder
     from fastrerank.rerankers.embedding import EmbeddingReranker
     from fastrerank.rerankers.late_interaction import LateInteractionReranker
+    from fastrerank.rerankers.pointwise import PointwiseReranker
 
 
 def __getattr__(name: str) -> Any:

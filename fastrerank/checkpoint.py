@@ -25,7 +25,7 @@ __all__ = [
 
 # Everything that loading a checkpoint can need, once without and once with pickled weights. The hub matches these
 # with fnmatch, where * also crosses folder borders.
-_CONFIG_PATTERNS = ["*.json", "*.txt"]
+_CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model"]
 _SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors", "*/model.safetensors", "*/model-*.safetensors"]
 _PICKLE_PATTERNS = ["pytorch_model*.bin", "*/pytorch_model*.bin"]
 _IGNORE_PATTERNS = ["onnx/*", "openvino/*", "coreml/*", "*/onnx/*", "*/openvino/*", "tf_model*", "flax_model*"]
@@ -203,6 +203,12 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 def untrained(checkpoint: Checkpoint) -> ValueError:
     """Return the error for a checkpoint without a classification head."""
+    architectures = checkpoint.config.get("architectures") or []
+    if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
+        return ValueError(
+            f"{checkpoint.path} is a language model without a trained classification head; load(..., "
+            "method='pointwise') ranks by the logits of its labels"
+        )
     return ValueError(
         f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
         "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"

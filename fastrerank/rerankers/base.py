@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.cost import Cost
+from fastrerank.rerankers.recognise import method_of
 from fastrerank.text.tokenizer import TokenBatch, check_texts
 
 __all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
@@ -179,6 +180,11 @@ _METHODS = {
         "CrossEncoder",
         "Passage Re-ranking with BERT (Nogueira and Cho 2019, arXiv 1901.04085)",
     ),
+    "pointwise": (
+        "fastrerank.rerankers.pointwise",
+        "PointwiseReranker",
+        "monoT5 (Nogueira et al. 2020, arXiv 2003.06713), Qwen3 Embedding (Zhang et al. 2025, arXiv 2506.05176)",
+    ),
     "late-interaction": (
         "fastrerank.rerankers.late_interaction",
         "LateInteractionReranker",
@@ -197,7 +203,7 @@ def list_methods() -> dict[str, str]:
 
     Example:
         >>> sorted(list_methods())
-        ['cross-encoder', 'embedding', 'late-interaction']
+        ['cross-encoder', 'embedding', 'late-interaction', 'pointwise']
     """
     return {name: paper for name, (_, _, paper) in _METHODS.items()}
 
@@ -207,8 +213,8 @@ def load(model: str, method: str | None = None, **options: Any) -> Reranker:
 
     Args:
         model: hub id or local folder.
-        method: one of `list_methods()`; None finds it: a sequence classification head is a cross-encoder, a
-            sentence-transformers model with Pooling is an embedding model.
+        method: one of `list_methods()`; None finds it: a published LLM reranker by its name or files, a sequence
+            classification head is a cross-encoder, a sentence-transformers model with Pooling is an embedding model.
         options: the class's own keywords (device, dtype, max_length, num_threads, revision, token, ...).
 
     Raises ValueError for an unknown method, and for a checkpoint that the method, or every method, must refuse.
@@ -227,6 +233,9 @@ def load(model: str, method: str | None = None, **options: Any) -> Reranker:
 
 
 def _method_of(checkpoint: Checkpoint) -> str:
+    found = method_of(checkpoint)
+    if found is not None:
+        return found
     architectures = checkpoint.config.get("architectures") or []
     kinds = [module.type for module in checkpoint.modules]
     if checkpoint.st_config.get("model_type") == "CrossEncoder" or (
@@ -235,6 +244,11 @@ def _method_of(checkpoint: Checkpoint) -> str:
         return "cross-encoder"
     if "Pooling" in kinds:
         return "embedding"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
+        raise ValueError(
+            f"{checkpoint.path} is a language model ({', '.join(architectures)}) of a name that tells no method: say "
+            "method='pointwise', 'listwise', 'pairwise' or 'setwise', and template= where it was trained with one"
+        )
     raise ValueError(
         f"{checkpoint.path}: cannot tell which method this checkpoint is for (architectures {architectures}, no "
         "pooling modules); say method='late-interaction' or method='embedding' to use its token vectors"

@@ -1,44 +1,45 @@
-"""Which method and which prompt a checkpoint was trained for, read off its configuration files."""
+"""Which method and which prompt a checkpoint was trained for, read off its configuration files and its name."""
 
 from __future__ import annotations
 
-from fastrerank.checkpoint import Checkpoint, read_json
+import re
+from pathlib import Path
+
+from fastrerank.checkpoint import Checkpoint
 
 __all__ = ["is_classifier", "is_layerwise", "logit_score", "method_of", "recognised_template"]
 
 _LAYERWISE = "LayerWiseMiniCPMForCausalLM"
-_ENCODER_DECODERS = ("t5", "mt5", "umt5", "longt5")
 
-# Part of a checkpoint's name -> (kind, template). Names are all that tells most of these from their base models.
-_BY_NAME = {
-    "qwen3-reranker": ("pointwise", "qwen3-reranker"),
-    "mxbai-rerank-base-v2": ("pointwise", "mxbai-rerank-v2"),
-    "mxbai-rerank-large-v2": ("pointwise", "mxbai-rerank-v2"),
-    "prorank": ("pointwise", "prorank"),
-    "bge-reranker-v2-gemma": ("pointwise", "bge-gemma"),
-    "bge-reranker-v2-minicpm": ("pointwise", "bge-gemma"),
-    "erank": ("pointwise", "erank"),
-    "monot5": ("pointwise", "monot5"),
-    "rankt5": ("pointwise", "rankt5"),
-    "rankllama": ("pointwise", "rankllama"),
-    "dear-8b-reranker-listwise": ("listwise", "dear-listwise"),
-    "dear-": ("pointwise", "dear-stage1"),
-    "duot5": ("pairwise", "duot5"),
-    "first_model": ("listwise", "first"),
-    "first_mistral": ("listwise", "first-rank_llm"),
-    "rank_zephyr": ("listwise", "rank_zephyr"),
-    "rank_vicuna": ("listwise", "rank_zephyr"),
-    "reasonrank": ("listwise", "reasonrank"),
-    "coderankllm": ("listwise", "coderankllm"),
-    "grouprank": ("listwise", "grouprank"),
-    "rank-r1": ("setwise", "rank-r1"),
-}
+# What a published checkpoint's name begins with -> (method, template). Weights and configs of most of these are those
+# of their base models: the name is all that tells them.
+_PUBLISHED = (
+    ("qwen3-reranker", "pointwise", "qwen3-reranker"),
+    ("mxbai-rerank-(base|large)-v2", "pointwise", "mxbai-rerank-v2"),
+    ("prorank", "pointwise", "prorank"),
+    ("bge-reranker-v2-gemma", "pointwise", "bge-gemma"),
+    ("bge-reranker-v2-minicpm", "pointwise", "bge-gemma"),
+    ("erank", "pointwise", "erank"),
+    ("monot5", "pointwise", "monot5"),
+    ("rankt5", "pointwise", "rankt5"),
+    ("rankllama", "pointwise", "rankllama"),
+    ("dear-[0-9]+b-reranker-listwise", "listwise", "dear-listwise"),
+    ("dear-[0-9]+b-reranker", "pointwise", "dear-stage1"),
+    ("duot5", "pairwise", "duot5"),
+    ("first_model", "listwise", "first"),
+    ("first_mistral", "listwise", "first-rank_llm"),
+    ("rank_(zephyr|vicuna)", "listwise", "rank_zephyr"),
+    ("reasonrank", "listwise", "reasonrank"),
+    ("coderankllm", "listwise", "coderankllm"),
+    ("(diver-)?grouprank", "listwise", "grouprank"),
+    ("rank-r1", "setwise", "rank-r1"),
+)
+_SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 
 def is_classifier(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is a sequence classifier."""
-    architectures = checkpoint.config.get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    return any(name.endswith("ForSequenceClassification") for name in checkpoint.config.get("architectures") or [])
 
 
 def is_layerwise(checkpoint: Checkpoint) -> bool:
@@ -47,41 +48,48 @@ def is_layerwise(checkpoint: Checkpoint) -> bool:
 
 
 def logit_score(checkpoint: Checkpoint) -> list[int] | None:
-    """Return the token ids (true, false) or (true,) of sentence-transformers' LogitScore module; None without one."""
+    """Return the token ids (true, false) or (true,) of sentence-transformers' LogitScore module; None without one.
+
+    Raises ValueError naming the module's file if its ids are no token ids.
+    """
     for module in checkpoint.modules:
         if module.type == "LogitScore":
-            true, false = module.config.get("true_token_id"), module.config.get("false_token_id")
-            if not isinstance(true, int) or not (false is None or isinstance(false, int)):
-                raise ValueError(f"{module.path / 'config.json'}: true_token_id must be a token id, got {true!r}")
-            return [true] if false is None else [true, false]
+            ids = [module.config.get("true_token_id"), module.config.get("false_token_id")]
+            found = ids if ids[1] is not None else ids[:1]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in found):
+                raise ValueError(
+                    f"{module.path / 'config.json'}: true_token_id must be a token id, and false_token_id one or null, "
+                    f"got {ids[0]!r} and {ids[1]!r}"
+                )
+            return [int(i) for i in found if i is not None]
     return None
 
 
 def recognised_template(checkpoint: Checkpoint, kind: str) -> str | None:
     """Return the template of this kind that the checkpoint was trained with; None where nothing tells."""
-    if kind == "pointwise" and is_layerwise(checkpoint):
-        return "bge-gemma"
-    names = [str(checkpoint.config.get("_name_or_path") or ""), str(checkpoint.path)]
-    for name in names:
-        for part, (found, template) in _BY_NAME.items():
-            if part in name.lower() and found == kind:
-                return template
     if kind == "pointwise" and logit_score(checkpoint) is not None:
-        return "sentence-transformers"
-    return None
+        return _SENTENCE_TRANSFORMERS
+    found = _published(checkpoint)
+    return found[1] if found is not None and found[0] == kind else None
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
     """Return the method of a language model checkpoint; None where it is none, or nothing tells."""
-    architectures = checkpoint.config.get("architectures") or []
     if is_layerwise(checkpoint) or logit_score(checkpoint) is not None:
         return "pointwise"
-    names = [str(checkpoint.config.get("_name_or_path") or ""), str(checkpoint.path)]
-    generative = any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in architectures)
+    found = _published(checkpoint)
+    return None if found is None else found[0]
+
+
+def _published(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """(method, template) by the checkpoint's name: its folder's, its hub id's, or the one in its config.json."""
+    if is_layerwise(checkpoint):
+        return "pointwise", "bge-gemma"
+    names = [checkpoint.path.name, str(checkpoint.config.get("_name_or_path") or "")]
+    if checkpoint.path.parent.name == "snapshots":  # .../models--owner--name/snapshots/revision
+        names.insert(0, checkpoint.path.parents[1].name.split("--")[-1])
     for name in names:
-        for part, (kind, _) in _BY_NAME.items():
-            if part in name.lower() and (generative or kind == "pointwise"):
-                return kind
-    if read_json(checkpoint.path / "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
-        return None
+        for pattern, method, template in _PUBLISHED:
+            if re.match(pattern, Path(name).name.lower()):
+                return method, template
     return None
