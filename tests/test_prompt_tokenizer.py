@@ -586,7 +586,7 @@ def test_cuts_stand_where_no_token_can_cross():
 
 
 def test_stories_tokenizer():
-    folder = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
+    folder = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
     if not (folder / "tokenizer.json").is_file():
         pytest.skip("shared/models/stories260K is not here")
     for name in ("monot5", "prp-t5", "setwise-t5", "rankllama", "bge-gemma"):

@@ -127,7 +127,7 @@ class PromptTokenizer:
         if missing:
             raise ValueError(
                 f"template {template.name!r} is made of the special tokens {', '.join(missing)}, which the "
-                "checkpoint's tokenizer does not have; take a template with messages, for the checkpoint's chat template"
+                "checkpoint's tokenizer does not have; take a template with messages, for its chat template"
             )
         self._specials = self._special_tokens(layouts[self._counts[0]][1][0])
         self._cache: TokenCache[tuple[Any, ...]] = TokenCache(cache_bytes)
