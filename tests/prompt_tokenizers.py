@@ -15,9 +15,9 @@ CORPUS = [
     'Given a query "x", which of the following two passages is more relevant? Passage A: "y"\n\nPassage B: "z"',
     "Query: where do owls sleep? Document: The owl sleeps by day, and hunts mice by night. Relevant: true false",
     "<Instruct>: retrieve\n<Query>: q\n<Document>: d\n  leading   and trailing   spaces\tand\n\n\nnew lines \n \n",
-    "Answer with Yes or No only. yes no 0 1 2 3 4 5 6 7 8 9 10 [1] > [2] > [3] (4) {5} it's they're I'll don't 'quoted'",
+    "Answer with Yes or No only. yes no 0 1 2 3 4 5 6 7 8 9 10 [1] > [2] > [3] (4) {5} it's they're don't 'quoted'",
     "Café Zürich: naïve façade, 東京は大きい。 Москва тоже. What is 3.14159 times 2? About 6.28318!",
-    "system user assistant query document instruction: You are RankLLM, an intelligent assistant. Okay, please provide.",
+    "system user assistant query document instruction: You are RankLLM, an intelligent assistant. Okay, provide.",
 ]
 LETTERS = [chr(c) for c in range(33, 127)]
 
@@ -49,9 +49,10 @@ ZEPHYR = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"

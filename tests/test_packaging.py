@@ -67,7 +67,9 @@ def test_the_sdist_builds_the_wheel_of_the_tree(wheel, tmp_path):
 def test_the_wheel_holds_the_package_and_its_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastrerank").rglob("*.py")}
-    assert modules <= set(names)
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastrerank").rglob("*.toml")}
+    assert templates
+    assert modules | templates <= set(names)
     others = [name for name in names if not name.startswith("fastrerank/")]
     assert all(name.startswith(f"fastrerank-{fastrerank.__version__}.dist-info/") for name in others)
     assert any(name.endswith("/LICENSE") for name in others)

@@ -20,6 +20,7 @@ import prompt_tokenizers as styles
 import tokenizers
 from tokenizers import AddedToken
 
+from fastrerank.text import prompt_tokenizer
 from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.text.prompts import Template, list_templates
 from fastrerank.text.runs import TextTokenizer
@@ -215,7 +216,7 @@ def test_any_text_gives_the_ids_of_the_whole_prompt(style, name, query, texts):
 def test_documents_are_tokenised_on_their_own_and_not_as_whole_runs(style, monkeypatch):
     """The fast path serves the listwise templates of every style: nothing falls back for ordinary text."""
     prompts = PromptTokenizer(tokenizer_of(style), Template.load("first"))
-    monkeypatch.setattr(PromptTokenizer, "_whole_run", lambda *_: pytest.fail("a run was tokenised whole"))
+    monkeypatch.setattr(prompt_tokenizer, "whole_run", lambda *_: pytest.fail("a run was tokenised whole"))
     prompts.encode(QUERY, [["The owl sleeps by day.", "Mice hunt", "東京は大きい。", "12 (x)"]])
     info = prompts.cache_info
     assert info.entries >= 4
@@ -264,7 +265,7 @@ def test_messages_are_what_the_chat_template_got():
     assert raw.messages[0]["content"].endswith("<Document>: one<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_missing_system_role_moves_the_system_text(tmp_path):
+def test_a_missing_system_role_moves_the_system_text():
     (prompt,) = prompts_of("mistral", "first").encode("who", [["one"]])
     (message,) = prompt.messages
     assert message["role"] == "user"
@@ -358,7 +359,7 @@ def test_a_merge_with_the_bracket_is_refused():
 
 
 def test_label_counts():
-    with pytest.raises(ValueError, match="27 documents .* 26 letters"):
+    with pytest.raises(ValueError, match=r"27 documents .* 26 letters"):
         prompts_of("qwen", "first").label_ids(27)
     with pytest.raises(ValueError, match="27 documents"):
         prompts_of("qwen", "first").encode("q", [["d"] * 27])
@@ -585,7 +586,7 @@ def test_cuts_stand_where_no_token_can_cross():
 
 
 def test_stories_tokenizer():
-    folder = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
+    folder = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
     if not (folder / "tokenizer.json").is_file():
         pytest.skip("shared/models/stories260K is not here")
     for name in ("monot5", "prp-t5", "setwise-t5", "rankllama", "bge-gemma"):

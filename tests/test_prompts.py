@@ -115,8 +115,8 @@ def test_qwen3_reranker_word_by_word():
 def test_mxbai_word_by_word(name, instruction):
     task = (
         "You are a search relevance expert who evaluates how well documents match search queries. For each "
-        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary relevance judgment "
-        "(0 for not relevant, 1 for relevant).\nRelevance:"
+        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
+        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:"
     )
     system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert [text for _, text in turns(name, "Q", ["D"], instruction=instruction)] == [
@@ -340,6 +340,21 @@ def test_wrong_messages_are_told_what_is_wrong(tmp_path, messages, message):
     text = f'kind = "pointwise"\nsource = "x"\nlabels = ["yes"]\n[[messages]]\n{messages}\n'
     with pytest.raises(ValueError, match=message):
         Template.load(written(tmp_path, text))
+
+
+def test_reversed_order_keeps_each_documents_identifier(tmp_path):
+    text = """
+kind = "listwise"
+source = "here"
+identifiers = "numeric"
+order = "reversed"
+document = "[{identifier}] {document}"
+separator = " | "
+text = "{query}: {documents}."
+"""
+    template = Template.load(written(tmp_path, text))
+    (turn,) = expand(template, 3, "")
+    assert fill(turn.pieces, Values("q", "", ["a", "b", "c"], [])) == "q: [3] c | [2] b | [1] a."
 
 
 def test_files_that_are_no_toml(tmp_path):

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.prompts import Template
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, encodable, strip_left, strip_right
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, expand, fill, options, render_chat
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template, check_texts
-
-if TYPE_CHECKING:
-    import tokenizers
 
 __all__ = ["Prompt", "PromptTokenizer"]
 
@@ -60,62 +58,6 @@ class Prompt:
         return [{"role": "user", "content": "".join(content for _, content in contents)}]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Ids of a prompt; ids[start:end] belong to `document` (-1: none) and may be shortened from their end."""
-
-    ids: npt.NDArray[np.int32]
-    document: int = -1
-    start: int = 0
-    end: int = 0
-    cut: bool = False
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Pieces of a run between two documents (or its ends), with the context that they are tokenised in."""
-
-    left: str
-    pieces: tuple[Piece, ...]
-    right: str
-    anchored: bool
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Text between two markers. `steps` is None where documents cannot be tokenised on their own."""
-
-    pieces: tuple[Piece, ...]
-    anchored: bool
-    lstrip: bool
-    rstrip: bool
-    steps: tuple[_Span | tuple[Slot, Unit], ...] | None
-
-    def texts(self, values: Values) -> tuple[list[str], bool]:
-        """The run's pieces with white space stripped as in the whole prompt, and whether literals stayed as they are."""
-        texts = [piece if isinstance(piece, str) else values.of(piece) for piece in self.pieces]
-        plain = True
-        for i, piece in enumerate(self.pieces):
-            if isinstance(piece, Slot) and not texts[i]:
-                if piece.before and i:
-                    texts[i - 1], plain = texts[i - 1][: -piece.before], False
-                if piece.after and i + 1 < len(texts):
-                    texts[i + 1], plain = texts[i + 1][piece.after :], False
-        for on, order, strip in [(self.lstrip, 1, strip_left), (self.rstrip, -1, strip_right)]:
-            for position, i in enumerate(range(len(texts))[::order] if on else ()):
-                texts[i] = strip(texts[i])
-                plain = plain and position == 0 and (texts[i] != "" or len(texts) == 1)
-                if texts[i]:
-                    break
-        return texts, plain
-
-
-@dataclass(frozen=True)
-class _Shape:
-    turns: tuple[Turn, ...]
-    parts: tuple[npt.NDArray[np.int32] | _Run, ...]
-
-
 class PromptTokenizer:
     """A template's prompts in a checkpoint's token ids.
 
@@ -151,8 +93,8 @@ class PromptTokenizer:
                 `template.generation_suffix` ends the prompt.
             cache_bytes: bound of the cache of documents' ids.
 
-        Raises ValueError where the checkpoint cannot serve the template: no chat template, or one that drops a turn or a
-        text; required tokens missing; ids that differ from those of the whole prompt.
+        Raises ValueError where the checkpoint cannot serve the template: no chat template, or one that drops a turn or
+        a text; required tokens missing; ids that differ from those of the whole prompt.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -184,10 +126,10 @@ class PromptTokenizer:
         missing = [token for token in template.requires if token not in self._text.markers]
         if missing:
             raise ValueError(
-                f"template {template.name!r} is made of the special tokens {', '.join(missing)}, which the checkpoint's "
-                "tokenizer does not have; take a template with messages, which the checkpoint's chat template prints"
+                f"template {template.name!r} is made of the special tokens {', '.join(missing)}, which the "
+                "checkpoint's tokenizer does not have; take a template with messages, for its chat template"
             )
-        self._specials = self._special_tokens([piece for piece in layouts[self._counts[0]][1][0][:1]])
+        self._specials = self._special_tokens(layouts[self._counts[0]][1][0])
         self._cache: TokenCache[tuple[Any, ...]] = TokenCache(cache_bytes)
         self._shapes = {count: self._shape(*layout) for count, layout in layouts.items()}
         self._check_exact()
@@ -322,82 +264,12 @@ class PromptTokenizer:
                     head = []
         return [head, *between, tail]
 
-    def _shape(self, turns: list[Turn], texts: list[list[Piece]]) -> _Shape:
-        parts: list[npt.NDArray[np.int32] | _Run] = []
+    def _shape(self, turns: list[Turn], texts: list[list[Piece]]) -> Shape:
+        parts: list[npt.NDArray[np.int32] | Run] = []
         for text, specials in zip(texts, self._specials, strict=False):
-            parts += [_int32(specials), *self._runs(text)]
-        parts.append(_int32(self._specials[-1]))
-        return _Shape(tuple(turns), tuple(part for part in parts if isinstance(part, _Run) or len(part)))
-
-    def _runs(self, text: list[Piece]) -> Iterator[npt.NDArray[np.int32] | _Run]:
-        pieces: list[Piece] = []
-        before: Marker | None = None
-        flat: list[Piece | Marker] = []
-        for piece in text:
-            flat += self._text.split(piece) if isinstance(piece, str) else [piece]
-        for item in flat:
-            if isinstance(item, Marker):
-                yield from self._run(pieces, before, item)
-                yield _int32([item.id])
-                pieces, before = [], item
-            elif isinstance(item, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += item
-            else:
-                pieces.append(item)
-        yield from self._run(pieces, before, None)
-
-    def _run(
-        self, pieces: list[Piece], before: Marker | None, after: Marker | None
-    ) -> Iterator[npt.NDArray[np.int32] | _Run]:
-        lstrip, rstrip = before is not None and before.rstrip, after is not None and after.lstrip
-        if pieces and lstrip and isinstance(pieces[0], str):
-            pieces[0] = strip_left(pieces[0])
-        if pieces and rstrip and isinstance(pieces[-1], str):
-            pieces[-1] = strip_right(pieces[-1])
-        pieces = [piece for piece in pieces if piece != ""]
-        anchored = before is not None
-        if all(isinstance(piece, str) for piece in pieces):
-            if pieces:
-                yield _int32(next(iter(self._text.encode([str(pieces[0])], anchored))))
-            return
-        yield _Run(tuple(pieces), anchored, lstrip, rstrip, self._plan(pieces, anchored))
-
-    def _plan(self, pieces: list[Piece], anchored: bool) -> tuple[_Span | tuple[Slot, Unit], ...] | None:
-        """Documents with their units, and the spans between them; None where a literal has no cut."""
-        steps: list[_Span | tuple[Slot, Unit]] = []
-        left = ""  # the context of what follows: text up to a cut
-        held: list[Piece] = []  # pieces since the last cut
-        behind = anchored
-        for i, piece in enumerate(pieces):
-            if isinstance(piece, str) or piece.name != "document":
-                if not (i and isinstance(pieces[i - 1], Slot) and pieces[i - 1].name == "document"):  # type: ignore[union-attr]
-                    held.append(piece)
-                continue
-            before = pieces[i - 1] if i else None
-            after = pieces[i + 1] if i + 1 < len(pieces) else None
-            if isinstance(before, Slot) or isinstance(after, Slot):
-                return None
-            unit = self._text.unit(before, after, anchored)
-            if unit is None:
-                return None
-            if before is not None:
-                cut = self._text.cut(before)
-                assert cut is not None
-                if held:  # the literal is held as it is, or from its first cut on
-                    literal = held.pop()
-                    assert isinstance(literal, str)
-                    kept = literal[: len(literal) - (len(before) - cut.last)]
-                    right = f"{before[cut.last : cut.last + 6]}a"
-                    steps.append(_Span(left, (*held, *([kept] if kept else [])), right, behind))
-            steps.append((piece, unit))
-            held, behind = [], True
-            if after is not None:
-                cut = self._text.cut(after)
-                assert cut is not None
-                left, held = f"a{after[max(0, cut.first - 6) : cut.first]}", [after[cut.first :]]
-        if held:
-            steps.append(_Span(left, tuple(held), "", behind))
-        return tuple(step for step in steps if not isinstance(step, _Span) or step.pieces)
+            parts += [int32(specials), *lay_runs(self._text, text)]
+        parts.append(int32(self._specials[-1]))
+        return Shape(tuple(turns), tuple(part for part in parts if isinstance(part, Run) or len(part)))
 
     # ---- encoding
 
@@ -413,28 +285,28 @@ class PromptTokenizer:
             shape = shapes[len(documents)]
             values = Values(query, self._instruction, _Prepared(self, documents, prepared), texts)
             parts = [part for item in shape.parts for part in self._parts(item, values, documents, found, spans)]
-            ids, truncated = _fit(parts, len(documents), limit, self.template.name)
+            ids, truncated = fit(parts, len(documents), limit, self.template.name)
             yield Prompt(ids, truncated, shape.turns, values)
 
-    def _shape_of(self, count: int) -> _Shape:
+    def _shape_of(self, count: int) -> Shape:
         shape = self._shapes.get(count)
         if shape is None:
             shape = self._shapes[count] = self._shape(*self._lay_out(count))
         return shape
 
-    def _documents(self, lists: list[list[str]], shapes: dict[int, _Shape]) -> dict[tuple[Any, ...], Tokens]:
+    def _documents(self, lists: list[list[str]], shapes: dict[int, Shape]) -> dict[tuple[Any, ...], Tokens]:
         """Ids of every document of the lists in its unit: from the cache, or tokenised now, each content once."""
         found: dict[tuple[Any, ...], Tokens] = {}
         missing: dict[tuple[Any, ...], tuple[Unit, dict[str, None]]] = {}
         for documents in lists:
             for run in shapes[len(documents)].parts:
-                if not isinstance(run, _Run):
+                if not isinstance(run, Run):
                     continue
                 for step in run.steps or ():
-                    if isinstance(step, _Span):
+                    if isinstance(step, Span):
                         continue
                     slot, unit = step
-                    kind, text = _kind(slot, unit, run), documents[slot.index]
+                    kind, text = kind_of(slot, unit, run), documents[slot.index]
                     if (kind, text) in found or (kind in missing and text in missing[kind][1]):
                         continue
                     tokens = self._cache.get(kind, text)
@@ -444,11 +316,11 @@ class PromptTokenizer:
                         found[kind, text] = tokens
         for kind, (unit, texts) in missing.items():
             prepared = [self._prepare(text) for text in texts]
-            bodies = [_strip(text, kind) for text, _ in prepared]
+            bodies = [strip_sides(text, kind) for text, _ in prepared]
             encoded = self._text.encode_unit(unit, bodies)
             for text, (_, cut), ids in zip(texts, prepared, encoded, strict=True):
                 if ids is not None:
-                    tokens = Tokens(_int32(ids), unit.head, max(unit.head, len(ids) - unit.tail), cut)
+                    tokens = Tokens(int32(ids), unit.head, max(unit.head, len(ids) - unit.tail), cut)
                     found[kind, text] = tokens
                     self._cache.put(kind, text, tokens)
         return found
@@ -465,14 +337,14 @@ class PromptTokenizer:
         return template.rewrite_document(text[: spans[template.document_limit - 1][1]] if cut else text), cut
 
     def _parts(
-        self, item: npt.NDArray[np.int32] | _Run, values: Values, documents: list[str],
+        self, item: npt.NDArray[np.int32] | Run, values: Values, documents: list[str],
         found: dict[tuple[Any, ...], Tokens], spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None],
-    ) -> list[_Part]:  # fmt: skip
-        if not isinstance(item, _Run):
-            return [_Part(item)]
-        parts: list[_Part] = []
+    ) -> list[Part]:  # fmt: skip
+        if not isinstance(item, Run):
+            return [Part(item)]
+        parts: list[Part] = []
         for step in item.steps or ():
-            if isinstance(step, _Span):
+            if isinstance(step, Span):
                 text = fill(step.pieces, values)
                 if item.lstrip and isinstance(step.pieces[0], Slot) and step.pieces[0] is item.pieces[0]:
                     text = strip_left(text)
@@ -481,44 +353,20 @@ class PromptTokenizer:
                 key = (step.left, text, step.right, step.anchored)
                 if key not in spans:
                     ids = self._text.encode_between(*key)
-                    spans[key] = None if ids is None else _int32(ids)
+                    spans[key] = None if ids is None else int32(ids)
                 fixed = spans[key]
                 if fixed is None:
                     break
-                parts.append(_Part(fixed))
+                parts.append(Part(fixed))
             else:
                 slot, unit = step
-                tokens = found.get((_kind(slot, unit, item), documents[slot.index]))
+                tokens = found.get((kind_of(slot, unit, item), documents[slot.index]))
                 if tokens is None:
                     break
-                parts.append(_Part(tokens.ids, slot.index, tokens.start, tokens.end, tokens.cut))
-        if item.steps is None or len(parts) < len(item.steps) or not self._plain(item, values):
-            return self._whole_run(item, values)
+                parts.append(Part(tokens.ids, slot.index, tokens.start, tokens.end, tokens.cut))
+        if item.steps is None or len(parts) < len(item.steps) or not item.plain(values):
+            return whole_run(self._text, item, values, lambda index: self._prepare(documents[index])[1])
         return parts
-
-    def _plain(self, run: _Run, values: Values) -> bool:
-        """Whether stripping leaves the run's literals alone."""
-        edges = [piece for piece in run.pieces if isinstance(piece, Slot) and (piece.before or piece.after)]
-        if not edges and not run.lstrip and not run.rstrip:
-            return True
-        return run.texts(values)[1]
-
-    def _whole_run(self, run: _Run, values: Values) -> list[_Part]:
-        """The run tokenised as one text; its documents' own tokens are found by their places in it."""
-        texts, _ = run.texts(values)
-        ids, spans = self._text.encode_spans("".join(texts), run.anchored)
-        parts: list[_Part] = []
-        place = done = 0
-        for piece, text in zip(run.pieces, texts, strict=True):
-            start, place = place, place + len(text)
-            if not isinstance(piece, Slot) or piece.name != "document":
-                continue
-            inside = [i for i in range(done, len(ids)) if spans[i][0] >= start and spans[i][1] <= place and text]
-            first, last = (inside[0], inside[-1] + 1) if inside else (done, done)
-            cut = values.documents.cut(piece.index) if isinstance(values.documents, _Prepared) else False
-            parts.append(_Part(_int32(ids[done:last]), piece.index, first - done, last - done, cut))
-            done = last
-        return [*parts, _Part(_int32(ids[done:]))]
 
     # ---- labels and checks
 
@@ -534,8 +382,8 @@ class PromptTokenizer:
         if behind[:-1] != alone:
             new = [self._text.tokenizer.id_to_token(token) for token in behind]
             raise ValueError(
-                f"the label {label!r} of template {self.template.name!r} is not a single token of this tokenizer behind "
-                f"{before[-20:]!r}: the tokens there are {new[-max(4, len(behind) - len(alone)) :]}"
+                f"the label {label!r} of template {self.template.name!r} is not a single token of this tokenizer "
+                f"behind {before[-20:]!r}: the tokens there are {new[-max(4, len(behind) - len(alone)) :]}"
             )
         return behind[-1]
 
@@ -627,82 +475,11 @@ class _Prepared(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         return self._get(index)[0]
 
-    def cut(self, index: int) -> bool:
-        return self._get(index)[1]
-
     def _get(self, index: int) -> tuple[str, bool]:
         document = self._documents[index]
         if document not in self._memo:
             self._memo[document] = self._owner._prepare(document)
         return self._memo[document]
-
-
-def _kind(slot: Slot, unit: Unit, run: _Run) -> tuple[Any, ...]:
-    """What a document's ids depend on beside its text: its unit, and what is stripped off its sides."""
-    left, right = unit.key[0] is None and run.lstrip, unit.key[1] is None and run.rstrip
-    return (unit.key, slot.lstrip, slot.rstrip, left, right)
-
-
-def _strip(text: str, kind: tuple[Any, ...]) -> str:
-    _, lstrip, rstrip, left, right = kind
-    text = text.lstrip() if lstrip else text
-    text = text.rstrip() if rstrip else text
-    text = strip_left(text) if left else text
-    return strip_right(text) if right else text
-
-
-def _fit(
-    parts: list[_Part], count: int, limit: int | None, name: str
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Join the parts, the longest documents cut evenly to `limit` tokens in all; (T,) and (count,) which were cut."""
-    truncated = np.zeros(count, np.bool_)
-    sizes: dict[int, int] = {}
-    for part in parts:
-        if part.document >= 0:
-            truncated[part.document] = part.cut
-            sizes[part.document] = part.end - part.start
-    total = sum(len(part.ids) for part in parts)
-    if limit is not None and total > limit:
-        room = limit - (total - sum(sizes.values()))
-        least = sum(min(1, size) for size in sizes.values())
-        if room < least:
-            raise ValueError(
-                f"the query and the fixed text of template {name!r} leave no room for the documents: the prompt exceeds "
-                f"its limit of {limit} tokens by {least - room} even with one token per document"
-            )
-        keep = _share(sizes, room)
-        cut: list[_Part] = []
-        for part in parts:
-            if part.document >= 0 and keep[part.document] < sizes[part.document]:
-                truncated[part.document] = True
-                kept = part.ids[: part.start + keep[part.document]]
-                cut.append(_Part(np.concatenate([kept, part.ids[part.end :]])))
-            else:
-                cut.append(part)
-        parts = cut
-    return np.concatenate([part.ids for part in parts] or [_int32([])]), truncated
-
-
-def _share(sizes: dict[int, int], room: int) -> dict[int, int]:
-    """How many tokens each document keeps: all of a short one, an equal share for the others, `room` in all."""
-    keep: dict[int, int] = {}
-    waiting = sorted(sizes, key=lambda document: sizes[document])
-    while waiting:
-        share = room // len(waiting)
-        if sizes[waiting[0]] <= share:
-            document = waiting.pop(0)
-            keep[document] = sizes[document]
-            room -= keep[document]
-            continue
-        extra = room - share * len(waiting)
-        for position, document in enumerate(sorted(waiting)):
-            keep[document] = min(sizes[document], share + (position < extra))
-        break
-    return keep
-
-
-def _int32(ids: Sequence[int]) -> npt.NDArray[np.int32]:
-    return np.fromiter(ids, np.int32, len(ids))
 
 
 def _check_limit(max_length: int) -> int:

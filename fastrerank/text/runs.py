@@ -237,7 +237,7 @@ class TextTokenizer:
         return any(first + second in self._vocabulary for first in self._forms(x) for second in self._forms(y))
 
     def _forms(self, char: str) -> Iterable[str]:
-        """What a character of the text may be in the vocabulary; "" (part of every token) if it has no form of its own."""
+        """What a character may be in the vocabulary; "" (part of every token) if it has no form of its own."""
         if self.tokenizer.normalizer is not None:
             normal = self.tokenizer.normalizer.normalize_str(f"0{char}0")
             char = normal[normal.find("0") + 1 : normal.rfind("0")] if normal.count("0") > 1 else ""
