@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -217,6 +219,12 @@ STYLES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def save(style: str, folder: Path) -> Path:
-    STYLES[style]().save_pretrained(folder)
+# With these learned, yes and no are single tokens wherever an answer may stand.
+ANSWERS = ["yes\nno\nYes\nNo\n(yes)(no)(Yes)(No)]Yes]No"] * 8
+
+
+def save(style: str, folder: Path, answers: bool = False) -> Path:
+    """Save a tokenizer of a style; with `answers` it has yes and no as tokens."""
+    with mock.patch.object(sys.modules[__name__], "CORPUS", [*CORPUS, *(ANSWERS if answers else [])]):
+        STYLES[style]().save_pretrained(folder)
     return folder

@@ -132,6 +132,28 @@ def any_intervals(rows: int, keys: int, seed: int) -> list[np.ndarray]:
     return [bound.astype(np.int32) for bound in bounds]
 
 
+@pytest.mark.parametrize("level", ops.cpu_info()["supported"])
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize(("prefix", "own"), [(1, 1), (40, 70), (480, 33), (479, 500), (700, 600)])
+def test_a_shared_prefix_changes_no_bit_on_the_cpu(level: str, dtype: Any, prefix: int, own: int) -> None:
+    # Two segments behind one prefix, and the second of them with the prefix as one causal sequence of its own.
+    random = torch.Generator().manual_seed(prefix)
+    q, k, v = (torch.randn(prefix + 2 * own, heads, 24, generator=random).to(dtype) for heads in (4, 2, 2))
+    rows = np.arange(prefix + 2 * own)
+    lo = np.repeat([0, prefix, prefix + own], [prefix, own, own])
+    phi = np.where(rows < prefix, 0, prefix)
+    alone = np.concatenate([rows[:prefix], rows[prefix + own :]])
+    spans = [torch.from_numpy(bound.astype(np.int32)) for bound in (lo, rows + 1, np.zeros_like(rows), phi)]
+    single = [torch.from_numpy(bound.astype(np.int32)) for bound in (np.zeros_like(alone), np.arange(len(alone)) + 1)]
+    ops.set_isa(level)
+    try:
+        shared = ops.attention(q, k, v, *spans)
+        expected = ops.attention(q[alone], k[alone], v[alone], *single)
+    finally:
+        ops.set_isa(None)
+    assert torch.equal(shared[prefix + own :], expected[prefix:])
+
+
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.gpu

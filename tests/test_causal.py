@@ -68,7 +68,8 @@ def test_sharing_prefixes_changes_the_work_and_not_the_result(family: str, score
     distinct = prompts[:-1]  # the last one is a copy
     assert full == Cost(1, sum(map(len, distinct)), 0)
     assert cost == Cost(1, full.tokens - 5 * 40, 40)
-    assert relative(shared, alone) <= 1e-6
+    # A sliding window cuts a shared prefix off in pieces, so sums are grouped otherwise there.
+    assert np.array_equal(shared, alone) if family != "gemma2" else relative(shared, alone) <= 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
@@ -98,7 +99,7 @@ def test_a_token_budget_changes_batches_only(budget: int, scorer: Any) -> None:
         ours, cost = engine.label_logits(prompts, LABELS)
     finally:
         engine.budget = before
-    assert relative(ours, expected) <= 1e-6
+    assert np.array_equal(ours, expected)
     # Every prefix is followed by one prompt at least, so no batch is more than the budget and the longest prompt.
     assert cost.forwards >= cost.tokens / (budget + max(map(len, prompts)))
 

@@ -28,7 +28,7 @@ DOCUMENTS = [
 def save(folder: Path, family: str = "qwen3", style: str = "qwen", classifier: bool = False, **changes: Any) -> Path:
     """A tiny random model with a tokenizer of a style."""
     folder.mkdir(parents=True, exist_ok=True)
-    prompt_tokenizers.save(style, folder)
+    prompt_tokenizers.save(style, folder, answers=True)
     size = len(transformers.AutoTokenizer.from_pretrained(folder))
     changes = {"vocab_size": size, "max_position_embeddings": 2048, **changes}
     if classifier:
@@ -87,8 +87,7 @@ def test_prefixes_shared_or_not(tmp_path: Path) -> None:
     texts = [f"{' '.join(['owl'] * (i % 17))} number {i}" for i in range(100)]
     shared = PointwiseReranker(folder, template="qwen3-reranker")
     alone = PointwiseReranker(folder, template="qwen3-reranker", share_prefixes=False)
-    scores = shared.score(QUERY, texts)
-    assert np.abs(scores - alone.score(QUERY, texts)).max() <= 1e-6 * np.abs(scores).max()
+    assert np.array_equal(shared.score(QUERY, texts), alone.score(QUERY, texts))
     used, unshared = shared.last_usage, alone.last_usage
     assert unshared["prefix_tokens"] == 0
     assert used["tokens"] <= 0.65 * unshared["tokens"]
@@ -102,8 +101,8 @@ def test_order_and_company_change_nothing(tmp_path: Path) -> None:
     assert np.array_equal(reranker.score(QUERY, [DOCUMENTS[i] for i in order]), scores[order])
     assert scores[0] == scores[3]
     many = reranker.score_many([QUERY, "owl?"], [DOCUMENTS, DOCUMENTS[:2]])
-    assert np.abs(many[0] - scores).max() <= 1e-6 * np.abs(scores).max()
-    assert np.abs(many[1] - reranker.score("owl?", DOCUMENTS[:2])).max() <= 1e-6 * np.abs(scores).max()
+    assert np.array_equal(many[0], scores)
+    assert np.array_equal(many[1], reranker.score("owl?", DOCUMENTS[:2]))
 
 
 def test_markers_in_texts_are_text(tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_markers_in_texts_are_text(tmp_path: Path) -> None:
     [
         ("mxbai-rerank-v2", "qwen2", "qwen"), ("bge-gemma", "gemma", "gemma"), ("relevance", "llama", "llama3"),
         ("relevance", "mistral", "mistral"), ("prorank", "qwen2", "qwen"), ("erank", "qwen3", "qwen"),
-        ("relevance", "phi3", "phi3"), ("relevance", "llama", "llama2"),
+        ("relevance", "phi3", "phi3"),
     ],
 )  # fmt: skip
 def test_every_template_reads_its_labels(template: str, family: str, style: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "encoder.h"
@@ -38,27 +39,46 @@ void check(const IntervalAttention& g, int rows, int keys) {
     }
 }
 
-std::vector<KeyRun> runs_of(const int32_t* lo, const int32_t* hi, int rows) {
+std::vector<KeyRun> runs_of(const int32_t* lo, const int32_t* hi, int rows, const std::vector<char>& left_out) {
     std::vector<KeyRun> runs;
     if (!lo) return runs;
     const auto step = [](int from, int to) { return to == from || to == from + 1; };
     for (int i = 0; i < rows; ++i) {
-        if (lo[i] >= hi[i]) continue;
+        if (lo[i] >= hi[i] || left_out[i]) continue;
         const bool joins = !runs.empty() && runs.back().row_end == i && step(lo[i - 1], lo[i]) &&
                            step(hi[i - 1], hi[i]) && lo[i] < hi[i - 1];
         if (joins)
             runs.back().row_end = i + 1;
         else
-            runs.push_back({i, i + 1, lo[i]});
+            runs.push_back({i, i + 1, lo[i], 0, 0});
     }
     return runs;
+}
+
+// Joins runs of own keys with prefixes that all of their rows see whole; returns which rows that are.
+std::vector<char> join_prefixes(const IntervalAttention& g, std::vector<KeyRun>& own, int rows) {
+    std::vector<char> joined(rows, 0);
+    if (!g.lo[0]) return joined;
+    for (KeyRun& run : own) {
+        const int first = run.row_begin, begin = g.lo[0][first], end = g.hi[0][first];
+        bool same = begin < end;
+        for (int i = first; i < run.row_end && same; ++i)
+            same = g.lo[1][i] == run.key_begin && g.lo[0][i] == begin && g.hi[0][i] == end;
+        if (!same) continue;
+        run.prefix_begin = begin;
+        run.prefix_keys = end - begin;
+        std::fill(joined.begin() + run.row_begin, joined.begin() + run.row_end, 1);
+    }
+    return joined;
 }
 
 }  // namespace
 
 void run_interval_attention(const Kernels& k, const IntervalAttention& g, int rows, int keys, int threads) {
     check(g, rows, keys);
-    const std::vector<KeyRun> runs[2] = {runs_of(g.lo[0], g.hi[0], rows), runs_of(g.lo[1], g.hi[1], rows)};
+    std::vector<KeyRun> own = runs_of(g.lo[1], g.hi[1], rows, std::vector<char>(rows, 0));
+    const std::vector<char> joined = join_prefixes(g, own, rows);
+    const std::vector<KeyRun> runs[2] = {runs_of(g.lo[0], g.hi[0], rows, joined), std::move(own)};
     const int kv_heads = g.heads / g.group;
     // Whole runs of own keys where they fit, smaller pieces where there would be too few for the threads.
     const int most = std::max(1, kTaskQueries / g.group);

@@ -1,8 +1,9 @@
 // Attention by key intervals. Keys and values are packed into panels a block at a time; tiles of queries go scores ->
 // running softmax -> product with the values on a block that stays in L2, so memory does not grow with the intervals.
 //
-// What makes a row's bits its own: blocks and their panels are counted from the first key of the row's run, a score and
-// a product with the values are sums in key order, and keys that the row does not see add zeros only.
+// What makes a row's bits its own: blocks and their panels are counted from the first key of the row's run, or of its
+// prefix where the run is joined with it; a score and a product with the values are sums in key order, and keys that
+// the row does not see add zeros only.
 
 // A multiple of every level's panel width (48, 24, 16, 8).
 constexpr int kKeyBlock = 480;
@@ -38,11 +39,26 @@ INLINE const char* staged(const IntervalAttention& g, const char* rows, int coun
     return stage;
 }
 
+// The same of a joined run's keys at the positions [begin, begin + count), which are copied.
+template <class P>
+INLINE const char* gathered(const IntervalAttention& g, const KeyRun& run, const char* rows, int begin, int count,
+                            int64_t& ld, char* stage) {
+    const int dims = dims_of(g.head_dim);
+    const int64_t to = dims * P::kElement;
+    for (int t = 0; t < count; ++t) {
+        copy_row<P>(rows + run.key(begin + t) * ld, g.format, g.head_dim, stage + t * to);
+        __builtin_memset(stage + t * to + g.head_dim * P::kElement, 0, (dims - g.head_dim) * P::kElement);
+    }
+    ld = to;
+    return stage;
+}
+
 // Queries are numbered row by row and, in a row, head by head of the key head's group.
 template <class P>
 struct IntervalTile {
     const IntervalAttention& g;
     const int32_t *lo, *hi;  // the list's, by row
+    const KeyRun& run_of_keys;
     int row_begin;  // row of query 0
     int query_begin;  // query that run(0) begins with
     int key_begin, keys;  // the block
@@ -51,6 +67,12 @@ struct IntervalTile {
     float *acc, *m, *l;  // by query: product with the values, largest score (base 2), denominator
     float* s;  // (kRows, kKeyBlock)
     char* p;  // (kRows, kKeyBlock) in P's input format; s itself for float32
+
+    // Where the row's keys begin and end, counted as key_begin is: keys, or positions in a joined run.
+    ALWAYS_INLINE int first_key(int row) const { return run_of_keys.joined() ? 0 : lo[row]; }
+    ALWAYS_INLINE int end_key(int row) const {
+        return run_of_keys.joined() ? hi[row] - run_of_keys.key_begin + run_of_keys.prefix_keys : hi[row];
+    }
 
     // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's.
     template <int MR, int NV>
@@ -121,7 +143,7 @@ struct IntervalTile {
         constexpr int NV = P::kVectors, W = P::kVectors * VL;
         const int query = query_begin + at;
         const int first = row_begin + query / g.group, last = row_begin + (query + MR - 1) / g.group;
-        const int lowest = lo[first] - key_begin, highest = hi[last] - key_begin;  // neither end of a run moves back
+        const int lowest = first_key(first) - key_begin, highest = end_key(last) - key_begin;  // neither end of a run moves back
         const int begin = lowest < 0 ? 0 : lowest / W * W;
         const int end = highest > keys ? keys_padded : static_cast<int>(padded(highest));
         if (begin >= end) return;
@@ -137,7 +159,7 @@ struct IntervalTile {
         float shrink[MR];
         for (int i = 0; i < MR; ++i) {
             const int row = row_begin + (query + i) / g.group;
-            const int a = lo[row] - key_begin, b = hi[row] - key_begin;
+            const int a = first_key(row) - key_begin, b = end_key(row) - key_begin;
             shrink[i] = weights(i, query + i, begin, end, a < 0 ? 0 : a, b > keys ? keys : b);
         }
         for (int d = 0; d < dims; d += panel) {
@@ -204,19 +226,22 @@ void interval_attention_with(const IntervalAttention& g, const IntervalTask& tas
         for (const KeyRun* run = task.runs[list]; run != task.runs_end[list] && run->row_begin < task.row_end; ++run) {
             const int row_begin = run->row_begin > task.row_begin ? run->row_begin : task.row_begin;
             const int row_end = run->row_end < task.row_end ? run->row_end : task.row_end;
-            const int last_key = hi[row_end - 1];
-            int key = run->key_begin + (lo[row_begin] - run->key_begin) / kKeyBlock * kKeyBlock;
+            const bool joined = run->joined();
+            const int last_key = joined ? hi[row_end - 1] - run->key_begin + run->prefix_keys : hi[row_end - 1];
+            int key = joined ? 0 : run->key_begin + (lo[row_begin] - run->key_begin) / kKeyBlock * kKeyBlock;
             for (; key < last_key; key += kKeyBlock) {
                 const int keys = last_key - key < kKeyBlock ? last_key - key : kKeyBlock;
                 const int keys_padded = static_cast<int>(padded(keys));
                 int64_t ldk = g.k_row * element, ldv = g.v_row * element;
-                const char* k = g.k + (key * g.k_row + task.kv_head * g.k_head) * element;
-                k = staged<P>(g, k, keys, ldk, stage);
+                const char* k = g.k + task.kv_head * g.k_head * element;
+                k = joined ? gathered<P>(g, *run, k, key, keys, ldk, stage)
+                           : staged<P>(g, k + key * ldk, keys, ldk, stage);
                 pack_keys<P>(k, ldk, keys, keys_padded, g.head_dim / P::kStep, reinterpret_cast<int32_t*>(key_panels));
-                const char* v = g.v + (key * g.v_row + task.kv_head * g.v_head) * element;
-                v = staged<P>(g, v, keys, ldv, stage);
+                const char* v = g.v + task.kv_head * g.v_head * element;
+                v = joined ? gathered<P>(g, *run, v, key, keys, ldv, stage)
+                           : staged<P>(g, v + key * ldv, keys, ldv, stage);
                 pack_values<P>(v, ldv, keys, keys_padded, dims, value_panel<P>(dims), value_panels);
-                const IntervalTile<P> tile{g, lo, hi, task.row_begin, (row_begin - task.row_begin) * g.group,
+                const IntervalTile<P> tile{g, lo, hi, *run, task.row_begin, (row_begin - task.row_begin) * g.group,
                                            key, keys, keys_padded, value_panel<P>(dims), dims,
                                            q, key_panels, value_panels, acc, m, l, s, p};
                 for_row_tiles<P::kRows>((row_end - row_begin) * g.group, tile);

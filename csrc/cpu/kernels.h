@@ -91,8 +91,18 @@ struct IntervalAttention {
 
 // Consecutive rows whose intervals of one list are not empty and of which neither end moves back or by more than one
 // key from row to row. Blocks of keys are counted from key_begin, the first key of the run's first row.
+//
+// Where all rows of a run of the second list begin at key_begin and see one and the same interval of the first list,
+// that prefix is put before their own keys, as if they were one interval: then a row's bits are those it would have if
+// its prefix were not shared. The first list has no run for such rows.
 struct KeyRun {
     int row_begin, row_end, key_begin;
+    int prefix_begin, prefix_keys; // prefix_keys is 0 where there is no such prefix
+
+    bool joined() const { return prefix_keys > 0; }
+    int key(int position) const { // the key at a position of a joined run, counted from its prefix's first
+        return position < prefix_keys ? prefix_begin + position : key_begin + position - prefix_keys;
+    }
 };
 
 // The rows [row_begin, row_end) for the queries of one key head. runs[list] is the first run of the list that reaches
