@@ -20,7 +20,7 @@ from bench.gpu_engines import GpuEngine, NotHere, failing_as
 from bench.gpu_models import GpuModel
 from bench.timing import EngineError, agreement, interleave
 
-PARTS = ("ceilings", "attention", "engines", "latency", "profile")
+PARTS = ("ceilings", "attention", "label_logits", "engines", "latency", "profile")
 # Seconds of torch.compile per layer, before the first compilation of this run has been timed.
 _COMPILE_GUESS = 3.0
 
@@ -89,7 +89,8 @@ class Findings:
     host: dict[str, Any]
     ceilings: dict[str, float] = field(default_factory=dict)
     cases: list[dict[str, Any]] = field(default_factory=list)
-    attention: list[gpu_kernels.AttentionResult] = field(default_factory=list)
+    attention: list[gpu_kernels.KernelResult] = field(default_factory=list)
+    label_logits: list[gpu_kernels.KernelResult] = field(default_factory=list)
     models: list[ModelResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -97,7 +98,8 @@ class Findings:
     @property
     def sound(self) -> bool:
         """Equals whether nothing failed and nothing was wrong."""
-        states = [row.state for model in self.models for row in model.rows] + [one.state for one in self.attention]
+        states = [row.state for model in self.models for row in model.rows]
+        states += [one.state for one in (*self.attention, *self.label_logits)]
         return all(state in ("ok", "not here", "left out") for state in states)
 
 
@@ -144,6 +146,9 @@ class _Bench:
         if "attention" in options.parts:
             self._attention(folder, tokenizer)
             save(findings)
+        if "label_logits" in options.parts:
+            self._label_logits()
+            save(findings)
         for name in options.models if {"engines", "latency", "profile"} & {*options.parts} else ():
             self._say(f"{name}: building")
             model = gpu_models.build(name, options.cache, tokenizer, tiny=options.tiny, device=str(self._device))
@@ -184,6 +189,13 @@ class _Bench:
             itemsize = getattr(torch, gpu_engines.DTYPE).itemsize
             self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes(itemsize)})
             self.findings.attention += gpu_kernels.attention(case, self._device, 3 * self._options.rounds)
+
+    def _label_logits(self) -> None:
+        self._say("label logits alone")
+        itemsize = getattr(torch, gpu_engines.DTYPE).itemsize
+        for case in gpu_kernels.label_cases(tiny=self._options.tiny):
+            self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes(itemsize)})
+            self.findings.label_logits += gpu_kernels.label_logits(case, self._device, 3 * self._options.rounds)
 
     def _model(self, model: GpuModel, work: data.Workload) -> None:
         options, sizes = self._options, self._options.sizes

@@ -1,4 +1,4 @@
-"""Kernels alone on a GPU: attention against torch's, and the two ceilings that everything stands under.
+"""Kernels alone on a GPU: attention and label logits against torch's, and the two ceilings over everything.
 
 Times are of a CUDA graph that holds several calls, between two events, divided by the calls: launches cost nothing
 there, as they do in a graphed forward. Beside them stands the time of one call as Python makes it. Inputs are warm in
@@ -45,8 +45,30 @@ class AttentionCase:
         return 4.0 * itemsize * self.heads * self.head_dim * float(self.lengths.sum())
 
 
+@dataclass(frozen=True)
+class LabelCase:
+    """K labels at N last positions of a model of width h, whose head has V rows."""
+
+    name: str
+    rows: int
+    labels: int
+    width: int
+    vocabulary: int
+
+    @property
+    def flop(self) -> float:
+        """Equals 2 x the multiply-accumulates of the labels' rows; the norm is not counted."""
+        return 2.0 * self.rows * self.labels * self.width
+
+    def bytes(self, itemsize: int) -> float:
+        """Equals the fewest bytes that can be moved: states, label rows and norm weight read, logits and order
+        written."""
+        values = (self.rows + self.labels + 1) * self.width
+        return float(itemsize * values + 8 * self.rows * self.labels)
+
+
 @dataclass
-class AttentionResult:
+class KernelResult:
     """Seconds per call of one way: `graph` (in a CUDA graph; empty where it cannot be captured) and `call`."""
 
     case: str
@@ -130,7 +152,7 @@ def attention_cases(natural: NDArray[np.int64], shapes: dict[str, tuple[int, int
     return cases
 
 
-def attention(case: AttentionCase, device: torch.device, rounds: int) -> list[AttentionResult]:
+def attention(case: AttentionCase, device: torch.device, rounds: int) -> list[KernelResult]:
     """Equals the results of ours, varlen_attn and padded SDPA on one case; each is checked before it is timed.
 
     The bound is that of the tests: the root mean square error against float64 is at most twice that of plain torch
@@ -142,13 +164,71 @@ def attention(case: AttentionCase, device: torch.device, rounds: int) -> list[At
         torch.randn((rows, case.heads, case.head_dim), device=device, generator=generator).to(dtype) for _ in range(3)
     )
     exact, plain = _exact(q, k, v, case), _exact(q, k, v, case, dtype)
-    bound = 2 * _rms(plain, exact)
+    ways = {way: lambda make=make: make(q, k, v, case, device) for way, make in _WAYS.items()}
+    return _compared(case.name, ways, exact, 2 * _rms(plain, exact), device, rounds)
+
+
+def label_cases(*, tiny: bool) -> list[LabelCase]:
+    """Equals the readouts of pointwise rerankers (yes and no) and of FIRST's windows (26 identifiers)."""
+    shapes = {"Qwen3-0.6B": (1024, 151_669), "Qwen3-4B": (2560, 151_669), "Llama-3.1-8B": (4096, 128_256)}
+    cases = []
+    for name, (width, vocabulary) in ({"tiny": (96, 300)} if tiny else shapes).items():
+        for rows, labels in ((6, 2), (3, 26)) if tiny else ((100, 2), (1000, 2), (9, 26)):
+            cases.append(LabelCase(f"{name}, {rows} x {labels} labels", rows, labels, width, vocabulary))
+    return cases
+
+
+def label_logits(case: LabelCase, device: torch.device, rounds: int) -> list[KernelResult]:
+    """Equals the results of ours and of torch: norm and label rows in float32, in bfloat16, and with the whole head.
+
+    Each takes states before the final norm and gives the labels' logits and order. Checked before it is timed: ours and
+    torch's in float32 against twice the error of torch's in float32, the ways in bfloat16 against twice their own kind.
+    """
+    dtype = getattr(torch, DTYPE)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn((case.rows, case.width), device=device, generator=generator).mul_(3).to(dtype)
+    head = torch.randn((case.vocabulary, case.width), device=device, generator=generator).mul_(case.width**-0.5)
+    head = head.to(dtype)
+    gamma = torch.rand((case.width,), device=device, generator=generator).to(dtype)
+    ids = torch.arange(case.labels, device=device) * 7
+    rows = head[ids].contiguous()
+
+    def products(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        states = torch.nn.functional.rms_norm(hidden.to(kind), (case.width,), gamma.to(kind), 1e-6)
+        return states @ weight.to(kind).T
+
+    def ordered(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits, logits.argsort(dim=1, descending=True, stable=True)
+
+    def ours() -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.label_logits(hidden, rows, norm="rms", norm_weight=gamma, eps=1e-6, return_order=True)
+
+    exact = products(rows, torch.float64)
+    bounds = {kind: 2 * _rms(products(rows, kind), exact) for kind in (torch.float32, dtype)}
+    ways: dict[str, tuple[torch.dtype, Callable[[], tuple[torch.Tensor, torch.Tensor]]]] = {
+        "ops.label_logits": (torch.float32, ours),
+        "torch, label rows, float32": (torch.float32, lambda: ordered(products(rows, torch.float32))),
+        f"torch, label rows, {DTYPE}": (dtype, lambda: ordered(products(rows, dtype))),
+        f"torch, whole head, {DTYPE}": (dtype, lambda: ordered(products(head, dtype)[:, ids].float())),
+    }
     results = []
-    for way, make in _WAYS.items():
-        result = AttentionResult(case.name, way)
+    for way, (kind, run) in ways.items():
+        results += _compared(
+            case.name, {way: lambda run=run: (run, lambda out: out[0])}, exact, bounds[kind], device, rounds
+        )
+    return results
+
+
+def _compared(
+    case: str, ways: dict[str, Callable[[], Way]], exact: torch.Tensor, bound: float, device: torch.device, rounds: int
+) -> list[KernelResult]:
+    """Every way checked (rms error of at most `bound`), then timed."""
+    results = []
+    for way, make in ways.items():
+        result = KernelResult(case, way)
         results.append(result)
         try:
-            run, unpad = make(q, k, v, case, device)
+            run, unpad = make()
             out = unpad(run())
             result.error = _rms(out, exact) / float(exact.double().square().mean().sqrt())
         except NotHere as reason:
@@ -180,7 +260,7 @@ def packed_batch(lengths: NDArray[np.int64]) -> PackedBatch:
     return pack_documents(np.zeros(int(offsets[-1]), np.int32), None, offsets, np.arange(len(lengths)), False)
 
 
-Way = tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+Way = tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]  # a call, and what makes the values to compare of it
 
 
 def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, device: torch.device) -> Way:

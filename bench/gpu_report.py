@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.gpu import Findings, ModelResult, Row
+from bench.gpu_kernels import KernelResult
 from bench.report import Table, show_tables
 from bench.timing import percentile, ratio
 
@@ -33,7 +34,17 @@ def write_json(findings: Findings, path: Path) -> None:
 
 def tables(findings: Findings) -> list[Table]:
     """Equals the report's tables, those that have no rows left out."""
-    found = [_ceilings(findings), _attention(findings)]
+    found = [
+        _ceilings(findings),
+        _kernels(
+            findings, findings.attention, "Attention alone, forward",
+            "Floors: q, k, v and output moved once at the copy rate; products inside documents at the matmul rate.",
+        ),
+        _kernels(
+            findings, findings.label_logits, "Label logits alone: final norm, label rows, order",
+            "Floors: states, label rows, logits and order moved once at the copy rate; products at the matmul rate.",
+        ),
+    ]  # fmt: skip
     for model in findings.models:
         found += [_engines(model, findings.ceilings.get("matmul")), _latency(model), _profile(model)]
     return [table for table in found if table.rows]
@@ -49,10 +60,10 @@ def _ceilings(findings: Findings) -> Table:
     return Table("Ceilings, measured on random data", ["what", "rate", "unit"], rows, [])
 
 
-def _attention(findings: Findings) -> Table:
+def _kernels(findings: Findings, results: list[KernelResult], title: str, floors_note: str) -> Table:
     by_name = {case["name"]: case for case in findings.cases}
     rows = []
-    for one in findings.attention:
+    for one in results:
         if one.state != "ok":
             rows.append([one.case, one.way, one.state, *[""] * 5])
             continue
@@ -70,13 +81,11 @@ def _attention(findings: Findings) -> Table:
             ]
         )
     columns = ["case", "way", "in a graph, us", "a call, us", "bytes floor", "flops floor", "of floor", "error"]
-    details = {(one.way, one.detail) for one in findings.attention if one.detail}
+    details = {(one.way, one.detail) for one in results if one.detail}
     notes = [f"{way}: {detail}" for way, detail in sorted(details)]
-    notes.append(
-        "Floors: q, k, v and output moved once at the copy rate; products inside documents at the matmul rate."
-    )
+    notes.append(floors_note)
     notes.append("Error: rms against float64 over the rms of the result; checked before timing, as in the tests.")
-    return Table("Attention alone, forward", columns, rows, notes)
+    return Table(title, columns, rows, notes)
 
 
 def _floors(case: dict[str, float], ceilings: dict[str, float]) -> tuple[float, float]:

@@ -96,7 +96,9 @@ def cross_encoder(
 @app.command("all")
 def everything(
     context: typer.Context,
-    parts: Annotated[str | None, typer.Option(help="ceilings,attention,engines,latency,profile; default all")] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="ceilings,attention,label_logits,engines,latency,profile; default all")
+    ] = None,
     only: Annotated[str | None, typer.Option(help="models: xlmr-large,minilm,modernbert-base; default all")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 15,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="engines under torch.compile too")] = True,
@@ -108,7 +110,7 @@ def everything(
     json_file: Annotated[Path | None, typer.Option("--json", help="default bench/results/gpu.json on a GPU")] = None,
     markdown: Annotated[bool, typer.Option(help="print Markdown instead of terminal tables")] = False,
 ) -> None:
-    """Everything on a GPU: engines end to end, attention alone, bandwidth, and a profile of a forward."""
+    """Everything on a GPU: engines end to end, kernels alone, bandwidth, and a profile of a forward."""
     from rich.console import Console
 
     from bench import gpu as bench

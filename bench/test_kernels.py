@@ -78,6 +78,32 @@ def test_attention(benchmark: Any, isa: str, dtype: str, length: int) -> None:
     _report(benchmark, 4.0 * rows * length * heads * head_dim, dtype, isa)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("labels", [2, 26])
+def test_label_logits(benchmark: Any, isa: str, dtype: str, labels: int) -> None:
+    """RMS norm and label rows at 100 positions of Qwen3-0.6B's width. Bytes: every input once, and the logits."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    hidden, weight = (
+        torch.from_numpy(rng.standard_normal((n, 1024), np.float32)).to(getattr(torch, dtype)) for n in (100, labels)
+    )
+    gamma = torch.from_numpy(rng.standard_normal(1024, np.float32))
+    exact, _ = reference.label_logits(
+        *(x.double().numpy() for x in (hidden, weight)), norm="rms", norm_weight=gamma.double().numpy()
+    )
+    given = {"norm": "rms", "norm_weight": gamma, "return_order": True}
+    ops.set_isa(isa)
+    ops.set_num_threads(1)
+    try:
+        result, _ = ops.label_logits(hidden, weight, **given)
+        assert np.abs(result.numpy() - exact).max() <= 1e-5 * np.abs(exact).max()
+        benchmark(ops.label_logits, hidden, weight, **given)
+    finally:
+        ops.set_isa(None)
+        ops.set_num_threads(None)
+    _report_bytes(benchmark, hidden.nbytes + weight.nbytes + gamma.nbytes + 2 * result.nbytes)
+
+
 def test_layer_norm(benchmark: Any, isa: str) -> None:
     """Rows of 384 with the copies that the Python face makes."""
     x = np.random.default_rng(0).standard_normal((ROWS, 384), np.float32)

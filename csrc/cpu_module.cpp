@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -13,32 +12,15 @@
 #include <vector>
 
 #include "cpu/encoder.h"
-#include "cpu/interval.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu_module.h"
 
 namespace py = pybind11;
 using namespace fastrerank::cpu;
 
 namespace {
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-
-template <class T, size_t N>
-T by_name(const std::pair<const char*, T> (&table)[N], const std::string& name, const char* what) {
-    std::string valid;
-    for (const auto& [key, value] : table) {
-        if (name == key) return value;
-        valid += std::string(valid.empty() ? "" : ", ") + key;
-    }
-    throw std::invalid_argument(std::string(what) + " must be one of " + valid + ", got '" + name + "'");
-}
-
-Precision precision_of(const std::string& name) {
-    static const std::pair<const char*, Precision> table[] = {
-        {"float32", Precision::kFloat32}, {"bfloat16", Precision::kBFloat16}, {"int8", Precision::kInt8}};
-    return by_name(table, name, "dtype");
-}
 Activation activation_of(const std::string& name) {
     static const std::pair<const char*, Activation> table[] = {
         {"identity", Activation::kIdentity}, {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh},
@@ -51,18 +33,6 @@ Readout readout_of(const std::string& name) {
         {"first", Readout::kFirst}, {"last", Readout::kLast}, {"mean", Readout::kMean}, {"tokens", Readout::kTokens}};
     return by_name(table, name, "readout");
 }
-const Kernels* kernels_of(const std::string& name) {
-    std::string valid;
-    for (int i = 0; i < 4; ++i) {
-        const Kernels* k = kernels(static_cast<Isa>(i));
-        if (!k) continue;
-        if (name == kIsaNames[i]) return k;
-        valid += std::string(valid.empty() ? "" : ", ") + kIsaNames[i];
-    }
-    throw std::invalid_argument("instruction-set level must be one of those this CPU runs (" + valid + "), got '" +
-                                name + "'");
-}
-
 using F32Array = py::array_t<float, py::array::c_style>;
 using I32Array = py::array_t<int32_t, py::array::c_style>;
 using I64Array = py::array_t<int64_t, py::array::c_style>;
@@ -231,42 +201,6 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
                   o + begin);
     });
     return out;
-}
-
-// Pointers and strides (in elements: row and head of q, k, v and out) of tensors that the caller has checked; lo, hi,
-// plo and phi point to int32, plo, phi and lse may be 0.
-void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t lo, uintptr_t hi,
-               uintptr_t plo, uintptr_t phi, int rows, int keys, int heads, int kv_heads, int head_dim,
-               const std::array<int64_t, 8>& strides, const std::string& dtype, float scale, float softcap, int threads,
-               const std::string& isa) {
-    const Precision precision = precision_of(dtype);
-    if (precision == Precision::kInt8) throw std::invalid_argument("dtype must be one of float32, bfloat16");
-    const auto integers = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
-    const auto& s = strides;
-    const IntervalAttention g{reinterpret_cast<const char*>(q),
-                              reinterpret_cast<const char*>(k),
-                              reinterpret_cast<const char*>(v),
-                              reinterpret_cast<char*>(out),
-                              reinterpret_cast<float*>(lse),
-                              s[0],
-                              s[1],
-                              s[2],
-                              s[3],
-                              s[4],
-                              s[5],
-                              s[6],
-                              s[7],
-                              precision == Precision::kFloat32 ? Format::kF32 : Format::kBF16,
-                              heads,
-                              heads / kv_heads,
-                              head_dim,
-                              scale,
-                              softcap,
-                              {integers(plo), integers(lo)},
-                              {integers(phi), integers(hi)}};
-    const Kernels& level = *kernels_of(isa);
-    py::gil_scoped_release release;
-    run_interval_attention(level, g, rows, keys, threads);
 }
 
 // y = activation(x W^T + b) through one level's packed product, with x converted as the encoder converts it.
@@ -449,14 +383,11 @@ PYBIND11_MODULE(_cpu, m) {
         [] {
             std::vector<std::string> names;
             for (int i = 0; i < 4; ++i)
-                if (kernels(static_cast<Isa>(i))) names.emplace_back(kIsaNames[i]);
+                if (const Kernels* k = kernels(static_cast<Isa>(i))) names.emplace_back(k->name);
             return names;
         },
         "Instruction-set levels that this CPU runs, lowest first.");
-    m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-          py::arg("lo"), py::arg("hi"), py::arg("plo"), py::arg("phi"), py::arg("rows"), py::arg("keys"),
-          py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("strides"), py::arg("dtype"),
-          py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("isa"));
+    add_tensor_ops(m);
     m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"),
           py::arg("isa"));
     m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"),

@@ -68,6 +68,28 @@ def attention(
     threads: int,
     isa: str,
 ) -> None: ...
+def label_logits(
+    hidden: int,
+    hidden_dtype: str,
+    hidden_row: int,
+    rows: int,
+    weight: int,
+    weight_dtype: str,
+    weight_row: int,
+    labels: int,
+    width: int,
+    norm: str,
+    gamma: int,
+    beta: int,
+    eps: float,
+    bias: int,
+    scale: float,
+    softcap: float,
+    logits: int,
+    order: int,
+    threads: int,
+    isa: str,
+) -> None: ...
 def max_sim(
     query: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.float32],

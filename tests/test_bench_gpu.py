@@ -78,6 +78,8 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
         assert f"**{model['name']}: from token ids to scores**" in done.output
     states = {one["way"]: one["state"] for one in found["attention"]}
     assert states == {"ops.attention": "ok", "varlen_attn": "not here", "padded SDPA": "ok"}
+    assert {one["state"] for one in found["label_logits"]} == {"ok"}
+    assert {one["way"].split(",")[0] for one in found["label_logits"]} == {"ops.label_logits", "torch"}
     assert set(found["models"][1]["latency"]) == {"fastrerank", "sentence-transformers"}
 
 
@@ -147,6 +149,17 @@ def test_wrong_and_failing_engines_are_not_timed(cache: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu_kernels.ops, "attention", lambda q, *_: q)
     found = gpu.run(options(cache, parts=("attention",), models=("minilm",)), Log())
     assert {one.way: one.state for one in found.attention}["ops.attention"] == "WRONG"
+    assert not found.sound
+
+
+def test_wrong_label_logits_are_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_kernels.ops.label_logits
+    monkeypatch.setattr(gpu_kernels.ops, "label_logits", lambda *a, **b: [x * 1.01 for x in right(*a, **b)])
+    found = gpu.run(options(cache, parts=("label_logits",), models=()), Log())
+    states = {one.way: one.state for one in found.label_logits}
+    assert states.pop("ops.label_logits") == "WRONG"
+    assert set(states.values()) == {"ok"}
+    assert not found.sound
 
 
 def test_our_torch_engine_is_compared_on_a_cpu_where_it_is_named() -> None:

@@ -29,6 +29,7 @@ from fastrerank.checkpoint import open_checkpoint
 from fastrerank.engine.cuda_graphs import BUCKETS
 from fastrerank.engine.heads import Head
 from fastrerank.engine.torch_encoder import DTYPES, TorchEncoder
+from fastrerank.ops import reference
 
 DEVICE = os.environ.get("FASTRERANK_TEST_DEVICE", "cuda")
 CUDA = torch.cuda.is_available()
@@ -252,6 +253,39 @@ def test_attention_is_one_node_of_a_compiled_function(backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)(q, k, v, *spans)
     assert torch.equal(compiled, layer(q, k, v, *spans))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_label_logits_of_real_sizes_with_and_without_compilation_and_graphs(dtype: str) -> None:
+    """Qwen3-0.6B's width and FIRST's 26 labels, read from the last positions of a padded batch."""
+    generator = torch.Generator().manual_seed(0)
+    states = (3 * torch.randn((200, 3, 1024), generator=generator)).to(DEVICE, getattr(torch, dtype))
+    head = (torch.randn((500, 1024), generator=generator) / 32).to(DEVICE, getattr(torch, dtype))
+    gamma = torch.rand(1024, generator=generator).to(DEVICE)
+    hidden, weight = states[:, -1], head[::19][:26]
+
+    def readout() -> Any:
+        return ops.label_logits(hidden, weight, norm="rms", norm_weight=gamma, return_order=True)
+
+    logits, order = readout()
+    exact, _ = reference.label_logits(
+        *(x.double().cpu().numpy() for x in (hidden, weight)), norm="rms", norm_weight=gamma.double().cpu().numpy()
+    )
+    plain = torch.nn.functional.rms_norm(hidden.float(), (1024,), gamma, 1e-6) @ weight.float().T
+    within_twice_plain(logits.cpu().numpy(), plain.cpu().numpy(), exact)
+    assert torch.equal(order.long(), (-logits).argsort(dim=1, stable=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: readout(), fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")()
+    assert torch.equal(compiled[0], logits)
+    if DEVICE != "cuda":
+        return
+    again = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(again):
+        replayed, places = readout()
+    hidden.copy_(hidden.flip(0))
+    again.replay()
+    assert torch.equal(replayed, logits.flip(0))
+    assert torch.equal(places, order.flip(0))
 
 
 @needs_cuda

@@ -103,6 +103,25 @@ struct IntervalTask {
     char* scratch;         // interval_scratch(head_dim, (row_end - row_begin) * group) bytes, 64-aligned
 };
 
+// logits[r][j] = softcap(normed(x[r]) . w[j] * scale + bias[j]), float32 from the load on; NaN and infinities pass.
+enum class RowNorm : int { kNone = 0, kRms = 1, kLayer = 2 };
+constexpr int kLabelRows = 4;
+struct LabelLogits {
+    const void* x;             // (rows, ldx)
+    Source x_source;
+    int64_t ldx, rows;
+    const void* w;             // (labels, ldw)
+    Source w_source;
+    int64_t ldw;
+    int labels, n;
+    RowNorm norm;
+    const float *gamma, *beta; // (n,), either may be null
+    float eps;
+    const float* bias;         // (labels,) or null
+    float scale, softcap;      // softcap * tanh(logit / softcap); 0: they stay
+    float* out;                // (rows, labels)
+};
+
 // Rows of float32 as a product reads them; columns [0, padded(n)) are written.
 struct Stored {
     void* q;             // null: not wanted
@@ -152,6 +171,8 @@ struct Kernels {
     void (*interval_attention)(const IntervalAttention&, const IntervalTask&);
     size_t (*interval_scratch)(int head_dim, int queries);
     void (*layer_norm)(const LayerNorm&);
+    // Rows [begin, end); scratch: kLabelRows * padded(n) floats.
+    void (*label_logits)(const LabelLogits&, int64_t begin, int64_t end, float* scratch);
     void (*convert)(const float* x, int64_t ldx, int rows, int n, const Stored&);
     // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (..,
     // half) by position; head_dim <= 512.

@@ -1,6 +1,7 @@
 // The end of every level's file: the kernels on the level's vector words and policies, and their table.
 #include "gemm.inl"
 #include "rows.inl"
+#include "label_logits.inl"
 #include "attention.inl"
 #include "interval.inl"
 
@@ -24,6 +25,7 @@ constexpr Kernels kTable = {kIsa,
                             interval_attention,
                             interval_scratch,
                             layer_norm,
+                            label_logits,
                             convert,
                             rope,
                             embed,

@@ -18,6 +18,7 @@ import fastrerank._cpu as _cpu
 
 if TYPE_CHECKING:
     from fastrerank.ops._attention import attention
+    from fastrerank.ops._label_logits import label_logits
 
 __all__ = [
     "attention",
@@ -25,6 +26,7 @@ __all__ = [
     "cpu_info",
     "cuda_info",
     "isa",
+    "label_logits",
     "max_sim",
     "num_threads",
     "peak",
@@ -35,16 +37,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the ops on torch tensors at first use: importing this module must not import torch."""
-    if name != "attention":
+    if name not in ("attention", "label_logits"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec("torch") is None:
         raise ImportError(
-            "ops.attention takes torch tensors, and torch is not installed: pip install 'fastrerank[torch]'"
+            f"ops.{name} takes torch tensors, and torch is not installed: pip install 'fastrerank[torch]'"
         )
-    from fastrerank.ops._attention import attention
-
-    globals()[name] = attention
-    return attention
+    op = getattr(importlib.import_module(f"fastrerank.ops._{name}"), name)
+    globals()[name] = op
+    return op
 
 
 _threads: int | None = None

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, Literal, overload
 
 import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
+from fastrerank.ops._tensors import DTYPES, choose_backend, said
 
 __all__ = ["attention"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BACKENDS = ("cpp", "triton")
 
 
 @overload
@@ -85,7 +82,7 @@ def attention(
         result, lse = torch.ops.fastrerank.attention(q, k, v, lo, hi, plo, phi, scale, softcap, return_lse, backend)
         if out is not None:
             if out.shape != q.shape or out.dtype != q.dtype:
-                raise ValueError(f"out must be {q.dtype} of shape {tuple(q.shape)}, got {_said(out)}")
+                raise ValueError(f"out must be {q.dtype} of shape {tuple(q.shape)}, got {said(out)}")
             result = out.copy_(result)
     else:
         result, lse = _run(q, k, v, lo, hi, plo, phi, scale, softcap, out, return_lse, backend)
@@ -98,7 +95,7 @@ def _run(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(q, k, v, lo, hi, plo, phi, out)
-    backend = _backend(q.device, backend)
+    backend = choose_backend(q.device, backend, "q")
     head_dim = q.shape[2]
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
@@ -157,26 +154,6 @@ def _triton(
         launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
 
 
-def _backend(device: torch.device, wanted: str | None) -> str:
-    if wanted is not None and wanted not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)} or None, got {wanted!r}")
-    if device.type == "cuda":
-        if wanted == "cpp":
-            raise ValueError('backend "cpp" takes CPU tensors, got CUDA tensors; use backend None or "triton"')
-        return "triton"
-    if device.type != "cpu":
-        raise ValueError(f"q must be on a CPU or CUDA device, got {device}")
-    if wanted == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            'backend "triton" takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got CPU tensors'
-        )
-    return wanted or "cpp"
-
-
-def _said(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
-
-
 def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
     phi: torch.Tensor | None, out: torch.Tensor | None,
@@ -185,9 +162,9 @@ def _check(
         if tensor is None and name == "out":
             continue
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {_said(tensor)}")
-        if tensor.ndim != 3 or tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} must be float32, float16 or bfloat16 (rows, heads, D), got {_said(tensor)}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
+        if tensor.ndim != 3 or tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, float16 or bfloat16 (rows, heads, D), got {said(tensor)}")
         if tensor.stride(2) != 1 and tensor.numel():
             raise ValueError(f"{name} must be contiguous along D, got strides {tensor.stride()}; call .contiguous()")
         if tensor.dtype != q.dtype or tensor.device != q.device:
@@ -210,9 +187,9 @@ def _check(
         if tensor is None and name in ("plo", "phi"):
             continue
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {_said(tensor)}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
         if tensor.dtype != torch.int32 or tensor.shape != (rows,):
-            raise ValueError(f"{name} must be int32 of shape ({rows},), got {_said(tensor)}")
+            raise ValueError(f"{name} must be int32 of shape ({rows},), got {said(tensor)}")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
 

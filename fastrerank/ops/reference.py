@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "max_sim"]
+__all__ = ["attention", "label_logits", "max_sim"]
 
 
 def attention(
@@ -47,6 +47,44 @@ def attention(
             out[i, h] = p @ v[keys, h // group] / p.sum()
             lse[i, h] = s.max() + np.log(p.sum())
     return out, lse
+
+
+def label_logits(
+    hidden: npt.NDArray[Any], weight: npt.NDArray[Any], *, norm: str | None = None,
+    norm_weight: npt.NDArray[Any] | None = None, norm_bias: npt.NDArray[Any] | None = None, eps: float = 1e-6,
+    bias: npt.NDArray[Any] | None = None, scale: float = 1.0, softcap: float = 0.0,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:  # fmt: skip
+    """K rows of an LM head on the normed hidden states of N positions.
+
+    Args:
+        hidden: (N, h). weight: (K, h).
+        norm_weight, norm_bias: (h,), None for ones and zeros. bias: (K,), None for zeros.
+        norm: "rms" divides a row by the root of its mean square plus eps, "layer" also takes the mean off first.
+        scale: factor of the products. softcap: logits become softcap * tanh(logit / softcap) where it is above 0.
+
+    Returns (N, K) in hidden's dtype, and int32 (N, K) of label positions by logit descending: ties by position, NaN as
+    -infinity.
+
+    Example:
+        >>> label_logits(np.array([[3.0, 4.0]]), np.eye(2), norm="rms", eps=0.0)
+        (array([[0.84852814, 1.13137085]]), array([[1, 0]], dtype=int32))
+    """
+    x = hidden
+    if norm == "layer":
+        x = x - x.mean(axis=1, keepdims=True)
+    if norm is not None:
+        x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + hidden.dtype.type(eps))
+    if norm_weight is not None:
+        x = x * norm_weight
+    if norm_bias is not None:
+        x = x + norm_bias
+    logits = x @ weight.T * hidden.dtype.type(scale)
+    if bias is not None:
+        logits = logits + bias
+    if softcap > 0:
+        logits = softcap * np.tanh(logits / softcap)
+    order = np.argsort(-np.where(np.isnan(logits), -np.inf, logits), axis=1, kind="stable")
+    return logits, order.astype(np.int32)
 
 
 def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

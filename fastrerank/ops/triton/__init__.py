@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA devices; each file needs torch and triton and nothing else of the package."""
+"""Triton kernels for CUDA devices; the files here need torch, triton and each other, nothing else of the package."""

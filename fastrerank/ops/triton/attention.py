@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Tile", "attention", "constants", "kernel", "tile"]
+__all__ = ["Tile", "attention", "constants", "kernel", "tanh", "tile"]
 
 
 class Tile(NamedTuple):
@@ -69,7 +69,7 @@ def _rows(base, rows, keep, stride, first: tl.constexpr, D: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh to about 3 ulp: by the exponential, and by an odd polynomial fitted on |x| <= 0.55, where 1 - t cancels."""
     t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^-2|x|
     large = (1.0 - t) / (1.0 + t)
@@ -95,7 +95,7 @@ def _step(
     if DB > 0:
         s = tl.dot(qb, tl.trans(_rows(k, keys, inside, k_row, DA, D, DB, MASK)), acc=s, input_precision="ieee")
     if SOFTCAP:
-        s = _tanh(s * inner)
+        s = tanh(s * inner)
     if MASK:
         seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]) & inside[None, :]
         s = tl.where(seen, s, float("-inf"))

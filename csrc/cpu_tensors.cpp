@@ -1,0 +1,96 @@
+// The door to the ops on tensors that the caller has checked: pointers as integers (0: none), strides in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/interval.h"
+#include "cpu/kernels.h"
+#include "cpu/label_logits.h"
+#include "cpu_module.h"
+
+namespace py = pybind11;
+using namespace fastrerank::cpu;
+
+namespace {
+
+Source source_of(const std::string& name) {
+    static const std::pair<const char*, Source> table[] = {
+        {"float32", Source::kF32}, {"float16", Source::kF16}, {"bfloat16", Source::kBF16}};
+    return by_name(table, name, "dtype");
+}
+RowNorm norm_of(const std::string& name) {
+    static const std::pair<const char*, RowNorm> table[] = {
+        {"none", RowNorm::kNone}, {"rms", RowNorm::kRms}, {"layer", RowNorm::kLayer}};
+    return by_name(table, name, "norm");
+}
+const float* floats(uintptr_t p) { return reinterpret_cast<const float*>(p); }
+
+// Strides: row and head of q, k, v and out. lo, hi, plo and phi point to int32; plo, phi and lse may be 0.
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t lo, uintptr_t hi,
+               uintptr_t plo, uintptr_t phi, int rows, int keys, int heads, int kv_heads, int head_dim,
+               const std::array<int64_t, 8>& strides, const std::string& dtype, float scale, float softcap, int threads,
+               const std::string& isa) {
+    const Precision precision = precision_of(dtype);
+    if (precision == Precision::kInt8) throw std::invalid_argument("dtype must be one of float32, bfloat16");
+    const auto integers = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
+    const auto& s = strides;
+    const IntervalAttention g{reinterpret_cast<const char*>(q),
+                              reinterpret_cast<const char*>(k),
+                              reinterpret_cast<const char*>(v),
+                              reinterpret_cast<char*>(out),
+                              reinterpret_cast<float*>(lse),
+                              s[0],
+                              s[1],
+                              s[2],
+                              s[3],
+                              s[4],
+                              s[5],
+                              s[6],
+                              s[7],
+                              precision == Precision::kFloat32 ? Format::kF32 : Format::kBF16,
+                              heads,
+                              heads / kv_heads,
+                              head_dim,
+                              scale,
+                              softcap,
+                              {integers(plo), integers(lo)},
+                              {integers(phi), integers(hi)}};
+    const Kernels& level = *kernels_of(isa);
+    py::gil_scoped_release release;
+    run_interval_attention(level, g, rows, keys, threads);
+}
+
+// Row strides of hidden (rows, width) and weight (labels, width). gamma and beta (width,) and bias (labels,) point to
+// float32 or are 0; order (rows, labels) points to int32 or is 0.
+void label_logits(uintptr_t hidden, const std::string& hidden_dtype, int64_t hidden_row, int64_t rows, uintptr_t weight,
+                  const std::string& weight_dtype, int64_t weight_row, int labels, int width, const std::string& norm,
+                  uintptr_t gamma, uintptr_t beta, float eps, uintptr_t bias, float scale, float softcap,
+                  uintptr_t logits, uintptr_t order, int threads, const std::string& isa) {
+    LabelLogits g{};
+    g.x = reinterpret_cast<const void*>(hidden), g.x_source = source_of(hidden_dtype), g.ldx = hidden_row;
+    g.w = reinterpret_cast<const void*>(weight), g.w_source = source_of(weight_dtype), g.ldw = weight_row;
+    g.rows = rows, g.labels = labels, g.n = width;
+    g.norm = norm_of(norm), g.gamma = floats(gamma), g.beta = floats(beta), g.eps = eps;
+    g.bias = floats(bias), g.scale = scale, g.softcap = softcap;
+    g.out = reinterpret_cast<float*>(logits);
+    const Kernels& level = *kernels_of(isa);
+    const py::gil_scoped_release release;
+    run_label_logits(level, g, reinterpret_cast<int32_t*>(order), threads);
+}
+
+}  // namespace
+
+void add_tensor_ops(py::module_& m) {
+    m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+          py::arg("lo"), py::arg("hi"), py::arg("plo"), py::arg("phi"), py::arg("rows"), py::arg("keys"),
+          py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("strides"), py::arg("dtype"),
+          py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("isa"));
+    m.def("label_logits", &label_logits, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_row"),
+          py::arg("rows"), py::arg("weight"), py::arg("weight_dtype"), py::arg("weight_row"), py::arg("labels"),
+          py::arg("width"), py::arg("norm"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("bias"),
+          py::arg("scale"), py::arg("softcap"), py::arg("logits"), py::arg("order"), py::arg("threads"),
+          py::arg("isa"));
+}

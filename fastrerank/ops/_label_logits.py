@@ -1,0 +1,190 @@
+"""The Python face of `ops.label_logits`: checks, and a choice between C++ (CPU tensors) and Triton (CUDA tensors)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+
+import fastrerank._cpu as _cpu
+from fastrerank import ops
+from fastrerank.ops._tensors import DTYPES, choose_backend, said
+
+__all__ = ["label_logits"]
+
+_NORMS = (None, "rms", "layer")
+
+
+@overload
+def label_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, *, norm: str | None = ..., norm_weight: torch.Tensor | None = ...,
+    norm_bias: torch.Tensor | None = ..., eps: float = ..., bias: torch.Tensor | None = ..., scale: float = ...,
+    softcap: float = ..., return_order: Literal[False] = ..., backend: str | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def label_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, *, norm: str | None = ..., norm_weight: torch.Tensor | None = ...,
+    norm_bias: torch.Tensor | None = ..., eps: float = ..., bias: torch.Tensor | None = ..., scale: float = ...,
+    softcap: float = ..., return_order: Literal[True], backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def label_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, *, norm: str | None = None, norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None, eps: float = 1e-6, bias: torch.Tensor | None = None, scale: float = 1.0,
+    softcap: float = 0.0, return_order: bool = False, backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Like `cap(norm(hidden.float()) @ weight.float().T * scale + bias)`: K rows of an LM head at N positions.
+
+    The readout of LLM reranking by first-token logits: yes and no (Qwen3-Reranker, arXiv 2506.05176), or the
+    identifiers of a list (FIRST, arXiv 2406.15657). Everything is float32 from the load on: normed values are not
+    rounded to 16 bits, as the module they come from would round them. The vocabulary's other rows are never read: the
+    least that can be moved is N h values of `hidden`, K h of `weight` and 4 N K bytes of logits, 0.8 MB for 100 rows
+    of 4096 in bfloat16 and 2 labels; the 2 N K h operations are few beside them.
+
+    Args:
+        hidden: (N, h) float32, float16 or bfloat16: what the final norm takes, or gives where `norm` is None. Any
+            stride between rows, also 0.
+        weight: (K, h) the labels' rows of the LM head, in any of these dtypes, any stride between rows.
+        norm: None; "rms": x * rsqrt(mean(x^2) + eps) * norm_weight; "layer": the same on x - mean(x), plus norm_bias.
+        norm_weight: (h,) in any of these dtypes; None for ones. Gemma's norms multiply by 1 + w: pass that.
+        norm_bias: (h,) likewise, with "layer" only.
+        eps: of the norm.
+        bias: (K,) likewise, added after `scale`; None for zeros.
+        scale: factor of the products: Cohere's logit_scale, 1 / logits_scaling of Granite, dim_model_base / h of
+            MiniCPM, h**-0.5 of T5 with tied embeddings.
+        softcap: logits become softcap * tanh(logit / softcap) where it is above 0 (Gemma 2).
+        return_order: also return the labels' order.
+        backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
+
+    Returns float32 (N, K), and with `return_order` int32 (N, K): positions of labels by logit descending, ties by
+    position. A hidden value that is NaN makes its row NaN (and an infinite one does under a norm); in the order, NaN
+    stands with -infinity. Check before you rank.
+
+    A row's result depends on that row alone: on the CPU it is bitwise the same whatever N is, wherever the row stands
+    and however many threads run.
+
+    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+
+    Example:
+        >>> import torch
+        >>> logits, order = label_logits(torch.tensor([[3.0, 4.0]]), torch.eye(2), scale=0.5, return_order=True)
+        >>> logits.tolist(), order.tolist()
+        ([[1.5, 2.0]], [[1, 0]])
+    """
+    tensors = (hidden, weight, norm_weight, norm_bias, bias)
+    if torch.is_grad_enabled() and any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors):
+        raise ValueError("label_logits has no gradient: call it under torch.inference_mode() or torch.no_grad()")
+    run: Callable[..., Any] = torch.ops.fastrerank.label_logits if torch.compiler.is_compiling() else _run
+    logits, order = run(
+        hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, return_order, backend
+    )  # fmt: skip
+    return (logits, order) if return_order else logits
+
+
+def _run(
+    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None, eps: float, bias: torch.Tensor | None, scale: float, softcap: float,
+    return_order: bool, backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    _check(hidden, weight, norm, norm_weight, norm_bias, bias)
+    backend = choose_backend(hidden.device, backend, "hidden")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    rows, labels = hidden.shape[0], weight.shape[0]
+    logits = torch.empty((rows, labels), dtype=torch.float32, device=hidden.device)
+    order = torch.empty((rows if return_order else 0, labels), dtype=torch.int32, device=hidden.device)
+    if rows == 0:
+        return logits, order
+    launch: Callable[..., None] = _triton if backend == "triton" else _cpp
+    places = order if return_order else None
+    launch(hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, logits, places)
+    return logits, order
+
+
+def _cpp(
+    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None, eps: float, bias: torch.Tensor | None, scale: float, softcap: float,
+    logits: torch.Tensor, order: torch.Tensor | None,
+) -> None:  # fmt: skip
+    given = [None if x is None else x.float().contiguous() for x in (norm_weight, norm_bias, bias)]
+    gamma, beta, added, places = (0 if x is None else x.data_ptr() for x in (*given, order))
+    _cpu.label_logits(
+        hidden.data_ptr(), str(hidden.dtype)[6:], hidden.stride(0), hidden.shape[0],
+        weight.data_ptr(), str(weight.dtype)[6:], weight.stride(0), weight.shape[0], weight.shape[1],
+        norm or "none", gamma, beta, eps, added, scale, softcap, logits.data_ptr(), places,
+        ops.num_threads(), ops.isa(),
+    )  # fmt: skip
+
+
+def _triton(hidden: torch.Tensor, *others: Any) -> None:
+    from fastrerank.ops.triton.label_logits import label_logits as launch
+
+    if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
+        with torch.cuda.device(hidden.device):
+            launch(hidden, *others)
+    else:
+        launch(hidden, *others)
+
+
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None, bias: torch.Tensor | None,
+) -> None:  # fmt: skip
+    for name, tensor, letter in (("hidden", hidden, "N"), ("weight", weight, "K")):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
+        if tensor.ndim != 2 or tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, float16 or bfloat16 ({letter}, h), got {said(tensor)}")
+        if tensor.stride(1) != 1 and tensor.shape[1] > 1 and tensor.numel():
+            raise ValueError(
+                f"{name} must have contiguous rows, got strides {tuple(tensor.stride())}; call .contiguous()"
+            )
+    width, labels = hidden.shape[1], weight.shape[0]
+    if width < 1:
+        raise ValueError(f"hidden must have at least one column, got shape {tuple(hidden.shape)}")
+    if labels < 1 or weight.shape[1] != width:
+        raise ValueError(f"weight must be (K, {width}) with K of at least 1, got shape {tuple(weight.shape)}")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    if max(hidden.shape[0], labels, width) >= 2**31:
+        raise ValueError(f"hidden and weight must have sides below 2**31, got {said(hidden)} and {said(weight)}")
+    if norm not in _NORMS:
+        raise ValueError(f'norm must be None, "rms" or "layer", got {norm!r}')
+    for name, vector, size in (("norm_weight", norm_weight, width), ("norm_bias", norm_bias, width),
+                               ("bias", bias, labels)):  # fmt: skip
+        if vector is None:
+            continue
+        if not isinstance(vector, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {said(vector)}")
+        if vector.shape != (size,) or vector.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, float16 or bfloat16 of shape ({size},), got {said(vector)}")
+        if vector.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {vector.device}")
+    if norm is None and norm_weight is not None:
+        raise ValueError('norm_weight needs norm "rms" or "layer", got norm None')
+    if norm != "layer" and norm_bias is not None:
+        raise ValueError(f'norm_bias needs norm "layer", got norm {norm!r}')
+
+
+# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
+_library = torch.library.Library("fastrerank", "FRAGMENT")
+_library.define(
+    "label_logits(Tensor hidden, Tensor weight, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor? bias, float scale, float softcap, bool return_order, str? backend) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _fake(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, labels, return_order = hidden.shape[0], weight.shape[0], others[-2]
+    order = hidden.new_empty((rows if return_order else 0, labels), dtype=torch.int32)
+    return hidden.new_empty((rows, labels), dtype=torch.float32), order
+
+
+_library.impl("label_logits", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fastrerank::label_logits", _fake, lib=_library)

@@ -1,0 +1,37 @@
+"""What the ops on torch tensors share: the choice of a backend, and how a wrong argument is described."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+__all__ = ["DTYPES", "choose_backend", "said"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BACKENDS = ("cpp", "triton")
+
+
+def choose_backend(device: torch.device, wanted: str | None, name: str) -> str:
+    """Return "cpp" or "triton" for tensors on `device`, as the caller wanted or as the device needs.
+
+    Raises ValueError for a backend that does not exist or does not run there; `name` is the argument on `device`.
+    """
+    if wanted is not None and wanted not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)} or None, got {wanted!r}")
+    if device.type == "cuda":
+        if wanted == "cpp":
+            raise ValueError('backend "cpp" takes CPU tensors, got CUDA tensors; use backend None or "triton"')
+        return "triton"
+    if device.type != "cpu":
+        raise ValueError(f"{name} must be on a CPU or CUDA device, got {device}")
+    if wanted == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            'backend "triton" takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got CPU tensors'
+        )
+    return wanted or "cpp"
+
+
+def said(value: object) -> str:
+    """Return a tensor's dtype and shape, or the type of what is none."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
