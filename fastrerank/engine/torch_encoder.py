@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import threading
@@ -18,6 +17,7 @@ from fastrerank.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.heads import Head
 from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import split_equal, split_lengths, split_padded
+from fastrerank.engine.placing import place_on, stretch, unstretched
 from fastrerank.engine.torch_backbone import Read
 from fastrerank.engine.torch_heads import ModuleHead, split_head
 from fastrerank.engine.torch_linear import packs
@@ -63,7 +63,7 @@ class TorchEncoder:
         self._undeclared_types = takes_types and not hasattr(config, "type_vocab_size")
         self._vocabulary = int(config.vocab_size)
         self.width: int = head.width
-        self._stretch = _stretch(config)
+        self._stretch = stretch(config)
         self._lock = threading.Lock()
 
     @classmethod
@@ -92,7 +92,7 @@ class TorchEncoder:
             >>> encoder = TorchEncoder.load(open_checkpoint("path"))          # doctest: +SKIP
         """
         ops.num_threads(num_threads)  # checks it
-        model = load_model(checkpoint, head is None, dtype)
+        model = load_model(checkpoint, "classification" if head is None else "none", dtype)
         task_head: Any = None
         if head is None:
             backbone, task_head, reason = split_head(model)
@@ -102,10 +102,10 @@ class TorchEncoder:
         cast_parameters(backbone, getattr(torch, dtype))
         place = torch.device(device)
         backbone.to(place).eval()
-        with _place(None, place):
+        with place_on(None, place):
             runner, found = choose_runner(backbone, dtype, packed, whole=task_head is None)
         if place.type == "cpu" and packs(getattr(torch, dtype)):
-            with torch.inference_mode(), _place(num_threads, place):
+            with torch.inference_mode(), place_on(num_threads, place):
                 pack_when_equal(runner, dtype)
         reason = "; ".join(part for part in (reason, found) if part)
         if packed and not runner.packed:
@@ -123,7 +123,7 @@ class TorchEncoder:
     def warmup(self) -> None:
         """Capture the CUDA graphs of all batch sizes now; does nothing where there are none."""
         if self.packed:
-            with torch.inference_mode(), _place(self.num_threads, self.device):
+            with torch.inference_mode(), place_on(self.num_threads, self.device):
                 self._runner.warmup()
 
     def forward(
@@ -146,7 +146,7 @@ class TorchEncoder:
         self._check(ids, types, offsets)
         tokens = self.readout == "tokens"
         result = np.full((len(ids) if tokens else len(offsets) - 1, self.width), np.nan, np.float32)
-        with torch.inference_mode(), _place(self.num_threads, self.device):
+        with torch.inference_mode(), place_on(self.num_threads, self.device):
             for chosen, values in self._batches(ids, types, offsets, self._read(ids, offsets)):
                 if tokens:
                     lengths = np.diff(offsets)[chosen]
@@ -176,7 +176,7 @@ class TorchEncoder:
         while waiting:
             chosen = waiting.pop()
             try:
-                with self._exclusive():
+                with unstretched(self._runner.backbone, self._stretch, self._lock):
                     values = self._head(self._runner.rows(ids, types, offsets, chosen, read))
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
@@ -201,19 +201,6 @@ class TorchEncoder:
             alone = [one[None] for one in chosen if lengths[one] > self._stretch]
             chosen = chosen[lengths[chosen] <= self._stretch]
         return alone + [chosen[part] for part in divide(lengths[chosen], self.budget)]
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold a model whose rotary frequencies change with the longest text, from their first state on."""
-        if self._stretch is None:
-            yield
-            return
-        with self._lock:
-            for module in self._runner.backbone.modules():
-                if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
-                    module.inv_freq = module.original_inv_freq.clone()
-                    module.max_seq_len_cached = module.original_max_seq_len
-            yield
 
     def _size(self, lengths: npt.NDArray[np.int64]) -> int:
         return int(lengths.sum() if self.packed else lengths.max() * len(lengths))
@@ -259,34 +246,3 @@ class _Whole(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
-
-
-def _stretch(config: Any) -> int | None:
-    """Tokens up to which rotary frequencies are fixed, for families where a longer text changes all of a batch's."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for kind in kinds:
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            original = kind.get("original_max_position_embeddings")
-            return int(
-                original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings
-            )
-    return None
-
-
-@contextlib.contextmanager
-def _place(threads: int | None, device: torch.device) -> Iterator[None]:
-    """Make a GPU the current device, for kernels that run there; or set torch's CPU threads for a while."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-        return
-    if threads is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

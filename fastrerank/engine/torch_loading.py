@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,21 +16,30 @@ from transformers.utils import logging as messages
 
 from fastrerank.checkpoint import Checkpoint, untrained
 
-__all__ = ["cast_parameters", "load_model", "quiet"]
+__all__ = ["cast_parameters", "load_model", "quiet", "release"]
+
+_MAPS = Path("/proc/self/maps")
+_FACTORIES = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "none": transformers.AutoModel,
+}
 
 
-def load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
+def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
     """Return the checkpoint's transformers model on the CPU, in evaluation mode.
 
     Args:
         checkpoint: opened checkpoint.
-        task: True for the sequence classification model, False for the body alone.
+        head: "classification" for the sequence classification model, "causal" or "seq2seq" for the language model,
+            "none" for the body alone.
         dtype: precision that the backbone will have; parameters come as float32 for "float32", else as they are stored.
 
-    Raises ValueError for a task model without a trained head, weights that are missing, of another shape than
-    config.json says, NaN or infinite, and for a variant that transformers does not compute.
+    Raises ValueError for a model without the trained head that is asked for, weights that are missing, of another shape
+    than config.json says, NaN or infinite, and for a variant that transformers does not compute.
     """
-    factory = transformers.AutoModelForSequenceClassification if task else transformers.AutoModel
+    factory, task = _FACTORIES[head], head == "classification"
     path = checkpoint.transformer_path
     with checkpoint.tensors():  # damaged or missing files are named before transformers reads them
         pass
@@ -50,7 +62,7 @@ def load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
     in_body = [name for name in missing if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
     if task and missing and not in_body:
         raise untrained(checkpoint)
-    lacking = [name for name in missing if task or not name.startswith("pooler.")]
+    lacking = [name for name in missing if head != "none" or not name.startswith("pooler.")]
     if lacking:
         raise ValueError(
             f"{path}: the weights lack {lacking[0]!r}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1))
@@ -62,18 +74,46 @@ def load_model(checkpoint: Checkpoint, task: bool, dtype: str) -> Any:
             f"{transformers.__version__} computes for {type(model).__name__}: its scores would be wrong"
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach()).all() and name not in missing:
+        if name not in missing and not _finite(parameter.detach()):
             raise ValueError(f"{path}: weight of {name} is NaN or infinite: the checkpoint is damaged")
     return model.eval()
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all of a weight is finite; neither a copy nor, of a mapped file, the whole of it is in memory at once."""
+    for part in tensor.reshape(-1).split(1 << 22):
+        if not torch.isfinite(part).all():
+            return False
+        release(part)
+    return True
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Take a tensor that lies in a mapped weight file out of resident memory; reading it again reads the file.
+
+    Does nothing to tensors in memory of their own, nor where the system does not tell (/proc/self/maps).
+    """
+    if tensor.device.type != "cpu" or not _MAPS.exists():
+        return
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    for line in _MAPS.read_text().splitlines():
+        low, high = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+        if low <= begin and end <= high and line.endswith(".safetensors"):
+            first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters only: buffers such as rotary frequencies need their float32."""
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
-            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
+    """Cast the parameters only: buffers such as rotary frequencies need their float32.
+
+    What transformers keeps in float32 stays: always, or beside float16 only (T5's output layers would overflow).
+    """
+    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        kept.update(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
-        if not kept.intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
         parameter.requires_grad_(False)
 
 
