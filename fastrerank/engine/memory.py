@@ -33,7 +33,7 @@ def bytes_per_token(config: Any, itemsize: int, packed: bool) -> int:
     hidden = text.hidden_size
     heads = getattr(text, "num_attention_heads", None) or -(-hidden // 64)
     size = getattr(text, "head_dim", None) or hidden // heads
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "d_ff", None) or 4 * hidden
     values = 8 * hidden + 6 * heads * size + 3 * intermediate
     if not packed:
         values += 3 * heads * min(getattr(text, "max_position_embeddings", None) or 512, 4096)

@@ -22,6 +22,7 @@ _MAPS = Path("/proc/self/maps")
 _FACTORIES = {
     "classification": transformers.AutoModelForSequenceClassification,
     "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "none": transformers.AutoModel,
 }
 
@@ -31,8 +32,8 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
 
     Args:
         checkpoint: opened checkpoint.
-        head: "classification" for the sequence classification model, "causal" for the language model, "none" for the
-            body alone.
+        head: "classification" for the sequence classification model, "causal" or "seq2seq" for the language model,
+            "none" for the body alone.
         dtype: precision that the backbone will have; parameters come as float32 for "float32", else as they are stored.
 
     Raises ValueError for a model without the trained head that is asked for, weights that are missing, of another shape
@@ -104,12 +105,15 @@ def release(tensor: torch.Tensor) -> None:
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters only: buffers such as rotary frequencies need their float32."""
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
-            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
+    """Cast the parameters only: buffers such as rotary frequencies need their float32.
+
+    What transformers keeps in float32 stays: always, or beside float16 only (T5's output layers would overflow).
+    """
+    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        kept.update(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
-        if not kept.intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
         parameter.requires_grad_(False)
 
 

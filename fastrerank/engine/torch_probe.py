@@ -12,13 +12,13 @@ from fastrerank.engine.padded import PaddedBackbone, PaddedModel
 from fastrerank.engine.torch_backbone import PackedBackbone, why_not_packed
 from fastrerank.engine.torch_linear import pack_linears
 
-__all__ = ["choose_runner", "pack_when_equal"]
+__all__ = ["AGREES", "choose_runner", "pack_when_equal", "relative_error"]
 
 log = logging.getLogger("fastrerank")
 
 # Relative difference between documents together and alone that passes when a model is loaded: far above rounding (1e-6,
 # 2e-2), far below what a wrong position or a glance at a neighbour does.
-_AGREES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+AGREES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
 def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = False) -> tuple[Any, str]:
@@ -47,15 +47,15 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
             before = backbone.config._attn_implementation
             candidate = PackedBackbone(backbone)
             try:
-                error_ = _relative_error(documents.states(candidate, [0, 1, 2]), expected)
+                error_ = relative_error(documents.states(candidate, [0, 1, 2]), expected)
                 reason = f"packed hidden states differ from single documents' by {error_:.2g}"
             except NotImplementedError as refusal:
                 error_, reason = float("inf"), str(refusal)
-            if error_ <= _AGREES[dtype]:
+            if error_ <= AGREES[dtype]:
                 return candidate, ""
             backbone.set_attn_implementation(before)
-        error_ = _relative_error(documents.states(runner, [0, 1, 2]), expected)
-    runner.pads = error_ <= _AGREES[dtype]
+        error_ = relative_error(documents.states(runner, [0, 1, 2]), expected)
+    runner.pads = error_ <= AGREES[dtype]
     if not runner.pads:
         reason = _join(reason, f"padding changes what it computes by {error_:.2g}")
     return runner, reason or ""
@@ -76,7 +76,7 @@ def pack_when_equal(runner: Any, dtype: str) -> None:
     replaced = pack_linears(runner.backbone)
     try:
         ours = torch.cat([documents.states(runner, chosen) for chosen in alone])
-        problem = "" if _relative_error(ours, expected) <= _AGREES[dtype] else "results differ"
+        problem = "" if relative_error(ours, expected) <= AGREES[dtype] else "results differ"
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
@@ -113,8 +113,8 @@ class _Documents:
         return rows.double()
 
 
-def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the expected; where both overflow alike, of the rest."""
+def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the difference's root mean square over the expected's; where both overflow alike, that of the rest."""
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(ours)):
         return float("inf")
