@@ -18,6 +18,9 @@ _NAMES = {
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
+    "ListwiseReranker": "fastrerank.rerankers.listwise",
+    "PairwiseReranker": "fastrerank.rerankers.pairwise",
+    "SetwiseReranker": "fastrerank.rerankers.setwise",
     "list_methods": "fastrerank.rerankers.base",
     "load": "fastrerank.rerankers.base",
     "set_num_threads": "fastrerank.ops",
@@ -26,6 +29,9 @@ __all__ = [
     "CrossEncoder",
     "EmbeddingReranker",
     "LateInteractionReranker",
+    "ListwiseReranker",
+    "PairwiseReranker",
+    "SetwiseReranker",
     "__version__",
     "list_methods",
     "load",
@@ -38,6 +44,9 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.cross_encoder import CrossEncoder
     from fastrerank.rerankers.embedding import EmbeddingReranker
     from fastrerank.rerankers.late_interaction import LateInteractionReranker
+    from fastrerank.rerankers.listwise import ListwiseReranker
+    from fastrerank.rerankers.pairwise import PairwiseReranker
+    from fastrerank.rerankers.setwise import SetwiseReranker
 
 
 def __getattr__(name: str) -> Any:
