@@ -97,8 +97,8 @@ class ListReranker(LLMReranker):
             if isinstance(room, int):
                 if not 0 < self._new_tokens < room:
                     raise ValueError(
-                        f"max_new_tokens must be from 1 to {room - 1}, so that the model's context of {room} tokens leaves "
-                        f"some to the prompt, got {self._new_tokens}"
+                        f"max_new_tokens must be from 1 to {room - 1}, so that the model's context of {room} tokens "
+                        f"leaves some to the prompt, got {self._new_tokens}"
                     )
                 options["max_length"] = min(
                     options.get("max_length") or found.max_length or room, room - self._new_tokens

@@ -12,11 +12,12 @@ from typing import Any
 __all__ = ["after_thinking", "answer_of", "parse_label", "parse_permutation", "parse_scores"]
 
 _PATTERNS = {
-    # Identifiers in brackets; where there are none, bare ones. A prompt that ends in "[" is answered with "B] > [A]".
-    "numeric": (re.compile(r"\[?[ \t]*([0-9]+)[ \t]*\]"), re.compile(r"[0-9]+")),
-    "alphabetic": (re.compile(r"\[?[ \t]*\b([A-Z])[ \t]*\]"), re.compile(r"\b[A-Z]\b")),
+    # Identifiers before a bracket; where there are none, bare ones. A prompt that ends in "[" is answered with
+    # "B] > [A]". The look-behind keeps the search linear in a long run of digits.
+    "numeric": (re.compile(r"(?<![0-9])([0-9]+)[ \t]*\]"), re.compile(r"[0-9]+")),
+    "alphabetic": (re.compile(r"\b([A-Z])[ \t]*\]"), re.compile(r"\b[A-Z]\b")),
 }
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _FENCE = re.compile(r"```[ \t]*(?:json)?(.*?)```", re.DOTALL | re.IGNORECASE)
 # More digits name no document, and int() refuses thousands of them.
 _MOST_DIGITS = 9
@@ -119,11 +120,16 @@ def answer_of(text: str) -> tuple[str, bool]:
         ('[2] > [1]', True)
     """
     text = after_thinking(text)
-    found = _ANSWER.findall(text)
-    if found:
-        return found[-1], True
-    place = text.lower().rfind("<answer>")
-    return (text[place + len("<answer>") :], True) if place >= 0 else (text, False)
+    begin: int | None = None
+    closed: str | None = None
+    for tag in _TAG.finditer(text):
+        if not tag.group(1):
+            begin = tag.end()
+        elif begin is not None:
+            closed, begin = text[begin : tag.start()], None
+    if closed is None and begin is not None:
+        closed = text[begin:]
+    return (text, False) if closed is None else (closed, True)
 
 
 def _identified(text: str, n: int, identifiers: str) -> list[int]:
