@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastrerank.rerankers.generation import TransformersGenerator

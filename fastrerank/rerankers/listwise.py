@@ -36,7 +36,8 @@ class ListwiseReranker(ListReranker):
         model: hub id or local folder. With `generate`, only its tokenizer and chat template are used.
         template: "first", "first-rank_llm", "rankgpt", ..., or a template file of kind "listwise"; None for what the
             checkpoint was trained with, where it can be recognised, else "first".
-        window, stride: documents in a prompt, and by how many places windows move on. `window` is also the group size.
+        window, stride: documents in a prompt, and by how many places windows move on; None for half a window, which is
+            10 of 20. `window` is also the group size.
         window_rule: "rank_llm" reads every document; "rankgpt" stops at the last whole window from the tail and leaves
             the documents before it where they are: counted in `last_usage["untouched"]`, with a warning.
         algorithm: "windows" or "groups"; None: groups for GroupRank's template, else windows.
@@ -65,12 +66,14 @@ class ListwiseReranker(ListReranker):
     default_template: ClassVar[str] = "first"
 
     def __init__(
-        self, model: str | Path, *, template: str | Path | None = None, window: int = 20, stride: int = 10,
+        self, model: str | Path, *, template: str | Path | None = None, window: int = 20, stride: int | None = None,
         window_rule: str = "rank_llm", algorithm: str | None = None, epochs: int = 2, seed: int = 0,
         readout: str | None = None, generate: Generate | None = None, max_new_tokens: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if algorithm not in (None, "windows", "groups"):
             raise ValueError(f"algorithm must be None, 'windows' or 'groups', got {algorithm!r}")
+        if stride is None and isinstance(window, int):
+            stride = max(window // 2, 1)
         check_windows(window, stride, window_rule)
         for name, value, least in (("epochs", epochs, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

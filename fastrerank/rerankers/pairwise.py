@@ -26,8 +26,8 @@ class PairwiseReranker(ListReranker):
         model: hub id or local folder.
         template: "prp", ..., or a template file of kind "pairwise"; None for what the
             checkpoint was trained with, where it can be recognised, else "prp".
-        algorithm: "heapsort": a max-heap whose top_k are extracted; "allpair": all N(N-1)/2 pairs, a win is 1, a tie
-            1/2, or p with `soft`; "sliding": `passes` bubble passes from the bottom.
+        algorithm: "heapsort": a max-heap whose top_k are extracted, ties as the heap gives them; "allpair": all
+            N(N-1)/2 pairs, a win is 1, a tie 1/2, or p with `soft`; "sliding": `passes` bubble passes from the bottom.
         top_k: how many places heapsort decides; documents after them keep their order. Of no meaning to the others,
             but as the default of `passes`.
         passes: bubble passes of "sliding", each decides one place; None for top_k.

@@ -94,7 +94,7 @@ def run_together(
     return [ranking for ranking in rankings if ranking is not None], steps
 
 
-def check_windows(window: int, stride: int, rule: str) -> None:
+def check_windows(window: int, stride: int | None, rule: str) -> None:
     """Raise ValueError naming the argument unless windows of these sizes can rank."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
         raise ValueError(f"window must be an int of at least 2 documents, got {window!r}")
@@ -176,6 +176,8 @@ def all_pairs(n: int) -> Schedule[Pair, float]:
 
 def heapsort(n: int, top_k: int = 10) -> Schedule[Pair, float]:
     """Equal to a binary max-heap built from the end, whose top_k are extracted; the rest keep their order.
+
+    Ties among the top_k come as the heap gives them, as published, not in first-stage order.
 
     A question (i, j), i < j, has an answer as in `all_pairs`; i beats j if it is above 0.5, j beats i if it is below.
     No pair is asked twice. Decisions are those of the sequential algorithm for any comparator; what makes the steps
