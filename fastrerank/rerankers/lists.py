@@ -104,6 +104,8 @@ class ListReranker(LLMReranker):
                     options.get("max_length") or found.max_length or room, room - self._new_tokens
                 )
         super().__init__(model, template=template, **options)
+        if self.readout == "logits":  # labels that are no single tokens are refused now, not by the first call
+            self._labels = self.prompts.label_ids(count) if self.template.identifiers else self.prompts.label_ids()
 
     def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Any:
         template = super()._template(checkpoint, wanted)
@@ -153,7 +155,7 @@ class ListReranker(LLMReranker):
             block = requests[begin : begin + BLOCK_PROMPTS]
             widths = [len(documents) for _, documents in block]
             named = bool(self.template.identifiers)
-            labels = self.prompts.label_ids(max(widths)) if named else self.prompts.label_ids()
+            labels = self._labels[: max(widths)] if named else self._labels
             logits = self._logits(self._encode(texts, block, usage), labels, usage)
             if not np.isfinite(logits).all():
                 query, documents = block[int(np.argwhere(~np.isfinite(logits))[0][0])]
