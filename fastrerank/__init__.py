@@ -19,6 +19,9 @@ _NAMES = {
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
     "PointwiseReranker": "fastrerank.rerankers.pointwise",
+    "ListwiseReranker": "fastrerank.rerankers.listwise",
+    "PairwiseReranker": "fastrerank.rerankers.pairwise",
+    "SetwiseReranker": "fastrerank.rerankers.setwise",
     "list_methods": "fastrerank.rerankers.base",
     "load": "fastrerank.rerankers.base",
     "set_num_threads": "fastrerank.ops",
@@ -27,7 +30,10 @@ __all__ = [
     "CrossEncoder",
     "EmbeddingReranker",
     "LateInteractionReranker",
+    "ListwiseReranker",
+    "PairwiseReranker",
     "PointwiseReranker",
+    "SetwiseReranker",
     "__version__",
     "list_methods",
     "load",
@@ -40,7 +46,10 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.cross_encoder import CrossEncoder
     from fastrerank.rerankers.embedding import EmbeddingReranker
     from fastrerank.rerankers.late_interaction import LateInteractionReranker
+    from fastrerank.rerankers.listwise import ListwiseReranker
+    from fastrerank.rerankers.pairwise import PairwiseReranker
     from fastrerank.rerankers.pointwise import PointwiseReranker
+    from fastrerank.rerankers.setwise import SetwiseReranker
 
 
 def __getattr__(name: str) -> Any:

@@ -62,11 +62,11 @@ def attention(
     What a result depends on: on the CPU a row is bitwise the same whatever else is packed, wherever its segment stands
     and however many threads run, if `lo`, `hi`, `plo` and `phi` step by 0 or 1 from row to row of a segment, as they do
     for all masks above. A prefix may be shared or stand before each segment: the bits are the same where all rows of a
-    segment see the whole prefix and their segment from its first key on. (One exception: the first row of a segment whose interval begins exactly one key after the
-    previous row's and overlaps it. Sums of that segment may then be grouped differently.) NaN and infinities stay in
-    their segment. On a GPU the same call gives the same bits, but other neighbours in a tile of rows group the sums
-    differently, which changes last bits, and a value of `v` that is not finite reaches every row of a tile that reads
-    it.
+    segment see the whole prefix and their segment from its first key on. (One exception: the first row of a segment
+    whose interval begins exactly one key after the previous row's and overlaps it. Sums of that segment may then be
+    grouped differently.) NaN and infinities stay in their segment. On a GPU the same call gives the same bits, but
+    other neighbours in a tile of rows group the sums differently, which changes last bits, and a value of `v` that is
+    not finite reaches every row of a tile that reads it.
 
     Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
 

@@ -26,13 +26,22 @@ Scores = npt.NDArray[np.float32]
 
 @dataclass
 class Usage:
-    """What one call cost: forwards, tokens, cut texts, and seconds per stage."""
+    """What one call cost: forwards, tokens, cut texts, and seconds per stage.
+
+    Methods that ask a model about several documents at a time count `comparisons` (windows, pairs, sets or groups that
+    were asked about) and `steps` (batches of them, one after the other); `unparsed`: written answers that were
+    malformed or incomplete; `untouched`: documents that the window rule never reads.
+    """
 
     forwards: int = 0
     tokens: int = 0
     prefix_tokens: int = 0
     truncated: int = 0
     query_truncated: bool = False
+    steps: int = 0
+    comparisons: int = 0
+    unparsed: int = 0
+    untouched: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -69,6 +78,7 @@ class Reranker(ABC):
         """What this thread's last call cost.
 
         {"forwards", "tokens", "prefix_tokens", "truncated": documents that were cut, "query_truncated": bool,
+        "steps", "comparisons", "unparsed", "untouched": see `Usage`, 0 for methods that score documents one by one,
         "seconds": {stage: seconds}}; {} before the first call.
         """
         usage: Usage | None = getattr(self._local, "usage", None)
@@ -195,6 +205,21 @@ _METHODS = {
         "EmbeddingReranker",
         "Sentence-BERT (Reimers and Gurevych 2019, arXiv 1908.10084)",
     ),
+    "listwise": (
+        "fastrerank.rerankers.listwise",
+        "ListwiseReranker",
+        "FIRST (Reddy et al. 2024, arXiv 2406.15657); RankGPT (Sun et al. 2023, arXiv 2304.09542)",
+    ),
+    "pairwise": (
+        "fastrerank.rerankers.pairwise",
+        "PairwiseReranker",
+        "Pairwise Ranking Prompting (Qin et al. 2023, arXiv 2306.17563)",
+    ),
+    "setwise": (
+        "fastrerank.rerankers.setwise",
+        "SetwiseReranker",
+        "Setwise prompting (Zhuang et al. 2023, arXiv 2310.09497); Rank-R1 (Zhuang et al. 2025, arXiv 2503.06034)",
+    ),
 }
 
 
@@ -203,7 +228,7 @@ def list_methods() -> dict[str, str]:
 
     Example:
         >>> sorted(list_methods())
-        ['cross-encoder', 'embedding', 'late-interaction', 'pointwise']
+        ['cross-encoder', 'embedding', 'late-interaction', 'listwise', 'pairwise', 'pointwise', 'setwise']
     """
     return {name: paper for name, (_, _, paper) in _METHODS.items()}
 

@@ -111,7 +111,7 @@ class LLMReranker(Reranker):
 
             return Seq2SeqScorer.load(
                 checkpoint, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
-                decoder_prefix=self.prompts.decoder_ids(),
+                decoder_prefix=self.prompts.decoder_ids.tolist(),
             )  # fmt: skip
         from fastrerank.engine.causal import CausalScorer
 

@@ -1,0 +1,154 @@
+"""Reads what a model wrote as a ranking: whatever the text, every document gets its place, and repairs are told."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["after_thinking", "answer_of", "parse_label", "parse_permutation", "parse_scores"]
+
+_PATTERNS = {
+    # Identifiers before a bracket; where there are none, bare ones. A prompt that ends in "[" is answered with
+    # "B] > [A]". The look-behind keeps the search linear in a long run of digits.
+    "numeric": (re.compile(r"(?<![0-9])([0-9]+)[ \t]*\]"), re.compile(r"[0-9]+")),
+    "alphabetic": (re.compile(r"\b([A-Z])[ \t]*\]"), re.compile(r"\b[A-Z]\b")),
+}
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_FENCE = re.compile(r"```[ \t]*(?:json)?(.*?)```", re.DOTALL | re.IGNORECASE)
+# More digits name no document, and int() refuses thousands of them.
+_MOST_DIGITS = 9
+
+
+def parse_permutation(text: str, n: int, identifiers: str = "numeric") -> tuple[list[int], bool]:
+    """Read "[3] > [1] > ..." as positions 0..n-1, best first, and whether every identifier stood there exactly once.
+
+    The first mention of an identifier counts, duplicates and unknown identifiers are dropped, missing ones are
+    appended in their order. Brackets are not needed where the text has none.
+
+    Args:
+        text: what the model wrote. n: documents in the prompt.
+        identifiers: "numeric" ([1]..[n]) or "alphabetic" ([A]..[Z], n up to 26).
+
+    Raises ValueError for other identifiers, and for more letters than there are.
+    Source: RankGPT, Sun et al. 2023, arXiv 2304.09542; castorini/rank_llm.
+
+    Example:
+        >>> parse_permutation("[3] > [1] > [3] > [9]", 3)
+        ([2, 0, 1], False)
+        >>> parse_permutation("B] > [A]", 2, "alphabetic")
+        ([1, 0], True)
+    """
+    named = _identified(text, n, identifiers)
+    order = list(dict.fromkeys(i for i in named if 0 <= i < n))
+    complete = len(order) == n == len(named)
+    present = set(order)
+    return order + [i for i in range(n) if i not in present], complete
+
+
+def parse_label(text: str, n: int, identifiers: str = "numeric") -> tuple[int, bool]:
+    """Read "<answer>[3]</answer>" as the position of the best document; (0, False) where no document is named.
+
+    Without <answer> tags the text behind the thoughts counts; well-formed is an answer with one identifier.
+    Source: Rank-R1, Zhuang et al. 2025, arXiv 2503.06034: a comparison that cannot be read keeps the heap's root.
+
+    Example:
+        >>> parse_label("<think>[1] or [2]?</think> <answer>[2]</answer>", 3)
+        (1, True)
+        >>> parse_label("all of them", 3)
+        (0, False)
+    """
+    answer, tagged = answer_of(text)
+    named = _identified(answer, n, identifiers)
+    known = [i for i in named if 0 <= i < n]
+    return (known[0], tagged and len(named) == 1) if known else (0, False)
+
+
+def parse_scores(text: str, n: int, scale: float = 10.0) -> tuple[list[float | None], bool]:
+    """Read GroupRank's JSON {"[1]": 5, ...} as one score in [0, 1] per document, None for those it does not name.
+
+    The JSON stands in <answer> tags, in a ``` fence, or bare. Every document gets 0.0 if there is no JSON object;
+    values that are no number are left out, numbers outside 0..scale are cut to it. Well-formed: each document has one.
+    Source: GroupRank, arXiv 2511.11653.
+
+    Example:
+        >>> parse_scores('<answer>```json {"[1]": 5, "[2]": 10}```</answer>', 3)
+        ([0.5, 1.0, None], False)
+    """
+    answer, _ = answer_of(text)
+    fence = _FENCE.search(answer)
+    body = fence.group(1) if fence else answer[max(answer.find("{"), 0) : answer.rfind("}") + 1]
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):  # what a model wrote may be anything; the caller counts it
+        found = None
+    if not isinstance(found, dict):
+        return [0.0] * n, False
+    scores: list[float | None] = [None] * n
+    right = len(found) == n
+    for key, value in found.items():
+        named = _identified(key, n, "numeric")
+        number = _number(value)
+        if len(named) != 1 or not 0 <= named[0] < n or number is None:
+            right = False
+            continue
+        right &= scores[named[0]] is None and 0.0 <= number <= scale
+        scores[named[0]] = min(max(number, 0.0), scale) / scale
+    return scores, right and None not in scores
+
+
+def after_thinking(text: str) -> str:
+    """Return what follows the last </think>, or the text without one (DeAR, Qwen3).
+
+    Example:
+        >>> after_thinking("<think>[1]?</think>[2] > [1]")
+        '[2] > [1]'
+    """
+    return text.rpartition("</think>")[2]
+
+
+def answer_of(text: str) -> tuple[str, bool]:
+    """Return the last <answer>...</answer> behind the thoughts, or all that is behind them, and whether it had tags.
+
+    An answer whose closing tag was cut off or used as the stop string counts as tagged.
+
+    Example:
+        >>> answer_of("<think><answer>[1]</answer></think><answer>[2] > [1]</answer>")
+        ('[2] > [1]', True)
+    """
+    text = after_thinking(text)
+    begin: int | None = None
+    closed: str | None = None
+    for tag in _TAG.finditer(text):
+        if not tag.group(1):
+            begin = tag.end()
+        elif begin is not None:
+            closed, begin = text[begin : tag.start()], None
+    if closed is None and begin is not None:
+        closed = text[begin:]
+    return (text, False) if closed is None else (closed, True)
+
+
+def _identified(text: str, n: int, identifiers: str) -> list[int]:
+    if identifiers not in _PATTERNS:
+        raise ValueError(f"identifiers must be 'numeric' or 'alphabetic', got {identifiers!r}")
+    if identifiers == "alphabetic" and n > 26:
+        raise ValueError(f"26 letters cannot name {n} documents")
+    bracketed, bare = _PATTERNS[identifiers]
+    found: Sequence[str] = bracketed.findall(text) or bare.findall(text)
+    if identifiers == "alphabetic":
+        return [string.ascii_uppercase.index(letter) for letter in found]
+    return [int(digits) - 1 if len(digits) <= _MOST_DIGITS else -1 for digits in found]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
