@@ -36,7 +36,7 @@ LONG_WORK = 256  # documents from which one `rank` call may take seconds and get
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Rerank passages by a query: cross-encoders, late interaction and embeddings on native kernels.",
+    help="Rerank passages by a query: cross-encoders, late interaction, embeddings and language models.",
 )
 
 
@@ -54,6 +54,7 @@ class Suite(str, Enum):
     """Benchmarks that `bench` runs."""
 
     cross_encoder = "cross-encoder"
+    llm = "llm"
 
 
 class Format(str, Enum):
@@ -81,6 +82,10 @@ Model = Annotated[str | None, typer.Option(help="Hugging Face id or local folder
 Method = Annotated[
     str | None, typer.Option(callback=_method, help="Ranking method; found from the checkpoint if unsaid.")
 ]
+TemplateOption = Annotated[
+    str | None, typer.Option("--template", help="Prompt of a language model: a published one's name, or a TOML file.")
+]
+Instruction = Annotated[str | None, typer.Option(help="Replaces the prompt's instruction.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision; auto: float32 on a CPU, bfloat16 on a GPU.")]
 Device = Annotated[
     str | None, typer.Option(callback=_device, help="cpu, cuda or cuda:1; a usable GPU, else the CPU, if unsaid.")
@@ -102,6 +107,8 @@ def rank(
     ] = None,
     model: Model = None,
     method: Method = None,
+    template: TemplateOption = None,
+    instruction: Instruction = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Print only the best K documents.")] = None,
     as_json: AsJson = False,
     dtype: DtypeOption = Dtype.auto,
@@ -128,7 +135,9 @@ def rank(
         _warn(f"{name} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
     if not documents:
         _warn("there are no documents to rank")
-    reranker = _load(checkpoint, method, dtype, device, threads)
+    reranker = _load(
+        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction
+    )
     start = time.perf_counter()
     with _progress(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
         hits = reranker.rank(query, documents, top_k=top_k, return_documents=True)
@@ -147,6 +156,8 @@ def evaluate_command(
     dataset: Annotated[Path, typer.Argument(help="JSONL rows, a BEIR folder, or the texts of a TREC run.")],
     model: Model = None,
     method: Method = None,
+    template: TemplateOption = None,
+    instruction: Instruction = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Rerank only the first K candidates of each query.")] = None,
     run: Annotated[Path | None, typer.Option(help="Write the reranked order to this file, as a TREC run.")] = None,
     trec_run: Annotated[
@@ -171,7 +182,9 @@ def evaluate_command(
     if run is not None and not run.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
     judged = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
-    reranker = _load(checkpoint, method, dtype, device, threads)
+    reranker = _load(
+        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction
+    )
     with _progress("reranking", total=len(judged), shown=True) as advance:
         result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, progress=advance)
     if run is not None:
@@ -231,8 +244,12 @@ def _checkpoint(model: str | None) -> str:
     return model
 
 
-def _load(model: str, method: str | None, dtype: Dtype, device: str | None, threads: int | None) -> Any:
-    return fastrerank.load(model, method=method, dtype=dtype.value, device=device, num_threads=threads)
+def _load(model: str, method: str | None, dtype: Dtype, **options: Any) -> Any:
+    """The reranker, with the options that were given: some methods do not know all of them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if dtype is not Dtype.auto:
+        given["dtype"] = dtype.value
+    return fastrerank.load(model, method=method, **given)
 
 
 def _evaluation_json(result: Evaluation, dataset: Path, model: str, method: str | None, dtype: Dtype) -> dict[str, Any]:

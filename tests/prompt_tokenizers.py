@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,8 +116,6 @@ def gpt2() -> Any:
 
 def llama3() -> Any:
     """Byte-level BPE that takes whole words from the vocabulary first; BOS in template and post-processor; trims."""
-    import json
-
     tokenizer = byte_level(LLAMA3_SPLIT)
     data = json.loads(tokenizer.to_str())
     data["model"]["ignore_merges"] = True
@@ -139,8 +138,6 @@ def sentencepiece_bpe(specials: tuple[str, ...] = ("<unk>", "<s>", "</s>")) -> A
         vocab_size=1100, special_tokens=[*specials, *bytes_], initial_alphabet=[*LETTERS, "▁"], show_progress=False
     )
     trained.train_from_iterator(CORPUS * 3, trainer)
-    import json
-
     data = json.loads(trained.to_str())
     data["model"].update(byte_fallback=True, fuse_unk=True)
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in specials]
@@ -206,6 +203,9 @@ def t5() -> Any:
         initial_alphabet=LETTERS, show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    data = json.loads(tokenizer.to_str())
+    data["model"]["vocab"] += [["▁true", -2.0], ["▁false", -2.0]]  # monoT5's labels
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
     tokenizer.add_special_tokens(special("<extra_id_0>", "<extra_id_10>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]

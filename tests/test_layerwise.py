@@ -29,7 +29,7 @@ CONFIG = {
 OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "memory_limit": None}
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, vocabulary: int = decoders.VOCABULARY) -> Path:
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def save(folder: Path) -> Path:
         return noise * shape[1] ** -0.5 if len(shape) == 2 else 1 + 0.2 * noise
 
     size = WIDTH // HEADS
-    tensors = {"model.embed_tokens.weight": draw(decoders.VOCABULARY, WIDTH), "model.norm.weight": draw(WIDTH)}
+    tensors = {"model.embed_tokens.weight": draw(vocabulary, WIDTH), "model.norm.weight": draw(WIDTH)}
     for i in range(LAYERS):
         shapes = {
             "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (KEY_HEADS * size, WIDTH),
@@ -47,7 +47,7 @@ def save(folder: Path) -> Path:
         }  # fmt: skip
         tensors |= {f"model.layers.{i}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
     tensors |= {f"lm_head.{i}.linear_head.weight": draw(1, WIDTH) for i in range(LAYERS - START + 1)}
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": vocabulary}))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

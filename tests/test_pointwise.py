@@ -186,3 +186,57 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="no trained classification head"):
         PointwiseReranker(folder, template="qwen3-reranker")
+
+
+RERANKER_CHAT = (
+    "<|im_start|>system\n{{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | first | "
+    "default('Judge.') }}<|im_end|>\n<|im_start|>user\n<Query>: "
+    "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n<Document>: "
+    "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prompt", [None, "Find passages about animals."])
+@pytest.mark.parametrize("generation_prompt", [False, True])
+def test_logit_score_checkpoints_equal_sentence_transformers(
+    prompt: str | None, generation_prompt: bool, tmp_path: Path
+) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    folder = save(tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = RERANKER_CHAT
+    tokenizer.save_pretrained(folder)
+    kwargs = {"chat_template": {"add_generation_prompt": generation_prompt}}
+    theirs = st.CrossEncoder(
+        str(folder), device="cpu", prompts={"task": prompt} if prompt else None, local_files_only=True,
+        default_prompt_name="task" if prompt else None,
+    )  # fmt: skip
+    theirs[0].processing_kwargs = kwargs
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    theirs = st.CrossEncoder(str(tmp_path / "saved"), device="cpu", local_files_only=True)
+    expected = theirs.predict(
+        [(QUERY, text) for text in DOCUMENTS if "<|" not in text], activation_fn=torch.nn.Identity()
+    )
+    assert np.ptp(expected) > 0.05
+    reranker = fastrerank.load(tmp_path / "saved")
+    assert isinstance(reranker, PointwiseReranker)
+    ours = reranker.score(QUERY, [text for text in DOCUMENTS if "<|" not in text])
+    assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+def test_layerwise_checkpoints_are_recognised(tmp_path: Path) -> None:
+    import test_layerwise
+
+    prompt_tokenizers.save("gemma", tmp_path, answers=True)
+    size = len(transformers.AutoTokenizer.from_pretrained(tmp_path))
+    test_layerwise.save(tmp_path, vocabulary=size)
+    reranker = fastrerank.load(tmp_path, cutoff_layers=3)
+    assert isinstance(reranker, PointwiseReranker)
+    assert reranker.template.name == "bge-gemma"
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    prompts = [prompt.ids.astype(np.int64) for prompt in reranker.prompts.encode(QUERY, [["an owl"], ["a cat sleeps"]])]
+    expected = np.array([test_layerwise.score(tensors, ids, 3) for ids in prompts])
+    assert close(reranker.score(QUERY, ["an owl", "a cat sleeps"]), expected)

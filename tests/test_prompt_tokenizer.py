@@ -30,6 +30,8 @@ RAW = ["gpt2", "t5"]
 CHAT = [style for style in styles.STYLES if style not in RAW]
 # Styles without a system role refuse templates that need one and do not say how to do without.
 NO_SYSTEM = ["mistral", "gemma"]
+# What prints roles of its own, which templates that check for user and assistant refuse.
+OWN_ROLES = [("mistral", "sentence-transformers")]
 QUERY = "where do owls sleep?"
 DOCUMENTS = [
     "The owl sleeps by day.",
@@ -100,7 +102,8 @@ SERVED = [
     (style, name)
     for style in styles.STYLES
     for name in list_templates()
-    if not (Template.load(name).messages and style in RAW)
+    if (style, name) not in OWN_ROLES
+    and not (Template.load(name).messages and style in RAW)
     and not (set(Template.load(name).requires) and style not in ("qwen", "gpt2"))
     and not (
         style in NO_SYSTEM

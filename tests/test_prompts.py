@@ -37,6 +37,7 @@ NAMES = [
     "reasonrank",
     "reasonrank-qwen3",
     "relevance",
+    "sentence-transformers",
     "setwise",
     "setwise-t5",
 ]
@@ -329,7 +330,10 @@ def test_wrong_files_are_told_what_is_wrong(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ('role = "tool"\ncontent = "{query} {document}"', r"messages\[0\]\.role is 'tool'; valid is system, user"),
+        (
+            'role = "tool"\ncontent = "{query} {document}"',
+            r"messages\[0\]\.role is 'tool'; valid is one of system, user",
+        ),
         ('role = "user"', r"messages\[0\]\.content is None; valid is a string"),
         ('role = "user"\ncontent = "{query} {document}"\nrepet = true', r"messages\[0\]\.repet is unknown"),
         ('role = "user"\ncontent = "{query} {document}"\nrepeat = true', "repeat a turn per document"),

@@ -190,11 +190,6 @@ _METHODS = {
         "CrossEncoder",
         "Passage Re-ranking with BERT (Nogueira and Cho 2019, arXiv 1901.04085)",
     ),
-    "pointwise": (
-        "fastrerank.rerankers.pointwise",
-        "PointwiseReranker",
-        "monoT5 (Nogueira et al. 2020, arXiv 2003.06713), Qwen3 Embedding (Zhang et al. 2025, arXiv 2506.05176)",
-    ),
     "late-interaction": (
         "fastrerank.rerankers.late_interaction",
         "LateInteractionReranker",
@@ -204,6 +199,11 @@ _METHODS = {
         "fastrerank.rerankers.embedding",
         "EmbeddingReranker",
         "Sentence-BERT (Reimers and Gurevych 2019, arXiv 1908.10084)",
+    ),
+    "pointwise": (
+        "fastrerank.rerankers.pointwise",
+        "PointwiseReranker",
+        "monoT5 (Nogueira et al. 2020, arXiv 2003.06713), Qwen3 Embedding (Zhang et al. 2025, arXiv 2506.05176)",
     ),
     "listwise": (
         "fastrerank.rerankers.listwise",

@@ -64,6 +64,7 @@ class ListwiseReranker(ListReranker):
     method: ClassVar[str] = "listwise"
     kind: ClassVar[str] = "listwise"
     default_template: ClassVar[str] = "first"
+    default_seq2seq: ClassVar[str] = "first"
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, window: int = 20, stride: int | None = None,

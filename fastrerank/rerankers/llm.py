@@ -59,6 +59,7 @@ class LLMReranker(Reranker):
 
     kind: ClassVar[str]
     default_template: ClassVar[str]
+    default_seq2seq: ClassVar[str]  # the default for encoder-decoders
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, instruction: str | None = None,
@@ -87,7 +88,8 @@ class LLMReranker(Reranker):
         )  # fmt: skip
 
     def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Template:
-        template = Template.load(wanted or recognised_template(checkpoint, self.kind) or self.default_template)
+        usual = self.default_seq2seq if _seq2seq(checkpoint) else self.default_template
+        template = Template.load(wanted or recognised_template(checkpoint, self.kind) or usual)
         if template.kind != self.kind:
             known = ", ".join(sorted(list_templates(self.kind)))
             raise ValueError(
@@ -99,7 +101,7 @@ class LLMReranker(Reranker):
         self, checkpoint: Checkpoint, *, dtype: str, device: str, num_threads: int | None, memory_limit: float | None,
         share_prefixes: bool,
     ) -> Scorer:  # fmt: skip
-        seq2seq = checkpoint.config.get("model_type") in _SEQ2SEQ
+        seq2seq = _seq2seq(checkpoint)
         if seq2seq != (self.template.model == "seq2seq"):
             what = "an encoder-decoder" if seq2seq else "no encoder-decoder"
             raise ValueError(
@@ -131,3 +133,7 @@ class LLMReranker(Reranker):
             logits, cost = self.scorer.label_logits([prompt.ids for prompt in prompts], labels)
         usage.add(cost)
         return logits
+
+
+def _seq2seq(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") in _SEQ2SEQ

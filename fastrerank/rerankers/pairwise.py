@@ -50,6 +50,7 @@ class PairwiseReranker(ListReranker):
     method: ClassVar[str] = "pairwise"
     kind: ClassVar[str] = "pairwise"
     default_template: ClassVar[str] = "prp"
+    default_seq2seq: ClassVar[str] = "prp-t5"
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, algorithm: str = "heapsort", top_k: int = 10,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint
+from fastrerank.checkpoint import Checkpoint, read_json
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.llm import LLMReranker, Scorer
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
+from fastrerank.text.prompts import Message, Template
 
 __all__ = ["PointwiseReranker"]
 
@@ -31,7 +34,8 @@ class PointwiseReranker(LLMReranker):
         cutoff_layers: layers to run of a layerwise checkpoint, which has a head after each; None for 28 or, where it
             has fewer, all. ValueError for any other checkpoint.
 
-    Papers: Qwen3 Embedding (arXiv 2506.05176), monoT5 (arXiv 2003.06713), RankLLaMA (arXiv 2310.08319).
+    Papers: monoT5 (arXiv 2003.06713), RankT5 (arXiv 2210.10634), RankLLaMA (arXiv 2310.08319), Qwen3 Embedding (arXiv
+    2506.05176), ERank (arXiv 2509.00520), ProRank (arXiv 2506.03487).
 
     Example:
         >>> reranker = PointwiseReranker("Qwen/Qwen3-Reranker-0.6B")                        # doctest: +SKIP
@@ -42,18 +46,22 @@ class PointwiseReranker(LLMReranker):
     method: ClassVar[str] = "pointwise"
     kind: ClassVar[str] = "pointwise"
     default_template: ClassVar[str] = "relevance"
+    default_seq2seq: ClassVar[str] = "monot5"
 
     def __init__(self, model: str | Path, *, cutoff_layers: int | None = None, **options: Any) -> None:
         self._cutoff_layers = cutoff_layers
         super().__init__(model, **options)
 
+    def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Template:
+        template = super()._template(checkpoint, wanted)
+        return _as_saved(checkpoint, template) if template.name == "sentence-transformers" else template
+
     def _scorer(self, checkpoint: Checkpoint, **options: Any) -> Scorer:
+        self._labels = np.zeros(1, np.int64)
         if is_layerwise(checkpoint):
             from fastrerank.engine.layerwise import load_layerwise
 
-            scorer: Scorer = load_layerwise(checkpoint, self._cutoff_layers, **options)
-            self._labels = np.zeros(1, np.int64)
-            return scorer
+            return load_layerwise(checkpoint, self._cutoff_layers, **options)
         if self._cutoff_layers is not None:
             raise ValueError(
                 f"cutoff_layers is for layerwise checkpoints, which have a head after each layer; {checkpoint.path} "
@@ -62,10 +70,14 @@ class PointwiseReranker(LLMReranker):
         scorer = super()._scorer(checkpoint, **options)
         stored = logit_score(checkpoint)
         if is_classifier(checkpoint):
-            count = int(scorer.labels)  # type: ignore[attr-defined]
+            count = int(getattr(scorer, "labels", 1))
             if count != 1:
                 raise ValueError(f"{checkpoint.path} has {count} labels, a pointwise score needs a head with one")
-            self._labels = np.zeros(1, np.int64)
+        elif self.template.readout == "head":
+            raise ValueError(
+                f"template {self.template.name!r} is for a scalar head, and {checkpoint.path} is a language model: "
+                "take a template with labels"
+            )
         elif stored is not None:
             self._labels = np.array(stored, np.int64)
         else:
@@ -88,6 +100,19 @@ class PointwiseReranker(LLMReranker):
             return logits[:, 0]
         if self.template.score == "expectation":
             weights = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
-            values = np.array([float(label) for label in self.template.labels])
-            return (weights @ values / weights.sum(1)).astype(np.float32)
-        return logits[:, 0] - logits[:, 1]
+            expected: Scores = (weights @ np.array([float(label) for label in self.template.labels])).astype(np.float32)
+            return np.asarray(expected / weights.sum(1), np.float32)
+        return np.asarray(logits[:, 0] - logits[:, 1], np.float32)
+
+
+def _as_saved(checkpoint: Checkpoint, template: Template) -> Template:
+    """The template with the system prompt and the chat template's arguments that sentence-transformers saved."""
+    saved = read_json(checkpoint.transformer_path / "sentence_bert_config.json").get("processing_kwargs") or {}
+    chat = {**template.chat_options, **(saved.get("chat_template") or {})}
+    chat.pop("restore_suffix", None)  # of sentence-transformers itself; what follows the document is never cut here
+    name, prompts = checkpoint.st_config.get("default_prompt_name"), checkpoint.st_config.get("prompts") or {}
+    system = prompts.get(name) or ""
+    if not system:
+        return replace(template, chat_options=MappingProxyType(chat))
+    turns = (Message("system", "{instruction}"), *template.messages)
+    return replace(template, messages=turns, instruction=system, chat_options=MappingProxyType(chat))

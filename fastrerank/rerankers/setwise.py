@@ -47,6 +47,7 @@ class SetwiseReranker(ListReranker):
     method: ClassVar[str] = "setwise"
     kind: ClassVar[str] = "setwise"
     default_template: ClassVar[str] = "setwise"
+    default_seq2seq: ClassVar[str] = "setwise-t5"
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, set_size: int = 4, top_k: int = 10,

@@ -31,6 +31,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "document_unit": ("", "words", "tokens", "characters"),
     "special_tokens": ("auto", "bos", "none"),
 }
+# The last two are what sentence-transformers makes of a pair, for chat templates that know them.
+_ROLES = ("system", "user", "assistant", "query", "document")
 _BODIES = ("messages", "text", "segments", "pair")
 _TEXTS = frozenset({"query", "instruction", "count"})
 # The rules come before the limit of a document, the rewriting of identifiers behind it, as in the published code.
@@ -337,8 +339,8 @@ class _Checker:
             for name in ("role", "content"):
                 if not isinstance(item.get(name), str):
                     raise self._error(f"{place}.{name}", f"is {item.get(name)!r}", "a string")
-            if item["role"] not in ("system", "user", "assistant"):
-                raise self._error(f"{place}.role", f"is {item['role']!r}", "system, user or assistant")
+            if item["role"] not in _ROLES:
+                raise self._error(f"{place}.role", f"is {item['role']!r}", f"one of {', '.join(_ROLES)}")
             if item["role"] == "system" and position:
                 raise self._error(f"{place}.role", "is a second or late system turn", "one system turn, the first")
             if not isinstance(item.get("repeat", False), bool):

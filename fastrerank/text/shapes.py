@@ -251,4 +251,4 @@ def _check_turns(template: Template, turns: Sequence[Turn], render: Render) -> N
 
 def options(template: Template) -> Mapping[str, Any]:
     """Keyword arguments for apply_chat_template."""
-    return {**template.chat_options, "tokenize": False, "add_generation_prompt": True}
+    return {"add_generation_prompt": True, **template.chat_options, "tokenize": False}
