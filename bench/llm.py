@@ -164,7 +164,9 @@ class _Bench:
                 if worker is not None:
                     workers[kind.name] = stack.enter_context(worker)
             result.peak = self._peak(workers)
-            times, failed = interleave({name: _scores(worker) for name, worker in workers.items()}, self._options.rounds)
+            times, failed = interleave(
+                {name: _scores(worker) for name, worker in workers.items()}, self._options.rounds
+            )
             # Whatever else runs on the machine only lowers what is measured, so the higher peak counts.
             result.peak = max(result.peak, self._peak(workers))
             for row in result.rows:
@@ -264,7 +266,7 @@ class _Bench:
             row.forwards = -(-len(lengths) // row.setting["batch"])
             return
         row.tokens, row.forwards, row.prefix_tokens = spent["tokens"], spent["forwards"], spent["prefix_tokens"]
-        row.flop = shape.shared_flop(_groups(self.pairs) if row.prefix_tokens else [(0, lengths)])
+        row.flop = shape.shared_flop(groups_of(self.pairs) if row.prefix_tokens else [(0, lengths)])
 
     def _floors(self) -> None:
         best = [row for row in self.result.measured() if row.prefix_tokens]
@@ -300,8 +302,8 @@ class _Bench:
         return found
 
 
-def _groups(pairs: Pairs) -> list[tuple[int, NDArray[np.int64]]]:
-    """The groups that our engine finds, as `Shape.shared_flop` takes them."""
+def groups_of(pairs: Pairs) -> list[tuple[int, NDArray[np.int64]]]:
+    """Equals the groups that our engine finds, as `Shape.shared_flop` takes them."""
     lengths = pairs.lengths
     return [(group.length, lengths[list(group.members)]) for group in share_prefixes(pairs.ids)]
 

@@ -123,13 +123,14 @@ SHAPES = {
 }  # fmt: skip
 _TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+    "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 
 
 def tiny(shape: Shape) -> Shape:
     """Equals a model of the same family that runs in milliseconds."""
-    return Shape(f"{shape.name}-tiny", shape.kind, shape.settings | _TINY, shape.first_special,
+    settings = shape.settings | _TINY | {"vocab_size": _MERGED + 32}
+    return Shape(f"{shape.name}-tiny", shape.kind, settings, _MERGED,
                  f"a tiny model in the place of {shape.note}")  # fmt: skip
 
 

@@ -130,8 +130,9 @@ def _memory(dtype: str, result: Result) -> Table:
         marks = [row.memory[name] for name in ("imports", "load", "scores")]
         rows.append([row.name, *(f"{mark / MIB:.0f}" for mark in marks), f"{above_imports(row) / MIB:.0f}"])
         if theirs is not None:
-            parts = (theirs.memory["scores"] / row.memory["scores"], above_imports(theirs) / above_imports(row))
-            rows[-1] += [f"{part:.2f}" for part in parts]
+            above = above_imports(row)
+            rows[-1].append(f"{theirs.memory['scores'] / row.memory['scores']:.2f}")
+            rows[-1].append(f"{above_imports(theirs) / above:.2f}" if above else "")
     notes = ["High-water marks of a fresh process (VmHWM) after imports, after loading, after scoring; the ratios:"]
     notes.append(f"how many times less than {theirs.name if theirs else 'nothing'}, in all and above imports.")
     columns = ["engine", "imports, MiB", "loaded", "scored", "above imports"]
