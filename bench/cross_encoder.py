@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,7 @@ def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _:
     bench = _Bench(options, model, work, log)
     reference, bound = bench.reference()
     findings = Findings(
-        host=_host(options),
+        host=host(options),
         workload={
             "model": model.note,
             "query": work.pairs.query,
@@ -359,7 +359,16 @@ def _fastest(findings: Findings) -> list[str]:
     return chosen + [row.name for row in sorted(others, key=lambda row: float(np.median(row.seconds)))[:2]]
 
 
-def _host(options: Options) -> dict[str, Any]:
+class _Asked(Protocol):
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def command(self) -> str: ...
+
+
+def host(options: _Asked) -> dict[str, Any]:
+    """Equals what a result says of the machine that it was measured on, and of the command."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench import data, gpu_engines, gpu_host, gpu_kernels, gpu_models, gpu_profile
+from bench import data, gpu_engines, gpu_host, gpu_kernels, gpu_llm, gpu_models, gpu_profile, llm_models
 from bench.cross_encoder import TAU_FLOOR
 from bench.gpu_engines import GpuEngine, NotHere, failing_as
 from bench.gpu_models import GpuModel
 from bench.timing import EngineError, agreement, interleave
 
-PARTS = ("ceilings", "attention", "label_logits", "engines", "latency", "profile")
+PARTS = ("ceilings", "attention", "label_logits", "engines", "latency", "profile", "llm")
 # Seconds of torch.compile per layer, before the first compilation of this run has been timed.
 _COMPILE_GUESS = 3.0
 
@@ -34,6 +34,7 @@ class Options:
     rounds: int
     parts: tuple[str, ...]
     models: tuple[str, ...]
+    llms: tuple[str, ...]
     compile: bool
     seconds: float
     data: tuple[Path, ...]
@@ -92,6 +93,7 @@ class Findings:
     attention: list[gpu_kernels.KernelResult] = field(default_factory=list)
     label_logits: list[gpu_kernels.KernelResult] = field(default_factory=list)
     models: list[ModelResult] = field(default_factory=list)
+    llms: list[gpu_llm.LlmResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -99,6 +101,7 @@ class Findings:
     def sound(self) -> bool:
         """Equals whether nothing failed and nothing was wrong."""
         states = [row.state for model in self.models for row in model.rows]
+        states += [row.state for llm in self.llms for row in llm.rows]
         states += [one.state for one in (*self.attention, *self.label_logits)]
         return all(state in ("ok", "not here", "left out") for state in states)
 
@@ -110,7 +113,10 @@ def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _:
     ------
     ValueError: an unknown part or model, or a CPU without `tiny`; RuntimeError: no usable GPU.
     """
-    for what, given, valid in (("part", options.parts, PARTS), ("model", options.models, tuple(gpu_models.SHAPES))):
+    shapes, llms = tuple(gpu_models.SHAPES), tuple(llm_models.SHAPES)
+    for what, given, valid in (
+        ("part", options.parts, PARTS), ("model", options.models, shapes), ("language model", options.llms, llms),
+    ):  # fmt: skip
         for one in given:
             if one not in valid:
                 raise ValueError(f"{what} {one!r} is unknown; valid are {', '.join(valid)}")
@@ -153,6 +159,14 @@ class _Bench:
             self._say(f"{name}: building")
             model = gpu_models.build(name, options.cache, tokenizer, tiny=options.tiny, device=str(self._device))
             self._model(model, self._workload(model, folder))
+            findings.seconds = time.perf_counter() - self._start
+            save(findings)
+        for name in options.llms if "llm" in options.parts else ():
+            findings.llms.append(gpu_llm.LlmResult(name, "", {}, {}))
+            gpu_llm.measure(
+                name, findings.llms[-1], folder, options.cache, self._device, tiny=options.tiny,
+                rounds=min(options.rounds, 5), say=self._say,
+            )  # fmt: skip
             findings.seconds = time.perf_counter() - self._start
             save(findings)
         findings.host["clocks after"] = gpu_host.clocks()

@@ -10,6 +10,7 @@ import numpy as np
 
 from bench.gpu import Findings, ModelResult, Row
 from bench.gpu_kernels import KernelResult
+from bench.gpu_llm import LlmResult
 from bench.report import Table, show_tables
 from bench.timing import percentile, ratio
 
@@ -47,6 +48,8 @@ def tables(findings: Findings) -> list[Table]:
     ]  # fmt: skip
     for model in findings.models:
         found += [_engines(model, findings.ceilings.get("matmul")), _latency(model), _profile(model)]
+    for llm in findings.llms:
+        found += [_llm(llm, size, findings.ceilings.get("matmul")) for size in llm.tokens]
     return [table for table in found if table.rows]
 
 
@@ -154,3 +157,46 @@ def _profile(model: ModelResult) -> Table:
     notes = [f"{found.launches} launches. One forward of {max(model.tokens)} documents, no CUDA graph. The longest:"]
     notes += [f"{1e3 * value:8.3f} ms in {count:4d}: {name[:90]}" for name, count, value in found.longest[:8]]
     return Table(f"{model.name}: where a packed forward goes", ["kind", "ms", "of the span"], rows, notes)
+
+
+def _llm(model: LlmResult, size: int, peak: float | None) -> Table:
+    """One language model at so many documents: times faster than each rival, MFU, memory."""
+    measured = [row for row in model.rows if size in row.seconds]
+    theirs = [row for row in measured if not row.name.startswith("fastrerank")]
+    rows = []
+    for row in model.rows:
+        if row not in measured:
+            rows.append([row.name, row.state, *[""] * (7 + len(theirs))])
+            continue
+        seconds = row.seconds[size]
+        speed = row.flop[size] / float(np.median(seconds))
+        rows.append(
+            [
+                row.name + (" (on text)" if row.on_text else ""),
+                str(row.batch or ""),
+                f"{percentile(seconds, 50):.1f}",
+                *(f"{ratio(them.seconds[size], seconds):.2f}" for them in theirs),
+                f"{row.tokens[size]}",
+                f"{row.flop[size] / 1e12:.2f}",
+                f"{speed / 1e12:.1f}",
+                f"{speed / peak:.0%}" if peak else "",
+                f"{row.peak_bytes[size] / 2**20:.0f}" if row.peak_bytes else "",
+                f"{row.check['tau']:.3f}",
+            ]
+        )
+    notes = [f"{model.note}. {size} documents, {model.tokens[size]} tokens of prompts."]
+    notes += [f"{row.name}: {row.state}: {row.detail}" for row in model.rows if row.state != "ok"]
+    for row in measured:
+        if row.prefix_tokens[size]:
+            saved = 1 - row.tokens[size] / model.tokens[size]
+            notes.append(f"{row.name}: {saved:.0%} fewer tokens pass; {row.prefix_tokens[size]} are shared prefixes.")
+        if row.tokenise_seconds:
+            notes.append(f"{row.name}: {1e3 * row.tokenise_seconds[size]:.1f} ms of its time is tokenising.")
+    if peak:
+        floors = [f"{row.name} {1e3 * row.flop[size] / peak:.1f}" for row in measured]
+        notes.append(f"Floors, ms, of its tokens' operations at the measured bfloat16 product: {', '.join(floors)}.")
+    notes.append("TFLOP: of the tokens that pass, padding not counted; theirs include the head's whole vocabulary.")
+    notes.append(f"Allowed rms error against float32 on the first documents: {model.bound:.1e}. Tau: ranking of them.")
+    against = [f"x {row.name}" for row in theirs]
+    columns = ["engine", "batch", "ms", *against, "tokens", "TFLOP", "TFLOP/s", "MFU", "peak MiB", "tau"]
+    return Table(f"{model.name}: {size} documents, from token ids to scores", columns, rows, notes)

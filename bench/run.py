@@ -14,6 +14,7 @@ from bench import models
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
+RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -93,11 +94,63 @@ def cross_encoder(
     raise typer.Exit(0 if findings.sound else 1)
 
 
+@app.command("llm")
+def llm(
+    context: typer.Context,
+    dtype: Annotated[str, typer.Option(help="precisions on a CPU: float32,bfloat16")] = "float32,bfloat16",
+    docs: Annotated[int, typer.Option(min=10, max=1000, help="documents per query on a CPU")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: the cores of this process")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="peak memory on a CPU too")] = True,
+    only: Annotated[str | None, typer.Option(help="models on a GPU: qwen3-0.6b,qwen3-4b,llama-3.1-8b")] = None,
+    tiny: Annotated[bool, typer.Option(help="tiny shapes: does the benchmark work?")] = False,
+    data: Annotated[Path | None, typer.Option(help="folder with the DL19 file")] = None,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="on a GPU bench/results/gpu-llm.json")] = None,
+    markdown: Annotated[bool, typer.Option(help="print Markdown instead of terminal tables")] = False,
+) -> None:
+    """LLM rerankers by first-token logits: Qwen3-Reranker's prompts of DL19 passages, one query.
+
+    On a CPU a Qwen3 shape of 8 layers x 512; with --device cuda Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes. A JSON
+    file of the same host and workload keeps the precisions that this run does not measure.
+    """
+    if context.obj == "cuda":
+        everything(
+            context, parts="ceilings,llm", only=None, rounds=rounds, compiled=False, seconds=0.0, quick=False,
+            tiny=tiny, data=data, cache=cache, json_file=json_file or (None if tiny else RESULTS / "gpu-llm.json"),
+            markdown=markdown, llms=only,
+        )  # fmt: skip
+    from rich.console import Console
+
+    from bench import llm as bench
+    from bench import llm_report as report
+
+    log = Console(stderr=True)
+    try:
+        options = bench.Options(
+            dtypes=tuple(dtype.split(",")),
+            documents=docs,
+            rounds=rounds,
+            threads=threads or _cores(),
+            memory=memory,
+            tiny=tiny,
+            data=data or DATA,
+            cache=cache or models.default_cache(),
+            command="python -m bench.run " + " ".join(sys.argv[1:]),
+        )
+        findings = bench.run(options, log, lambda found: report.write_json(found, json_file) if json_file else None)
+    except (ValueError, FileNotFoundError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    report.show(findings, markdown=markdown)
+    raise typer.Exit(0 if findings.sound else 1)
+
+
 @app.command("all")
 def everything(
     context: typer.Context,
     parts: Annotated[
-        str | None, typer.Option(help="ceilings,attention,label_logits,engines,latency,profile; default all")
+        str | None, typer.Option(help="ceilings,attention,label_logits,engines,latency,profile,llm; default all")
     ] = None,
     only: Annotated[str | None, typer.Option(help="models: xlmr-large,minilm,modernbert-base; default all")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 15,
@@ -109,23 +162,25 @@ def everything(
     cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="default bench/results/gpu.json on a GPU")] = None,
     markdown: Annotated[bool, typer.Option(help="print Markdown instead of terminal tables")] = False,
+    llms: Annotated[str | None, typer.Option(help="of the part llm: qwen3-0.6b,qwen3-4b,llama-3.1-8b")] = None,
 ) -> None:
     """Everything on a GPU: engines end to end, kernels alone, bandwidth, and a profile of a forward."""
     from rich.console import Console
 
     from bench import gpu as bench
-    from bench import gpu_models, gpu_report
+    from bench import gpu_models, gpu_report, llm_models
 
     log = Console(stderr=True)
     root = Path(__file__).resolve().parents[1]
     if json_file is None and context.obj == "cuda" and not tiny:
-        json_file = root / "bench" / "results" / "gpu.json"
+        json_file = RESULTS / "gpu.json"
     options = bench.Options(
         device="cuda:0" if context.obj == "cuda" else "cpu",
         tiny=tiny,
         rounds=min(rounds, 5) if quick else rounds,
         parts=tuple(parts.split(",")) if parts else bench.PARTS,
         models=tuple(only.split(",")) if only else tuple(gpu_models.SHAPES),
+        llms=tuple(llms.split(",")) if llms else tuple(llm_models.SHAPES),
         compile=compiled and not quick,
         seconds=seconds,
         data=(data,) if data else (DATA, root / "shared" / "data"),

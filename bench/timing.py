@@ -7,6 +7,7 @@ all of them alike; ratios are taken within a round and their median is reported.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -31,7 +32,7 @@ class EngineError(RuntimeError):
 
 
 class Worker:
-    """Equals an engine of `bench.rivals.ENGINES`, called in a process of its own.
+    """Equals an engine of `bench.rivals.ENGINES` or `bench.llm_engines.ENGINES`, called in a process of its own.
 
     `environment` is set in that process before any library is loaded. What the engine prints goes to `log`.
 
@@ -57,7 +58,7 @@ class Worker:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
-        self._log = cache / "logs" / f"{engine}.log"
+        self._log = cache / "logs" / f"{engine.replace('/', '-')}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         limits = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
         context = multiprocessing.get_context("spawn")
@@ -108,9 +109,10 @@ def _serve(
     with log.open("w") as sink:
         os.dup2(sink.fileno(), sys.stdout.fileno())
         os.dup2(sink.fileno(), sys.stderr.fileno())
-    from bench.rivals import ENGINES
+    from bench import llm_engines, rivals
 
-    verbs = _Verbs(ENGINES[name](checkpoint, cache, threads))
+    kinds = rivals.ENGINES | llm_engines.ENGINES
+    verbs = _Verbs(kinds[name](checkpoint, cache, threads))
     while True:
         try:
             verb, arguments = pipe.recv()
@@ -133,6 +135,11 @@ class _Verbs:
     def convert(self, calibration: Sequence[Pairs]) -> None:
         self._engine.calibration = calibration
         self._engine.convert()
+
+    def imports(self) -> None:
+        """Imports what the engine needs, so that memory can be told apart from the libraries' own."""
+        for module in self._engine.modules:
+            importlib.import_module(module)
 
     def load(self) -> float:
         start = time.perf_counter()
@@ -164,6 +171,10 @@ class _Verbs:
         start = time.perf_counter()
         self._engine.tokenise(self._pairs)
         return time.perf_counter() - start
+
+    def spent(self) -> dict[str, int]:
+        found: dict[str, int] = self._engine.spent()
+        return found
 
     def peak_bytes(self) -> int:
         return peak_bytes()
@@ -261,3 +272,21 @@ def agreement(logits: NDArray[np.float64], reference: NDArray[np.float64]) -> di
         "tau": float(signs.mean()),
         "top10": len(np.intersect1d(ours, theirs)) / best,
     }
+
+
+def tie_band(scores: NDArray[np.float64], reference: NDArray[np.float64]) -> dict[str, float]:
+    """Equals how the ranking differs from the reference's.
+
+    Returns
+    -------
+    "swaps": pairs of documents whose order is another one; "widest_swap": the largest difference of reference scores
+    among them, 0 without any.
+
+    Examples
+    --------
+    >>> tie_band(np.array([1.0, 2.0, 5.0]), np.array([2.0, 1.5, 5.0]))
+    {'swaps': 1.0, 'widest_swap': 0.5}
+    """
+    apart = np.subtract.outer(reference, reference)
+    swapped = (apart > 0) & (np.subtract.outer(scores, scores) < 0)
+    return {"swaps": float(swapped.sum()), "widest_swap": float(apart[swapped].max(initial=0.0))}

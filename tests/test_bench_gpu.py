@@ -22,7 +22,7 @@ NAMES = tuple(gpu_models.SHAPES)
 
 def options(cache: Path, **changes: Any) -> gpu.Options:
     given: dict[str, Any] = {
-        "device": "cpu", "tiny": True, "rounds": 1, "parts": gpu.PARTS, "models": NAMES, "compile": False,
+        "device": "cpu", "tiny": True, "rounds": 1, "parts": gpu.PARTS, "models": NAMES, "llms": (), "compile": False,
         "seconds": 60.0, "data": (cache / "nowhere",), "cache": cache, "command": "python -m bench.run all",
     }  # fmt: skip
     return gpu.Options(**(given | changes))
@@ -61,9 +61,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> None:
     file = cache / "gpu.json"
     given = ["--device", "cpu", "all", "--tiny", "--no-compile", "--rounds", "2", "--cache", str(cache)]
+    given += ["--llms", "qwen3-0.6b"]
     done = CliRunner().invoke(run.app, [*given, "--data", str(cache / "nowhere"), "--json", str(file), "--markdown"])
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(file.read_text())
+    assert [llm["name"] for llm in found["llms"]] == ["qwen3-0.6b"]
     assert {"torch", "transformers", "sentence-transformers"} <= set(found["host"]["versions"])
     assert found["host"]["command"].startswith("python -m bench.run")
     assert set(found["ceilings"]) == {"matmul", "copy"}
@@ -89,6 +91,8 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
         (["all"], "give --tiny"),
         (["all", "--tiny", "--parts", "engine"], "part 'engine' is unknown; valid are ceilings"),
         (["all", "--tiny", "--only", "bert"], "model 'bert' is unknown"),
+        (["all", "--tiny", "--llms", "gpt"], "language model 'gpt' is unknown; valid are qwen3-0.6b"),
+        (["llm", "--tiny", "--dtype", "int8"], "--dtype 'int8' is unknown; valid are float32, bfloat16"),
         (["--device", "cuda", "cross-encoder"], "on a GPU run `all`"),
     ],
 )
