@@ -240,3 +240,27 @@ def test_layerwise_checkpoints_are_recognised(tmp_path: Path) -> None:
     prompts = [prompt.ids.astype(np.int64) for prompt in reranker.prompts.encode(QUERY, [["an owl"], ["a cat sleeps"]])]
     expected = np.array([test_layerwise.score(tensors, ids, 3) for ids in prompts])
     assert close(reranker.score(QUERY, ["an owl", "a cat sleeps"]), expected)
+
+
+def test_erank_writes_an_integer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrerank.rerankers.generation import TransformersGenerator
+
+    reranker = PointwiseReranker(save(tmp_path), template="erank", readout="generation", max_new_tokens=6)
+    documents = ["an owl", "a cat", "a flea"]
+    prompts = reranker.prompts.encode(QUERY, [[text] for text in documents])
+    generator = TransformersGenerator(tmp_path, max_new_tokens=6, stop=("</answer>",))
+    _, chances = generator.generate_scored(prompts)
+    ours = reranker.score(QUERY, documents)
+    assert reranker.last_usage["unparsed"] == int(np.isnan(chances).sum())
+    assert all(score == 0.0 for score, chance in zip(ours, chances, strict=True) if np.isnan(chance))
+
+    def answers(*_: Any) -> Any:
+        return ["<think>3 of them</think><answer>7</answer>", "none", "10"], np.array([0.5, np.nan, 0.25])
+
+    monkeypatch.setattr(TransformersGenerator, "generate_scored", answers)
+    assert reranker.score(QUERY, documents).tolist() == [3.5, 0.0, 2.5]
+    assert reranker.last_usage["unparsed"] == 1
+    with pytest.raises(ValueError, match="readout must be 'logits' for template 'relevance'"):
+        PointwiseReranker(tmp_path, template="relevance", readout="generation")
+    with pytest.raises(ValueError, match="max_new_tokens must be from 1 to 2047"):
+        PointwiseReranker(tmp_path, template="erank", readout="generation", max_new_tokens=5000)

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import open_checkpoint
+from fastrerank.checkpoint import Checkpoint, open_checkpoint
 
-__all__ = ["Generate", "Prompt", "TransformersGenerator"]
+__all__ = ["INTEGER", "Generate", "Prompt", "TransformersGenerator", "room_to_write"]
 
-_INTEGER = re.compile(r"[0-9]+")
+INTEGER = re.compile(r"[0-9]+")
 # Tokens that are decoded again at each step to look for a stop string: longer than any stop string.
 _TAIL = 24
 
@@ -117,7 +117,7 @@ class TransformersGenerator:
         for i, (tokens, logs) in enumerate(self._answers(prompts)):
             text = self.engine.text(tokens)
             texts.append(text)
-            found = list(_INTEGER.finditer(text))
+            found = list(INTEGER.finditer(text))
             if found:
                 chances[i] = np.exp(logs[self._token_at(tokens, found[-1].end())])
         return texts, chances
@@ -155,6 +155,21 @@ class TransformersGenerator:
             for i, answer in zip(chosen, batch, strict=True):
                 answers[i] = answer
         return answers
+
+
+def room_to_write(
+    checkpoint: Checkpoint, template_limit: int | None, max_length: int | None, new_tokens: int
+) -> int | None:
+    """Return the limit of a prompt that leaves `new_tokens` of the model's context; ValueError where none is left."""
+    room = checkpoint.config.get("max_position_embeddings")
+    if not isinstance(room, int):
+        return max_length
+    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or not 0 < new_tokens < room:
+        raise ValueError(
+            f"max_new_tokens must be from 1 to {room - 1}, so that the model's context of {room} tokens leaves some to "
+            f"the prompt, got {new_tokens!r}"
+        )
+    return min(max_length or template_limit or room, room - new_tokens)
 
 
 def _seed(seed: int, row: list[int]) -> int:

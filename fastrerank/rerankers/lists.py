@@ -13,7 +13,7 @@ import numpy as np
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.rerankers.base import Scores, Usage
-from fastrerank.rerankers.generation import Generate, TransformersGenerator
+from fastrerank.rerankers.generation import Generate, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 
 __all__ = ["ListReranker", "Request", "Texts"]
@@ -93,16 +93,9 @@ class ListReranker(LLMReranker):
                 (known for name, known in _REASONING.items() if found.name.startswith(name)), (8 * count + 32, ())
             )
             self._new_tokens = usual if max_new_tokens is None else max_new_tokens
-            room = checkpoint.config.get("max_position_embeddings")
-            if isinstance(room, int):
-                if not 0 < self._new_tokens < room:
-                    raise ValueError(
-                        f"max_new_tokens must be from 1 to {room - 1}, so that the model's context of {room} tokens "
-                        f"leaves some to the prompt, got {self._new_tokens}"
-                    )
-                options["max_length"] = min(
-                    options.get("max_length") or found.max_length or room, room - self._new_tokens
-                )
+            options["max_length"] = room_to_write(
+                checkpoint, found.max_length, options.get("max_length"), self._new_tokens
+            )
         super().__init__(model, template=template, **options)
         if self.readout == "logits":  # labels that are no single tokens are refused now, not by the first call
             self._labels = self.prompts.label_ids(count) if self.template.identifiers else self.prompts.label_ids()

@@ -79,7 +79,8 @@ class LLMReranker(Reranker):
             raise ValueError(f"device must be one device for a language model, got {device!r}")
         self.device, self.dtype = chosen.devices[0], chosen.dtype
         self.prompts = PromptTokenizer.load(
-            checkpoint.transformer_path, self.template, max_length=max_length, instruction=instruction,
+            checkpoint.transformer_path, self.template, max_length=self._limit(checkpoint, max_length),
+            instruction=instruction,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         self.scorer: Scorer = self._scorer(
@@ -96,6 +97,10 @@ class LLMReranker(Reranker):
                 f"template {template.name!r} is {template.kind}, {type(self).__name__} takes {self.kind} ones: {known}"
             )
         return template
+
+    def _limit(self, checkpoint: Checkpoint, max_length: int | None) -> int | None:  # noqa: ARG002
+        """The limit of a prompt in tokens, for methods that need room behind it."""
+        return max_length
 
     def _scorer(
         self, checkpoint: Checkpoint, *, dtype: str, device: str, num_threads: int | None, memory_limit: float | None,

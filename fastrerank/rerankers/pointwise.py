@@ -1,7 +1,8 @@
-"""Pointwise LLM reranking: one prompt per document, scored by the logits of a label or two at its end."""
+"""Pointwise LLM reranking: one prompt per document, scored by the logits of its labels or by a written integer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +14,17 @@ import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, read_json
 from fastrerank.rerankers.base import Scores, Usage
-from fastrerank.rerankers.llm import LLMReranker, Scorer
+from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
+from fastrerank.rerankers.llm import LLMReranker
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
+from fastrerank.text.prompt_tokenizer import Prompt
 from fastrerank.text.prompts import Message, Template
 
 __all__ = ["PointwiseReranker"]
 
 
 class PointwiseReranker(LLMReranker):
-    """Scores each document by the first token that a language model would say about it; nothing is generated.
+    """Scores each document by the first token that a language model would say about it.
 
     Qwen3-Reranker (also converted to a sequence classifier), mxbai-rerank-v2, bge-reranker-v2-gemma and
     -minicpm-layerwise, monoT5, RankT5, RankLLaMA and other scalar heads, sentence-transformers' LogitScore checkpoints,
@@ -29,10 +32,16 @@ class PointwiseReranker(LLMReranker):
     part passes through the network once. `score` is float32 and raw: logit(yes) - logit(no) where there are two labels,
     the logit where there is one, and the expected value where labels are numbers.
 
+    ERank's published score is another: the model reasons and writes an integer, and the score is that integer times the
+    probability of its last token. readout="generation" computes it; a text without an integer scores 0 and is counted
+    in `last_usage["unparsed"]`.
+
     Args:
         model, template, instruction, and the rest: as in `LLMReranker`.
         cutoff_layers: layers to run of a layerwise checkpoint, which has a head after each; None for 28 or, where it
             has fewer, all. ValueError for any other checkpoint.
+        readout: "logits", or "generation" for templates whose labels are numbers.
+        max_new_tokens: most tokens that are written, with readout="generation".
 
     Papers: monoT5 (arXiv 2003.06713), RankT5 (arXiv 2210.10634), RankLLaMA (arXiv 2310.08319), Qwen3 Embedding (arXiv
     2506.05176), ERank (arXiv 2509.00520), ProRank (arXiv 2506.03487).
@@ -48,15 +57,40 @@ class PointwiseReranker(LLMReranker):
     default_template: ClassVar[str] = "relevance"
     default_seq2seq: ClassVar[str] = "monot5"
 
-    def __init__(self, model: str | Path, *, cutoff_layers: int | None = None, **options: Any) -> None:
-        self._cutoff_layers = cutoff_layers
+    def __init__(
+        self, model: str | Path, *, cutoff_layers: int | None = None, readout: str = "logits",
+        max_new_tokens: int = 2048, **options: Any,
+    ) -> None:  # fmt: skip
+        if readout not in ("logits", "generation"):
+            raise ValueError(f"readout must be 'logits' or 'generation', got {readout!r}")
+        self._cutoff_layers, self._new_tokens = cutoff_layers, max_new_tokens
+        self.readout = readout
+        self._generator: TransformersGenerator | None = None
         super().__init__(model, **options)
 
     def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Template:
         template = super()._template(checkpoint, wanted)
+        if self.readout == "generation":
+            if template.score != "expectation":
+                raise ValueError(
+                    f"readout must be 'logits' for template {template.name!r}: only where labels are numbers, as in "
+                    "'erank', does a written integer score"
+                )
+            return replace(template, readout="generate")
         return _as_saved(checkpoint, template) if template.name == "sentence-transformers" else template
 
-    def _scorer(self, checkpoint: Checkpoint, **options: Any) -> Scorer:
+    def _limit(self, checkpoint: Checkpoint, max_length: int | None) -> int | None:
+        if self.readout == "logits":
+            return max_length
+        return room_to_write(checkpoint, self.template.max_length, max_length, self._new_tokens)
+
+    def _scorer(self, checkpoint: Checkpoint, **options: Any) -> Any:
+        if self.readout == "generation":
+            self._generator = TransformersGenerator(
+                checkpoint.path, max_new_tokens=self._new_tokens, stop=("</answer>",), device=options["device"],
+                dtype=options["dtype"], trust_remote_code=checkpoint.trust_remote_code,
+            )  # fmt: skip
+            return None
         self._labels = np.zeros(1, np.int64)
         if is_layerwise(checkpoint):
             from fastrerank.engine.layerwise import load_layerwise
@@ -91,9 +125,23 @@ class PointwiseReranker(LLMReranker):
                 for query, texts in zip(queries, documents, strict=True)
                 for prompt in self.prompts.encode(query, [[text] for text in texts])
             ]
-        scores = self._formula(self._logits(prompts, self._labels, usage))
+        if self._generator is None:
+            scores = self._formula(self._logits(prompts, self._labels, usage))
+        else:
+            scores = self._written(self._generator, prompts, usage)
         bounds = np.cumsum([0, *map(len, documents)])
         return [scores[begin:end] for begin, end in pairwise(bounds)]
+
+    def _written(self, generator: TransformersGenerator, prompts: Sequence[Prompt], usage: Usage) -> Scores:
+        """The integer at the end of each text times the probability of its last token."""
+        with usage.stage("generate"):
+            texts, chances = generator.generate_scored(prompts)
+        usage.tokens += sum(len(prompt.ids) for prompt in prompts)
+        usage.truncated += sum(int(prompt.truncated.sum()) for prompt in prompts)
+        values = [integers[-1] if (integers := INTEGER.findall(text)) else None for text in texts]
+        usage.unparsed += values.count(None)
+        pairs = zip(values, chances, strict=True)
+        return np.array([0.0 if value is None else int(value) * chance for value, chance in pairs], np.float32)
 
     def _formula(self, logits: npt.NDArray[np.float32]) -> Scores:
         if logits.shape[1] == 1:
