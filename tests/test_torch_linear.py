@@ -14,7 +14,7 @@ import torch
 
 from fastrerank import ops
 from fastrerank.engine import torch_probe
-from fastrerank.engine.torch_linear import PackedLinear, pack_linears, packs
+from fastrerank.engine.torch_linear import PackedLinear, fuse_gated, pack_linears, packs
 
 SIZES = [(32, 64), (384, 96), (33, 48), (64, 17), (7, 5), (1, 1)]  # (inputs, outputs)
 
@@ -144,3 +144,52 @@ def test_a_compiled_model_calls_it_between_its_graphs(recwarn: pytest.WarningsRe
     with torch.no_grad():
         assert torch.equal(compiled(x), torch.relu(layer(x * 2)))
     assert not [warning for warning in recwarn if "trace" in str(warning.message)]
+
+
+class Gated(torch.nn.Module):
+    """A decoder's feed-forward layer."""
+
+    def __init__(self, inputs: int, inner: int, act: Any, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(inputs, inner, bias)
+        self.up_proj = torch.nn.Linear(inputs, inner, bias)
+        self.down_proj = torch.nn.Linear(inner, inputs, bias)
+        self.act_fn = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("act", [torch.nn.SiLU(), torch.nn.GELU(), torch.nn.GELU(approximate="tanh")], ids=str)
+def test_a_gated_layer_in_one_call_errs_no_more_than_torch(dtype: Any, act: Any) -> None:
+    torch.manual_seed(0)
+    errors: list[list[Any]] = [[], []]
+    for inputs, inner, bias in [(32, 64, False), (40, 50, True), (64, 200, False), (7, 5, False)]:
+        plain = Gated(inputs, inner, act, bias).to(dtype)
+        exact = Gated(inputs, inner, act, bias).double()
+        exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
+        x = torch.randn(1, 131, inputs).to(dtype)
+        with torch.inference_mode():
+            expected, torchs = exact(x.double()), plain(x)
+            pack_linears(plain)
+            assert fuse_gated(plain)
+            ours = plain(x)
+            alone = torch.cat([plain(x[:, i : i + 1]) for i in range(131)], 1)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, alone)
+        for kind, result in enumerate((ours, torchs)):
+            errors[kind].append((result - expected).ravel())
+    ours_rms, plain_rms = (torch.cat(parts).square().mean().sqrt() for parts in errors)
+    assert ours_rms <= 2 * plain_rms
+
+
+@pytest.mark.parametrize("act", [torch.nn.ReLU(), torch.nn.Tanh()], ids=str)
+def test_a_layer_of_another_formula_is_left_alone(act: Any) -> None:
+    layer = Gated(16, 32, act, False)
+    assert not fuse_gated(layer)
+    pack_linears(layer)
+    assert not fuse_gated(layer)
+    twisted = Gated(16, 32, torch.nn.SiLU(), False)
+    twisted.forward = lambda x: twisted.down_proj(twisted.act_fn(twisted.up_proj(x)) * twisted.gate_proj(x))  # type: ignore[method-assign]
+    pack_linears(twisted)
+    assert not fuse_gated(twisted)

@@ -13,6 +13,7 @@ import torch
 
 from fastrerank.engine.packing import PackedBatch
 from fastrerank.engine.torch_backbone import PackedBackbone, Row, running, upload
+from fastrerank.engine.torch_linear import fuse_gated
 from fastrerank.ops import attention
 
 __all__ = ["FinalNorm", "PackedDecoder", "find_layers", "find_norm"]
@@ -96,7 +97,9 @@ class PackedDecoder(PackedBackbone):
         if self.device.type == "cpu":
             for layer in stack:
                 feed_forward = getattr(layer, "mlp", None)
-                if isinstance(feed_forward, torch.nn.Module) and hasattr(feed_forward, "down_proj"):
+                if not isinstance(feed_forward, torch.nn.Module) or fuse_gated(feed_forward):
+                    continue
+                if hasattr(feed_forward, "down_proj"):
                     _in_blocks(feed_forward)
 
     def last(self, batch: PackedBatch, rows: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -10,7 +10,14 @@ import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.engine.torch_loading import release
 
-__all__ = ["PackedLinear", "pack_linears", "packs"]
+__all__ = ["PackedLinear", "fuse_gated", "pack_linears", "packs"]
+
+# What a feed-forward layer's activation computes, told by trying.
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -85,3 +92,50 @@ def pack_linears(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, tor
             release(child.weight)
         setattr(parent, name, packed[id(child)])
     return replaced
+
+
+def fuse_gated(layer: torch.nn.Module) -> bool:
+    """Make a gated feed-forward layer, down(act(gate(x)) * up(x)), one call on packed products; whether it is one.
+
+    Its parts must be `PackedLinear` under the names gate_proj, up_proj and down_proj, and the activation one of the
+    kernels'; a random input proves the formula. Intermediate rows are float32 and stay in the cache.
+    """
+    parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    act = getattr(layer, "act_fn", None)
+    if act is None or not all(isinstance(part, PackedLinear) for part in parts):
+        return False
+    gate, up, down = cast("list[PackedLinear]", parts)
+    whole = layer.forward
+    sample = torch.randn(3, gate.in_features, generator=torch.Generator().manual_seed(0)).to(gate.dtype)
+    tried = torch.linspace(-4, 4, 64)
+    with torch.inference_mode():
+        matching = [n for n, known in _ACTIVATIONS.items() if torch.allclose(known(tried), act(tried), atol=1e-6)]
+        if not matching:
+            return False
+        fused = _Gated(gate, up, down, matching[0])
+        expected = whole(sample[None]).double()
+        if not torch.is_tensor(expected) or (fused(sample[None]) - expected).norm() > 0.05 * expected.norm():
+            return False
+    layer.forward = fused  # type: ignore[method-assign]
+    return True
+
+
+class _Gated:
+    """down(act(gate(x)) * up(x)) of three packed layers."""
+
+    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: str) -> None:
+        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, down = self.gate, self.down
+        rows = x.reshape(-1, gate.in_features)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        out = torch.empty((len(rows), down.out_features), dtype=x.dtype)
+        if len(rows):
+            gate._packed.run_gated(
+                self.up._packed, down._packed, self.activation, rows.data_ptr(), rows.stride(0), len(rows),
+                out.data_ptr(), down.out_features, torch.get_num_threads(),
+            )  # fmt: skip
+        return out.view(*x.shape[:-1], down.out_features)
