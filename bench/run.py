@@ -114,18 +114,25 @@ def llm(
     On a CPU a Qwen3 shape of 8 layers x 512; with --device cuda Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes. A JSON
     file of the same host and workload keeps the precisions that this run does not measure.
     """
+    from rich.console import Console
+
+    log = Console(stderr=True)
+    elsewhere = {"--only": only} if context.obj == "cpu" else {
+        "--dtype": dtype != "float32,bfloat16", "--docs": docs != 100, "--threads": threads, "--no-memory": not memory,
+    }  # fmt: skip
+    if given := [name for name, value in elsewhere.items() if value]:
+        place = "GPU" if context.obj == "cpu" else "CPU"
+        log.print(f"[red]error:[/red] {', '.join(given)} is for the comparison on a {place}", highlight=False)
+        raise typer.Exit(2)
     if context.obj == "cuda":
         everything(
             context, parts="ceilings,llm", only=None, rounds=rounds, compiled=False, seconds=0.0, quick=False,
             tiny=tiny, data=data, cache=cache, json_file=json_file or (None if tiny else RESULTS / "gpu-llm.json"),
             markdown=markdown, llms=only,
         )  # fmt: skip
-    from rich.console import Console
-
     from bench import llm as bench
     from bench import llm_report as report
 
-    log = Console(stderr=True)
     try:
         options = bench.Options(
             dtypes=tuple(dtype.split(",")),

@@ -93,6 +93,8 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
         (["all", "--tiny", "--only", "bert"], "model 'bert' is unknown"),
         (["all", "--tiny", "--llms", "gpt"], "language model 'gpt' is unknown; valid are qwen3-0.6b"),
         (["llm", "--tiny", "--dtype", "int8"], "--dtype 'int8' is unknown; valid are float32, bfloat16"),
+        (["llm", "--only", "qwen3-4b"], "--only is for the comparison on a GPU"),
+        (["--device", "cuda", "llm", "--docs", "20"], "--docs is for the comparison on a CPU"),
         (["--device", "cuda", "cross-encoder"], "on a GPU run `all`"),
     ],
 )
