@@ -81,9 +81,25 @@ void label_logits(uintptr_t hidden, const std::string& hidden_dtype, int64_t hid
     run_label_logits(level, g, reinterpret_cast<int32_t*>(order), threads);
 }
 
+// x (rows, width) and y (rows, y_row) in dtype, float32 or bfloat16; gamma and beta as above.
+void norm_rows(uintptr_t x, const std::string& dtype, int64_t x_row, int64_t rows, int width, const std::string& norm,
+               uintptr_t gamma, uintptr_t beta, float eps, uintptr_t y, int64_t y_row, int threads,
+               const std::string& isa) {
+    LabelLogits g{};
+    g.x = reinterpret_cast<const void*>(x), g.x_source = source_of(dtype), g.ldx = x_row, g.rows = rows, g.n = width;
+    g.norm = norm_of(norm), g.gamma = floats(gamma), g.beta = floats(beta), g.eps = eps;
+    if (g.x_source == Source::kF16) throw std::invalid_argument("norm_rows takes float32 or bfloat16 rows");
+    const Kernels& level = *kernels_of(isa);
+    const py::gil_scoped_release release;
+    run_norm_rows(level, g, reinterpret_cast<void*>(y), y_row, threads);
+}
+
 }  // namespace
 
 void add_tensor_ops(py::module_& m) {
+    m.def("norm_rows", &norm_rows, py::arg("x"), py::arg("dtype"), py::arg("x_row"), py::arg("rows"), py::arg("width"),
+          py::arg("norm"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("y"), py::arg("y_row"),
+          py::arg("threads"), py::arg("isa"));
     m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
           py::arg("lo"), py::arg("hi"), py::arg("plo"), py::arg("phi"), py::arg("rows"), py::arg("keys"),
           py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("strides"), py::arg("dtype"),

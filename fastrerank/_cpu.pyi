@@ -71,6 +71,21 @@ def attention(
     threads: int,
     isa: str,
 ) -> None: ...
+def norm_rows(
+    x: int,
+    dtype: str,
+    x_row: int,
+    rows: int,
+    width: int,
+    norm: str,
+    gamma: int,
+    beta: int,
+    eps: float,
+    y: int,
+    y_row: int,
+    threads: int,
+    isa: str,
+) -> None: ...
 def label_logits(
     hidden: int,
     hidden_dtype: str,

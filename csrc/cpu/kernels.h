@@ -183,6 +183,9 @@ struct Kernels {
     void (*layer_norm)(const LayerNorm&);
     // Rows [begin, end); scratch: kLabelRows * padded(n) floats.
     void (*label_logits)(const LabelLogits&, int64_t begin, int64_t end, float* scratch);
+    // y (rows, ldy), columns [0, n) in the format of x: the rows [begin, end) of x as label_logits norms them; of g
+    // only x, n, norm, gamma, beta and eps are read. scratch: padded(n) floats.
+    void (*norm_rows)(const LabelLogits& g, int64_t begin, int64_t end, void* y, int64_t ldy, float* scratch);
     void (*convert)(const float* x, int64_t ldx, int rows, int n, const Stored&);
     // Rotary embedding of (rows, heads * head_dim) float32, dimension i paired with i + half; cos and sin are (..,
     // half) by position; head_dim <= 512.

@@ -13,6 +13,7 @@ namespace {
 
 // Multiply-adds of a task: enough that handing it out costs little beside them.
 constexpr int64_t kTaskProducts = 1 << 18;
+constexpr int64_t kTaskValues = 1 << 16;
 
 void sort_labels(const float* logits, int labels, int32_t* order) {
     const auto key = [&](int32_t i) {
@@ -38,6 +39,14 @@ void run_label_logits(const Kernels& k, const LabelLogits& g, int32_t* order, in
         k.label_logits(g, begin, end, scratch.as<float>());
         if (!order) return;
         for (int64_t r = begin; r < end; ++r) sort_labels(g.out + r * g.labels, g.labels, order + r * g.labels);
+    });
+}
+
+void run_norm_rows(const Kernels& k, const LabelLogits& g, void* y, int64_t ldy, int threads) {
+    const int64_t rows = std::max<int64_t>(1, kTaskValues / std::max(g.n, 1));
+    run_parallel(static_cast<int>((g.rows + rows - 1) / rows), threads, [&](int i) {
+        Bytes scratch(padded(g.n) * sizeof(float));
+        k.norm_rows(g, i * rows, std::min(g.rows, (i + 1) * rows), y, ldy, scratch.as<float>());
     });
 }
 

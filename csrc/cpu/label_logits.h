@@ -8,4 +8,7 @@ namespace fastrerank::cpu {
 // A row's result does not depend on the other rows or on `threads`.
 void run_label_logits(const Kernels& k, const LabelLogits& g, int32_t* order, int threads);
 
+// y (rows, ldy) = the rows of g.x normed, float32 or bfloat16 as they come; see Kernels::norm_rows.
+void run_norm_rows(const Kernels& k, const LabelLogits& g, void* y, int64_t ldy, int threads);
+
 }  // namespace fastrerank::cpu

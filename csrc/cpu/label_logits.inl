@@ -133,3 +133,26 @@ void label_logits(const LabelLogits& g, int64_t begin, int64_t end, float* scrat
         if (g.w_source == Source::kBF16) label_rows<Source::kBF16>(g, scratch, rows, out);
     }
 }
+
+INLINE uint16_t rounded_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    return static_cast<uint16_t>(x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : u >> 16 | 0x40);
+}
+
+void norm_rows(const LabelLogits& g, int64_t begin, int64_t end, void* y, int64_t ldy, float* scratch) {
+    for (int64_t row = begin; row < end; ++row) {
+        if (g.x_source == Source::kF32) {
+            normed_row<Source::kF32>(g, row * g.ldx, scratch);
+            __builtin_memcpy(static_cast<float*>(y) + row * ldy, scratch, g.n * sizeof(float));
+            continue;
+        }
+        normed_row<Source::kBF16>(g, row * g.ldx, scratch);
+        uint16_t* to = static_cast<uint16_t*>(y) + row * ldy;
+        int i = 0;
+#ifdef FASTRERANK_NATIVE_BF16
+        for (; i + VL <= g.n; i += VL) store_bf16(to + i, load(scratch + i));
+#endif
+        for (; i < g.n; ++i) to[i] = rounded_bf16(scratch[i]);
+    }
+}

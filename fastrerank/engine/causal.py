@@ -14,11 +14,12 @@ import torch
 from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.cost import Cost
-from fastrerank.engine.decoder import FinalNorm, PackedDecoder
-from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
+from fastrerank.engine.decoder import PackedDecoder
+from fastrerank.engine.memory import CPU_DECODER_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import Segment, pack, split, split_equal, split_padded
 from fastrerank.engine.placing import place_on, stretch, unstretched
 from fastrerank.engine.prefixes import Group, share_prefixes, to_segments
+from fastrerank.engine.row_norms import FinalNorm
 from fastrerank.engine.torch_linear import packs
 from fastrerank.engine.torch_loading import cast_parameters, load_model
 from fastrerank.engine.torch_probe import choose_runner, pack_when_equal
@@ -173,7 +174,7 @@ class CausalScorer:
         unlimited = place.type == "cpu" and memory_limit is None
         scorer = cls(
             runner, Head(weight, bias, norm, **_logit_options(config)), dtype=dtype,
-            budget=CPU_TOKENS if unlimited else device_budget(place, each, memory_limit),
+            budget=CPU_DECODER_TOKENS if unlimited else device_budget(place, each, memory_limit),
             max_length=getattr(config, "max_position_embeddings", None), num_threads=num_threads,
             share_prefixes=share_prefixes,
         )  # fmt: skip

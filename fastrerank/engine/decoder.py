@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,28 +10,19 @@ import numpy.typing as npt
 import torch
 
 from fastrerank.engine.packing import PackedBatch
+from fastrerank.engine.row_norms import fuse_norm, read_norm
 from fastrerank.engine.torch_backbone import PackedBackbone, Row, running, upload
 from fastrerank.engine.torch_linear import fuse_gated
+from fastrerank.engine.torch_loading import release_after_reading
 from fastrerank.ops import attention
 
-__all__ = ["FinalNorm", "PackedDecoder", "find_layers", "find_norm"]
+__all__ = ["PackedDecoder", "find_layers", "find_norm"]
 
 # Rows of a feed-forward layer at a time on a CPU: its intermediate rows stay in the cache, and memory stays small.
 FEED_FORWARD_ROWS = 512
 # Rows are made up to multiples of this on a CPU. torch computes the last elements of a tensor that fill no two vectors
 # by other functions (of exp, sin, cos), whose last bits differ: with whole vectors a row's bits depend on it alone.
 WHOLE = 64
-
-
-@dataclass(frozen=True)
-class FinalNorm:
-    """A decoder's last norm as `ops.label_logits` takes it; `module`, in float32, where it is of another kind."""
-
-    kind: str | None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    eps: float = 0.0
-    module: torch.nn.Module | None = None
 
 
 def find_layers(backbone: torch.nn.Module) -> torch.nn.ModuleList:
@@ -54,24 +43,6 @@ def find_norm(backbone: torch.nn.Module) -> str:
     return names[0]
 
 
-def _read_norm(module: torch.nn.Module, width: int) -> FinalNorm:
-    """Tell which formula a norm follows by what it makes of random rows."""
-    single = copy.deepcopy(module).float().requires_grad_(False)
-    weight = getattr(single, "weight", None)
-    bias = getattr(single, "bias", None)
-    eps = next((float(getattr(single, name)) for name in ("variance_epsilon", "eps") if hasattr(single, name)), None)
-    if weight is not None and weight.shape == (width,) and eps is not None:
-        x = torch.randn((4, width), generator=torch.Generator().manual_seed(0)).to(weight.device)
-        expected = single(x)
-        rms = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        shift = 0.0 if bias is None else bias
-        layer = torch.nn.functional.layer_norm(x, (width,), None, None, eps)
-        for kind, normed, factor in (("rms", rms, weight), ("rms", rms, 1 + weight), ("layer", layer, weight)):
-            if torch.allclose(normed * factor + shift, expected, rtol=1e-5, atol=1e-5):
-                return FinalNorm(kind, factor.clone(), bias, eps)
-    return FinalNorm(None, module=single)
-
-
 class PackedDecoder(PackedBackbone):
     """A packed backbone whose last layer and final norm are left to the readout.
 
@@ -90,11 +61,14 @@ class PackedDecoder(PackedBackbone):
         super().__init__(packed.backbone)
         stack, name = find_layers(self.backbone), find_norm(self.backbone)
         width = int(self.backbone.config.get_text_config().hidden_size)
-        self.norm = _read_norm(getattr(self.backbone, name), width)
+        self.norm = read_norm(getattr(self.backbone, name), width)
         setattr(self.backbone, name, torch.nn.Identity())
         self.prunes = True
         _prune(stack[-1])
         if self.device.type == "cpu":
+            release_after_reading(self.backbone.get_input_embeddings())
+            for module in self.backbone.modules():
+                fuse_norm(module)
             for layer in stack:
                 feed_forward = getattr(layer, "mlp", None)
                 if not isinstance(feed_forward, torch.nn.Module) or fuse_gated(feed_forward):

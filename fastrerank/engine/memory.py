@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["CPU_TOKENS", "bytes_per_token", "device_budget"]
+__all__ = ["CPU_DECODER_TOKENS", "CPU_TOKENS", "bytes_per_token", "device_budget"]
 
 # On a CPU more tokens at a time do not run faster; this bounds memory to some hundred MiB of activations.
 CPU_TOKENS = 4096
+# Decoders' rows are wider, and their rotary embeddings hold several copies of queries and keys.
+CPU_DECODER_TOKENS = 2048
 # On a GPU, from here on products are as fast as they get.
 MOST_TOKENS = 65536
 _FRACTION = 0.9

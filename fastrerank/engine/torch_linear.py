@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from fastrerank.engine.torch_loading import release
 __all__ = ["PackedLinear", "fuse_gated", "pack_linears", "packs"]
 
 # What a feed-forward layer's activation computes, told by trying.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -116,7 +117,7 @@ def fuse_gated(layer: torch.nn.Module) -> bool:
         expected = whole(sample[None]).double()
         if not torch.is_tensor(expected) or (fused(sample[None]) - expected).norm() > 0.05 * expected.norm():
             return False
-    layer.forward = fused  # type: ignore[method-assign]
+    layer.forward = fused
     return True
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as messages
 
 from fastrerank.checkpoint import Checkpoint, untrained
 
-__all__ = ["cast_parameters", "load_model", "quiet", "release"]
+__all__ = ["cast_parameters", "load_model", "quiet", "release", "release_after_reading"]
 
 _MAPS = Path("/proc/self/maps")
 _FACTORIES = {
@@ -93,15 +93,43 @@ def release(tensor: torch.Tensor) -> None:
 
     Does nothing to tensors in memory of their own, nor where the system does not tell (/proc/self/maps).
     """
-    if tensor.device.type != "cpu" or not _MAPS.exists():
+    _drop(_mapped_pages(tensor))
+
+
+def release_after_reading(embedding: torch.nn.Module) -> None:
+    """From now on `release` an embedding's table after each lookup, if it lies in a mapped file.
+
+    A lookup touches few of its rows, but brings the pages around each into resident memory.
+    """
+    pages = _mapped_pages(embedding.weight)  # type: ignore[arg-type]
+    if pages is None:
         return
+    whole = embedding.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = whole(ids)
+        _drop(pages)
+        return rows
+
+    embedding.forward = forward
+
+
+def _mapped_pages(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Address and length of the whole pages of a tensor in a mapped weight file; None if it is not in one."""
+    if tensor.device.type != "cpu" or not _MAPS.exists():
+        return None
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
     for line in _MAPS.read_text().splitlines():
         low, high = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
         if low <= begin and end <= high and line.endswith(".safetensors"):
             first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-            if first < last:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            return (first, last - first) if first < last else None
+    return None
+
+
+def _drop(pages: tuple[int, int] | None) -> None:
+    if pages is not None:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(pages[0]), ctypes.c_size_t(pages[1]), mmap.MADV_DONTNEED)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
