@@ -38,6 +38,12 @@ INLINE const char* staged(const IntervalAttention& g, const char* rows, int coun
     return stage;
 }
 
+// Head dimensions in whole panels where they divide, else in pairs of vectors (64 = 2 x 32 rather than 48 + 16).
+template <class P>
+INLINE int value_panel(int head_dim) {
+    return head_dim % (P::kVectors * VL) == 0 ? P::kVectors * VL : 2 * VL;
+}
+
 // Queries are numbered row by row and, in a row, head by head of the key head's group.
 template <class P>
 struct IntervalTile {
@@ -212,7 +218,8 @@ void interval_attention_with(const IntervalAttention& g, const IntervalTask& tas
                 int64_t ldk = g.k_row * element, ldv = g.v_row * element;
                 const char* k = g.k + (key * g.k_row + task.kv_head * g.k_head) * element;
                 k = staged<P>(g, k, keys, ldk, stage);
-                pack_keys<P>(k, ldk, keys, keys_padded, g.head_dim / P::kStep, reinterpret_cast<int32_t*>(key_panels));
+                pack_keys(k, ldk, keys, keys_padded, g.head_dim / P::kStep, P::kVectors * VL,
+                          reinterpret_cast<int32_t*>(key_panels));
                 const char* v = g.v + (key * g.v_row + task.kv_head * g.v_head) * element;
                 v = staged<P>(g, v, keys, ldv, stage);
                 pack_values<P>(v, ldv, keys, keys_padded, dims, value_panel<P>(dims), value_panels);
