@@ -32,8 +32,8 @@ INLINE void pack_values(const char* v, int64_t ldv, int keys, int keys_padded, i
                           t < keys ? load(reinterpret_cast<const float*>(row) + d) : vf{});
                 } else {
                     const uint16_t* pair = reinterpret_cast<const uint16_t*>(row);
-                    const vu even = t < keys ? __builtin_convertvector(load_as<vh>(pair + d), vu) : vu{};
-                    const vu odd = t + 1 < keys ? __builtin_convertvector(load_as<vh>(pair + ldv / 2 + d), vu) : vu{};
+                    const vu even = t < keys ? widen(pair + d) : vu{};
+                    const vu odd = t + 1 < keys ? widen(pair + ldv / 2 + d) : vu{};
                     store_as(reinterpret_cast<uint32_t*>(panel) + d, even | odd << 16);
                 }
             }

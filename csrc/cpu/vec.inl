@@ -65,11 +65,17 @@ INLINE float reduce_max(vf v) {
     return v[0] > v[1] ? v[0] : v[1];
 }
 
-INLINE vf widen_bf16(const uint16_t* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+// GCC 12 converts the 512-bit vector in halves.
+#if VL == 16
+INLINE vu widen(const uint16_t* p) { return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+#else
+INLINE vu widen(const uint16_t* p) { return __builtin_convertvector(load_as<vh>(p), vu); }
+#endif
+INLINE vf widen_bf16(const uint16_t* p) { return (vf)(widen(p) << 16); }
 
 // float16 to float32 by rescaling the exponent; exact for finite values (checkpoints with infinities are refused).
 INLINE vf widen_f16(const uint16_t* p) {
-    const vu h = __builtin_convertvector(load_as<vh>(p), vu);
+    const vu h = widen(p);
     const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
     return (vf)((vu)magnitude | (h & 0x8000) << 16);
 }
