@@ -234,7 +234,8 @@ public:
     F32Array call(const F32Array& x, const std::string& activation) const {
         if (x.ndim() != 2 || x.shape(1) != packed_.k)
             throw std::invalid_argument("x must be float32 of shape (rows, k)");
-        const Activation act = activation_of(activation);
+        const bool fast = activation == "gelu_fast";  // what products do whose outputs are rounded to 8 or 16 bits
+        const Activation act = fast ? Activation::kGelu : activation_of(activation);
         const int rows = static_cast<int>(x.shape(0));
         const int64_t columns = packed_.n_padded, inputs = padded(packed_.k), tiled = rows + kRowTile;
         const Format format = k_.input_format(packed_.precision);
@@ -245,7 +246,7 @@ public:
             std::copy(x.data() + r * packed_.k, x.data() + (r + 1) * packed_.k, wide.as<float>() + r * inputs);
         k_.convert(wide.as<float>(), inputs, rows, packed_.k,
                    {input.get(), inputs, x_scale.as<RowScale>(), nullptr, format});
-        k_.linear({&packed_, input.get(), x_scale.as<RowScale>(), inputs, rows, act, false, nullptr, nullptr, y.get(),
+        k_.linear({&packed_, input.get(), x_scale.as<RowScale>(), inputs, rows, act, fast, nullptr, nullptr, y.get(),
                    columns, Format::kF32});
         F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(packed_.n)});
         for (int r = 0; r < rows; ++r)

@@ -50,6 +50,20 @@ def test_quantised_rows_are_within_half_a_step(isa: str, n: int, kind: str) -> N
         assert (back[:, ::3] == 0).all()
 
 
+def test_a_smallest_value_halfway_between_two_levels_does_not_wrap(isa: str) -> None:
+    # The zero point is then rounded away from the exact middle, or to it: the smallest level must not fall below 0.
+    levels = (127 if isa == "avx2" else 255) - 1
+    random = np.random.default_rng(0)
+    step = random.uniform(1e-3, 1, 20000)
+    low = random.integers(0, levels, step.size) + 0.5
+    x = np.zeros((step.size, 16), np.float32)
+    x[:, 0], x[:, 1] = -low * step, (levels - low) * step
+    q, scale, zero = _cpu.quantise(x, None, isa)
+    assert q.max() <= levels + 1
+    back = (q.astype(np.float64) - zero[:, None]) * scale[:, None]
+    assert (np.abs(back - x) <= scale[:, None] * (0.5 + 4 * 2.0**-24 * levels)).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_shows_in_its_scale_alone(isa: str, bad: float) -> None:
     x = np.ones((4, 33), np.float32)

@@ -1,12 +1,12 @@
-// Self-attention of one document, all heads: keys and values of a head are packed into panels (they fit L1/L2),
-// then row tiles go scores -> softmax -> product with the values without leaving the cache. No mask tensor: the
-// document's bounds and the window are loop bounds.
+// Self-attention of one document, all heads: keys and values of a head are packed into panels (they fit L1/L2), then a
+// tile of queries turns scores into weights while they are in registers, and weights into outputs, without leaving the
+// first-level cache. No mask tensor: the document's bounds and the window are loop bounds.
 
-// Key panel: [dim / kStep][key][kStep]. In 32-bit units this is a transpose for both formats.
-template <class P>
-INLINE void pack_keys(const char* k, int64_t ldk, int keys, int keys_padded, int units, int32_t* out) {
-    for (int t0 = 0; t0 < keys_padded; t0 += P::kVectors * VL) {
-        const int width = keys_padded - t0 < P::kVectors * VL ? keys_padded - t0 : P::kVectors * VL;
+// Key panels of `panel_keys` keys, the last one narrower: [dim / kStep][key][kStep]. In 32-bit units this is a
+// transpose for both formats.
+INLINE void pack_keys(const char* k, int64_t ldk, int keys, int keys_padded, int units, int panel_keys, int32_t* out) {
+    for (int t0 = 0; t0 < keys_padded; t0 += panel_keys) {
+        const int width = keys_padded - t0 < panel_keys ? keys_padded - t0 : panel_keys;
         int32_t* panel = out + static_cast<int64_t>(t0) * units;
         for (int t = 0; t < width; t += VL) {
             for (int u = 0; u < units; u += VL) {
@@ -18,7 +18,7 @@ INLINE void pack_keys(const char* k, int64_t ldk, int keys, int keys_padded, int
     }
 }
 
-// Value panel: [key / kStep][dim][kStep], dims in panels of `dims` columns.
+// Value panels of `dims` dimensions, the last one narrower: [key / kStep][dim][kStep].
 template <class P>
 INLINE void pack_values(const char* v, int64_t ldv, int keys, int keys_padded, int head_dim, int dims, char* out) {
     for (int d0 = 0; d0 < head_dim; d0 += dims) {
@@ -32,8 +32,8 @@ INLINE void pack_values(const char* v, int64_t ldv, int keys, int keys_padded, i
                           t < keys ? load(reinterpret_cast<const float*>(row) + d) : vf{});
                 } else {
                     const uint16_t* pair = reinterpret_cast<const uint16_t*>(row);
-                    const vu even = t < keys ? __builtin_convertvector(load_as<vh>(pair + d), vu) : vu{};
-                    const vu odd = t + 1 < keys ? __builtin_convertvector(load_as<vh>(pair + ldv / 2 + d), vu) : vu{};
+                    const vu even = t < keys ? widen(pair + d) : vu{};
+                    const vu odd = t + 1 < keys ? widen(pair + ldv / 2 + d) : vu{};
                     store_as(reinterpret_cast<uint32_t*>(panel) + d, even | odd << 16);
                 }
             }
@@ -41,47 +41,107 @@ INLINE void pack_values(const char* v, int64_t ldv, int keys, int keys_padded, i
     }
 }
 
-// Scores [begin, end) of one row become probabilities times their sum; those outside [lo, hi) become 0.
+// The largest squared length of a key, from the panel.
 template <class P>
-INLINE float softmax_row(float* s, void* p, int begin, int end, int lo, int hi, float scale) {
-    for (int j = begin; j < lo; ++j) s[j] = -1e30f;
-    for (int j = hi; j < end; ++j) s[j] = -1e30f;
-    vf m = load(s + begin);
-    for (int j = begin + VL; j < end; j += VL) m = vmax(m, load(s + j));
-    const float c = scale * 1.4426950408889634f;
-    const float shift = reduce_max(m) * c;
+INLINE float longest_key(const char* keys, int keys_padded, int units) {
+    vf longest = {};
+    for (int t0 = 0; t0 < keys_padded; t0 += 2 * VL) {
+        const int width = keys_padded - t0 < 2 * VL ? keys_padded - t0 : 2 * VL;
+        const char* panel = keys + static_cast<int64_t>(t0) * units * 4;
+        for (int t = 0; t < width; t += VL) {
+            vf square = {};
+            for (int u = 0; u < units; ++u) {
+                const char* at = panel + (static_cast<int64_t>(u) * width + t) * 4;
+                P::dot(square, load_as<typename P::A>(at), P::load_b(at));
+            }
+            longest = vmax(square, longest);  // in this order a NaN passes
+        }
+    }
+    return reduce_max(longest);
+}
+
+template <class P>
+INLINE float squared_length(const char* row, int n) {
     vf sum = {};
-    for (int j = begin; j < end; j += VL) {
-        const vf e = exp2v<P::kStep == 1 ? 5 : 3>(load(s + j) * c - shift);
-        sum += e;
-        P::store_input(p, j, e);
+    for (int i = 0; i < n; i += VL) {
+        vf x;
+        if constexpr (P::kStep == 1)
+            x = load(reinterpret_cast<const float*>(row) + i);
+        else
+            x = widen_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+        sum += x * x;
     }
     return reduce_add(sum);
 }
 
+// A row's weights are 2^(c score - shift), divided by their sum: any shift will do that keeps them in float32's range.
+// |c score| <= c |q| max |k|. Where that is at most kNoShift the shift is 0: weights of 2^-64 .. 2^64 are as exact as
+// any, and no pass over the scores is needed that finds their maximum. Other rows take the maximum, from a product of
+// their own.
+constexpr float kNoShift = 64.0f;
+
 template <class P>
 struct AttentionHead {
+    // Two vectors of keys or of dimensions divide most documents and heads; as many accumulators as in the products.
+    static constexpr int kRows = P::kRows * P::kVectors / 2, kVectors = 2;
+
     const Attention& g;
     const char* q;        // this head's queries
     char* out;            // this head's outputs
     const char *keys, *values;
-    float* s;             // (kRows, keys_padded)
-    char* p;              // (kRows, keys_padded) in P's input format; s itself for float32
-    int keys_padded, dims;
+    char* p;              // (kRows, keys_padded) weights in P's input format
+    int keys_padded;
+    float c;              // scale * log2(e)
+    float reach;          // the largest squared length of a key, times c^2
+
+    // The keys that the row at position `at` sees.
+    int first_key(int at) const { return g.window < 0 || at < g.window ? 0 : at - g.window; }
+    int last_key(int at) const { return g.window < 0 || at + g.window + 1 > g.keys ? g.keys : at + g.window + 1; }
 
     template <int MR, int NV>
-    ALWAYS_INLINE void scores(int row, int t0) const {
-        vf c[MR][NV];
-        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = vf{};
+    ALWAYS_INLINE void scores(vf (&s)[MR][NV], int row, int t) const {
+        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) s[i][j] = vf{};
         const int64_t lda = g.ldq * P::kElement;
-        multiply<P, MR, NV>(c, q + row * lda, lda, keys + static_cast<int64_t>(t0) * g.head_dim * P::kElement,
+        multiply<P, MR, NV>(s, q + row * lda, lda, keys + static_cast<int64_t>(t) * g.head_dim * P::kElement,
                             g.head_dim / P::kStep);
-        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
-            store(s + i * keys_padded + t0 + j * VL, c[i][j]);
+    }
+
+    // Lanes of keys t.. that the row at `at` sees keep x, the others get `other`.
+    ALWAYS_INLINE vf seen(vf x, int t, int at, float other) const {
+        vi key;
+        for (int i = 0; i < VL; ++i) key[i] = t + i;
+        return (key >= first_key(at)) & (key < last_key(at)) ? x : splat(other);
     }
 
     template <int MR, int NV>
-    ALWAYS_INLINE void values_product(int row, int d0, int begin, int end, const float* inverse) const {
+    ALWAYS_INLINE void largest(int row, int t, float* most) const {
+        vf s[MR][NV];
+        scores<MR, NV>(s, row, t);
+        for (int i = 0; i < MR; ++i) {
+            vf m = load(most + i * VL);
+            for (int j = 0; j < NV; ++j) m = vmax(seen(s[i][j], t + j * VL, g.query_start + row + i, -1e30f), m);
+            store(most + i * VL, m);
+        }
+    }
+
+    template <int MR, int NV, bool kAll>
+    __attribute__((noinline)) void weights(int row, int t, const float* shift, float* sums) const {
+        vf s[MR][NV];
+        scores<MR, NV>(s, row, t);
+        UNROLL for (int i = 0; i < MR; ++i) {
+            vf sum = load(sums + i * VL);
+            UNROLL for (int j = 0; j < NV; ++j) {
+                vf e = exp2v<P::kStep == 1 ? 5 : 3>(s[i][j] * c - shift[i]);
+                if constexpr (!kAll) e = seen(e, t + j * VL, g.query_start + row + i, 0.0f);
+                sum += e;
+                P::store_input(p, i * keys_padded + t + j * VL, e);
+            }
+            store(sums + i * VL, sum);
+        }
+    }
+
+    template <int MR, int NV>
+    __attribute__((noinline)) void values_product(int row, int d0, int begin, int end, const float* inverse) const {
         vf c[MR][NV];
         UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = vf{};
         const char* b = values + (static_cast<int64_t>(d0) * keys_padded + begin * NV * VL) * P::kElement;
@@ -100,49 +160,52 @@ struct AttentionHead {
         }
     }
 
+    ALWAYS_INLINE bool bounded(int row) const {  // false for NaN
+        return squared_length<P>(q + row * g.ldq * P::kElement, g.head_dim) * reach <= kNoShift * kNoShift;
+    }
+
+    template <int MR>
+    __attribute__((noinline)) void find_shifts(int row, int begin, int end, float* shift) const {
+        alignas(64) float most[MR * VL];
+        for (int i = 0; i < MR * VL; ++i) most[i] = -1e30f;
+        for (int t = begin; t < end; t += kVectors * VL) {
+            if (keys_padded - t >= kVectors * VL)
+                largest<MR, kVectors>(row, t, most);
+            else
+                largest<MR, 1>(row, t, most);
+        }
+        for (int i = 0; i < MR; ++i) shift[i] = bounded(row + i) ? 0.0f : reduce_max(load(most + i * VL)) * c;
+    }
+
     template <int MR>
     void run(int row) const {
-        constexpr int NV = P::kVectors, W = P::kVectors * VL;
+        constexpr int W = kVectors * VL;
         const int first = g.query_start + row, last = first + MR - 1;
-        const bool all = g.window < 0;
-        const int lo = all || first < g.window ? 0 : first - g.window;
-        const int hi = all || last + g.window + 1 > g.keys ? g.keys : last + g.window + 1;
-        const int begin = lo / W * W;
-        const int end = static_cast<int>(padded(hi));
+        const int begin = first_key(first) / W * W, end = static_cast<int>(padded(last_key(last)));
+        const int all_from = first_key(last), all_to = last_key(first);  // keys that every row of the tile sees
+        alignas(64) float sums[MR * VL] = {};
+        float shift[MR] = {};
+        bool all = true;
+        for (int i = 0; i < MR; ++i) all &= bounded(row + i);
+        if (!all) find_shifts<MR>(row, begin, end, shift);
         for (int t = begin; t < end; t += W) {
-            const int left = (keys_padded - t) / VL;
-            if (left >= NV)
-                scores<MR, NV>(row, t);
-            else if (NV > 2 && left == 2)
-                scores<MR, 2>(row, t);
+            if (t >= all_from && t + W <= all_to)
+                weights<MR, kVectors, true>(row, t, shift, sums);
+            else if (keys_padded - t >= W)
+                weights<MR, kVectors, false>(row, t, shift, sums);
             else
-                scores<MR, 1>(row, t);
+                weights<MR, 1, false>(row, t, shift, sums);
         }
         float inverse[MR];
-        for (int i = 0; i < MR; ++i) {
-            const int at = first + i;
-            const int row_lo = all || at < g.window ? 0 : at - g.window;
-            const int row_hi = all || at + g.window + 1 > g.keys ? g.keys : at + g.window + 1;
-            inverse[i] = 1.0f / softmax_row<P>(s + i * keys_padded, p + i * keys_padded * P::kElement, begin, end,
-                                               row_lo, row_hi, g.scale);
-        }
-        for (int d = 0; d < g.head_dim; d += dims) {
-            const int left = (g.head_dim - d) / VL;
-            if (left >= NV && dims == W)
-                values_product<MR, NV>(row, d, begin, end, inverse);
-            else if (left >= 2)
-                values_product<MR, 2>(row, d, begin, end, inverse);
+        for (int i = 0; i < MR; ++i) inverse[i] = 1.0f / reduce_add(load(sums + i * VL));
+        for (int d = 0; d < g.head_dim; d += W) {
+            if (g.head_dim - d >= W)
+                values_product<MR, kVectors>(row, d, begin, end, inverse);
             else
                 values_product<MR, 1>(row, d, begin, end, inverse);
         }
     }
 };
-
-// Head dimensions in whole panels where they divide, else in pairs of vectors (64 = 2 x 32 rather than 48 + 16).
-template <class P>
-INLINE int value_panel(int head_dim) {
-    return head_dim % (P::kVectors * VL) == 0 ? P::kVectors * VL : 2 * VL;
-}
 
 template <class P>
 void attention_with(const Attention& g) {
@@ -150,22 +213,26 @@ void attention_with(const Attention& g) {
     const int64_t panel_bytes = static_cast<int64_t>(keys_padded) * g.head_dim * P::kElement;
     char* keys = g.scratch;
     char* values = keys + panel_bytes;
-    float* s = reinterpret_cast<float*>(values + panel_bytes);
-    char* p = P::kStep == 1 ? reinterpret_cast<char*>(s) : reinterpret_cast<char*>(s + P::kRows * keys_padded);
-    const int dims = value_panel<P>(g.head_dim);
+    char* p = values + panel_bytes;
+    const int units = g.head_dim / P::kStep;
+    const float c = g.scale * 1.4426950408889634f;
     for (int h = 0; h < g.heads; ++h) {
         const int64_t column = static_cast<int64_t>(h) * g.head_dim;
         const char* k = static_cast<const char*>(g.k) + column * P::kElement;
         const char* v = static_cast<const char*>(g.v) + column * P::kElement;
-        pack_keys<P>(k, g.ldk * P::kElement, g.keys, keys_padded, g.head_dim / P::kStep,
-                     reinterpret_cast<int32_t*>(keys));
-        pack_values<P>(v, g.ldk * P::kElement, g.keys, keys_padded, g.head_dim, dims, values);
-        const AttentionHead<P> head{g,      static_cast<const char*>(g.q) + column * P::kElement,
+        pack_keys(k, g.ldk * P::kElement, g.keys, keys_padded, units, AttentionHead<P>::kVectors * VL,
+                  reinterpret_cast<int32_t*>(keys));
+        pack_values<P>(v, g.ldk * P::kElement, g.keys, keys_padded, g.head_dim, AttentionHead<P>::kVectors * VL, values);
+        const AttentionHead<P> head{g,
+                                    static_cast<const char*>(g.q) + column * P::kElement,
                                     static_cast<char*>(g.out) + column * bytes_of(g.out_format),
-                                    keys,   values,
-                                    s,      p,
-                                    keys_padded, dims};
-        for_row_tiles<P::kRows>(g.queries, head);
+                                    keys,
+                                    values,
+                                    p,
+                                    keys_padded,
+                                    c,
+                                    longest_key<P>(keys, keys_padded, units) * c * c};
+        for_row_tiles<AttentionHead<P>::kRows>(g.queries, head);
     }
 }
 
@@ -178,7 +245,7 @@ void attention(const Attention& g) {
 
 size_t attention_scratch(Format format, int keys, int head_dim) {
     const size_t keys_padded = padded(keys);
-    return keys_padded * (2 * head_dim * bytes_of(format) + F32::kRows * 4 + 8 * 4) + 64;
+    return keys_padded * (2 * head_dim + AttentionHead<F32>::kRows) * bytes_of(format) + 64;
 }
 
 template <int NV>

@@ -35,8 +35,12 @@ struct F32 : FloatPolicy<8, 3> {
 INLINE void transpose_block(const char* src, int64_t ld, int rows, int columns, int32_t* dst, int width) {
     const __mmask16 mask = static_cast<__mmask16>((1u << columns) - 1);
     __m512i r[16], s[16];
-    UNROLL16 for (int i = 0; i < 16; ++i)
-        r[i] = i < rows ? _mm512_maskz_loadu_epi32(mask, src + i * ld) : _mm512_setzero_si512();
+    if (rows >= 16) {
+    UNROLL16 for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, src + i * ld);
+    } else {
+        UNROLL16 for (int i = 0; i < 16; ++i)
+            r[i] = i < rows ? _mm512_maskz_loadu_epi32(mask, src + i * ld) : _mm512_setzero_si512();
+    }
     UNROLL16 for (int i = 0; i < 16; i += 2) {
         s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);

@@ -3,58 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <stdexcept>
-#include <utility>
 
-#include "parallel.h"
+#include "chunk.h"
 
 namespace fastrerank::cpu {
 namespace {
 
-// Tokens per chunk: enough rows to reuse a streamed weight panel, few enough that a chunk's activations stay in L2.
-constexpr int64_t kChunkTokens = 160;
-// Rows that go through output projection, norms and feed-forward together: bounds the widest buffers. A multiple of
-// every level's row tile (8, 6, 4), because a product that works in place must not touch the next block's rows.
-constexpr int kBlockRows = 72;
-
 [[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
 }  // namespace
-
-// Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
-struct Encoder::Workspace {
-    Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,
-        head1, ids, positions, types, down_scale, v_input, v_scale, strip_input, other_input;
-
-    // Room for `rows` rows of `columns` values, and for the tile that a product rounds them up to.
-    template <class T = char>
-    static T* need(Bytes& b, int64_t rows, int64_t columns = 1) {
-        const size_t bytes = static_cast<size_t>(rows + kRowTile) * columns * sizeof(T);
-        if (b.size() < bytes) {
-            b = Bytes();  // release before asking for more
-            b = Bytes(bytes);
-            std::memset(b.get(), 0, bytes + 64);
-        }
-        return b.as<T>();
-    }
-};
-
-// Rows `rows` of the state, and whose they are: document i has `queries[i]` consecutive rows from `row[i]`, the first
-// standing at position `start[i]`; its keys are rows [key_row[i], key_row[i] + keys[i]) of k and v.
-struct Encoder::Chunk {
-    std::vector<int> document, key_row, keys, row, queries, start;
-    std::vector<int64_t> token;  // where the document's tokens start in the request
-    int tokens = 0;              // rows of k and v
-    int rows = 0;                // rows of x
-    Workspace* w = nullptr;
-    float* x = nullptr;          // (rows, padded(hidden)) residual stream
-    char* input = nullptr;       // (rows, padded(hidden)) what the products read; x itself for float32 post-norm
-    RowScale* input_scale = nullptr;
-    char* v_input = nullptr;     // (rows, padded(hidden)) what v reads: `input`, unless its columns have factors
-    RowScale* v_scale = nullptr;
-    int32_t *ids = nullptr, *positions = nullptr, *types = nullptr;
-};
 
 Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
     : config_(config), k_(*kernels), layers_(config.layers) {
@@ -87,64 +45,6 @@ void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* off
             invalid("token type " + std::to_string(types[t]) + " is outside the model's " +
                     std::to_string(config_.types));
     }
-}
-
-std::unique_ptr<Encoder::Workspace> Encoder::take_workspace() const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (idle_.empty()) return std::make_unique<Workspace>();
-    auto w = std::move(idle_.back());
-    idle_.pop_back();
-    return w;
-}
-
-void Encoder::forward(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents, Readout readout,
-                      int threads, float* out) const {
-    if (documents == 0) return;
-    check(ids, types, offsets, documents);
-    // Longest first into the least filled of a multiple of `threads` bins, so that threads end together.
-    std::vector<int> order(documents);
-    std::iota(order.begin(), order.end(), 0);
-    const auto length = [&](int d) { return offsets[d + 1] - offsets[d]; };
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return length(a) > length(b); });
-    const int64_t per_wave = kChunkTokens * threads;
-    const int64_t bins = std::min<int64_t>(documents, (offsets[documents] + per_wave - 1) / per_wave * threads);
-    std::vector<Chunk> chunks(bins);
-    std::vector<std::pair<int64_t, int>> heap;  // (tokens, bin), smallest first
-    for (int b = 0; b < bins; ++b) heap.emplace_back(0, b);
-    for (const int d : order) {
-        std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-        auto& [tokens, bin] = heap.back();
-        Chunk& c = chunks[bin];
-        c.document.push_back(d);
-        c.token.push_back(offsets[d]);
-        c.key_row.push_back(c.tokens);
-        c.keys.push_back(static_cast<int>(length(d)));
-        c.tokens += static_cast<int>(length(d));
-        tokens += length(d);
-        std::push_heap(heap.begin(), heap.end(), std::greater<>());
-    }
-    std::stable_sort(chunks.begin(), chunks.end(), [](const Chunk& a, const Chunk& b) { return a.tokens > b.tokens; });
-
-    run_parallel(static_cast<int>(bins), threads, [&](int i) {
-        Chunk& c = chunks[i];
-        std::unique_ptr<Workspace> w = take_workspace();
-        c.w = w.get();
-        c.ids = Workspace::need<int32_t>(w->ids, c.tokens);
-        c.positions = Workspace::need<int32_t>(w->positions, c.tokens);
-        c.types = Workspace::need<int32_t>(w->types, c.tokens);
-        for (size_t d = 0; d < c.document.size(); ++d) {
-            int next = config_.position_offset;
-            for (int t = 0; t < c.keys[d]; ++t) {
-                const int row = c.key_row[d] + t;
-                c.ids[row] = ids[c.token[d] + t];
-                c.positions[row] = c.ids[row] == config_.pad_id ? config_.pad_id : next++;
-                c.types[row] = types && !type_.empty() ? types[c.token[d] + t] : 0;
-            }
-        }
-        run_chunk(c, readout, out);
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (idle_.size() < static_cast<size_t>(threads)) idle_.push_back(std::move(w));
-    });
 }
 
 void Encoder::embed(Chunk& c) const {
@@ -226,9 +126,9 @@ void Encoder::attend(Chunk& c, int index) const {
     float* f32 = quantise ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
         char* target = context + c.row[d] * columns * input;
-        k_.attention({c.w->q.get() + c.row[d] * columns * element, c.w->k.get() + c.key_row[d] * columns * element,
-                      c.w->v.get() + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d],
-                      c.keys[d], c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
+        k_.attention({c.w->q.get() + c.row[d] * columns * element, c.k + c.key_row[d] * columns * element,
+                      c.v + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d], c.keys[d],
+                      c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
                       quantise ? reinterpret_cast<char*>(f32) : target, columns, quantise ? Format::kF32 : l.input,
                       scratch});
         if (quantise)
@@ -286,40 +186,45 @@ char* Encoder::input_of(Chunk& c, const Layer& reader, const char* busy) const {
     return Workspace::need(buffer, c.tokens, bytes);
 }
 
-void Encoder::layer(Chunk& c, int index, bool prune) const {
+// The rows of k and v that belong to c's rows.
+void Encoder::keys_and_values(Chunk& c, int index) const {
+    const EncoderConfig& g = config_;
+    const Layer& l = layers_[index];
+    const int64_t at = c.begin * g.heads * g.head_dim * static_cast<int64_t>(bytes_of(l.attention));
+    if (g.pre_norm) norm(c, l.attention_norm, 0, c.rows, false, l, true, c.input);
+    const bool factors = !l.v_factor.empty();
+    project(c, l, l.k, c.input, c.input_scale, g.rope[index], c.k + at);
+    project(c, l, l.v, factors ? c.v_input : c.input, factors ? c.v_scale : c.input_scale, -1, c.v + at);
+}
+
+// Keeps only the row that the head reads; it moves to the front, and row d >= d documents before it.
+void Encoder::prune(Chunk& c, int index, Readout readout) const {
+    const int64_t width = padded(config_.hidden), input = bytes_of(layers_[index].input);
+    for (size_t d = 0; d < c.document.size(); ++d) {
+        if (readout == Readout::kLast) c.start[d] = c.keys[d] - 1;
+        const int from = c.key_row[d] + c.start[d], to = static_cast<int>(d);
+        c.positions[to] = c.positions[from];
+        std::memmove(c.x + to * width, c.x + from * width, width * sizeof(float));
+        if (c.input != reinterpret_cast<char*>(c.x))
+            std::memmove(c.input + to * width * input, c.input + from * width * input, width * input);
+        c.input_scale[to] = c.input_scale[from];
+        c.row[d] = to;
+        c.queries[d] = 1;
+    }
+    c.rows = static_cast<int>(c.document.size());
+}
+
+// The layer from its queries on. The next layer's input goes to `target`.
+void Encoder::layer(Chunk& c, int index, char* target) const {
     const EncoderConfig& g = config_;
     const Layer& l = layers_[index];
     const Layer* next = index + 1 < g.layers ? &layers_[index + 1] : nullptr;
     const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
     const size_t input = bytes_of(l.input);
-    if (g.pre_norm) {
-        c.input = input_of(c, l, nullptr);
-        norm(c, l.attention_norm, 0, c.rows, false, l, true, c.input);
-    }
-    const bool values = !l.v_factor.empty();
-    const int64_t projected = columns * bytes_of(l.attention);
-    project(c, l, l.k, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->k, c.tokens, projected));
-    project(c, l, l.v, values ? c.v_input : c.input, values ? c.v_scale : c.input_scale, -1,
-            Workspace::need(c.w->v, c.tokens, projected));
-    if (prune) {  // keep only the row that the head reads; it moves to the front, and row d >= d documents before it
-        for (size_t d = 0; d < c.document.size(); ++d) {
-            const int from = c.key_row[d] + c.start[d], to = static_cast<int>(d);
-            c.positions[to] = c.positions[from];
-            std::memmove(c.x + to * width, c.x + from * width, width * sizeof(float));
-            if (c.input != reinterpret_cast<char*>(c.x))
-                std::memmove(c.input + to * width * input, c.input + from * width * input, width * input);
-            c.input_scale[to] = c.input_scale[from];
-            c.row[d] = to;
-            c.queries[d] = 1;
-        }
-        c.rows = static_cast<int>(c.document.size());
-    }
-    project(c, l, l.q, c.input, c.input_scale, g.rope[index], Workspace::need(c.w->q, c.rows, projected));
-    RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.tokens);
+    project(c, l, l.q, c.input, c.input_scale, g.rope[index],
+            Workspace::need(c.w->q, c.rows, columns * bytes_of(l.attention)));
+    RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.rows);
     attend(c, index);
-    // Where the formats differ, rows of the next layer's input would overwrite rows that are still to be read.
-    char* target = c.input;
-    if (!g.pre_norm && next && next->input != l.input) target = input_of(c, *next, c.input);
     for (int r = 0; r < c.rows; r += kBlockRows) {
         const int rows = std::min(kBlockRows, c.rows - r);
         float* x = c.x + r * width;
@@ -329,46 +234,6 @@ void Encoder::layer(Chunk& c, int index, bool prune) const {
         feed_forward(c, l, r, rows);
         if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, next ? *next : l, next != nullptr, target);
     }
-    c.input = target;
-}
-
-void Encoder::run_chunk(Chunk& c, Readout readout, float* out) const {
-    const EncoderConfig& g = config_;
-    const int64_t width = padded(g.hidden);
-    embed(c);
-    const size_t documents = c.document.size();
-    c.rows = c.tokens;
-    c.row = c.key_row;
-    c.queries = c.keys;
-    c.start.assign(documents, 0);
-    c.input_scale = Workspace::need<RowScale>(c.w->input_scale, c.tokens);
-    c.v_input = Workspace::need(c.w->v_input, c.tokens, width);
-    c.v_scale = Workspace::need<RowScale>(c.w->v_scale, c.tokens);
-    if (!g.pre_norm) {
-        c.input = input_of(c, layers_[0], nullptr);
-        norm(c, Norm{}, 0, c.tokens, true, layers_[0], true, c.input);
-    }
-    const bool prune = readout == Readout::kFirst || readout == Readout::kLast;
-    for (int i = 0; i < g.layers; ++i) {
-        const bool last = prune && i + 1 == g.layers;
-        if (last && readout == Readout::kLast)
-            for (size_t d = 0; d < documents; ++d) c.start[d] = c.keys[d] - 1;
-        layer(c, i, last);
-    }
-    if (g.pre_norm) {
-        float* x = c.x;
-        k_.layer_norm({x,
-                       width,
-                       c.rows,
-                       g.hidden,
-                       final_norm_.gamma.data(),
-                       final_norm_.has_beta ? final_norm_.beta.data() : nullptr,
-                       g.eps,
-                       x,
-                       width,
-                       {}});
-    }
-    read(c, readout, out);
 }
 
 // Runs the head's steps on (rows, ldx); returns where the result stands, with stride padded(output_width()).

@@ -127,10 +127,14 @@ private:
                             const float* bias, const std::string& what) const;
     void check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const;
     std::unique_ptr<Workspace> take_workspace() const;
-    void run_chunk(Chunk& chunk, Readout readout, float* out) const;
+    void give_back(std::unique_ptr<Workspace> w, int threads) const;
+    void run_chunk(Chunk& chunk, Readout readout, int threads, float* out) const;
+    std::vector<Chunk> split(const Chunk& c, int count) const;
     void embed(Chunk& c) const;
     char* input_of(Chunk& c, const Layer& reader, const char* busy) const;
-    void layer(Chunk& c, int index, bool prune) const;
+    void keys_and_values(Chunk& c, int index) const;
+    void prune(Chunk& c, int index, Readout readout) const;
+    void layer(Chunk& c, int index, char* target) const;
     void project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope,
                  char* out) const;
     void attend(Chunk& c, int index) const;

@@ -7,7 +7,7 @@
 // Packed layout: panels of kVectors * VL columns (the last one narrower), in a panel [k / kStep][column][kStep].
 // A panel is streamed once per row tile; the accumulators never leave registers before the epilogue, so no
 // int32 or float matrix is written and read again.
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 template <class P, int MR, int NV>
 INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, const char* b, int steps) {
@@ -23,23 +23,38 @@ INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, c
     }
 }
 
-// What a tile's columns carry: bias, and for int8 their scale and scaled sum of weights.
-template <int NV>
+// What a vector of columns carries: bias, and for int8 their scale and scaled sum of weights.
 struct Columns {
-    vf bias[NV], scale[NV], sum[NV];
+    vf bias, scale, sum;
 };
+template <class P>
+INLINE Columns columns_at(const PackedMatrix& w, int n) {
+    Columns c{};
+    c.bias = load(w.bias + n);
+    if constexpr (P::kElement == 1) c.scale = load(w.scale + n), c.sum = load(w.sum + n);
+    return c;
+}
 
-// What an accumulator means after the product: a sum, or an integer to which every input's zero point contributed.
-template <int NV>
-INLINE vf finish(const Linear&, const Columns<NV>& w, vf c, int, int j) {
-    return c + w.bias[j];
-}
-template <int NV>
-INLINE vf finish(const Linear& g, const Columns<NV>& w, vi c, int row, int j) {
-    const RowScale x = g.x_scale[row];
-    const vf bias = w.bias[j] - w.sum[j] * (x.scale * static_cast<float>(x.zero));
-    return __builtin_convertvector(c, vf) * (w.scale[j] * x.scale) + bias;
-}
+// What a tile's rows carry: nothing, or the scale of an 8-bit row and that times its zero point.
+template <class Acc, int MR>
+struct Rows {
+    ALWAYS_INLINE Rows(const Linear&, int) {}
+    ALWAYS_INLINE vf finish(const Columns& w, vf c, int) const { return c + w.bias; }
+};
+template <int MR>
+struct Rows<vi, MR> {
+    float scale[MR], zero[MR];
+    ALWAYS_INLINE Rows(const Linear& g, int row) {
+        for (int i = 0; i < MR; ++i) {
+            const RowScale x = g.x_scale[row + i];
+            scale[i] = x.scale;
+            zero[i] = x.scale * static_cast<float>(x.zero);
+        }
+    }
+    ALWAYS_INLINE vf finish(const Columns& w, vi c, int i) const {
+        return __builtin_convertvector(c, vf) * (w.scale * scale[i]) + (w.bias - w.sum * zero[i]);
+    }
+};
 
 INLINE void store_output(const Linear& g, int64_t at, vf v) {
     if (g.mul) v *= load(g.mul + at);
@@ -59,31 +74,40 @@ void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
     UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j) c[i][j] = typename P::Acc{};
     const int64_t lda = g.ldx * P::kElement;
     multiply<P, MR, NV>(c, static_cast<const char*>(g.x) + row * lda, lda, b, steps);
-    Columns<NV> w;
-    UNROLL for (int j = 0; j < NV; ++j) {
-        w.bias[j] = load(g.w->bias + n + j * VL);
-        if constexpr (P::kElement == 1) {
-            w.scale[j] = load(g.w->scale + n + j * VL);
-            w.sum[j] = load(g.w->sum + n + j * VL);
+
+    const Rows<typename P::Acc, MR> rows(g, row);
+    const int64_t ldy = g.ldy, at = row * ldy + n;
+    // put(row, vector, output) for the whole tile. Columns outside: their three vectors stay in registers for all rows.
+    const auto each = [&](const auto& put) __attribute__((always_inline)) {
+        UNROLL for (int j = 0; j < NV; ++j) {
+            const Columns w = columns_at<P>(*g.w, n + j * VL);
+            UNROLL for (int i = 0; i < MR; ++i) put(i, j, rows.finish(w, c[i][j], i));
+        }
+    };
+    const auto to = [=](int i, int j) { return at + i * ldy + j * VL; };
+    // The hot ones ask nothing and read no pointer per vector: a store might change g for all that the compiler knows.
+    const bool gelu = g.act == Activation::kGelu && g.fast_act;
+    if (!g.mul && !(gelu && g.add) && (gelu || g.act == Activation::kIdentity)) {
+        float* y = static_cast<float*>(g.y);
+#ifdef FASTRERANK_NATIVE_BF16
+        uint16_t* half = static_cast<uint16_t*>(g.y);
+        if (g.y_format == Format::kBF16 && !g.add) {
+            if (gelu) return each([=](int i, int j, vf v) { store_bf16(half + to(i, j), gelu_fast(v)); });
+            return each([=](int i, int j, vf v) { store_bf16(half + to(i, j), v); });
+        }
+#endif
+        const float* add = g.add;
+        if (g.y_format == Format::kF32) {
+            if (gelu) return each([=](int i, int j, vf v) { store(y + to(i, j), gelu_fast(v)); });
+            if (add) return each([=](int i, int j, vf v) { store(y + to(i, j), v + load(add + to(i, j))); });
+            return each([=](int i, int j, vf v) { store(y + to(i, j), v); });
         }
     }
-    const int64_t at = row * g.ldy + n;
-    if (g.act == Activation::kIdentity) {
-        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
-            store_output(g, at + i * g.ldy + j * VL, finish(g, w, c[i][j], row + i, j));
-        return;
-    }
-    if (g.act == Activation::kGelu && g.fast_act) {  // the hot one stays in registers
-        UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
-            store_output(g, at + i * g.ldy + j * VL, gelu_fast(finish(g, w, c[i][j], row + i, j)));
-        return;
-    }
     alignas(64) float t[MR * NV * VL];
-    UNROLL for (int i = 0; i < MR; ++i) UNROLL for (int j = 0; j < NV; ++j)
-        store(t + (i * NV + j) * VL, finish(g, w, c[i][j], row + i, j));
+    each([&](int i, int j, vf v) { store(t + (i * NV + j) * VL, v); });
     activate(t, MR * NV, g.act, g.fast_act);
     for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NV; ++j) store_output(g, at + i * g.ldy + j * VL, load(t + (i * NV + j) * VL));
+        for (int j = 0; j < NV; ++j) store_output(g, at + i * ldy + j * VL, load(t + (i * NV + j) * VL));
 }
 
 template <class P, int NV>
@@ -109,11 +133,13 @@ void linear_with(const Linear& g) {
     }
 }
 
-// Calls f.template run<MR>(row) for whole row tiles, then for tiles of 4, 2 and 1.
+// Calls f.template run<MR>(row) for whole row tiles, then for tiles of 8, 4, 2 and 1.
 template <int MR, class F>
 INLINE void for_row_tiles(int rows, const F& f) {
     int row = 0;
     for (; row + MR <= rows; row += MR) f.template run<MR>(row);
+    if constexpr (MR > 8)
+        if (row + 8 <= rows) f.template run<8>(row), row += 8;
     if constexpr (MR > 4)
         if (row + 4 <= rows) f.template run<4>(row), row += 4;
     if constexpr (MR > 2)

@@ -53,6 +53,12 @@ INLINE const char* gathered(const IntervalAttention& g, const KeyRun& run, const
     return stage;
 }
 
+// Head dimensions in whole panels where they divide, else in pairs of vectors (64 = 2 x 32 rather than 48 + 16).
+template <class P>
+INLINE int value_panel(int head_dim) {
+    return head_dim % (P::kVectors * VL) == 0 ? P::kVectors * VL : 2 * VL;
+}
+
 // Queries are numbered row by row and, in a row, head by head of the key head's group.
 template <class P>
 struct IntervalTile {
@@ -236,7 +242,8 @@ void interval_attention_with(const IntervalAttention& g, const IntervalTask& tas
                 const char* k = g.k + task.kv_head * g.k_head * element;
                 k = joined ? gathered<P>(g, *run, k, key, keys, ldk, stage)
                            : staged<P>(g, k + key * ldk, keys, ldk, stage);
-                pack_keys<P>(k, ldk, keys, keys_padded, g.head_dim / P::kStep, reinterpret_cast<int32_t*>(key_panels));
+                pack_keys(k, ldk, keys, keys_padded, g.head_dim / P::kStep, P::kVectors * VL,
+                          reinterpret_cast<int32_t*>(key_panels));
                 const char* v = g.v + task.kv_head * g.v_head * element;
                 v = joined ? gathered<P>(g, *run, v, key, keys, ldv, stage)
                            : staged<P>(g, v + key * ldv, keys, ldv, stage);

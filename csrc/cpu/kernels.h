@@ -51,7 +51,7 @@ struct Linear {
     int64_t ldx;
     int rows;
     Activation act;
-    bool fast_act;        // polynomial GELU with error <= 4e-5, for outputs that are rounded to 8 or 16 bits
+    bool fast_act;        // polynomial GELU with error <= 1.8e-4, for outputs that are rounded to 8 or 16 bits
     const float* mul;     // y *= mul (rows, ldy) after the activation, or null
     const float* add;     // y += add (rows, ldy), or null
     void* y;              // (rows, ldy), columns [0, n_padded) are written

@@ -17,7 +17,8 @@ INLINE void quantise_row(const float* x, const float* factor, int width, uint8_t
     // NaN and infinity have no 8-bit form: they make the scale NaN, and with it all that reads the row.
     // A row so small that the inverse would overflow is a row of zeros.
     const float inverse = range > 1e-30f ? (kU8Max - 1) / range : 0.0f;
-    const float zero = __builtin_rintf(reduce_max(-lo) * inverse);
+    // Half a step is rounded up for certain: were the product below a rounding larger than this one, -1 would wrap.
+    const float zero = __builtin_rintf(reduce_max(-lo) * inverse + 0x1p-12f);
     *scale = {range > 1e-30f ? range / (kU8Max - 1) + reduce_add(bad) : reduce_add(bad), static_cast<int32_t>(zero)};
     const auto shifted = [&](int i) { return (vu)(value(i) * inverse + (12582912.0f + zero)); };  // 1.5 * 2^23 + ..
     int i = 0;
