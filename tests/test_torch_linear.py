@@ -20,7 +20,7 @@ SIZES = [(32, 64), (384, 96), (33, 48), (64, 17), (7, 5), (1, 1)]  # (inputs, ou
 
 
 LEVELS = ops.cpu_info()["supported"]
-KINDS = [(level, "float32") for level in LEVELS] + [(level, "bfloat16") for level in LEVELS if level == "avx512_bf16"]
+KINDS = [(level, "float32") for level in LEVELS] + [(level, "bfloat16") for level in LEVELS if level in ops.BFLOAT16_LEVELS]
 
 
 @pytest.fixture(params=KINDS, ids="-".join)

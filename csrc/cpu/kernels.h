@@ -11,7 +11,7 @@
 
 namespace fastrerank::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row.
@@ -205,5 +205,6 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* amx_kernels();
 
 }  // namespace fastrerank::cpu
