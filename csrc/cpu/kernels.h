@@ -12,6 +12,7 @@
 namespace fastrerank::cpu {
 
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+constexpr int kLevels = 5;
 enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row.
