@@ -236,13 +236,23 @@ def serve(
         Path | None, typer.Option(help="File of API keys, one a line; else those of FASTRERANK_API_KEY.")
     ] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one batch across requests.")] = 16384,
-    max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; beyond, requests get 429.")] = 10**6,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a request waits for others to share a batch.")] = 2.0,
+    max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; beyond, requests get 429.")] = 10
+    ** 6,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="How long a request waits for others to share a batch.")
+    ] = 2.0,
     max_documents: Annotated[int, typer.Option(min=1, help="Documents of one request.")] = 10_000,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 32.0,
-    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request may take; then it gets 504.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds a request may take; then it gets 504.")
+    ] = None,
+    header_timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds in which a new connection must send a request's headers.")
+    ] = 10.0,
     grace: Annotated[float, typer.Option(min=1, help="Seconds for running requests after SIGTERM.")] = 30.0,
-    cors_origin: Annotated[list[str] | None, typer.Option(help="Origin that browsers may call from; off if unsaid.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin that browsers may call from; off if unsaid.")
+    ] = None,
 ) -> None:
     """Serve rerankers over HTTP: TEI's, Cohere's, Jina's, vLLM's and Infinity's routes, and a page to try them on."""
     try:
@@ -268,7 +278,7 @@ def serve(
         keys=keys, flavor=Flavor(api_flavor), max_body_bytes=int(max_body_mb * 2**20), max_documents=max_documents,
         timeout=timeout, origins=tuple(cors_origin or ()),
     )  # fmt: skip
-    run_server(create_app(rerankers, settings), host, port, grace=grace)
+    run_server(create_app(rerankers, settings), host, port, grace=grace, header_seconds=header_timeout)
 
 
 @app.command()

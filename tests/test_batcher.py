@@ -101,7 +101,11 @@ def test_requests_share_batches_and_rank_breaks_ties_by_position() -> None:
             return await asyncio.gather(*jobs)
 
     first, *others = asyncio.run(run())
-    assert [(hit["corpus_id"], hit["score"], hit["text"]) for hit in first] == [(0, 1.0, "bb"), (2, 1.0, "cc"), (1, 0.0, "a")]
+    assert [(hit["corpus_id"], hit["score"], hit["text"]) for hit in first] == [
+        (0, 1.0, "bb"),
+        (2, 1.0, "cc"),
+        (1, 0.0, "a"),
+    ]
     assert [hits[0]["score"] for hits in others] == [float(n - 2) for n in range(1, 8)]
     assert len(reranker.calls) == 2  # the first alone, then all that came meanwhile
 

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 
+import httpx
 import numpy as np
 from serve_fakes import Lengths
 
@@ -129,7 +130,10 @@ def test_vllm_scores_keep_the_order_of_pairs() -> None:
     pairs = post("/v1/score", {"queries": ["a", "bb", "a"], "documents": ["x", "x", "xxx"], "raw_scores": True}).json()
     assert [row["score"] for row in pairs["data"]] == [0.0, -1.0, 2.0]
     wrong = post("/score", {"text_1": ["a", "b"], "text_2": ["x", "y", "z"]})
-    assert (wrong.status_code, wrong.json()["error"]["message"]) == (400, "Input lengths must be either 1:1, 1:N or N:N")
+    assert (wrong.status_code, wrong.json()["error"]["message"]) == (
+        400,
+        "Input lengths must be either 1:1, 1:N or N:N",
+    )
     assert post("/score", {"text_1": "a"}).status_code == 400
     assert post("/score", {"text_1": "a", "text_2": []}).status_code == 400
 
@@ -148,7 +152,9 @@ def test_wrong_bodies_are_the_clients_fault(body: Any) -> None:
 
 
 def test_malformed_json_and_unknown_routes() -> None:
-    broken = ask(lambda client: client.post("/rerank", content=b'{"query": ', headers={"content-type": "application/json"}))
+    broken = ask(
+        lambda client: client.post("/rerank", content=b'{"query": ', headers={"content-type": "application/json"})
+    )
     assert broken.status_code == 422
     assert ask(lambda client: client.get("/nothing")).status_code == 404
     assert ask(lambda client: client.get("/rerank")).status_code == 405
@@ -265,10 +271,15 @@ def test_metrics_count_what_was_scored() -> None:
 
 def test_the_log_has_the_request_and_not_its_text(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastrerank.serve"):
-        answer = post("/rerank", {"query": "a secret query", "texts": ["a secret text"]}, headers={"x-request-id": "mine-1"})
+        answer = post(
+            "/rerank", {"query": "a secret query", "texts": ["a secret text"]}, headers={"x-request-id": "mine-1"}
+        )
     assert answer.headers["x-request-id"] == "mine-1"
     rows = [json.loads(JsonFormatter().format(record)) for record in caplog.records if record.message == "request"]
-    assert rows[0].items() >= {"request_id": "mine-1", "status": 200, "path": "/rerank", "documents": 1, "model": "fake"}.items()
+    assert (
+        rows[0].items()
+        >= {"request_id": "mine-1", "status": 200, "path": "/rerank", "documents": 1, "model": "fake"}.items()
+    )
     assert "secret" not in caplog.text
     odd = post("/rerank", BODY, headers={"x-request-id": "x" * 500})
     assert len(odd.headers["x-request-id"]) == 32
@@ -291,4 +302,6 @@ def test_the_page_asks_for_nothing_outside() -> None:
 def test_openapi_names_the_fields() -> None:
     schema = ask(lambda client: client.get("/openapi.json")).json()
     assert {"/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"} <= schema["paths"].keys()
-    assert {"query", "texts", "documents", "top_n"} <= schema["components"]["schemas"]["RerankBody"]["properties"].keys()
+    assert {"query", "texts", "documents", "top_n"} <= schema["components"]["schemas"]["RerankBody"][
+        "properties"
+    ].keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,8 +21,9 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 
+import httpx
 from helpers_tiny import save_tiny_cross_encoder
 
 import fastrerank
@@ -66,7 +68,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Running]:
-    running = Running("--model", f"small={checkpoint}")
+    running = Running("--model", f"small={checkpoint}", "--header-timeout", "1")
     yield running
     if running.process.poll() is None:
         running.process.kill()
@@ -110,12 +112,8 @@ def test_clients_that_go_away_leave_the_server_well(server: Running) -> None:
 
 def test_a_body_of_50_megabytes_is_refused(server: Running) -> None:
     body = b'{"query": "q", "texts": ["' + b"x" * (50 << 20) + b'"]}'
-    with pytest.MonkeyPatch.context():
-        try:
-            status = httpx.post(f"{server.url}/rerank", content=body, timeout=60).status_code
-        except httpx.TransportError:  # the server may close while the client still writes
-            status = 413
-    assert status == 413
+    with contextlib.suppress(httpx.WriteError):  # the server may close while the client still writes
+        assert httpx.post(f"{server.url}/rerank", content=body, timeout=60).status_code == 413
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
@@ -132,9 +130,7 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(checkpoint: Pa
 
     with ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(ask, i) for i in range(8)]
-        while "POST" not in "".join(map(str, jobs)) and not answered and len([j for j in jobs if j.running()]) < 8:
-            time.sleep(0.005)
-        time.sleep(0.1)
+        time.sleep(0.15)  # all are connected; whoever is not yet is refused
         code, rest = running.end()
         for job in jobs:
             job.result()
@@ -147,7 +143,9 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(checkpoint: Pa
 
 def test_keys_come_from_a_file_or_the_environment(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("one\n\ntwo\n")
-    running = Running("--model", str(checkpoint), "--api-key-file", str(tmp_path / "keys"), env={"FASTRERANK_API_KEY": "no"})
+    running = Running(
+        "--model", str(checkpoint), "--api-key-file", str(tmp_path / "keys"), env={"FASTRERANK_API_KEY": "no"}
+    )
     body = {"query": "q", "texts": ["a"]}
     for key, status in (("one", 200), ("two", 200), ("no", 401)):
         answer = httpx.post(f"{running.url}/rerank", json=body, headers={"authorization": f"Bearer {key}"})

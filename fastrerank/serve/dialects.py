@@ -125,7 +125,11 @@ def rerank_answer(
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     name = f"rerank-{uuid.uuid4().hex}"
     if ask.flavor is Flavor.cohere:
-        meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}, "tokens": {"input_tokens": tokens}}
+        meta = {
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": 1},
+            "tokens": {"input_tokens": tokens},
+        }
         return {"id": name, "results": results, "meta": meta}
     answer: dict[str, Any] = {"id": name, "model": model, "usage": usage, "results": results}
     if ask.flavor in (Flavor.auto, Flavor.infinity):

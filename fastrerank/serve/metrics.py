@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,9 +19,7 @@ class Metrics:
 
     def __init__(self, models: Mapping[str, AsyncReranker]) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "fastrerank_requests", "Finished requests.", ["route", "status"], registry=registry
-        )
+        self.requests = Counter("fastrerank_requests", "Finished requests.", ["route", "status"], registry=registry)
         self.seconds = Histogram(
             "fastrerank_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=SECONDS,
             registry=registry,
@@ -42,7 +41,7 @@ class Metrics:
         for name, reranker in models.items():
             queued.labels(name).set_function(reranker.queued_tokens)
             waiting.labels(name).set_function(reranker.waiting)
-            batches.labels(name).set_function(lambda reranker=reranker: reranker.batches)
+            batches.labels(name).set_function(partial(getattr, reranker, "batches"))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a finished request."""

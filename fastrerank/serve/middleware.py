@@ -69,7 +69,12 @@ class AccessLog:
             seconds = time.perf_counter() - begin
             route = scope.get("route")
             self.observe(getattr(route, "path", "other"), status, seconds)
-            fields |= {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1e3 * seconds, 2)}
+            fields |= {
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "ms": round(1e3 * seconds, 2),
+            }
             log.info("request", extra={"fields": fields})
 
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fastrerank.serve.middleware import JsonFormatter
 
 __all__ = ["parse_models", "read_keys", "serve"]
-
-HEADER_SECONDS = 10.0  # a connection that has not sent a request's headers by then is closed
 
 
 def parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -61,9 +60,11 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 class _Protocol(H11Protocol):
     """HTTP/1.1 whose connections must send a request's headers in time: slow ones are closed, not kept."""
 
+    header_seconds: float
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._headers_due = self.loop.call_later(HEADER_SECONDS, self._close_unless_begun)
+        self._headers_due = self.loop.call_later(self.header_seconds, self._close_unless_begun)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_due.cancel()
@@ -85,12 +86,15 @@ class _UvicornServer(uvicorn.Server):
         yield
 
 
-def serve(app: FastAPI, host: str, port: int, *, grace: float = 30.0, json_logs: bool = True) -> None:
+def serve(
+    app: FastAPI, host: str, port: int, *, grace: float = 30.0, header_seconds: float = 10.0, json_logs: bool = True
+) -> None:
     """Serve until SIGTERM or SIGINT; then accept nothing more, finish what was accepted, and return.
 
     Args:
         port: 0 takes a free one, which the log tells.
         grace: seconds that running requests may take after the signal.
+        header_seconds: a connection that has not sent its first request's headers by then is closed.
 
     Raises OSError where the address cannot be bound.
     """
@@ -101,12 +105,14 @@ def serve(app: FastAPI, host: str, port: int, *, grace: float = 30.0, json_logs:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
+    protocol = type("Protocol", (_Protocol,), {"header_seconds": header_seconds})
     config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, http=_Protocol, ws="none", server_header=False,
+        app, log_config=None, access_log=False, http=protocol, ws="none", server_header=False,
         timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=75,
     )  # fmt: skip
     server = _UvicornServer(config)
-    with contextlib.closing(config.bind_socket()) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
         where, bound = listener.getsockname()[:2]
         logging.getLogger("fastrerank").info(
             "serving", extra={"fields": {"host": where, "port": bound, "models": list(app.state.server.models)}}

@@ -20,7 +20,9 @@ class RerankBody(BaseModel):
     )
 
     query: Text
-    texts: list[StrictStr] | None = Field(None, description="Candidates, in the dialect of TEI: the answer is a bare array.")
+    texts: list[StrictStr] | None = Field(
+        None, description="Candidates, in the dialect of TEI: the answer is a bare array."
+    )
     documents: list[Text] | None = Field(None, description="Candidates: strings, or objects with a `text`.")
     model: StrictStr | None = Field(None, description="One of /v1/models; the first of them where it is missing.")
     top_n: Count | None = Field(None, description="How many results; all where it is missing.")
