@@ -22,12 +22,15 @@ def request(*sizes: int, whole: bool = False) -> Request:
     return Request("q", ["d"] * len(sizes), list(sizes), whole, None)
 
 
+SHAPE = st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.booleans())  # sizes, whole
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.booleans()), min_size=1, max_size=6),
-       st.integers(1, 120))  # fmt: skip
+@given(st.lists(SHAPE, min_size=1, max_size=6), st.integers(1, 120))
 def test_batches_hold_every_document_once_within_the_budget(shapes: list[tuple[list[int], bool]], budget: int) -> None:
     waiting = [request(*sizes, whole=whole) for sizes, whole in shapes]
-    everyone, seen = list(waiting), {}
+    everyone = list(waiting)
+    seen: set[tuple[int, int]] = set()
     while waiting:
         first = waiting[0]
         pieces = take(waiting, budget)
@@ -38,9 +41,8 @@ def test_batches_hold_every_document_once_within_the_budget(shapes: list[tuple[l
         for piece in pieces:
             assert not piece.request.whole or (piece.begin, piece.end) == (0, len(piece.request.documents))
             for i in range(piece.begin, piece.end):
-                assert seen.setdefault((id(piece.request), i), True)
-                del seen[(id(piece.request), i)]
-                seen[(id(piece.request), i)] = False
+                assert (id(piece.request), i) not in seen
+                seen.add((id(piece.request), i))
     assert len(seen) == sum(len(one.documents) for one in everyone)
 
 

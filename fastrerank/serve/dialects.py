@@ -1,4 +1,4 @@
-"""One meaning, five spellings: what a body asks for, and results and errors as TEI, Cohere, Jina, vLLM and Infinity write them."""
+"""One meaning in five spellings: what a body asks for; results and errors as TEI, Cohere, Jina, vLLM, Infinity write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests: the union of what the rerank dialects send. Fields that no dialect knows are ignored, as theirs do."""
+"""Bodies of requests: the union of what rerank dialects send. Unknown fields are ignored, as theirs are."""
 
 from __future__ import annotations
 
