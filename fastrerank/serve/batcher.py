@@ -1,4 +1,4 @@
-"""Batches across requests: many callers share one call of a reranker, and their scores know nothing of each other."""
+"""Batches across requests: many callers share one call of a reranker, and their scores do not know each other."""
 
 from __future__ import annotations
 

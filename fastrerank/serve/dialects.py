@@ -1,4 +1,4 @@
-"""One meaning in five spellings: what a body asks for; results and errors as TEI, Cohere, Jina, vLLM, Infinity write."""
+"""One meaning in five spellings: what a body asks for, and results and errors as each dialect writes them."""
 
 from __future__ import annotations
 
