@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
+    "AsyncReranker": "fastrerank.serve.batcher",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
@@ -27,6 +28,7 @@ _NAMES = {
     "set_num_threads": "fastrerank.ops",
 }
 __all__ = [
+    "AsyncReranker",
     "CrossEncoder",
     "EmbeddingReranker",
     "LateInteractionReranker",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.pairwise import PairwiseReranker
     from fastrerank.rerankers.pointwise import PointwiseReranker
     from fastrerank.rerankers.setwise import SetwiseReranker
+    from fastrerank.serve.batcher import AsyncReranker
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `fastrerank rank | eval | bench | doctor | version`.
+"""The command line: `fastrerank rank | eval | bench | serve | doctor | version`.
 
 Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
 else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
@@ -214,6 +214,71 @@ def bench(
     command = [sys.executable, "-m", "bench.run", suite.value, *context.args]
     if subprocess.run(command, cwd=folder, check=False).returncode != 0:
         raise RuntimeError(f"the benchmark failed: {' '.join(command[1:])}")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Checkpoint, or NAME=CHECKPOINT; several are served by name (required).")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    method: Method = None,
+    template: TemplateOption = None,
+    instruction: Instruction = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
+    api_flavor: Annotated[
+        str, typer.Option(help="Pins what dialects do differently: auto, tei, cohere, jina, vllm, infinity, sglang.")
+    ] = "auto",
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of API keys, one a line; else those of FASTRERANK_API_KEY.")
+    ] = None,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one batch across requests.")] = 16384,
+    max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; beyond, requests get 429.")] = 10
+    ** 6,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="How long a request waits for others to share a batch.")
+    ] = 2.0,
+    max_documents: Annotated[int, typer.Option(min=1, help="Documents of one request.")] = 10_000,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 32.0,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds a request may take; then it gets 504.")
+    ] = None,
+    header_timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds in which a new connection must send a request's headers.")
+    ] = 10.0,
+    grace: Annotated[float, typer.Option(min=1, help="Seconds for running requests after SIGTERM.")] = 30.0,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin that browsers may call from; off if unsaid.")
+    ] = None,
+) -> None:
+    """Serve rerankers over HTTP: TEI's, Cohere's, Jina's, vLLM's and Infinity's routes, and a page to try them on."""
+    try:
+        from fastrerank.serve.app import Settings, create_app
+        from fastrerank.serve.dialects import Flavor
+        from fastrerank.serve.run import parse_models, read_keys
+        from fastrerank.serve.run import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the server needs {error.name}: pip install 'fastrerank[serve]'") from None
+    if api_flavor not in (flavors := [flavor.value for flavor in Flavor]):
+        raise typer.BadParameter(f"{api_flavor!r} is no flavor; one of {', '.join(flavors)}", param_hint="--api-flavor")
+    _checkpoint(model[0] if model else None)
+    named, keys = parse_models(model or []), read_keys(api_key_file)
+    options = {"device": device, "num_threads": threads, "template": template, "instruction": instruction}
+    rerankers = {
+        name: fastrerank.AsyncReranker(
+            _load(checkpoint, method, dtype, **options), max_batch_tokens=max_batch_tokens, max_wait_ms=max_wait_ms,
+            max_queue_tokens=max_queue_tokens,
+        )
+        for name, checkpoint in named.items()
+    }  # fmt: skip
+    settings = Settings(
+        keys=keys, flavor=Flavor(api_flavor), max_body_bytes=int(max_body_mb * 2**20), max_documents=max_documents,
+        timeout=timeout, origins=tuple(cors_origin or ()),
+    )  # fmt: skip
+    run_server(create_app(rerankers, settings), host, port, grace=grace, header_seconds=header_timeout)
 
 
 @app.command()

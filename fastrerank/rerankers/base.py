@@ -30,7 +30,8 @@ class Usage:
 
     Methods that ask a model about several documents at a time count `comparisons` (windows, pairs, sets or groups that
     were asked about) and `steps` (batches of them, one after the other); `unparsed`: written answers that were
-    malformed or incomplete; `untouched`: documents that the window rule never reads.
+    malformed or incomplete; `untouched`: documents that the window rule never reads. `query_tokens`: tokens of each
+    query's pairs, [] where a method does not tell them apart.
     """
 
     forwards: int = 0
@@ -42,6 +43,7 @@ class Usage:
     comparisons: int = 0
     unparsed: int = 0
     untouched: int = 0
+    query_tokens: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -69,6 +71,7 @@ class Reranker(ABC):
     """Scores documents for a query. One object may be called from many threads at once."""
 
     method: ClassVar[str]
+    independent: ClassVar[bool] = True  # whether a document's score is the same whatever other documents there are
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -79,6 +82,7 @@ class Reranker(ABC):
 
         {"forwards", "tokens", "prefix_tokens", "truncated": documents that were cut, "query_truncated": bool,
         "steps", "comparisons", "unparsed", "untouched": see `Usage`, 0 for methods that score documents one by one,
+        "query_tokens": tokens of each query's pairs, [] where the method does not tell them apart,
         "seconds": {stage: seconds}}; {} before the first call.
         """
         usage: Usage | None = getattr(self._local, "usage", None)

@@ -234,26 +234,38 @@ class CrossEncoder(Reranker):
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         self._need_one_label("score")
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
-        flat = self._logits(pairs, usage)[:, 0]
+        lengths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        flat = self._logits(pairs, usage, lengths=lengths)[:, 0]
         bounds = np.cumsum([0, *map(len, documents)])
+        total = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        usage.query_tokens = [int(total[end] - total[begin]) for begin, end in pairwise(bounds)]
         return [flat[begin:end] for begin, end in pairwise(bounds)]
 
     def _one_query(self, query: str, texts: list[str], usage: Usage, progress: bool) -> Scores:
         return self._forward(lambda part: self._tokenizer.pairs(query, part), texts, usage, progress)[:, 0]
 
-    def _logits(self, pairs: list[tuple[str, str]], usage: Usage, progress: bool = False) -> npt.NDArray[np.float32]:
-        return self._forward(self._tokenizer.pair_list, pairs, usage, progress)
+    def _logits(
+        self, pairs: list[tuple[str, str]], usage: Usage, progress: bool = False,
+        lengths: list[npt.NDArray[np.int64]] | None = None,
+    ) -> npt.NDArray[np.float32]:  # fmt: skip
+        return self._forward(self._tokenizer.pair_list, pairs, usage, progress, lengths)
 
     def _forward(
-        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool
-    ) -> npt.NDArray[np.float32]:
-        """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it."""
+        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool,
+        lengths: list[npt.NDArray[np.int64]] | None = None,
+    ) -> npt.NDArray[np.float32]:  # fmt: skip
+        """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it.
+
+        The items' numbers of tokens are appended to `lengths`.
+        """
         blocks = [np.zeros((0, self.num_labels), np.float32)]
         batches = _ahead([partial(tokenize, items[i : i + BLOCK_PAIRS]) for i in range(0, len(items), BLOCK_PAIRS)])
         for _ in _steps(len(items), progress):
             with usage.stage("tokenize"):  # where there are several blocks, the time that compute waits for tokens
                 batch = next(batches)
             usage.count(batch)
+            if lengths is not None:
+                lengths.append(np.diff(batch.offsets))
             with usage.stage("compute"):
                 blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets))
         return np.concatenate(blocks)

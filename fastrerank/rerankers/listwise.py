@@ -62,6 +62,7 @@ class ListwiseReranker(ListReranker):
     """
 
     method: ClassVar[str] = "listwise"
+    independent: ClassVar[bool] = False
     kind: ClassVar[str] = "listwise"
     default_template: ClassVar[str] = "first"
     default_seq2seq: ClassVar[str] = "first"

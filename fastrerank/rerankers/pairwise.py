@@ -48,6 +48,7 @@ class PairwiseReranker(ListReranker):
     """
 
     method: ClassVar[str] = "pairwise"
+    independent: ClassVar[bool] = False
     kind: ClassVar[str] = "pairwise"
     default_template: ClassVar[str] = "prp"
     default_seq2seq: ClassVar[str] = "prp-t5"

@@ -45,6 +45,7 @@ class SetwiseReranker(ListReranker):
     """
 
     method: ClassVar[str] = "setwise"
+    independent: ClassVar[bool] = False
     kind: ClassVar[str] = "setwise"
     default_template: ClassVar[str] = "setwise"
     default_seq2seq: ClassVar[str] = "setwise-t5"

@@ -1,0 +1,1 @@
+"""Requests of many callers in shared batches (`batcher`), and the HTTP server on top of them (`app`)."""

@@ -1,0 +1,59 @@
+"""Prometheus metrics of a server: requests, documents, tokens, waiting times, and how full the queues are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from fastrerank.serve.batcher import AsyncReranker, Scored
+
+__all__ = ["Metrics"]
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self, models: Mapping[str, AsyncReranker]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("fastrerank_requests", "Finished requests.", ["route", "status"], registry=registry)
+        self.seconds = Histogram(
+            "fastrerank_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.waited = Histogram(
+            "fastrerank_queue_seconds", "How long requests waited for their first batch.", ["model"], buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.documents = Counter("fastrerank_documents", "Documents scored.", ["model"], registry=registry)
+        self.tokens = Counter("fastrerank_tokens", "Tokens of scored pairs.", ["model"], registry=registry)
+        self.refused = Counter(
+            "fastrerank_overloaded", "Requests refused because the queue was full.", ["model"], registry=registry
+        )
+        queued = Gauge(
+            "fastrerank_queued_tokens", "About how many tokens wait or are computed.", ["model"], registry=registry
+        )
+        waiting = Gauge("fastrerank_waiting_requests", "Requests that wait for a batch.", ["model"], registry=registry)
+        batches = Gauge("fastrerank_batches", "Batches computed since the start.", ["model"], registry=registry)
+        for name, reranker in models.items():
+            queued.labels(name).set_function(reranker.queued_tokens)
+            waiting.labels(name).set_function(reranker.waiting)
+            batches.labels(name).set_function(partial(getattr, reranker, "batches"))
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a finished request."""
+        self.requests.labels(route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def scored(self, model: str, result: Scored) -> None:
+        """Count what a request's scores cost."""
+        self.documents.labels(model).inc(len(result.scores))
+        self.tokens.labels(model).inc(result.tokens)
+        self.waited.labels(model).observe(result.waited)
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)

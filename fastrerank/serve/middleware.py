@@ -1,0 +1,155 @@
+"""What surrounds every request: its id, its line in the log, its key, and bounds on the body's size and patience."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+__all__ = ["AccessLog", "BodyLimit", "JsonFormatter", "Keys"]
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("fastrerank.serve")
+_GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; what a record carries as `fields` comes beside its message. Never a document's text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        row |= {"logger": record.name, "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            row["exception"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+class AccessLog:
+    """Gives every request an id (the client's `x-request-id`, if it sent one) and a line in the log; counts it.
+
+    Args:
+        observe: called with (path template, status, seconds) of each finished request.
+    """
+
+    def __init__(self, app: App, observe: Callable[[str, int, float], None]) -> None:
+        self.app, self.observe = app, observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["fields"] = fields = {"request_id": name.decode()}
+        begin, status = time.perf_counter(), 499  # what stands if the client goes before an answer starts
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            seconds = time.perf_counter() - begin
+            route = scope.get("route")
+            self.observe(getattr(route, "path", "other"), status, seconds)
+            fields |= {
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "ms": round(1e3 * seconds, 2),
+            }
+            log.info("request", extra={"fields": fields})
+
+
+class Keys:
+    """Answers 401 to requests without one of the keys in `Authorization: Bearer`, but for the open paths.
+
+    Keys are compared in a time that does not depend on where they differ.
+    """
+
+    OPEN = ("/health", "/ready")
+
+    def __init__(self, app: App, keys: Sequence[str], open_page: bool = True) -> None:
+        self.app, self.keys = app, [key.encode() for key in keys]
+        self.open = (*self.OPEN, "/") if open_page else self.OPEN
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.keys and not self._may(scope):
+            await respond(send, 401, {"message": "a valid API key is needed: Authorization: Bearer KEY"},
+                          {"www-authenticate": "Bearer"})  # fmt: skip
+            return
+        await self.app(scope, receive, send)
+
+    def _may(self, scope: Scope) -> bool:
+        if scope["path"] in self.open and scope["method"] in ("GET", "HEAD"):
+            return True
+        kind, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        right = [hmac.compare_digest(key, known) for known in self.keys]
+        return kind.lower() == b"bearer" and any(right)
+
+
+class BodyLimit:
+    """Answers 413 to bodies of more than `size` bytes, and 408 to those that take more than `seconds` to arrive."""
+
+    def __init__(self, app: App, size: int, seconds: float) -> None:
+        self.app, self.size, self.seconds = app, size, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        end = time.monotonic() + self.seconds
+        received, whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal received, whole
+            if whole:  # what comes after the body is the client's going away, which has all the time in the world
+                return await receive()
+            if declared.isdigit() and int(declared) > self.size:
+                raise self._too_large()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except (asyncio.TimeoutError, TimeoutError):
+                raise HTTPException(
+                    408, f"the body took more than {self.seconds:g} s to arrive", {"connection": "close"}
+                ) from None
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self.size:
+                    raise self._too_large()
+                whole = not message.get("more_body", False)
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body exceeds {self.size} bytes", {"connection": "close"})
+
+
+async def respond(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
+    """Send a JSON response from a middleware."""
+    raw = json.dumps(body).encode()
+    lines = {"content-type": "application/json", "content-length": str(len(raw)), **headers}
+    await send({
+        "type": "http.response.start", "status": status,
+        "headers": [(name.encode(), value.encode()) for name, value in lines.items()],
+    })  # fmt: skip
+    await send({"type": "http.response.body", "body": raw})

@@ -1,0 +1,129 @@
+"""The server process: models from the command line, signals, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fastrerank.serve.middleware import JsonFormatter
+
+__all__ = ["parse_models", "read_keys", "serve"]
+
+
+def parse_models(values: Sequence[str]) -> dict[str, str]:
+    """Return {name: checkpoint} of `--model` values: "NAME=CHECKPOINT", or a checkpoint, whose name is its last part.
+
+    Raises ValueError for a name that is empty or given twice.
+
+    Example:
+        >>> parse_models(["BAAI/bge-reranker-base", "small=models/minilm"])
+        {'bge-reranker-base': 'BAAI/bge-reranker-base', 'small': 'models/minilm'}
+    """
+    models: dict[str, str] = {}
+    for value in values:
+        name, separator, checkpoint = value.partition("=")
+        if not separator:
+            name, checkpoint = Path(value).name, value
+        if not name or not checkpoint:
+            raise ValueError(f"--model must be NAME=CHECKPOINT or CHECKPOINT, got {value!r}")
+        if name in models:
+            raise ValueError(f"two models are named {name!r}; name one of them: --model NAME=CHECKPOINT")
+        models[name] = checkpoint
+    return models
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """Return the API keys of a file, one a line, or of FASTRERANK_API_KEY (comma-separated); () where there are none.
+
+    Raises ValueError for a file without a key.
+    """
+    if path is not None:
+        keys = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        if not keys:
+            raise ValueError(f"--api-key-file: {path} holds no key")
+        return keys
+    return tuple(key for key in (k.strip() for k in os.environ.get("FASTRERANK_API_KEY", "").split(",")) if key)
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 whose connections must send a request's headers in time: slow ones are closed, not kept."""
+
+    header_seconds: float
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._headers_due = self.loop.call_later(self.header_seconds, self._close_unless_begun)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_due.cancel()
+        super().connection_lost(exc)
+
+    def _close_unless_begun(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _UvicornServer(uvicorn.Server):
+    """Ends by itself on SIGTERM and SIGINT, with exit code 0, instead of dying of the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
+def serve(
+    app: FastAPI, host: str, port: int, *, grace: float = 30.0, header_seconds: float = 10.0, json_logs: bool = True
+) -> None:
+    """Serve until SIGTERM or SIGINT; then accept nothing more, finish what was accepted, and return.
+
+    Args:
+        port: 0 takes a free one, which the log tells.
+        grace: seconds that running requests may take after the signal.
+        header_seconds: a connection that has not sent its first request's headers by then is closed.
+
+    Raises OSError where the address cannot be bound.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    if json_logs:
+        handler.setFormatter(JsonFormatter())
+    for name in ("fastrerank", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+    protocol = type("Protocol", (_Protocol,), {"header_seconds": header_seconds})
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, http=protocol, ws="none", server_header=False,
+        timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=75,
+    )  # fmt: skip
+    server = _UvicornServer(config)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
+        where, bound = listener.getsockname()[:2]
+        logging.getLogger("fastrerank").info(
+            "serving", extra={"fields": {"host": where, "port": bound, "models": list(app.state.server.models)}}
+        )
+
+        async def run() -> None:
+            task = asyncio.ensure_future(server.serve(sockets=[listener]))
+            while not task.done():
+                await asyncio.wait({task}, timeout=0.05)
+                if server.should_exit:
+                    app.state.server.draining = True
+            await task
+
+        asyncio.run(run())

@@ -1,0 +1,273 @@
+"""Batches across requests: fairness, budgets, deadlines, cancelling, errors, overload, and the same scores as alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serve_fakes import Lengths
+
+import fastrerank
+from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
+from fastrerank.serve.queue import LARGEST_SHARE, Request, take
+
+
+def request(*sizes: int, whole: bool = False) -> Request:
+    return Request("q", ["d"] * len(sizes), list(sizes), whole, None)
+
+
+SHAPE = st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.booleans())  # sizes, whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(SHAPE, min_size=1, max_size=6), st.integers(1, 120))
+def test_batches_hold_every_document_once_within_the_budget(shapes: list[tuple[list[int], bool]], budget: int) -> None:
+    waiting = [request(*sizes, whole=whole) for sizes, whole in shapes]
+    everyone = list(waiting)
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        first = waiting[0]
+        pieces = take(waiting, budget)
+        assert pieces[0].request is first  # the longest waiting is in every batch
+        total = sum(piece.bytes for piece in pieces)
+        alone = len(pieces) == 1 and (pieces[0].request.whole or pieces[0].end - pieces[0].begin == 1)
+        assert total <= budget or alone
+        for piece in pieces:
+            assert not piece.request.whole or (piece.begin, piece.end) == (0, len(piece.request.documents))
+            for i in range(piece.begin, piece.end):
+                assert (id(piece.request), i) not in seen
+                seen.add((id(piece.request), i))
+    assert len(seen) == sum(len(one.documents) for one in everyone)
+
+
+def test_a_small_request_passes_a_large_one() -> None:
+    large, small = request(*[10] * 1000), request(10, 10)
+    waiting = [large, small]
+    pieces = take(waiting, 100)
+    assert [(piece.request, piece.end - piece.begin) for piece in pieces] == [(large, 8), (small, 2)]
+    assert waiting == [large]
+
+
+def test_of_several_large_ones_each_gets_its_share() -> None:
+    waiting = [request(*[10] * 100) for _ in range(2)]
+    assert [piece.end for piece in take(waiting, 100)] == [int(10 * LARGEST_SHARE)] * 2
+
+
+def test_scores_are_those_of_a_call_of_its_own(tiny: object) -> None:
+    model = fastrerank.CrossEncoder(tiny("bert"), device="cpu")  # type: ignore[operator]
+    import tiny as factory
+
+    texts = factory.texts(60)
+    queries = factory.texts(12, seed=1, longest=6)
+    alone = [model.score(query, texts[i : 5 * i]) for i, query in enumerate(queries)]
+
+    async def together() -> list[np.ndarray]:
+        async with AsyncReranker(model, max_batch_tokens=300, max_wait_ms=5) as shared:
+            return await asyncio.gather(*(shared.score(q, texts[i : 5 * i]) for i, q in enumerate(queries)))
+
+    for expected, scores in zip(alone, asyncio.run(together()), strict=True):
+        assert scores.dtype == np.float32
+        np.testing.assert_array_equal(expected, scores)
+
+
+def test_usage_is_the_requests_own(tiny: object) -> None:
+    model = fastrerank.CrossEncoder(tiny("bert"), device="cpu")  # type: ignore[operator]
+
+    async def run() -> list[int]:
+        async with AsyncReranker(model) as shared:
+            jobs = [shared.scored("the owl", ["a cat"] * n) for n in (1, 5)]
+            return [result.tokens for result in await asyncio.gather(*jobs)]
+
+    one, five = asyncio.run(run())
+    model.score("the owl", ["a cat"])
+    assert (one, five) == (model.last_usage["tokens"], 5 * one)
+
+
+def test_requests_share_batches_and_rank_breaks_ties_by_position() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+
+    async def run() -> list[list[dict[str, object]]]:
+        async with AsyncReranker(reranker, workers=1, max_wait_ms=0) as shared:
+            jobs = [asyncio.ensure_future(shared.rank("q", ["bb", "a", "cc"], return_documents=True))]
+            await asyncio.to_thread(reranker.entered.acquire)
+            jobs += [asyncio.ensure_future(shared.rank("qq", ["x" * n])) for n in range(1, 8)]
+            await asyncio.sleep(0.05)
+            reranker.gate.set()
+            return await asyncio.gather(*jobs)
+
+    first, *others = asyncio.run(run())
+    assert [(hit["corpus_id"], hit["score"], hit["text"]) for hit in first] == [
+        (0, 1.0, "bb"),
+        (2, 1.0, "cc"),
+        (1, 0.0, "a"),
+    ]
+    assert [hits[0]["score"] for hits in others] == [float(n - 2) for n in range(1, 8)]
+    assert len(reranker.calls) == 2  # the first alone, then all that came meanwhile
+
+
+def test_a_failing_request_fails_alone() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+    with_all: dict[str, Future] = {}
+    shared = AsyncReranker(reranker, workers=1)
+    with_all["first"] = shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    for name in ("good", "boom", "nan", "also good"):
+        with_all[name] = shared.submit("q", [name])
+    reranker.gate.set()
+    shared.close()
+    assert with_all["good"].result(1).tolist() == [3.0]
+    assert with_all["also good"].result(1).tolist() == [8.0]
+    with pytest.raises(RuntimeError, match="boom"):
+        with_all["boom"].result(1)
+    with pytest.raises(FloatingPointError):
+        with_all["nan"].result(1)
+
+
+def test_a_cancelled_request_is_not_computed() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1)
+    first = shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    dropped = shared.submit("q", ["never"] * 100)
+    assert shared.waiting() == 1
+    assert dropped.cancel()
+    assert shared.waiting() == 0
+    reranker.gate.set()
+    shared.close()
+    assert first.result(1).tolist() == [0.0]
+    assert reranker.calls == [[["a"]]]
+
+
+def test_a_task_that_is_cancelled_drops_its_request() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+
+    async def run() -> None:
+        shared = AsyncReranker(reranker, workers=1)
+        first = asyncio.ensure_future(shared.score("q", ["a"]))
+        await asyncio.to_thread(reranker.entered.acquire)
+        second = asyncio.ensure_future(shared.score("q", ["never"]))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert shared.waiting() == 0
+        reranker.gate.set()
+        await first
+        await shared.aclose()
+
+    asyncio.run(run())
+    assert reranker.calls == [[["a"]]]
+
+
+def test_deadlines() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+
+    async def run() -> None:
+        shared = AsyncReranker(reranker, workers=1)
+        first = asyncio.ensure_future(shared.score("q", ["a"]))
+        await asyncio.to_thread(reranker.entered.acquire)
+        with pytest.raises(DeadlineExceeded, match="0 of 2 documents"):
+            await shared.score("q", ["late", "too"], timeout=0.02)
+        late = shared.submit("q", ["late"], timeout=0.01)  # no one waits for it: found when the next batch is made
+        await asyncio.sleep(0.03)
+        reranker.gate.set()
+        await first
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wrap_future(late)
+        await shared.aclose()
+
+    asyncio.run(run())
+    assert reranker.calls == [[["a"]]]
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1, max_queue_tokens=100)
+    first = shared.submit("q", ["a" * 1000])  # larger than the queue, but alone
+    reranker.entered.acquire()
+    with pytest.raises(Overloaded) as refused:
+        shared.submit("q", ["b"])
+    assert refused.value.retry_after > 0
+    reranker.gate.set()
+    first.result(5)
+    shared.close()
+
+
+def test_methods_of_lists_get_requests_whole() -> None:
+    reranker = Lengths(independent=False)
+    shared = AsyncReranker(reranker, max_batch_tokens=2)
+    futures = [shared.submit("q", ["abcdef"] * n) for n in (30, 2, 7)]
+    shared.close()
+    assert [len(future.result(1)) for future in futures] == [30, 2, 7]
+    assert sorted(len(texts) for call in reranker.calls for texts in call) == [2, 7, 30]
+
+
+def test_closing_finishes_what_was_accepted_and_takes_no_more() -> None:
+    reranker = Lengths()
+    shared = AsyncReranker(reranker)
+    futures = [shared.submit("q", ["a" * i]) for i in range(50)]
+    shared.close()
+    assert [future.result(0)[0] for future in futures] == [i - 1 for i in range(50)]
+    with pytest.raises(Closed):
+        shared.submit("q", ["a"])
+    shared.close()
+
+
+def test_closing_with_a_grace_time_ends_the_rest() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1)
+    shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    waiting = shared.submit("q", ["b"])
+    shared.close(grace=0.01)
+    with pytest.raises(Closed):
+        waiting.result(1)
+    reranker.gate.set()
+
+
+def test_nothing_to_score_and_bad_arguments() -> None:
+    shared = AsyncReranker(Lengths())
+    assert shared.submit("q", []).result(0).shape == (0,)
+    with pytest.raises(TypeError, match=r"documents\[1\]"):
+        shared.submit("q", ["a", None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="timeout"):
+        shared.submit("q", ["a"], timeout=0)
+    shared.close()
+    for name in ("max_batch_tokens", "max_queue_tokens", "workers"):
+        with pytest.raises(ValueError, match=name):
+            AsyncReranker(Lengths(), **{name: 0})  # type: ignore[arg-type]
+
+
+def test_many_threads_get_their_own_answers(minilm: Path) -> None:
+    model = fastrerank.load(str(minilm), method="embedding", device="cpu")
+    texts = [f"document number {i} about {'owls' if i % 3 else 'fleas'}" for i in range(20)]
+    expected = {n: model.score("owls", texts[:n]) for n in range(1, 20)}
+    shared = AsyncReranker(model)
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        for i in range(10):
+            n = 1 + (7 * seed + i) % 19
+            if not np.array_equal(shared.submit("owls", texts[:n]).result(30), expected[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    shared.close()
+    assert not wrong
