@@ -49,9 +49,10 @@ struct MassTile {
         return exp2v<5>(x);
     }
 
-    // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's.
+    // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's. A function
+    // of its own, because GCC 12 keeps the accumulators in memory where it is compiled into `run`.
     template <int MR>
-    ALWAYS_INLINE void scores(int at, float* s) const {
+    __attribute__((noinline)) void scores(int at, float* s) const {
         constexpr int kPiece = 64;
         const int64_t lda = static_cast<int64_t>(g.head_dim) * 4;
         const char *a = reinterpret_cast<const char*>(q) + at * lda, *b = panel;
