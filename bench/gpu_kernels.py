@@ -1,4 +1,4 @@
-"""Kernels alone on a GPU: attention, attention mass and label logits against torch's, and the two ceilings over everything.
+"""Kernels alone on a GPU: attention, its mass and label logits against torch's, and the ceilings over everything.
 
 Times are of a CUDA graph that holds several calls, between two events, divided by the calls: launches cost nothing
 there, as they do in a graphed forward. Beside them stands the time of one call as Python makes it. Inputs are warm in
@@ -191,7 +191,7 @@ def attention(case: AttentionCase, device: torch.device, rounds: int) -> list[Ke
 
 
 def mass_cases(*, tiny: bool) -> list[MassCase]:
-    """Equals in-context reranking's readout of one layer: contexts of 20, 50 and 100 passages, query and calibration."""
+    """Equals in-context reranking's readout of one layer: 20, 50 and 100 passages, query and calibration."""
     shapes = {"tiny": (4, 2, 32)} if tiny else {"Qwen2.5-0.5B": (14, 2, 64), "Llama-3.1-8B": (32, 8, 128)}
     sizes = ((6, 50),) if tiny else ((60, 2_000), (60, 6_500), (60, 13_000))
     return [

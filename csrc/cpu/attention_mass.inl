@@ -49,8 +49,8 @@ struct MassTile {
         return exp2v<5>(x);
     }
 
-    // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's. A function
-    // of its own, because GCC 12 keeps the accumulators in memory where it is compiled into `run`.
+    // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's. A
+    // function of its own, because GCC 12 keeps the accumulators in memory where it is compiled into `run`.
     template <int MR>
     __attribute__((noinline)) void scores(int at, float* s) const {
         constexpr int kPiece = 64;

@@ -2,9 +2,9 @@
 
 A program holds its keys and walks over the rows of the query heads that share them, head after head, so that grouped
 heads fill tiles of queries. Keys are the rows of the product: the sum over queries then stays within a thread until the
-end. Programs of other key heads leave their sums in memory of their own, (Hkv, S) float32, which a second kernel adds in
-order: as many programs for short contexts as for long ones, no atomics, the same bits every time. One program for all
-key heads would need neither, but at 2,048 keys it would leave most of a GPU without work.
+end. Each key head's programs leave their sums in memory of their own, (Hkv, S) float32, which a second kernel adds in
+order: no atomics, the same bits every time. One program for all key heads would need neither, but 2,048 keys are only
+16 tiles, too few for a GPU.
 """
 
 from __future__ import annotations
