@@ -20,7 +20,7 @@ from bench.gpu_engines import GpuEngine, NotHere, failing_as
 from bench.gpu_models import GpuModel
 from bench.timing import EngineError, agreement, interleave
 
-PARTS = ("ceilings", "attention", "label_logits", "engines", "latency", "profile", "llm")
+PARTS = ("ceilings", "attention", "attention_mass", "label_logits", "engines", "latency", "profile", "llm")
 # Seconds of torch.compile per layer, before the first compilation of this run has been timed.
 _COMPILE_GUESS = 3.0
 
@@ -91,6 +91,7 @@ class Findings:
     ceilings: dict[str, float] = field(default_factory=dict)
     cases: list[dict[str, Any]] = field(default_factory=list)
     attention: list[gpu_kernels.KernelResult] = field(default_factory=list)
+    attention_mass: list[gpu_kernels.KernelResult] = field(default_factory=list)
     label_logits: list[gpu_kernels.KernelResult] = field(default_factory=list)
     models: list[ModelResult] = field(default_factory=list)
     llms: list[gpu_llm.LlmResult] = field(default_factory=list)
@@ -102,7 +103,7 @@ class Findings:
         """Equals whether nothing failed and nothing was wrong."""
         states = [row.state for model in self.models for row in model.rows]
         states += [row.state for llm in self.llms for row in llm.rows]
-        states += [one.state for one in (*self.attention, *self.label_logits)]
+        states += [one.state for one in (*self.attention, *self.attention_mass, *self.label_logits)]
         return all(state in ("ok", "not here", "left out") for state in states)
 
 
@@ -151,6 +152,9 @@ class _Bench:
             save(findings)
         if "attention" in options.parts:
             self._attention(folder, tokenizer)
+            save(findings)
+        if "attention_mass" in options.parts:
+            self._attention_mass()
             save(findings)
         if "label_logits" in options.parts:
             self._label_logits()
@@ -203,6 +207,13 @@ class _Bench:
             itemsize = getattr(torch, gpu_engines.DTYPE).itemsize
             self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes(itemsize)})
             self.findings.attention += gpu_kernels.attention(case, self._device, 3 * self._options.rounds)
+
+    def _attention_mass(self) -> None:
+        self._say("attention mass alone")
+        itemsize = getattr(torch, gpu_engines.DTYPE).itemsize
+        for case in gpu_kernels.mass_cases(tiny=self._options.tiny):
+            self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes(itemsize)})
+            self.findings.attention_mass += gpu_kernels.attention_mass(case, self._device, 3 * self._options.rounds)
 
     def _label_logits(self) -> None:
         self._say("label logits alone")

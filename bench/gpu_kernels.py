@@ -1,4 +1,4 @@
-"""Kernels alone on a GPU: attention and label logits against torch's, and the two ceilings over everything.
+"""Kernels alone on a GPU: attention, its mass and label logits against torch's, and the ceilings over everything.
 
 Times are of a CUDA graph that holds several calls, between two events, divided by the calls: launches cost nothing
 there, as they do in a graphed forward. Beside them stands the time of one call as Python makes it. Inputs are warm in
@@ -65,6 +65,28 @@ class LabelCase:
         written."""
         values = (self.rows + self.labels + 1) * self.width
         return float(itemsize * values + 8 * self.rows * self.labels)
+
+
+@dataclass(frozen=True)
+class MassCase:
+    """R rows of one layer, H query and Hkv key heads of D, read at S keys that every row sees."""
+
+    name: str
+    rows: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def flop(self) -> float:
+        """Equals 2 x the multiply-accumulates of q @ k.T; exponentials are not counted."""
+        return 2.0 * self.rows * self.keys * self.heads * self.head_dim
+
+    def bytes(self, itemsize: int) -> float:
+        """Equals the fewest bytes that can be moved: q, k and logarithms read, the masses read and written."""
+        values = self.head_dim * (self.rows * self.heads + self.keys * self.kv_heads)
+        return float(itemsize * values + 4 * self.rows * self.heads + 8 * self.keys)
 
 
 @dataclass
@@ -166,6 +188,51 @@ def attention(case: AttentionCase, device: torch.device, rounds: int) -> list[Ke
     exact, plain = _exact(q, k, v, case), _exact(q, k, v, case, dtype)
     ways = {way: lambda make=make: make(q, k, v, case, device) for way, make in _WAYS.items()}
     return _compared(case.name, ways, exact, 2 * _rms(plain, exact), device, rounds)
+
+
+def mass_cases(*, tiny: bool) -> list[MassCase]:
+    """Equals in-context reranking's readout of one layer: 20, 50 and 100 passages, query and calibration."""
+    shapes = {"tiny": (4, 2, 32)} if tiny else {"Qwen2.5-0.5B": (14, 2, 64), "Llama-3.1-8B": (32, 8, 128)}
+    sizes = ((6, 50),) if tiny else ((60, 2_000), (60, 6_500), (60, 13_000))
+    return [
+        MassCase(f"{name}, {rows} rows at {keys} keys", rows, keys, *heads)
+        for name, heads in shapes.items()
+        for rows, keys in sizes
+    ]
+
+
+def attention_mass(case: MassCase, device: torch.device, rounds: int) -> list[KernelResult]:
+    """Equals the results of ours and of torch with all scores in memory, in float32; checked before they are timed.
+
+    The bound is that of the tests: twice the rms error of torch in float32 on the same values.
+    """
+    dtype = getattr(torch, DTYPE)
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((case.rows, case.heads), (case.keys, case.kv_heads))
+    q, k = (torch.randn((*shape, case.head_dim), device=device, generator=generator).to(dtype) for shape in shapes)
+    weight = torch.randn((case.rows,), device=device, generator=generator)
+    lo = torch.zeros((case.rows,), dtype=torch.int32, device=device)
+    hi = torch.full_like(lo, case.keys)
+
+    def scores(kind: torch.dtype) -> torch.Tensor:
+        grouped = q.to(kind).transpose(0, 1).reshape(case.kv_heads, -1, case.head_dim)
+        products = grouped @ k.to(kind).permute(1, 2, 0) * case.head_dim**-0.5
+        return products.view(case.heads, case.rows, case.keys)
+
+    lse = scores(torch.float64).logsumexp(-1).float().T.contiguous()
+
+    def plain(kind: torch.dtype) -> torch.Tensor:
+        shares = torch.exp(scores(kind) - lse.T[..., None])
+        return (weight.to(kind)[:, None] * shares).sum((0, 1))
+
+    exact = plain(torch.float64)
+    bound = 2 * _rms(plain(torch.float32), exact)
+    runs: dict[str, Callable[[], torch.Tensor]] = {
+        "ops.attention_mass": lambda: ops.attention_mass(q, k, lse, lo, hi, weight),
+        "torch, float32": lambda: plain(torch.float32),
+    }
+    ways = {way: lambda run=run: (run, lambda out: out) for way, run in runs.items()}
+    return _compared(case.name, ways, exact, bound, device, rounds)
 
 
 def label_cases(*, tiny: bool) -> list[LabelCase]:

@@ -42,6 +42,10 @@ def tables(findings: Findings) -> list[Table]:
             "Floors: q, k, v and output moved once at the copy rate; products inside documents at the matmul rate.",
         ),
         _kernels(
+            findings, findings.attention_mass, "Attention mass alone: weighted rows on every key",
+            "Floors: q, k, logarithms and masses moved once at the copy rate; products at the matmul rate.",
+        ),
+        _kernels(
             findings, findings.label_logits, "Label logits alone: final norm, label rows, order",
             "Floors: states, label rows, logits and order moved once at the copy rate; products at the matmul rate.",
         ),

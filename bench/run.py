@@ -157,7 +157,8 @@ def llm(
 def everything(
     context: typer.Context,
     parts: Annotated[
-        str | None, typer.Option(help="ceilings,attention,label_logits,engines,latency,profile,llm; default all")
+        str | None,
+        typer.Option(help="ceilings,attention,attention_mass,label_logits,engines,latency,profile,llm; default all"),
     ] = None,
     only: Annotated[str | None, typer.Option(help="models: xlmr-large,minilm,modernbert-base; default all")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 15,

@@ -78,6 +78,44 @@ def test_attention(benchmark: Any, isa: str, dtype: str, length: int) -> None:
     _report(benchmark, 4.0 * rows * length * heads * head_dim, dtype, isa)
 
 
+MASS_SHAPES = {"qwen2.5-0.5b": (50, 2048, 14, 2, 64), "llama-3.1-8b": (50, 8192, 32, 8, 128)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", MASS_SHAPES)
+def test_attention_mass(benchmark: Any, isa: str, dtype: str, shape: str) -> None:
+    """50 rows of one layer read at a whole context. Against the float32 peak, which all levels compute in.
+
+    "% of floor" counts 13 further vector operations per exponential, at two a cycle like the multiply-adds.
+    """
+    torch = pytest.importorskip("torch")
+    rows, keys, heads, kv_heads, head_dim = MASS_SHAPES[shape]
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, heads, head_dim, generator=random).to(getattr(torch, dtype))
+    k = torch.randn(keys, kv_heads, head_dim, generator=random).to(getattr(torch, dtype))
+    lo, hi = torch.zeros(rows, dtype=torch.int32), torch.full((rows,), keys, dtype=torch.int32)
+    weight = torch.randn(rows, generator=random)
+    wide = k.float().repeat_interleave(heads // kv_heads, 1)
+    scores = torch.einsum("rhd,shd->rhs", q.float(), wide).double() * head_dim**-0.5
+    lse = scores.logsumexp(-1)
+    exact = torch.einsum("rhs,r->s", (scores - lse.float()[..., None]).exp(), weight.double())
+    given = (q, k, lse.float(), lo, hi, weight)
+    ops.set_isa(isa)
+    ops.set_num_threads(1)
+    try:
+        result = ops.attention_mass(*given)
+        assert (result - exact).abs().max() <= 1e-5 * exact.abs().max()
+        benchmark(ops.attention_mass, *given)
+    finally:
+        ops.set_isa(None)
+        ops.set_num_threads(None)
+    products = 2.0 * rows * keys * heads * head_dim
+    _report(benchmark, products, "float32", isa)
+    if benchmark.stats is not None:
+        floor = (products + 26.0 * rows * keys * heads) / _cpu.peak("float32", 1, isa)
+        benchmark.extra_info["% of floor"] = round(100 * floor / benchmark.stats.stats.median)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("labels", [2, 26])
 def test_label_logits(benchmark: Any, isa: str, dtype: str, labels: int) -> None:

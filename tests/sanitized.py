@@ -1,7 +1,7 @@
 """Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/sanitized.py WHAT`.
 
-WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention) or "planted", a kernel that writes beyond
-its tensor: what a checker must find. Results are checked too.
+WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass) or "planted",
+a kernel that writes beyond its tensor: what a checker must find. Results are checked too.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ def triton() -> None:
             packing.check(out.cpu(), lse.cpu(), host, spans, case.softcap)
 
 
+def mass() -> None:
+    import test_attention_mass as tests
+    import torch
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for case in tests.CASES.values():
+            tests.check(tests.make(case, dtype, "cuda"))
+
+
 def planted() -> None:
     import torch
     import triton
@@ -60,5 +69,5 @@ def planted() -> None:
 
 
 if __name__ == "__main__":
-    {"cuda": cuda, "triton": triton, "planted": planted}[sys.argv[1]]()
+    {"cuda": cuda, "triton": triton, "mass": mass, "planted": planted}[sys.argv[1]]()
     print(f"{sys.argv[1]}: done")

@@ -80,6 +80,9 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
         assert f"**{model['name']}: from token ids to scores**" in done.output
     states = {one["way"]: one["state"] for one in found["attention"]}
     assert states == {"ops.attention": "ok", "varlen_attn": "not here", "padded SDPA": "ok"}
+    assert {(one["way"], one["state"]) for one in found["attention_mass"]} == {
+        ("ops.attention_mass", "ok"), ("torch, float32", "ok"),
+    }  # fmt: skip
     assert {one["state"] for one in found["label_logits"]} == {"ok"}
     assert {one["way"].split(",")[0] for one in found["label_logits"]} == {"ops.label_logits", "torch"}
     assert set(found["models"][1]["latency"]) == {"fastrerank", "sentence-transformers"}
@@ -155,6 +158,15 @@ def test_wrong_and_failing_engines_are_not_timed(cache: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu_kernels.ops, "attention", lambda q, *_: q)
     found = gpu.run(options(cache, parts=("attention",), models=("minilm",)), Log())
     assert {one.way: one.state for one in found.attention}["ops.attention"] == "WRONG"
+    assert not found.sound
+
+
+def test_wrong_attention_masses_are_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_kernels.ops.attention_mass
+    monkeypatch.setattr(gpu_kernels.ops, "attention_mass", lambda *given: 1.01 * right(*given))
+    found = gpu.run(options(cache, parts=("attention_mass",), models=()), Log())
+    states = {one.way: one.state for one in found.attention_mass}
+    assert states == {"ops.attention_mass": "WRONG", "torch, float32": "ok"}
     assert not found.sound
 
 

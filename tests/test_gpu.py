@@ -288,6 +288,50 @@ def test_label_logits_of_real_sizes_with_and_without_compilation_and_graphs(dtyp
     assert torch.equal(places, order.flip(0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_mass_of_real_sizes_behind_attention_compiled_and_in_a_graph(dtype: str) -> None:
+    """A long context and 60 rows behind it, of which 25 calibrate, at Qwen2.5-0.5B's heads."""
+    generator = torch.Generator().manual_seed(0)
+    context, rows = (2000, 60) if DEVICE == "cuda" else (500, 20)
+    q, k, v = (
+        torch.randn((context + rows, heads, 64), generator=generator).to(DEVICE, getattr(torch, dtype))
+        for heads in (14, 2, 2)
+    )
+    lo = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    end = torch.arange(context + 1, context + rows + 1, dtype=torch.int32, device=DEVICE)
+    _, lse = ops.attention(q[context:], k, v, lo, end, return_lse=True)
+    weight = torch.where(torch.arange(rows) < 35, 1 / 35, -1 / 25).to(DEVICE)
+    total = torch.zeros(context, device=DEVICE)
+    heads = torch.ones(14, device=DEVICE)
+    heads[3:9] = 0
+
+    def layer() -> Any:
+        hi = torch.full_like(lo, context)
+        return ops.attention_mass(q[context:], k[:context], lse, lo, hi, weight, head_weight=heads, out=total)
+
+    mass = layer().clone()
+    wide = [x.double().cpu() for x in (q[context:], k[:context].repeat_interleave(7, 1), lse)]
+    scores = torch.einsum("rhd,shd->hrs", *wide[:2]) / 8
+    exact = torch.einsum(
+        "hrs,r,h->s", (scores - wide[2].T[..., None]).exp(), weight.double().cpu(), heads.double().cpu()
+    )
+    scores = torch.einsum("rhd,shd->hrs", *(x.float() for x in wide[:2])) / 8
+    plain = torch.einsum("hrs,r,h->s", (scores - wide[2].float().T[..., None]).exp(), weight.cpu(), heads.cpu())
+    within_twice_plain(mass.cpu().numpy(), plain.numpy(), exact.numpy())
+    torch._dynamo.reset()
+    total.zero_()
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
+    assert torch.equal(compiled(), mass)
+    if DEVICE != "cuda":
+        return
+    again = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(again):
+        layer()
+    total.zero_()
+    again.replay()
+    assert torch.equal(total, mass)
+
+
 @needs_cuda
 def test_tensors_that_do_not_start_at_a_tile_and_long_rows() -> None:
     """Offsets into larger memory, and more rows than a grid's first wave: written wholly, nothing beside them."""

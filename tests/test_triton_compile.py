@@ -38,7 +38,7 @@ import torch
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastrerank.ops.triton import attention, label_logits
+from fastrerank.ops.triton import attention, attention_mass, label_logits
 
 tools = Path(triton.backends.nvidia.__file__).parent / "bin"
 
@@ -49,6 +49,20 @@ def attention_of(arch, dtype, head_dim, softcap):
     kinds |= {"LSE": "*fp32", "inner": "fp32", "factor": "fp32"}
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     return attention.kernel, fixed | attention.constants(head_dim), kinds, ("_row", "_head"), options
+
+def attention_mass_of(arch, dtype, head_dim, softcap):
+    chosen = attention_mass.tile(head_dim, getattr(torch, dtype), arch)
+    fixed = {"G": 7, "P": 7, "PP": 8, "BM": chosen.queries, "BN": chosen.keys, "WEIGHTED": True, "SOFTCAP": softcap,
+             "ADD": False}
+    kinds = {"Q": "*", "K": "*", "LO": "*i32", "HI": "*i32", "inner": "fp32", "factor": "fp32"}
+    kinds |= dict.fromkeys(("LSE", "WEIGHT", "HEADS", "OUT"), "*fp32")
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    multiples = ("q_row", "q_head", "k_row", "k_head")
+    return attention_mass.kernel, fixed | attention_mass.constants(head_dim), kinds, multiples, options
+
+def gather_of(arch, dtype, parts):
+    fixed = {"N": parts, "BLOCK": attention_mass.GATHERED}
+    return attention_mass.gather, fixed, {"PARTS": "*fp32", "OUT": "*fp32"}, ("none",), {"num_warps": 4}
 
 def label_logits_of(arch, dtype, labels, width, norm):
     chosen = label_logits.tile(labels, width)
@@ -83,13 +97,17 @@ for op, arch, dtype, *case in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """What every configuration compiled to, by ("attention", arch, dtype, head size, softcap) or
-    ("label_logits", arch, dtype, labels, h, norm)."""
+    """What every configuration compiled to, by ("attention" or "attention_mass", arch, dtype, head size, softcap),
+    ("gather", arch, dtype, key heads) or ("label_logits", arch, dtype, labels, h, norm)."""
     wanted: list[tuple[Any, ...]] = [
         *(("attention", arch, "bfloat16", d, False) for arch in ARCHS for d in HEAD_SIZES),
         *(("attention", 89, "bfloat16", d, False) for d in (64, 128, 256)),
         *(("attention", arch, "float32", d, False) for arch in ARCHS for d in (64, 128, 256)),
         *(("attention", arch, "float16", 64, True) for arch in ARCHS),
+        *(("attention_mass", arch, "bfloat16", d, False) for arch in (*ARCHS, 89) for d in HEAD_SIZES),
+        *(("attention_mass", arch, "float32", d, False) for arch in ARCHS for d in (64, 128, 256)),
+        *(("attention_mass", arch, "float16", d, True) for arch in ARCHS for d in (64, 256)),
+        *(("gather", arch, "float32", 8) for arch in ARCHS),
         *(("label_logits", arch, "bfloat16", *case) for arch in ARCHS for case in LABELS),
         *(("label_logits", arch, dtype, 26, 4096, "rms") for arch in ARCHS for dtype in ("float32", "float16")),
     ]
@@ -123,7 +141,7 @@ def test_shared_memory_is_within_the_limit(compiled) -> None:
 def test_products_of_16_bit_inputs_run_on_tensor_cores(compiled) -> None:
     for configuration, result in compiled.items():
         op, arch, dtype, *_ = configuration
-        if op == "label_logits" or dtype == "float32":  # IEEE, which tensor cores do not offer
+        if op in ("label_logits", "gather") or dtype == "float32":  # IEEE, which tensor cores do not offer
             assert not re.search(r"tf32|mma", result["ptx"]), configuration
         else:
             assert TENSOR_CORES[arch] in result["ptx"], configuration
@@ -134,6 +152,8 @@ def test_products_of_16_bit_inputs_run_on_tensor_cores(compiled) -> None:
 def allowed(op: str, dtype: str, head_dim: int) -> int:
     if op == "label_logits":
         return 8  # the frame of a call to the square root's rare case, where 60 registers are in use
+    if op == "attention_mass":
+        return 128 if dtype == "float32" else 8
     if dtype == "float32":
         return 256 if head_dim <= 128 else 2304
     return 64
