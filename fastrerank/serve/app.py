@@ -209,6 +209,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.draining = False
         yield
         server.draining = True
         for reranker in models.values():

@@ -1,0 +1,94 @@
+"""LlamaIndex: a node postprocessor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+import fastrerank
+from fastrerank.rerankers.base import Reranker
+from fastrerank.serve.batcher import AsyncReranker
+
+__all__ = ["FastRerank"]
+
+dispatcher = get_dispatcher(__name__)
+
+
+class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
+    """Keeps the `top_n` best nodes, by the content that embedding models see; nodes are copied, not changed.
+
+    Async calls of one object share batches (`fastrerank.AsyncReranker`).
+
+    Args:
+        model: hub id or local folder, or a loaded reranker of any method.
+        top_n: how many nodes to keep.
+        keep_retrieval_score: whether the score that a node came with is kept in `metadata["retrieval_score"]`.
+        method, options: as in `fastrerank.load`.
+
+    Example:
+        >>> index.as_query_engine(node_postprocessors=[FastRerank("BAAI/bge-reranker-base")])   # doctest: +SKIP
+    """
+
+    model: str = Field(description="Checkpoint of the reranker.")
+    top_n: int = Field(description="Number of nodes to return.")
+    keep_retrieval_score: bool = Field(default=False, description="Whether to keep the score that a node came with.")
+    _reranker: Reranker = PrivateAttr()
+    _shared: AsyncReranker | None = PrivateAttr(default=None)
+
+    def __init__(
+        self, model: Any, top_n: int = 2, *, method: str | None = None, keep_retrieval_score: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        loaded = isinstance(model, Reranker)
+        super().__init__(
+            model=type(model).__name__ if loaded else str(model), top_n=top_n,
+            keep_retrieval_score=keep_retrieval_score,
+        )  # fmt: skip
+        self._reranker = model if loaded else fastrerank.load(model, method=method, **options)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex stores."""
+        return "FastRerank"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query = self._begin(nodes, query_bundle)
+        hits = self._reranker.rank(query, _texts(nodes), top_k=self.top_n)
+        return self._end(nodes, hits)
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query = self._begin(nodes, query_bundle)
+        if self._shared is None:
+            self._shared = AsyncReranker(self._reranker)
+        hits = await self._shared.rank(query, _texts(nodes), top_k=self.top_n)
+        return self._end(nodes, hits)
+
+    def _begin(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> str:
+        if query_bundle is None:
+            raise ValueError("FastRerank needs a query: pass query_bundle or query_str")
+        dispatcher.event(ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=self.top_n, model_name=self.model))
+        return str(query_bundle.query_str)
+
+    def _end(self, nodes: list[NodeWithScore], hits: list[dict[str, Any]]) -> list[NodeWithScore]:
+        kept = []
+        for hit in hits:
+            old = nodes[hit["corpus_id"]]
+            node = old.node
+            if self.keep_retrieval_score:
+                node = node.model_copy(update={"metadata": {**node.metadata, "retrieval_score": old.score}})
+            kept.append(NodeWithScore(node=node, score=hit["score"]))
+        dispatcher.event(ReRankEndEvent(nodes=kept))
+        return kept
+
+
+def _texts(nodes: list[NodeWithScore]) -> list[str]:
+    return [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]

@@ -1,0 +1,79 @@
+"""The server against clients that other people wrote: Cohere's SDK and LiteLLM's rerank providers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+import uvicorn
+from serve_fakes import Lengths
+
+from fastrerank.serve.app import Settings, create_app
+from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.dialects import Flavor
+
+DOCUMENTS = ["a", "cccc", "bbb"]
+BEST = [(1, 0.8807970779778823), (2, 0.7310585786300049)]
+
+
+def start(flavor: Flavor) -> Iterator[str]:
+    app = create_app({"fake": AsyncReranker(Lengths())}, Settings(keys=("key",), flavor=flavor))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    yield from start(Flavor.auto)
+
+
+@pytest.fixture(scope="module")
+def infinity_url() -> Iterator[str]:
+    yield from start(Flavor.infinity)
+
+
+@pytest.mark.parametrize("version", ["Client", "ClientV2"])
+def test_cohere(url: str, version: str) -> None:
+    cohere = pytest.importorskip("cohere")
+    client = getattr(cohere, version)(api_key="key", base_url=url)
+    answer = client.rerank(query="qq", documents=DOCUMENTS, model="fake", top_n=2)
+    assert [(row.index, row.relevance_score) for row in answer.results] == BEST
+    assert answer.meta.tokens.input_tokens == 3
+    with pytest.raises(cohere.NotFoundError):
+        client.rerank(query="qq", documents=DOCUMENTS, model="other")
+    with pytest.raises(cohere.UnauthorizedError):
+        getattr(cohere, version)(api_key="wrong", base_url=url).rerank(query="q", documents=["a"], model="fake")
+
+
+def test_cohere_v1_documents(url: str) -> None:
+    cohere = pytest.importorskip("cohere")
+    client = cohere.Client(api_key="key", base_url=url)
+    rows = client.rerank(
+        query="qq", documents=[{"text": "abc", "kept": "x"}], model="fake", return_documents=True
+    ).results
+    assert (rows[0].document.text, rows[0].document.kept) == ("abc", "x")
+
+
+@pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm", "huggingface", "infinity"])
+def test_litellm(url: str, infinity_url: str, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the internet when it is imported
+    litellm = pytest.importorskip("litellm")
+    base = infinity_url if provider == "infinity" else url
+    answer = litellm.rerank(
+        model=f"{provider}/fake", query="qq", documents=DOCUMENTS, top_n=2, api_key="key", api_base=base,
+        return_documents=True,
+    )  # fmt: skip
+    assert [(row["index"], row["relevance_score"]) for row in answer.results] == BEST
+    assert [row["document"]["text"] for row in answer.results] == ["cccc", "bbb"]
