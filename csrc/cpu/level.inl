@@ -11,6 +11,13 @@ Format input_format(Precision p) {
     return Format::kF32;
 }
 
+double sustained(Precision p, int64_t iterations) {
+#ifdef FASTRERANK_TILES
+    if (p != Precision::kFloat32) return tile_peak_of(p, iterations);
+#endif
+    return peak(p, iterations);
+}
+
 constexpr Format kReducedAttention = BF16::kElement == 2 ? Format::kBF16 : Format::kF32;
 constexpr Kernels kTable = {kIsa,
                             kName,
@@ -31,4 +38,4 @@ constexpr Kernels kTable = {kIsa,
                             rope,
                             embed,
                             max_sim,
-                            peak};
+                            sustained};
