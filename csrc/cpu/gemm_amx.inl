@@ -1,5 +1,5 @@
-// Products of 8-bit and bfloat16 matrices on AMX tiles. A tile is 16 rows of 64 bytes: 16 rows of inputs, 16 steps of 16
-// columns of weights, or 16 x 16 sums. Tiles 0 to 3 take the sums of 32 rows x 32 columns, 4 and 5 inputs, 6 and 7
+// Products of 8-bit and bfloat16 matrices on AMX tiles. A tile is 16 rows of 64 bytes: 16 rows of inputs, 16 steps of
+// 16 columns of weights, or 16 x 16 sums. Tiles 0 to 3 take the sums of 32 rows x 32 columns, 4 and 5 inputs, 6 and 7
 // weights.
 //
 // The packed layout is gemm.inl's with panels of two vectors and k padded to whole tiles, so that a tile of weights is
@@ -78,24 +78,31 @@ INLINE void copy_last_step(LastStep& last, const char* a, int64_t lda, int rows,
     asm volatile("" ::"r"(last.line) : "memory");  // tile_load does not say what it reads
 }
 
-template <class P, int MR, int NV>
-INLINE void tile_step(const char* a, int64_t lda, int64_t second, const char* b) {
+// One step of a block: beside() is called after every product.
+template <class P, int MR, int NV, class Beside>
+INLINE void tile_step(const char* a, int64_t lda, int64_t second, const char* b, const Beside& beside) {
     constexpr int64_t ldb = NV * kTileBytes;
     tile_load<4>(a, lda);
     tile_load<6>(b, ldb);
     P::template multiply<0, 4, 6>();
+    beside();
     if constexpr (NV == 2) {
         tile_load<7>(b + kTileBytes, ldb);
         P::template multiply<1, 4, 7>();
+        beside();
     }
     if constexpr (MR == 2) {
         tile_load<5>(a + second, lda);
         P::template multiply<2, 5, 6>();
-        if constexpr (NV == 2) P::template multiply<3, 5, 7>();
+        beside();
+        if constexpr (NV == 2) {
+            P::template multiply<3, 5, 7>();
+            beside();
+        }
     }
 }
 
-// Sums of one block of rows and a panel; beside() is called once a step.
+// Sums of one block of rows and a panel.
 template <class P, int MR, int NV, class Beside>
 INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, const char* b, const Beside& beside) {
     const int64_t lda = g.ldx * P::kElement;
@@ -108,16 +115,14 @@ INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, cons
         if constexpr (NV == 2) tile_zero<3>();
     }
     for (int s = 0; s < steps; ++s) {
-        tile_step<P, MR, NV>(a + s * kTileBytes, lda, r.second * lda, b);
+        tile_step<P, MR, NV>(a + s * kTileBytes, lda, r.second * lda, b, beside);
         b += NV * kTileRows * kTileBytes;
-        beside();
     }
     if (left) {
         LastStep last;
         const int rows = r.second + (r.to - r.first < kTileRows ? r.to - r.first : kTileRows);
         copy_last_step(last, a + steps * kTileBytes, lda, rows, left);
-        tile_step<P, MR, NV>(last.line, kTileBytes, r.second * kTileBytes, b);
-        beside();
+        tile_step<P, MR, NV>(last.line, kTileBytes, r.second * kTileBytes, b, beside);
     }
     tile_store<0>(sums, 0, 0);
     if constexpr (NV == 2) tile_store<1>(sums, 0, 1);
@@ -127,42 +132,57 @@ INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, cons
     }
 }
 
-// Finishes the sums of a block, some rows at a time.
+// Of 8-bit rows: the scale, and that times the zero point.
+struct RowFactors {
+    float scale[kMostRows], zero[kMostRows];
+};
+
+// Finishes the sums of a block, row by row.
 template <class P, int NV, class Put>
 struct Finish {
-    const Linear& g;
-    const Put& put;
-    const float *scale, *zero;
-    const char* sums = nullptr;
-    int row = 0, to = 0, n = 0;
+    const Put put;
+    const int64_t ldy;
+    const char *sums = nullptr, *end = nullptr;  // of the next row, and where the block's end
+    const float *scale = nullptr, *zero = nullptr;
+    int64_t at = 0;
     Columns w[NV];
 
-    ALWAYS_INLINE void begin(const BlockSums& s, const RowBlock& r, int column) {
-        sums = s.line - r.first * static_cast<int64_t>(BlockSums::kStride);
-        row = r.from;
-        to = r.to;
-        n = column;
+    ALWAYS_INLINE void begin(const Linear& g, const RowFactors& rows, const BlockSums& s, const RowBlock& r, int n) {
+        sums = s.line + (r.from - r.first) * BlockSums::kStride;
+        end = s.line + (r.to - r.first) * BlockSums::kStride;
+        scale = rows.scale + r.from;
+        zero = rows.zero + r.from;
+        at = r.from * ldy + n;
         UNROLL for (int j = 0; j < NV; ++j) w[j] = columns_at<P>(*g.w, n + j * VL);
     }
-    ALWAYS_INLINE void take(int rows) {
-        for (const int end = row + rows < to ? row + rows : to; row < end; ++row) {
-            const char* c = sums + row * static_cast<int64_t>(BlockSums::kStride);
-            vf v[NV];
-            UNROLL for (int j = 0; j < NV; ++j)
-                v[j] = finish(w[j], load_as<typename P::Acc>(c + j * kTileBytes), scale[row], zero[row]);
-            put(row * g.ldy + n, v);
-        }
+    ALWAYS_INLINE void row() {
+        if (sums == end) return;
+        vf v[NV];
+        UNROLL for (int j = 0; j < NV; ++j)
+            v[j] = finish(w[j], load_as<typename P::Acc>(sums + j * kTileBytes), *scale, *zero);
+        put(at, v);
+        sums += BlockSums::kStride;
+        at += ldy;
+        ++scale;
+        ++zero;
+    }
+    ALWAYS_INLINE void rest() {
+        while (sums != end) row();
     }
 };
 
 template <class P, int NV, class Put>
-INLINE void tile_panels(const Linear& g, const float* scale, const float* zero, int begin, int end, const Put& put) {
+INLINE void tile_panels(const Linear& g, const RowFactors& rows, int begin, int end, const Put& put) {
     const int steps = (g.w->k_padded + P::kInputs - 1) / P::kInputs;
-    const int share = (kBlock + steps - 1) / steps;
     BlockSums sums[2];
     int turn = 0;
-    Finish<P, NV, Put> before{g, put, scale, zero, nullptr, 0, 0, 0, {}};
-    const auto beside = [&]() __attribute__((always_inline)) { before.take(share); };
+    Finish<P, NV, Put> before{put, g.ldy, nullptr, nullptr, nullptr, nullptr, 0, {}};
+    // A block has 32 rows to finish; with 6 steps it has 24 products.
+    const bool twice = steps * 4 < kBlock;
+    const auto beside = [&]() __attribute__((always_inline)) {
+        before.row();
+        if (twice) before.row();
+    };
     for (int n = begin; n < end; n += NV * VL) {
         const char* b = g.w->data + static_cast<int64_t>(n) * steps * kTileBytes;
         for (int row = 0; row < g.rows; row += kBlock) {
@@ -175,27 +195,27 @@ INLINE void tile_panels(const Linear& g, const float* scale, const float* zero, 
                 if (g.rows > kTileRows) r.first = g.rows - kTileRows;
                 tile_block<P, 1, NV>(sums[turn], g, r, b, beside);
             }
-            before.take(kBlock);
-            before.begin(sums[turn], r, n);
+            before.rest();
+            before.begin(g, rows, sums[turn], r, n);
             turn ^= 1;
         }
     }
-    before.take(kBlock);
+    before.rest();
 }
 
 template <class P, class Put>
 void tile_rows(const Linear& g, const Put& put) {
-    float scale[kMostRows], zero[kMostRows];
+    RowFactors rows;
     if constexpr (P::kElement == 1)
         for (int i = 0; i < g.rows; ++i) {
             const RowScale x = g.x_scale[i];
-            scale[i] = x.scale;
-            zero[i] = x.scale * static_cast<float>(x.zero);
+            rows.scale[i] = x.scale;
+            rows.zero[i] = x.scale * static_cast<float>(x.zero);
         }
     configure_tiles(g.rows < kTileRows ? g.rows : kTileRows);
     const int pairs = g.w->n_padded / (2 * VL) * (2 * VL);
-    tile_panels<P, 2>(g, scale, zero, 0, pairs, put);
-    if (pairs < g.w->n_padded) tile_panels<P, 1>(g, scale, zero, pairs, g.w->n_padded, put);
+    tile_panels<P, 2>(g, rows, 0, pairs, put);
+    if (pairs < g.w->n_padded) tile_panels<P, 1>(g, rows, pairs, g.w->n_padded, put);
     release_tiles();
 }
 

@@ -11,6 +11,12 @@ Format input_format(Precision p) {
     return Format::kF32;
 }
 
+#ifdef FASTRERANK_TILES
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
 double sustained(Precision p, int64_t iterations) {
 #ifdef FASTRERANK_TILES
     if (p != Precision::kFloat32) return tile_peak_of(p, iterations);
@@ -22,6 +28,7 @@ constexpr Format kReducedAttention = BF16::kElement == 2 ? Format::kBF16 : Forma
 constexpr Kernels kTable = {kIsa,
                             kName,
                             kU8Max,
+                            kTiles,
                             input_format,
                             {Format::kF32, kReducedAttention, kReducedAttention},
                             packed_bytes,
