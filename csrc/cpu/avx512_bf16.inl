@@ -9,7 +9,7 @@ struct BF16 {
     using Acc = vf;
     using A = vi;
     using B = vi;
-    static constexpr int kStep = 2, kABytes = 4, kBBytes = VL * 4, kElement = 2, kRows = 8, kVectors = 3;
+    static constexpr int kStep = 2, kInputs = 4, kABytes = 4, kBBytes = VL * 4, kElement = 2, kRows = 8, kVectors = 3;
     INLINE A load_a(const char* p) { return splat_int(load_as<int32_t>(p)); }
     INLINE B load_b(const char* p) { return load_as<vi>(p); }
     INLINE void dot(Acc& c, A a, B b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }

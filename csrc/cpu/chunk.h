@@ -7,10 +7,6 @@
 
 namespace fastrerank::cpu {
 
-// Rows that go through output projection, norms and feed-forward together: bounds the widest buffers. A multiple of
-// every level's row tile (8, 6, 4), because a product that works in place must not touch the next block's rows.
-constexpr int kBlockRows = 72;
-
 // Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
 struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,

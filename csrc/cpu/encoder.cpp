@@ -17,6 +17,10 @@ namespace {
 Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
     : config_(config), k_(*kernels), layers_(config.layers) {
     if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+    if (k_.tiles && config.precision != Precision::kFloat32) {
+        chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
+        block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
+    }
     for (int i = 0; i < config.layers; ++i) {
         Layer& l = layers_[i];
         const bool precise = config.precision == Precision::kInt8 && i >= config.layers - config.precise_layers;
@@ -103,9 +107,9 @@ void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char
         return;
     }
     const RopeTable& table = ropes_[rope];
-    float* wide = Workspace::need<float>(c.w->wide, kBlockRows, std::max(columns, padded(config_.intermediate)));
-    for (int r = 0; r < c.rows; r += kBlockRows) {
-        const int rows = std::min(kBlockRows, c.rows - r);
+    float* wide = Workspace::need<float>(c.w->wide, block_rows_, std::max(columns, padded(config_.intermediate)));
+    for (int r = 0; r < c.rows; r += block_rows_) {
+        const int rows = std::min(block_rows_, c.rows - r);
         k_.linear({&w.view, x + r * width * element, scale + r, width, rows, Activation::kIdentity, false, nullptr,
                    nullptr, wide, columns, Format::kF32});
         k_.rope(wide, columns, c.positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
@@ -142,7 +146,7 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
     const int64_t width = padded(config_.hidden), wide = padded(config_.intermediate);
     const int count = static_cast<int>(l.strip_columns.size());
     const int64_t ld = l.strip.view.k_padded;
-    float* x = Workspace::need<float>(c.w->strip_input, kBlockRows, ld);
+    float* x = Workspace::need<float>(c.w->strip_input, block_rows_, ld);
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < count; ++i) x[r * ld + i] = h[r * wide + l.strip_columns[i]];
     float* y = c.x + begin * width;
@@ -157,17 +161,17 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     const char* x = c.input + begin * width * bytes_of(l.input);
     float* gate = nullptr;
     if (g.gated) {
-        gate = Workspace::need<float>(c.w->gate, kBlockRows, wide);
+        gate = Workspace::need<float>(c.w->gate, block_rows_, wide);
         k_.linear({&l.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr, nullptr,
                    gate, wide, Format::kF32});
     }
-    float* h = Workspace::need<float>(c.w->wide, kBlockRows, std::max<int64_t>(wide, g.heads * g.head_dim));
-    RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, kBlockRows);
+    float* h = Workspace::need<float>(c.w->wide, block_rows_, std::max<int64_t>(wide, g.heads * g.head_dim));
+    RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, block_rows_);
     k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
                direct ? Format::kBF16 : Format::kF32});
     const void* down_input = h;
     if (l.input == Format::kU8) {
-        char* q = Workspace::need(c.w->wide_input, kBlockRows, wide);
+        char* q = Workspace::need(c.w->wide_input, block_rows_, wide);
         k_.convert(h, wide, rows, g.intermediate,
                    {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), l.input});
         down_input = q;
@@ -225,8 +229,8 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
             Workspace::need(c.w->q, c.rows, columns * bytes_of(l.attention)));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.rows);
     attend(c, index);
-    for (int r = 0; r < c.rows; r += kBlockRows) {
-        const int rows = std::min(kBlockRows, c.rows - r);
+    for (int r = 0; r < c.rows; r += block_rows_) {
+        const int rows = std::min(block_rows_, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
                    Activation::kIdentity, false, nullptr, x, x, width, Format::kF32});
@@ -294,7 +298,7 @@ void Encoder::read(Chunk& c, Readout readout, float* out) const {
     }
     // Blocks of rows bound the head's buffers when every token is read; they are aligned to documents' rows only by
     // chance, which is of no matter: a row's result is its own.
-    const int block = readout == Readout::kTokens ? kBlockRows : rows;
+    const int block = readout == Readout::kTokens ? block_rows_ : rows;
     std::vector<int64_t> target(rows);
     for (size_t d = 0; d < c.document.size(); ++d) {
         if (readout != Readout::kTokens)

@@ -147,6 +147,13 @@ private:
 
     EncoderConfig config_;
     const Kernels& k_;
+    // Tokens per chunk: enough rows to reuse a streamed weight panel, few enough that a chunk's activations stay in L2.
+    // Products on tiles take weights faster than they come from beyond it: there a chunk grows with the model's width,
+    // as the traffic of weights over that of activations does.
+    int chunk_tokens_ = 160;
+    // Rows that go through output projection, norms and feed-forward together: bounds the widest buffers. A multiple of
+    // every level's row tile (8, 6, 4), because a product that works in place must not touch the next block's rows.
+    int block_rows_ = 72;
     const void* word_ = nullptr;
     Source word_source_ = Source::kF32;
     std::vector<float> position_, type_;

@@ -1,5 +1,6 @@
 // Matrix products on packed weights. A level's file defines, per precision, a policy:
 //   Acc            vector of VL accumulators          kStep     inputs consumed by one dot step
+//   kInputs        k is stored in multiples of it
 //   A, B           broadcast input, weight vector     kABytes   bytes of one row's input per step
 //   load_a, load_b, dot(acc, a, b)                    kBBytes   bytes of VL columns' weights per step
 // and the register tile: kRows x (kVectors * VL) outputs.
@@ -35,11 +36,17 @@ INLINE Columns columns_at(const PackedMatrix& w, int n) {
     return c;
 }
 
-// What a tile's rows carry: nothing, or the scale of an 8-bit row and that times its zero point.
+// The output of a sum; for int8 with the row's scale and that times its zero point.
+INLINE vf finish(const Columns& w, vf c, float, float) { return c + w.bias; }
+INLINE vf finish(const Columns& w, vi c, float scale, float zero) {
+    return __builtin_convertvector(c, vf) * (w.scale * scale) + (w.bias - w.sum * zero);
+}
+
+// What a tile's rows carry.
 template <class Acc, int MR>
 struct Rows {
     ALWAYS_INLINE Rows(const Linear&, int) {}
-    ALWAYS_INLINE vf finish(const Columns& w, vf c, int) const { return c + w.bias; }
+    ALWAYS_INLINE vf output(const Columns& w, vf c, int) const { return finish(w, c, 0, 0); }
 };
 template <int MR>
 struct Rows<vi, MR> {
@@ -51,9 +58,7 @@ struct Rows<vi, MR> {
             zero[i] = x.scale * static_cast<float>(x.zero);
         }
     }
-    ALWAYS_INLINE vf finish(const Columns& w, vi c, int i) const {
-        return __builtin_convertvector(c, vf) * (w.scale * scale[i]) + (w.bias - w.sum * zero[i]);
-    }
+    ALWAYS_INLINE vf output(const Columns& w, vi c, int i) const { return finish(w, c, scale[i], zero[i]); }
 };
 
 INLINE void store_output(const Linear& g, int64_t at, vf v) {
@@ -81,7 +86,7 @@ void linear_tile(const Linear& g, int row, int n, const char* b, int steps) {
     const auto each = [&](const auto& put) __attribute__((always_inline)) {
         UNROLL for (int j = 0; j < NV; ++j) {
             const Columns w = columns_at<P>(*g.w, n + j * VL);
-            UNROLL for (int i = 0; i < MR; ++i) put(i, j, rows.finish(w, c[i][j], i));
+            UNROLL for (int i = 0; i < MR; ++i) put(i, j, rows.output(w, c[i][j], i));
         }
     };
     const auto to = [=](int i, int j) { return at + i * ldy + j * VL; };
@@ -148,13 +153,26 @@ INLINE void for_row_tiles(int rows, const F& f) {
         if (row + 1 <= rows) f.template run<1>(row);
 }
 
+// The policies that weights are packed for.
+#ifdef FASTRERANK_TILES
+#include "gemm_amx.inl"
+using StoredBF16 = TileBF16;
+using StoredS8 = TileS8;
+#define REDUCED tile_linear
+#else
+using StoredBF16 = BF16;
+using StoredS8 = S8;
+#define REDUCED linear_with
+#endif
+
 void linear(const Linear& g) {
     switch (g.w->precision) {
         case Precision::kFloat32: return linear_with<F32>(g);
-        case Precision::kBFloat16: return linear_with<BF16>(g);
-        case Precision::kInt8: return linear_with<S8>(g);
+        case Precision::kBFloat16: return REDUCED<StoredBF16>(g);
+        case Precision::kInt8: return REDUCED<StoredS8>(g);
     }
 }
+#undef REDUCED
 
 INLINE uint16_t to_bf16(float x) {  // round to nearest, ties to even; the caller has refused NaN
     uint32_t u;
@@ -163,9 +181,15 @@ INLINE uint16_t to_bf16(float x) {  // round to nearest, ties to even; the calle
 }
 INLINE bool finite(float x) { return __builtin_fabsf(x) <= 3.4028235e38f; }
 
+// Inputs that a panel stores: k rounded up, with zeros.
+template <class P>
+INLINE int stored_inputs(int k) {
+    return (k + P::kInputs - 1) / P::kInputs * P::kInputs;
+}
+
 template <class P, class Store>
 bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const Store& put) {
-    const int n_padded = static_cast<int>(padded(n)), k_padded = (k + 3) / 4 * 4;
+    const int n_padded = static_cast<int>(padded(n)), k_padded = stored_inputs<P>(k);
     bool ok = true;
     for (int n0 = 0; n0 < n_padded; n0 += P::kVectors * VL) {
         const int width = n_padded - n0 < P::kVectors * VL ? n_padded - n0 : P::kVectors * VL;
@@ -187,7 +211,7 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
         return pack_with<F32>(w, source, ldw, n, k,
                               [=](int64_t at, int, float x) { reinterpret_cast<float*>(data)[at] = x; });
     if (precision == Precision::kBFloat16)
-        return pack_with<BF16>(w, source, ldw, n, k,
+        return pack_with<StoredBF16>(w, source, ldw, n, k,
                                [=](int64_t at, int, float x) { reinterpret_cast<uint16_t*>(data)[at] = to_bf16(x); });
     const int n_padded = static_cast<int>(padded(n));
     for (int c = 0; c < n_padded; ++c) {
@@ -200,7 +224,7 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
         sum[c] = 0;
     }
     // Sums of integers below 2^24 are exact in float; each is scaled when it is complete.
-    const bool ok = pack_with<S8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
+    const bool ok = pack_with<StoredS8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
         const float r = x / scale[c];
         const int q = static_cast<int>(r + (r < 0 ? -0.5f : 0.5f));
         reinterpret_cast<int8_t*>(data)[at] = static_cast<int8_t>(q);
@@ -211,6 +235,11 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
 }
 
 size_t packed_bytes(Precision precision, int n, int k) {
-    const size_t elements = static_cast<size_t>(padded(n)) * ((k + 3) / 4 * 4);
-    return elements * (precision == Precision::kFloat32 ? 4 : precision == Precision::kBFloat16 ? 2 : 1);
+    const size_t columns = padded(n);
+    switch (precision) {
+        case Precision::kFloat32: return columns * stored_inputs<F32>(k) * 4;
+        case Precision::kBFloat16: return columns * stored_inputs<StoredBF16>(k) * 2;
+        case Precision::kInt8: return columns * stored_inputs<StoredS8>(k);
+    }
+    return 0;
 }

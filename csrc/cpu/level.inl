@@ -12,10 +12,24 @@ Format input_format(Precision p) {
     return Format::kF32;
 }
 
+#ifdef FASTRERANK_TILES
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+double sustained(Precision p, int64_t iterations) {
+#ifdef FASTRERANK_TILES
+    if (p != Precision::kFloat32) return tile_peak_of(p, iterations);
+#endif
+    return peak(p, iterations);
+}
+
 constexpr Format kReducedAttention = BF16::kElement == 2 ? Format::kBF16 : Format::kF32;
 constexpr Kernels kTable = {kIsa,
                             kName,
                             kU8Max,
+                            kTiles,
                             input_format,
                             {Format::kF32, kReducedAttention, kReducedAttention},
                             packed_bytes,
@@ -32,6 +46,6 @@ constexpr Kernels kTable = {kIsa,
                             rope,
                             embed,
                             max_sim,
-                            peak,
+                            sustained,
                             attention_mass,
                             mass_scratch};

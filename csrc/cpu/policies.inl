@@ -5,7 +5,8 @@ struct FloatPolicy {
     using Acc = vf;
     using A = vf;
     using B = vf;
-    static constexpr int kStep = 1, kABytes = 4, kBBytes = VL * 4, kElement = 4, kRows = Rows, kVectors = Vectors;
+    static constexpr int kStep = 1, kInputs = 4, kABytes = 4, kBBytes = VL * 4, kElement = 4, kRows = Rows,
+                         kVectors = Vectors;
     INLINE A load_a(const char* p) { return splat(*reinterpret_cast<const float*>(p)); }
     INLINE B load_b(const char* p) { return load(reinterpret_cast<const float*>(p)); }
     INLINE void dot(Acc& c, A a, B b) { c += a * b; }

@@ -21,7 +21,7 @@ struct S8 {
     using Acc = vi;
     using A = vi;
     using B = vi;
-    static constexpr int kStep = 2, kABytes = 2, kBBytes = VL * 2, kElement = 1, kRows = 4, kVectors = 2;
+    static constexpr int kStep = 2, kInputs = 4, kABytes = 2, kBBytes = VL * 2, kElement = 1, kRows = 4, kVectors = 2;
     INLINE A load_a(const char* p) {
         const auto u = reinterpret_cast<const uint8_t*>(p);
         return splat_int(u[0] | u[1] << 16);

@@ -10,8 +10,6 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Tokens per chunk: enough rows to reuse a streamed weight panel, few enough that a chunk's activations stay in L2.
-constexpr int64_t kChunkTokens = 160;
 // Rows of a part of a chunk come in multiples of this, which every level's row tile divides.
 constexpr int kPartRows = 24;
 // What the meetings of a chunk's parts cost, in tokens of one thread: two a layer, each some 10 us.
@@ -59,7 +57,7 @@ void Encoder::forward(const int32_t* ids, const int32_t* types, const int64_t* o
     std::iota(order.begin(), order.end(), 0);
     const auto length = [&](int d) { return offsets[d + 1] - offsets[d]; };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return length(a) > length(b); });
-    const int64_t per_wave = kChunkTokens * threads;
+    const int64_t per_wave = static_cast<int64_t>(chunk_tokens_) * threads;
     const int64_t bins = std::min<int64_t>(documents, (offsets[documents] + per_wave - 1) / per_wave * threads);
     std::vector<Chunk> chunks(bins);
     std::vector<std::pair<int64_t, int>> heap;  // (tokens, bin), smallest first
