@@ -8,6 +8,7 @@ namespace fastrerank::cpu {
 namespace {
 constexpr Isa kIsa = Isa::kAmx;
 constexpr const char* kName = "amx";
+#define FASTRERANK_TILES
 #include "avx512_bf16.inl"
 #include "level.inl"
 }  // namespace
