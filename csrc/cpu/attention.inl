@@ -236,7 +236,14 @@ void attention_with(const Attention& g) {
     }
 }
 
+#ifdef FASTRERANK_TILES
+#include "attention_amx.inl"
+#endif
+
 void attention(const Attention& g) {
+#ifdef FASTRERANK_TILES
+    if (g.format == Format::kBF16) return attention_on_tiles(g);
+#endif
 #ifdef FASTRERANK_NATIVE_BF16
     if (g.format == Format::kBF16) return attention_with<BF16>(g);
 #endif
@@ -244,6 +251,9 @@ void attention(const Attention& g) {
 }
 
 size_t attention_scratch(Format format, int keys, int head_dim) {
+#ifdef FASTRERANK_TILES
+    if (format == Format::kBF16) return tile_attention_scratch(keys, head_dim);
+#endif
     const size_t keys_padded = padded(keys);
     return keys_padded * (2 * head_dim + AttentionHead<F32>::kRows) * bytes_of(format) + 64;
 }

@@ -267,7 +267,14 @@ void interval_attention_with(const IntervalAttention& g, const IntervalTask& tas
     }
 }
 
+#ifdef FASTRERANK_TILES
+#include "interval_amx.inl"
+#endif
+
 void interval_attention(const IntervalAttention& g, const IntervalTask& task) {
+#ifdef FASTRERANK_TILES
+    if (g.format == Format::kBF16) return interval_attention_on_tiles(g, task);
+#endif
 #ifdef FASTRERANK_NATIVE_BF16
     if (g.format == Format::kBF16) return interval_attention_with<BF16>(g, task);
 #endif
@@ -276,5 +283,10 @@ void interval_attention(const IntervalAttention& g, const IntervalTask& task) {
 
 size_t interval_scratch(int head_dim, int queries) {
     const size_t dims = dims_of(head_dim);
-    return (dims * 8 + 8) * queries + 3 * kKeyBlock * dims * 4 + 2 * F32::kRows * kKeyBlock * 4 + 9 * 64;
+    const size_t bytes = (dims * 8 + 8) * queries + 3 * kKeyBlock * dims * 4 + 2 * F32::kRows * kKeyBlock * 4 + 9 * 64;
+#ifdef FASTRERANK_TILES
+    const size_t on_tiles = tile_interval_scratch(head_dim, queries);
+    return bytes > on_tiles ? bytes : on_tiles;
+#endif
+    return bytes;
 }
