@@ -5,6 +5,7 @@
 #include "attention.inl"
 #include "interval.inl"
 #include "attention_mass.inl"
+#include "cur.inl"
 
 Format input_format(Precision p) {
     if (p == Precision::kInt8) return Format::kU8;
@@ -46,6 +47,7 @@ constexpr Kernels kTable = {kIsa,
                             rope,
                             embed,
                             max_sim,
+                            cur_scan,
                             sustained,
                             attention_mass,
                             mass_scratch};

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 import fastrerank._cpu as _cpu
+from fastrerank.ops._cur import PackedItems, cur_pack
+from fastrerank.ops._cur_topk import cur_topk
 
 if TYPE_CHECKING:
     from fastrerank.ops._attention import attention
@@ -22,11 +24,14 @@ if TYPE_CHECKING:
     from fastrerank.ops._label_logits import label_logits
 
 __all__ = [
+    "PackedItems",
     "attention",
     "attention_mass",
     "bandwidth",
     "cpu_info",
     "cuda_info",
+    "cur_pack",
+    "cur_topk",
     "isa",
     "label_logits",
     "max_sim",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "label_logits", "max_sim"]
+__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim"]
 
 
 def attention(
@@ -91,6 +91,38 @@ def attention_mass(
             total += sums[h] if head_weight is None else head_weight[h] * sums[h]
         sums = total
     return sums if out is None else out + sums
+
+
+def cur_topk(
+    queries: npt.NDArray[Any], vectors: npt.NDArray[Any], k: int, exclude: list[list[int]] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The k largest values in each row of `queries @ vectors`: by value descending, then by column ascending.
+
+    Args:
+        queries: (B, K). vectors: (K, N), an index's stored values. exclude: for each query the columns left out.
+
+    Returns int64 (B, k') columns and their values, summed in the inputs' precision and rounded to float32, with
+    k' = min(k, the most columns that a query may have). Rows that have fewer end with column -1 and -infinity. Raises
+    ValueError for a value that is NaN.
+
+    Example:
+        >>> cur_topk(np.ones((1, 1)), np.array([[1.0, 5.0, 3.0, 5.0]]), 3)[0].tolist()
+        [[1, 3, 2]]
+    """
+    with np.errstate(invalid="ignore"):
+        products = (queries @ vectors).astype(np.float32)
+    if np.isnan(products).any():
+        raise ValueError("queries @ vectors has a NaN")
+    left_out = exclude or [[] for _ in queries]
+    rows = []
+    for line, out in zip(products, left_out, strict=True):
+        order = np.argsort(-line, kind="stable")
+        rows.append(order[~np.isin(order, out)][:k])
+    ids = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    scores = np.full(ids.shape, -np.inf, np.float32)
+    for i, order in enumerate(rows):
+        ids[i, : len(order)], scores[i, : len(order)] = order, products[i, order]
+    return ids, scores
 
 
 def label_logits(

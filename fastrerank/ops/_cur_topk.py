@@ -1,0 +1,138 @@
+"""Exact top-k of products with packed items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank import _cpu, ops
+from fastrerank.ops._cur import PackedItems, as_shards
+
+__all__ = ["cur_topk"]
+
+
+def cur_topk(
+    queries: npt.NDArray[np.float32],
+    items: PackedItems | Sequence[PackedItems],
+    k: int,
+    *,
+    exclude: Any = None,
+    threads: int | None = None,
+    rescore: PackedItems | Sequence[PackedItems] | None = None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The k largest of `queries @ items.vectors()` in every row, exactly.
+
+    A score is summed in float64 over the stored values and rounded to float32 once. The order is by score descending,
+    then by id ascending.
+
+    Args:
+        queries: float32 (B, K).
+        items: from `cur_pack`; a sequence of them is one index whose ids run on from one to the next.
+        k: at least 1; fewer come back where fewer are there.
+        exclude: ids that are left out: integers (E,) for every query, or one array for each of the B queries; as an
+            array (B, E) with negative ids for nothing. Ids that no item has are refused.
+        threads: CPU threads; None for the default. The result does not depend on it.
+        rescore: the same items in "float32" or "bfloat16", where `items` are int8: the answer is then that of
+            `cur_topk(queries, rescore, k)`, of which few vectors are read.
+
+    Returns ids int64 and scores float32 (B, k'): k' = min(k, N - the fewest ids that a query excludes). A row that has
+    fewer is filled with id -1 and score -infinity.
+
+    Raises TypeError, ValueError naming the argument; for NaN in queries, and where a score is NaN, because infinities
+    of both signs, or an infinity and 0, meet.
+
+    Example:
+        >>> from fastrerank.ops import cur_pack
+        >>> items = cur_pack(np.array([[1, 5, 3, 5]], np.float32), "float32")
+        >>> ids, scores = cur_topk(np.ones((1, 1), np.float32), items, 3)
+        >>> ids.tolist(), scores.tolist()
+        ([[1, 3, 2]], [[5.0, 5.0, 3.0]])
+    """
+    shards = as_shards(items, "items")
+    width, count = shards[0].K, sum(shard.N for shard in shards)
+    queries = _checked_queries(queries, width)
+    if count >= 1 << 31:
+        raise ValueError(f"items must be fewer than 2**31 in all, got {count}")
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be an int of at least 1, got {k!r}")
+    exact = shards if rescore is None else _checked_rescore(rescore, shards)
+    left_out = _checked_exclude(exclude, len(queries), count)
+    gone = np.concatenate([*left_out, np.empty(0, np.int64)])
+    begins = np.cumsum([0, *map(len, left_out)], dtype=np.int64)
+    most = count - min(map(len, left_out), default=0)
+    keep = min(int(k), most)
+    ids = np.full((len(queries), keep), -1, np.int64)
+    scores = np.full((len(queries), keep), -np.inf, np.float32)
+    if keep < 1:
+        return ids, scores
+    fault, row, item = _cpu.cur_topk(
+        [(a.data.ctypes.data, _address(a.scale if a.scales == "item" else None), b.data.ctypes.data, a.N)
+         for a, b in zip(shards, exact, strict=True)],
+        shards[0].storage, exact[0].storage, rescore is not None, width,
+        _address(shards[0].scale if shards[0].scales == "anchor" else None), queries.ctypes.data, len(queries), keep,
+        _address(gone), _address(begins), ids.ctypes.data, scores.ctypes.data, ops.num_threads(threads), ops.isa(),
+    )  # fmt: skip
+    if fault == 1:
+        raise ValueError(f"queries and items give a score that is NaN: query {row}, item {item}")
+    if fault == 2:
+        raise ValueError(f"rescore must hold the items that items were rounded from; item {item} is another")
+    return ids, scores
+
+
+def _address(array: npt.NDArray[Any] | None) -> int:
+    return 0 if array is None else int(array.ctypes.data)
+
+
+def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:
+    if not isinstance(queries, np.ndarray) or queries.dtype != np.float32:
+        got = getattr(queries, "dtype", type(queries).__name__)
+        raise TypeError(f"queries must be a float32 NumPy array, got {got}")
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise ValueError(f"queries must be (B, {width}), the items' width, got shape {queries.shape}")
+    if not np.isfinite(queries).all():
+        row, column = np.argwhere(~np.isfinite(queries))[0]
+        raise ValueError(f"queries must be finite, got {queries[row, column]} in query {row}, column {column}")
+    return np.ascontiguousarray(queries)
+
+
+def _checked_rescore(rescore: Any, shards: list[PackedItems]) -> list[PackedItems]:
+    exact = as_shards(rescore, "rescore")
+    if shards[0].storage != "int8" or exact[0].storage == "int8":
+        raise ValueError(
+            f"rescore must be float32 or bfloat16 items for int8 items, got {exact[0].storage} for {shards[0].storage}"
+        )
+    if exact[0].K != shards[0].K or [shard.N for shard in exact] != [shard.N for shard in shards]:
+        raise ValueError(
+            f"rescore must hold the same items: width {shards[0].K} and {[s.N for s in shards]} items, "
+            f"got width {exact[0].K} and {[s.N for s in exact]}"
+        )
+    return exact
+
+
+def _checked_exclude(exclude: Any, rows: int, count: int) -> list[npt.NDArray[np.int64]]:
+    """The ids that each query leaves out, ascending and once each."""
+    if exclude is None:
+        return [np.empty(0, np.int64)] * rows
+    if isinstance(exclude, np.ndarray) and exclude.ndim == 2:
+        if len(exclude) != rows or exclude.dtype.kind not in "iu":
+            raise ValueError(f"exclude must be integers ({rows}, E), got {exclude.dtype} {exclude.shape}")
+        lists = [row[row >= 0] for row in exclude]
+    elif isinstance(exclude, (list, tuple)) and exclude and not isinstance(exclude[0], (int, np.integer)):
+        if len(exclude) != rows:
+            raise ValueError(f"exclude must have one array for each of {rows} queries, got {len(exclude)}")
+        lists = list(exclude)
+    else:
+        lists = [exclude]
+    result = []
+    for ids in lists:
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(f"exclude must hold integer ids, got {array.dtype} of shape {array.shape}")
+        unique = np.unique(array.astype(np.int64))
+        if unique.size and not (unique[0] >= 0 and unique[-1] < count):
+            raise ValueError(f"exclude must hold ids within 0 .. {count - 1}, got {unique[0]} .. {unique[-1]}")
+        result.append(unique)
+    return result if len(result) == rows else result * rows
