@@ -11,7 +11,7 @@ __all__ = ["RULES", "choose_anchors"]
 
 RULES = ("greedy", "leverage", "random")
 _MOST_ITEMS = 16384  # that the choice looks at; of more, a random sample
-_MOST_DIRECTIONS = 192
+_MOST_DIRECTIONS = 512
 
 
 def choose_anchors(
@@ -64,21 +64,23 @@ def _leading(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _greedy(items: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
     """l2-greedy in coordinates: the drop in error from item f is f^T M f / f^T f, M the second moment of what is left."""
-    left, moment = items.copy(), items.T @ items
-    floor = 1e-10 * float(np.mean(np.square(items).sum(axis=1)))
-    alive = np.ones(len(items), bool)
-    chosen = []
-    for _ in range(count):
-        length = np.square(left).sum(axis=1)
-        usable = alive & (length > floor)
-        if not usable.any():
-            break
-        gain = np.where(usable, np.einsum("nr,nr->n", left @ moment, left) / np.maximum(length, floor), -np.inf)
-        best = int(np.argmax(gain))
+    # With e the direction that an item adds, f loses (f . e) e; both sums of a gain then change by products with e.
+    left = items.copy()
+    moment = items.T @ items
+    length = np.square(left).sum(axis=1)
+    gain = np.einsum("nr,nr->n", left @ moment, left)
+    floor = 1e-10 * float(length.mean())
+    alive = length > floor
+    chosen: list[int] = []
+    while len(chosen) < count and alive.any():
+        best = int(np.argmax(np.where(alive, gain / np.maximum(length, floor), -np.inf)))
         chosen.append(best)
-        alive[best] = False
-        unit = left[best] / np.sqrt(length[best])
-        left -= np.outer(left @ unit, unit)
-        image = moment @ unit
+        unit = left[best] / np.linalg.norm(left[best])
+        along, image = left @ unit, moment @ unit
+        gain += along * (along * (unit @ image) - 2 * (left @ image))
+        length -= np.square(along)
+        left -= np.outer(along, unit)
         moment += np.outer(unit, unit) * (unit @ image) - np.outer(unit, image) - np.outer(image, unit)
+        alive[best] = False
+        alive &= length > floor
     return np.array(chosen, np.int64)

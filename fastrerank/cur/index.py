@@ -210,7 +210,7 @@ class CURIndex:
         effort, scan = Effort(), Scan(self._shards, threads)
         ids = np.empty((queries, k), np.int64)
         scores = np.empty((queries, k))
-        group = max(1, int(_MEMORY // (budget * (8 * budget + 4 * self.width))))
+        group = max(1, int(_MEMORY // (budget * 8 * (budget + self.width))))
         for begin in range(0, queries, group):
             part = slice(begin, min(begin + group, queries))
             plan = Plan(

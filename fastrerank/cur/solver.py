@@ -39,7 +39,7 @@ class RidgeFits:
     ) -> None:
         self.size = 0
         self._ridge = ridge
-        self._vectors = np.empty((count, capacity, width), np.float32)
+        self._vectors = np.empty((count, capacity, width))  # float64: a small ridge needs exact products
         self._inverse = np.zeros((count, capacity, capacity))  # of the lower Cholesky factor
         self._whitened = np.empty((count, capacity))  # inverse factor times residuals
         self._prior = np.zeros((count, width)) if prior is None else np.broadcast_to(prior, (count, width)).astype(float)
@@ -48,31 +48,32 @@ class RidgeFits:
         """Add m scored items to each query: vectors float32 (B, m, K), exact scores (B, m)."""
         n, m = self.size, scores.shape[1]
         self._vectors[:, n : n + m] = vectors
-        old, inverse = self._vectors[:, :n], self._inverse
-        residuals = scores - np.einsum("bmk,bk->bm", vectors, self._prior)
-        own = np.matmul(vectors, vectors.transpose(0, 2, 1)).astype(np.float64)
+        old, new, inverse = self._vectors[:, :n], self._vectors[:, n : n + m], self._inverse
+        residuals = scores - np.matmul(new, self._prior[:, :, None])[..., 0]
+        own = np.matmul(new, new.transpose(0, 2, 1))
         own[:, np.arange(m), np.arange(m)] += self._ridge
         if n:
-            cross = np.matmul(old, vectors.transpose(0, 2, 1)).astype(np.float64)
+            cross = np.matmul(old, new.transpose(0, 2, 1))
             solved = np.matmul(inverse[:, :n, :n], cross)  # (B, n, m)
             own -= np.matmul(solved.transpose(0, 2, 1), solved)
-            residuals -= np.einsum("bnm,bn->bm", solved, self._whitened[:, :n])
+            residuals -= np.matmul(self._whitened[:, None, :n], solved)[:, 0]
         corner = np.linalg.inv(_cholesky(own, self._ridge))
         if n:
             inverse[:, n : n + m, :n] = -np.matmul(corner, np.matmul(solved.transpose(0, 2, 1), inverse[:, :n, :n]))
         inverse[:, n : n + m, n : n + m] = np.tril(corner)
-        self._whitened[:, n : n + m] = np.einsum("bij,bj->bi", corner, residuals)
+        self._whitened[:, n : n + m] = np.matmul(corner, residuals[..., None])[..., 0]
         self.size = n + m
 
     def alpha(self) -> Floats:
         """The dual weights (B, n)."""
         n = self.size
-        return np.einsum("bji,bj->bi", self._inverse[:, :n, :n], self._whitened[:, :n])
+        result: Floats = np.matmul(self._whitened[:, None, :n], self._inverse[:, :n, :n])[:, 0]
+        return result
 
     def weights(self) -> npt.NDArray[np.float32]:
         """The fitted u of every query, float32 (B, K)."""
         n = self.size
-        fitted = np.matmul(self.alpha()[:, None].astype(np.float32), self._vectors[:, :n])[:, 0]
+        fitted = np.matmul(self.alpha()[:, None], self._vectors[:, :n])[:, 0]
         return (self._prior + fitted).astype(np.float32)
 
     def errors(self) -> Floats:
