@@ -431,6 +431,7 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "Instruction-set levels that this CPU runs, lowest first.");
     add_tensor_ops(m);
+    add_cur_ops(m);
     m.def("max_sim", &max_sim, py::arg("query"), py::arg("tokens"), py::arg("offsets"), py::arg("threads"),
           py::arg("isa"));
     m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("dtype"), py::arg("activation"),

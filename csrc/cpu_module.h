@@ -38,3 +38,4 @@ inline const fastrerank::cpu::Kernels* kernels_of(const std::string& name) {
 }
 
 void add_tensor_ops(pybind11::module_& m);
+void add_cur_ops(pybind11::module_& m);

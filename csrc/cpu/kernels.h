@@ -164,6 +164,33 @@ struct Embed {
     int64_t ldx;
 };
 
+// Items whose score may be among a query's best: bounds of their scores. The scan stops soon after count passes limit.
+struct CurReservoir {
+    float *upper, *lower;  // (limit + kCurBlock,)
+    int32_t* ids;          // likewise
+    int count, limit;
+    float threshold;       // what an item's upper bound must reach
+};
+
+// A scan of one shard of packed items (ops/_cur.py says how they lie) by several queries. The score of item j is
+// s_j * (q . v_j) with an error of at most s_j * (slack * norm_j + constant), s_j = 1 where there are no scales.
+constexpr int kCurTile = 16;
+constexpr int kCurBlock = 64;  // items that a reservoir takes beyond its limit
+struct CurScan {
+    Precision storage;
+    const char* tiles;
+    int64_t tile_bytes, count;
+    const float* scale;    // (count,) or null
+    int32_t first;         // id of the first item
+    int width;             // values of an item as stored, padding included
+    int queries;
+    const void* q;         // (queries, ldq) int8 or float32, zero in the padding
+    int64_t ldq;
+    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only
+    const float *slack, *constant; // (queries,)
+    CurReservoir* reservoirs;      // (queries,)
+};
+
 struct Kernels {
     Isa isa;
     const char* name;
@@ -195,6 +222,9 @@ struct Kernels {
     // out[d] = mean over query tokens of the largest dot product with a token of document d (float32).
     void (*max_sim)(const char* packed_query, int query_tokens, int dim, const float* tokens, int64_t ld,
                     const int64_t* offsets, int documents, float* scratch, float* out);
+    // Appends to the reservoirs from the tiles [begin, end), of which all but the last are full; returns the first tile
+    // that was not scanned, because a reservoir is beyond its limit.
+    int64_t (*cur_scan)(const CurScan&, int64_t begin, int64_t end);
     // Sustained operations for `iterations` rounds of register-only multiply-adds; returns the number of operations.
     double (*peak)(Precision, int64_t iterations);
 };

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank import _cpu, ops
 from fastrerank.ops._cur import PackedItems, as_shards
 
 __all__ = ["cur_topk"]
@@ -53,42 +54,36 @@ def cur_topk(
     shards = as_shards(items, "items")
     width, count = shards[0].K, sum(shard.N for shard in shards)
     queries = _checked_queries(queries, width)
+    if count >= 1 << 31:
+        raise ValueError(f"items must be fewer than 2**31 in all, got {count}")
     if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be an int of at least 1, got {k!r}")
     exact = shards if rescore is None else _checked_rescore(rescore, shards)
     left_out = _checked_exclude(exclude, len(queries), count)
-    most = count - min((len(ids) for ids in left_out), default=0)
+    gone = np.concatenate([*left_out, np.empty(0, np.int64)])
+    begins = np.cumsum([0, *map(len, left_out)], dtype=np.int64)
+    most = count - min(map(len, left_out), default=0)
     keep = min(int(k), most)
     ids = np.full((len(queries), keep), -1, np.int64)
     scores = np.full((len(queries), keep), -np.inf, np.float32)
-    wide = queries.astype(np.float64)
-    best: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = [
-        (np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries
-    ]
-    first = 0
-    for shard in exact:
-        for begin in range(0, shard.N, 1 << 14):
-            part = np.arange(begin, min(begin + (1 << 14), shard.N))
-            values = shard._unscaled(part).astype(np.float64)
-            if shard.scale is not None:
-                values *= shard.scale if shard.scale.ndim == 2 else shard.scale[part]
-            with np.errstate(invalid="ignore", over="ignore"):
-                products = (wide @ values).astype(np.float32)
-            if np.isnan(products).any():
-                row, column = np.argwhere(np.isnan(products))[0]
-                raise ValueError(
-                    f"queries and items give a score that is NaN: query {row}, item {first + part[column]}"
-                )
-            for row, line in enumerate(products):
-                allowed = ~np.isin(first + part, left_out[row])
-                all_ids = np.concatenate([best[row][0], first + part[allowed]])
-                all_scores = np.concatenate([best[row][1], line[allowed]])
-                order = np.lexsort((all_ids, -all_scores))[:keep]
-                best[row] = all_ids[order], all_scores[order]
-        first += shard.N
-    for row, (row_ids, row_scores) in enumerate(best):
-        ids[row, : len(row_ids)], scores[row, : len(row_ids)] = row_ids, row_scores
+    if keep < 1:
+        return ids, scores
+    fault, row, item = _cpu.cur_topk(
+        [(a.data.ctypes.data, _address(a.scale if a.scales == "item" else None), b.data.ctypes.data, a.N)
+         for a, b in zip(shards, exact, strict=True)],
+        shards[0].storage, exact[0].storage, rescore is not None, width,
+        _address(shards[0].scale if shards[0].scales == "anchor" else None), queries.ctypes.data, len(queries), keep,
+        _address(gone), _address(begins), ids.ctypes.data, scores.ctypes.data, ops.num_threads(threads), ops.isa(),
+    )  # fmt: skip
+    if fault == 1:
+        raise ValueError(f"queries and items give a score that is NaN: query {row}, item {item}")
+    if fault == 2:
+        raise ValueError(f"rescore must hold the items that items were rounded from; item {item} is another")
     return ids, scores
+
+
+def _address(array: npt.NDArray[Any] | None) -> int:
+    return 0 if array is None else int(array.ctypes.data)
 
 
 def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:

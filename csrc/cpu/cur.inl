@@ -1,0 +1,224 @@
+// The scan of packed items: products of a block of tiles with a block of queries stay in registers or the nearest
+// cache, and only items that may be among a query's best leave it.
+
+// Lanes in which a is not below b; NaN passes.
+INLINE unsigned not_below(vf a, vf b) {
+#if VL == 16
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+#elif VL == 8
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+#elif defined(__SSE2__)
+    return static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps((__m128)a, (__m128)b)));
+#else
+    unsigned lanes = 0;
+    for (int i = 0; i < VL; ++i) lanes |= static_cast<unsigned>(!(a[i] < b[i])) << i;
+    return lanes;
+#endif
+}
+
+// Rare beside the products: one in some hundred items is appended. An infinite item has no bounds.
+__attribute__((noinline)) void append(CurReservoir& r, vf score, vf bound, unsigned lanes, int32_t first) {
+    for (; lanes; lanes &= lanes - 1) {
+        const int i = __builtin_ctz(lanes);
+        const float upper = score[i] + bound[i], lower = score[i] - bound[i];
+        r.upper[r.count] = upper == upper ? upper : __builtin_inff();
+        r.lower[r.count] = lower == lower ? lower : -__builtin_inff();
+        r.ids[r.count++] = first + i;
+    }
+}
+
+INLINE vf norms_of(const CurScan& g, const char* tile, int at) {
+    return load(reinterpret_cast<const float*>(tile + g.tile_bytes - kCurTile * 4) + at);
+}
+INLINE vf scales_of(const CurScan& g, int64_t item, int lanes) {
+    if (!g.scale) return splat(1.0f);
+    if (lanes == VL) return load(g.scale + item);
+    vf s = splat(1.0f);
+    for (int i = 0; i < lanes; ++i) s[i] = g.scale[item + i];
+    return s;
+}
+
+// VL items' products, which the query's bounds turn into candidates. lanes: how many of them are items.
+template <bool Scaled>
+INLINE void keep(const CurScan& g, int query, vf product, vf norm, vf scale, int64_t item, unsigned lanes) {
+    CurReservoir& r = g.reservoirs[query];
+    vf bound = norm * g.slack[query] + g.constant[query];
+    if (Scaled) product *= scale, bound *= scale;
+    const unsigned passing = not_below(product + bound, splat(r.threshold)) & lanes;
+    if (__builtin_expect(passing != 0, 0)) append(r, product, bound, passing, g.first + static_cast<int32_t>(item));
+}
+
+#if VL != 16
+// products[r][i] of a tile of 16 int8 items with Q queries.
+template <int Q>
+INLINE void int8_products(const CurScan& g, const char* tile, const int8_t* q, int32_t (*products)[kCurTile]) {
+#if VL == 8
+    // Values and queries widened to 16 bits: |255 * 127 * 2| is far below 2^31. An item's two pairs of a group lie in
+    // neighbouring lanes, which are added at the end.
+    __m256i sum[Q][4];
+    for (int r = 0; r < Q; ++r)
+        for (int v = 0; v < 4; ++v) sum[r][v] = _mm256_setzero_si256();
+    for (int at = 0; at < g.width; at += 4) {
+        __m256i a[Q];
+        for (int r = 0; r < Q; ++r)
+            a[r] = _mm256_broadcastq_epi64(
+                _mm_cvtepi8_epi16(_mm_cvtsi32_si128(load_as<int32_t>(q + r * g.ldq + at))));
+        for (int v = 0; v < 4; ++v) {
+            const __m256i b =
+                _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + at * kCurTile) + v));
+            for (int r = 0; r < Q; ++r) sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(a[r], b));
+        }
+    }
+    for (int r = 0; r < Q; ++r)
+        for (int v = 0; v < 4; v += 2)
+            store_as(products[r] + v * 4,
+                     _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum[r][v], sum[r][v + 1]), 0xd8));
+#else
+    for (int r = 0; r < Q; ++r)
+        for (int i = 0; i < kCurTile; ++i) products[r][i] = 0;
+    const uint8_t* values = reinterpret_cast<const uint8_t*>(tile);
+    for (int at = 0; at < g.width; at += 4)
+        for (int r = 0; r < Q; ++r) {
+            const int8_t* a = q + r * g.ldq + at;
+            for (int i = 0; i < kCurTile; ++i) {
+                const uint8_t* b = values + at * kCurTile + i * 4;
+                products[r][i] += a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+            }
+        }
+#endif
+}
+
+template <int Q, bool Scaled>
+INLINE void int8_tile(const CurScan& g, int64_t tile, int query) {
+    const char* p = g.tiles + tile * g.tile_bytes;
+    int32_t products[Q][kCurTile];
+    int8_products<Q>(g, p, static_cast<const int8_t*>(g.q) + query * g.ldq, products);
+    const int64_t item = tile * kCurTile;
+    for (int at = 0; at < kCurTile && item + at < g.count; at += VL) {
+        const int lanes = g.count - item - at < VL ? static_cast<int>(g.count - item - at) : VL;
+        const vf norm = norms_of(g, p, at), scale = Scaled ? scales_of(g, item + at, lanes) : splat(1.0f);
+        for (int r = 0; r < Q; ++r) {
+            const vf product = __builtin_convertvector(load_as<vi>(products[r] + at) + g.start[query + r], vf);
+            keep<Scaled>(g, query + r, product, norm, scale, item + at, (1u << lanes) - 1);
+        }
+    }
+}
+
+template <bool Scaled>
+INLINE int64_t int8_scan(const CurScan& g, int64_t begin, int64_t end) {
+    constexpr int kQueries = 2;
+    bool full = false;
+    for (; begin < end && !full; ++begin) {
+        int query = 0;
+        for (; query + kQueries <= g.queries; query += kQueries) int8_tile<kQueries, Scaled>(g, begin, query);
+        for (; query < g.queries; ++query) int8_tile<1, Scaled>(g, begin, query);
+        for (query = 0; query < g.queries; ++query) full |= g.reservoirs[query].count > g.reservoirs[query].limit;
+    }
+    return begin;
+}
+#else
+// V tiles of 16 int8 items with Q queries: Q * V accumulators. The items are the unsigned operand and the query the
+// signed one, so that what the items' offset of 128 adds to a product is one number for each query.
+template <int Q, int V, bool Scaled>
+INLINE void int8_tiles(const CurScan& g, int64_t tile, int query) {
+    const char* p = g.tiles + tile * g.tile_bytes;
+    const int8_t* q = static_cast<const int8_t*>(g.q) + query * g.ldq;
+    vi sum[Q][V];
+    for (int r = 0; r < Q; ++r)
+        for (int v = 0; v < V; ++v) sum[r][v] = splat_int(g.start[query + r]);
+    for (int at = 0; at < g.width; at += 4) {
+        vi b[V];
+        for (int v = 0; v < V; ++v) b[v] = load_as<vi>(p + v * g.tile_bytes + at * kCurTile);
+        for (int r = 0; r < Q; ++r) {
+            const vi a = splat_int(load_as<int32_t>(q + r * g.ldq + at));
+            for (int v = 0; v < V; ++v) S8::dot(sum[r][v], b[v], a);
+        }
+    }
+    for (int v = 0; v < V; ++v) {
+        const int64_t item = (tile + v) * kCurTile;
+        const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
+        const vf norm = norms_of(g, p + v * g.tile_bytes, 0), scale = Scaled ? scales_of(g, item, lanes) : splat(1.0f);
+        for (int r = 0; r < Q; ++r)
+            keep<Scaled>(g, query + r, __builtin_convertvector(sum[r][v], vf), norm, scale, item, (1u << lanes) - 1);
+    }
+}
+
+template <int V, bool Scaled>
+INLINE void int8_queries(const CurScan& g, int64_t tile) {
+    int query = 0;
+    for (; query + 8 <= g.queries; query += 8) int8_tiles<8, V, Scaled>(g, tile, query);
+    if (query + 4 <= g.queries) int8_tiles<4, V, Scaled>(g, tile, query), query += 4;
+    for (; query < g.queries; ++query) int8_tiles<1, V, Scaled>(g, tile, query);
+}
+
+template <bool Scaled>
+INLINE int64_t int8_scan(const CurScan& g, int64_t begin, int64_t end) {
+    bool full = false;
+    while (begin < end && !full) {
+        if (begin + 3 <= end) {
+            int8_queries<3, Scaled>(g, begin);
+            begin += 3;
+        } else {
+            int8_queries<1, Scaled>(g, begin);
+            begin += 1;
+        }
+        for (int query = 0; query < g.queries; ++query)
+            full |= g.reservoirs[query].count > g.reservoirs[query].limit;
+    }
+    return begin;
+}
+#endif
+
+// A tile of 16 float32 or bfloat16 items with Q queries: four items at a time, summed along the width.
+template <int Q, bool Wide>
+INLINE void float_tile(const CurScan& g, int64_t tile, int query) {
+    constexpr int kItems = 4;
+    const char* p = g.tiles + tile * g.tile_bytes;
+    const float* q = static_cast<const float*>(g.q) + query * g.ldq;
+    float products[Q][kCurTile];
+    for (int i = 0; i < kCurTile; i += kItems) {
+        vf sum[Q][kItems] = {};
+        for (int at = 0; at < g.width; at += VL) {
+            vf x[kItems];
+            for (int j = 0; j < kItems; ++j) {
+                const int64_t value = static_cast<int64_t>(i + j) * g.width + at;
+                if constexpr (Wide)
+                    x[j] = load(reinterpret_cast<const float*>(p) + value);
+                else
+                    x[j] = widen_bf16(reinterpret_cast<const uint16_t*>(p) + value);
+            }
+            for (int r = 0; r < Q; ++r) {
+                const vf a = load(q + r * g.ldq + at);
+                for (int j = 0; j < kItems; ++j) sum[r][j] += x[j] * a;
+            }
+        }
+        for (int r = 0; r < Q; ++r)
+            for (int j = 0; j < kItems; ++j) products[r][i + j] = reduce_add(sum[r][j]);
+    }
+    const int64_t item = tile * kCurTile;
+    for (int at = 0; at < kCurTile && item + at < g.count; at += VL) {
+        const int lanes = g.count - item - at < VL ? static_cast<int>(g.count - item - at) : VL;
+        const vf norm = norms_of(g, p, at);
+        for (int r = 0; r < Q; ++r)
+            keep<false>(g, query + r, load(products[r] + at), norm, norm, item + at, (1u << lanes) - 1);
+    }
+}
+
+template <bool Wide>
+INLINE int64_t float_scan(const CurScan& g, int64_t begin, int64_t end) {
+    constexpr int kQueries = VL == 16 ? 4 : 2;
+    bool full = false;
+    for (; begin < end && !full; ++begin) {
+        int query = 0;
+        for (; query + kQueries <= g.queries; query += kQueries) float_tile<kQueries, Wide>(g, begin, query);
+        for (; query < g.queries; ++query) float_tile<1, Wide>(g, begin, query);
+        for (query = 0; query < g.queries; ++query) full |= g.reservoirs[query].count > g.reservoirs[query].limit;
+    }
+    return begin;
+}
+
+int64_t cur_scan(const CurScan& g, int64_t begin, int64_t end) {
+    if (g.storage == Precision::kFloat32) return float_scan<true>(g, begin, end);
+    if (g.storage == Precision::kBFloat16) return float_scan<false>(g, begin, end);
+    return g.scale ? int8_scan<true>(g, begin, end) : int8_scan<false>(g, begin, end);
+}

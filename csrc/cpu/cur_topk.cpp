@@ -1,0 +1,394 @@
+#include "cur_topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+#include "encoder.h"
+#include "parallel.h"
+
+namespace fastrerank::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kChunkBytes = 1 << 18;      // of tiles: what a thread takes at a time
+constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many queries share a pass
+constexpr int64_t kMostQueries = 256;
+constexpr int64_t kRescored = 64;             // candidates of a task
+
+int64_t values_of(Precision storage, int width) {
+    return storage == Precision::kInt8 ? (width + 3) / 4 * 4 : (width + 15) / 16 * 16;
+}
+int64_t tile_bytes_of(Precision storage, int width) {
+    const int64_t size = storage == Precision::kFloat32 ? 4 : storage == Precision::kBFloat16 ? 2 : 1;
+    return kCurTile * (values_of(storage, width) * size + 4);
+}
+
+struct Scored {
+    float score;
+    int32_t id;
+};
+bool before(const Scored& a, const Scored& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+
+struct Candidate {
+    float upper, lower;
+    int32_t id;
+};
+
+// Scores that decide: summed in float64 in one order. Products of two float32 are exact in float64, so fused or not,
+// every host gets the same bits.
+class Exact {
+public:
+    Exact(const CurTopk& g) : g_(g), values_(values_of(g.exact_storage, g.width)),
+                              bytes_(tile_bytes_of(g.exact_storage, g.width)) {
+        int64_t first = 0;
+        for (const CurShard& shard : g.shards) first_.push_back(first), first += shard.count;
+    }
+    int64_t values() const { return values_; }
+
+    void prefetch(int32_t id) const {
+#if defined(__GNUC__)
+        const auto [shard, at] = place(id);
+        const char* tile = shard->exact + at / kCurTile * bytes_;
+        const int lane = static_cast<int>(at % kCurTile);
+        if (g_.exact_storage == Precision::kInt8) {
+            for (int64_t i = 0; i < values_ / 4; ++i) __builtin_prefetch(tile + i * 64 + lane * 4);
+            return;
+        }
+        const int64_t row = values_ * (g_.exact_storage == Precision::kFloat32 ? 4 : 2);
+        for (int64_t i = 0; i < row; i += 64) __builtin_prefetch(tile + lane * row + i);
+#endif
+    }
+
+    // q: (values(),) with zeros in the padding
+    float score(const double* q, int32_t id) const {
+        const auto [shard, at] = place(id);
+        const char* tile = shard->exact + at / kCurTile * bytes_;
+        const int lane = static_cast<int>(at % kCurTile);
+        if (g_.exact_storage == Precision::kInt8) {
+            double sum[4] = {};
+            const uint8_t* v = reinterpret_cast<const uint8_t*>(tile) + lane * 4;
+            for (int64_t i = 0; i < values_; i += 4, v += 64)
+                for (int j = 0; j < 4; ++j) sum[j] += q[i + j] * (v[j] - 128);
+            return static_cast<float>(((sum[0] + sum[1]) + (sum[2] + sum[3])) * (shard->scale ? shard->scale[at] : 1.0));
+        }
+        double sum[8] = {};
+        if (g_.exact_storage == Precision::kFloat32) {
+            const float* v = reinterpret_cast<const float*>(tile) + lane * values_;
+            for (int64_t i = 0; i < values_; i += 8)
+                for (int j = 0; j < 8; ++j) sum[j] += q[i + j] * static_cast<double>(v[i + j]);
+        } else {
+            const uint16_t* v = reinterpret_cast<const uint16_t*>(tile) + lane * values_;
+            for (int64_t i = 0; i < values_; i += 8)
+                for (int j = 0; j < 8; ++j) {
+                    const uint32_t bits = static_cast<uint32_t>(v[i + j]) << 16;
+                    float f;
+                    __builtin_memcpy(&f, &bits, 4);
+                    sum[j] += q[i + j] * static_cast<double>(f);
+                }
+        }
+        return static_cast<float>(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
+    }
+
+private:
+    std::pair<const CurShard*, int64_t> place(int32_t id) const {
+        const size_t s = std::upper_bound(first_.begin(), first_.end(), id) - first_.begin() - 1;
+        return {&g_.shards[s], id - first_[s]};
+    }
+    const CurTopk& g_;
+    const int64_t values_, bytes_;
+    std::vector<int64_t> first_;
+};
+
+// Queries as the scan reads them. Products come in units: score = unit * product.
+struct Prepared {
+    int64_t ld;
+    Bytes q;
+    std::vector<int32_t> start;
+    std::vector<float> slack, constant;
+    std::vector<double> unit, exact;  // exact: (rows, values of Exact)
+
+    Prepared(const CurTopk& g, int64_t begin, int64_t rows, int64_t exact_values)
+        : ld(values_of(g.storage, g.width)),
+          q(rows * ld * (g.storage == Precision::kInt8 ? 1 : sizeof(float))),
+          start(rows),
+          slack(rows),
+          constant(rows),
+          unit(rows),
+          exact(rows * exact_values) {
+        std::vector<double> folded(g.width);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* row = g.queries + (begin + r) * g.width;
+            for (int i = 0; i < g.width; ++i)
+                folded[i] = static_cast<double>(row[i]) * (g.anchor_scale ? g.anchor_scale[i] : 1.0);
+            const bool of_scanned = g.exact_storage == Precision::kInt8;  // then the scanned tiles decide
+            for (int i = 0; i < g.width; ++i) exact[r * exact_values + i] = of_scanned ? folded[i] : row[i];
+            double norm = 0, largest = 0;
+            for (const double x : folded) norm += x * x, largest = std::max(largest, std::fabs(x));
+            norm = std::sqrt(norm) * (1 + 1e-12);
+            double relative, absolute;
+            if (g.storage == Precision::kInt8) {
+                // |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and what float32 arithmetic on sums and bounds adds.
+                unit[r] = largest > 0 ? largest / 127 : 1.0;
+                int8_t* to = q.as<int8_t>() + r * ld;
+                double error = 0, rounded = 0;
+                int32_t sum = 0;
+                for (int i = 0; i < g.width; ++i) {
+                    const double value = std::nearbyint(folded[i] / unit[r]);
+                    to[i] = static_cast<int8_t>(value);
+                    error += std::pow(folded[i] / unit[r] - value, 2), rounded += value * value, sum += to[i];
+                }
+                std::fill(to + g.width, to + ld, 0);
+                start[r] = -128 * sum;
+                relative = std::sqrt(error) + 8 * 0x1p-24 * std::sqrt(rounded);
+                absolute = 0;
+                if (g.rounded) {
+                    // A value is within half a step of what was rounded, and that within 2^-9 of what bfloat16 holds.
+                    absolute = 0.52 * std::sqrt(static_cast<double>(g.width)) * norm / unit[r];
+                    if (g.exact_storage == Precision::kBFloat16) relative += 0x1.02p-9 * norm / unit[r];
+                }
+            } else {
+                // |q| is brought near 1, so that nothing overflows; sums of w products err by (w + 8) 2^-24 |q| |v| at
+                // most, and by what is below the smallest normal number.
+                const int exponent = norm > 0 ? std::ilogb(norm) : 0;
+                unit[r] = std::ldexp(1.0, exponent);
+                float* to = q.as<float>() + r * ld;
+                for (int i = 0; i < g.width; ++i) to[i] = static_cast<float>(std::ldexp(folded[i], -exponent));
+                std::fill(to + g.width, to + ld, 0.0f);
+                relative = (g.width + 16) * 0x1.01p-24 * std::ldexp(norm, -exponent);
+                absolute = g.width * 0x1p-123;
+            }
+            slack[r] = static_cast<float>(relative * 1.0001);
+            constant[r] = static_cast<float>(absolute * 1.0001);
+        }
+    }
+
+    // The product that an item must reach, if k items have scores of at least `product` units: one whose float32 score
+    // might equal the least of theirs, which a lower id then decides, is not to be left out.
+    float relaxed(int64_t r, double product) const {
+        const double score = product * unit[r];
+        if (!(score >= -FLT_MAX)) return -kInfinity;
+        double least = std::min(score, static_cast<double>(FLT_MAX) * (1 - 0x1p-20));
+        least -= std::fabs(least) * 0x1p-22 + 0x1p-146;
+        const float value = static_cast<float>(least / unit[r]);
+        return std::isinf(value) && value > 0 ? FLT_MAX : std::nextafter(value, -kInfinity);
+    }
+};
+
+// Candidates of one query that one thread has met. When too many stay between the bounds, their exact scores decide,
+// and the best k of those are kept aside.
+struct Reservoir {
+    Bytes memory;
+    CurReservoir view{};
+    std::vector<Scored> best;
+
+    void make(int64_t limit) {
+        const int64_t capacity = limit + kCurBlock;
+        memory = Bytes(capacity * 12);
+        view = {memory.as<float>(), memory.as<float>() + capacity,
+                reinterpret_cast<int32_t*>(memory.as<float>() + 2 * capacity), 0, static_cast<int>(limit), -kInfinity};
+    }
+};
+
+class Pass {
+public:
+    Pass(const Kernels& kernels, const CurTopk& g, const Exact& exact, int64_t begin, int64_t rows, int threads)
+        : kernels_(kernels),
+          g_(g),
+          exact_(exact),
+          begin_(begin),
+          rows_(rows),
+          threads_(threads),
+          queries_(g, begin, rows, exact.values()),
+          thresholds_(new std::atomic<float>[rows]) {
+        for (int64_t r = 0; r < rows; ++r) {
+            thresholds_[r].store(-kInfinity);
+            wanted_.push_back(g.k + excluded(r));
+        }
+        const int64_t bytes = tile_bytes_of(g.storage, g.width);
+        const int64_t tiles = std::max<int64_t>(kChunkBytes / bytes / 3 * 3, 3);
+        int64_t first = 0;
+        for (const CurShard& shard : g.shards) {
+            const int64_t end = (shard.count + kCurTile - 1) / kCurTile;
+            for (int64_t t = 0; t < end; t += tiles) chunks_.push_back({&shard, first, t, std::min(t + tiles, end)});
+            first += shard.count;
+        }
+    }
+
+    CurFault run() {
+        const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads_, chunks_.size())));
+        found_.resize(threads);
+        std::atomic<size_t> next{0};
+        run_parallel(threads, threads, [&](int t) { scan(found_[t], next); });
+        if (rows_ >= threads_) {
+            run_parallel(static_cast<int>(rows_), threads_, [&](int r) { finish(r, 1); });
+        } else {
+            for (int64_t r = 0; r < rows_; ++r) finish(r, threads_);
+        }
+        return fault_;
+    }
+
+private:
+    struct Chunk {
+        const CurShard* shard;
+        int64_t first, begin, end;
+    };
+
+    int64_t excluded(int64_t r) const { return g_.left_out_begin[begin_ + r + 1] - g_.left_out_begin[begin_ + r]; }
+
+    void scan(std::vector<Reservoir>& found, std::atomic<size_t>& next) {
+        found.resize(rows_);
+        std::vector<CurReservoir> views(rows_);
+        for (int64_t r = 0; r < rows_; ++r) found[r].make(limit_of(wanted_[r]));
+        for (int64_t r = 0; r < rows_; ++r) views[r] = found[r].view;
+        CurScan scan{};
+        scan.storage = g_.storage;
+        scan.tile_bytes = tile_bytes_of(g_.storage, g_.width);
+        scan.width = static_cast<int>(queries_.ld), scan.ldq = queries_.ld;
+        scan.queries = static_cast<int>(rows_);
+        scan.q = queries_.q.get(), scan.start = queries_.start.data();
+        scan.slack = queries_.slack.data(), scan.constant = queries_.constant.data();
+        scan.reservoirs = views.data();
+        for (size_t i; (i = next.fetch_add(1)) < chunks_.size();) {
+            const Chunk& chunk = chunks_[i];
+            scan.tiles = chunk.shard->tiles, scan.scale = chunk.shard->scale, scan.count = chunk.shard->count;
+            scan.first = static_cast<int32_t>(chunk.first);
+            for (int64_t r = 0; r < rows_; ++r)
+                views[r].threshold = std::max(views[r].threshold, thresholds_[r].load(std::memory_order_relaxed));
+            for (int64_t at = chunk.begin; at < chunk.end;) {
+                at = kernels_.cur_scan(scan, at, chunk.end);
+                for (int64_t r = 0; r < rows_; ++r)
+                    if (views[r].count > views[r].limit) prune(r, views[r], found[r].best);
+            }
+        }
+        for (int64_t r = 0; r < rows_; ++r) found[r].view = views[r];
+    }
+
+    static int64_t limit_of(int64_t wanted) { return 4 * wanted + 1024; }
+
+    void raise(int64_t r, float threshold, CurReservoir& v) {
+        v.threshold = std::max(v.threshold, threshold);
+        float shared = thresholds_[r].load(std::memory_order_relaxed);
+        while (shared < v.threshold && !thresholds_[r].compare_exchange_weak(shared, v.threshold)) {
+        }
+    }
+
+    void prune(int64_t r, CurReservoir& v, std::vector<Scored>& best) {
+        std::vector<float> lower(v.lower, v.lower + v.count);
+        std::nth_element(lower.begin(), lower.begin() + (wanted_[r] - 1), lower.end(), std::greater<float>());
+        raise(r, queries_.relaxed(r, lower[wanted_[r] - 1]), v);
+        int kept = 0;
+        for (int i = 0; i < v.count; ++i) {
+            if (v.upper[i] < v.threshold) continue;
+            v.upper[kept] = v.upper[i], v.lower[kept] = v.lower[i], v.ids[kept++] = v.ids[i];
+        }
+        v.count = kept;
+        if (kept <= v.limit / 2) return;
+        for (int i = 0; i < kept; ++i) {
+            if (i + 1 < kept) exact_.prefetch(v.ids[i + 1]);
+            best.push_back(rescored(r, {v.upper[i], v.lower[i], v.ids[i]}));
+        }
+        v.count = 0;
+        if (static_cast<int64_t>(best.size()) < wanted_[r]) return;
+        std::nth_element(best.begin(), best.begin() + (wanted_[r] - 1), best.end(), before);
+        best.resize(wanted_[r]);
+        raise(r, queries_.relaxed(r, best[wanted_[r] - 1].score / queries_.unit[r]), v);
+    }
+
+    Scored rescored(int64_t r, const Candidate& c) {
+        const float score = exact_.score(queries_.exact.data() + r * exact_.values(), c.id);
+        if (std::isnan(score)) report(CurFault::kNaN, r, c.id);
+        const double product = score / queries_.unit[r], room = std::fabs(product) * 0x1p-20 + 1e-30;
+        if (g_.rounded && (product > c.upper + room || product < c.lower - room))
+            report(CurFault::kOtherItems, r, c.id);
+        return {score, c.id};
+    }
+
+    void report(CurFault::Kind kind, int64_t r, int32_t item) {
+        const std::lock_guard<std::mutex> lock(fault_mutex_);
+        if (fault_.kind == CurFault::kNone) fault_ = {kind, begin_ + r, item};
+    }
+
+    void finish(int64_t r, int threads) {
+        const int64_t* left_out = g_.left_out + g_.left_out_begin[begin_ + r];
+        const auto allowed = [&](int32_t id) { return !std::binary_search(left_out, left_out + excluded(r), id); };
+        std::vector<Candidate> open;
+        std::vector<Scored> done;
+        for (std::vector<Reservoir>& thread : found_) {
+            Reservoir& from = thread[r];
+            for (const Scored& s : from.best)
+                if (allowed(s.id)) done.push_back(s);
+            for (int i = 0; i < from.view.count; ++i)
+                if (allowed(from.view.ids[i])) open.push_back({from.view.upper[i], from.view.lower[i], from.view.ids[i]});
+            from = Reservoir();
+        }
+        std::sort(open.begin(), open.end(), [](const Candidate& a, const Candidate& b) {
+            return a.upper > b.upper || (a.upper == b.upper && a.id < b.id);
+        });
+        // The likeliest first; what the k-th best exact score then rules out is not looked at.
+        const int64_t first = std::min<int64_t>(g_.k, open.size());
+        rescore(r, open, 0, first, done, threads);
+        const int64_t k = std::min<int64_t>(g_.k, done.size());
+        if (k == g_.k && first < static_cast<int64_t>(open.size())) {
+            std::nth_element(done.begin(), done.begin() + (k - 1), done.end(), before);
+            const float threshold = queries_.relaxed(r, done[k - 1].score / queries_.unit[r]);
+            const auto end = std::partition_point(open.begin() + first, open.end(),
+                                                  [&](const Candidate& c) { return !(c.upper < threshold); });
+            rescore(r, open, first, end - open.begin(), done, threads);
+        }
+        std::partial_sort(done.begin(), done.begin() + std::min<int64_t>(g_.k, done.size()), done.end(), before);
+        for (int64_t i = 0; i < std::min<int64_t>(g_.k, done.size()); ++i) {
+            g_.ids[(begin_ + r) * g_.k + i] = done[i].id;
+            g_.scores[(begin_ + r) * g_.k + i] = done[i].score;
+        }
+    }
+
+    void rescore(int64_t r, const std::vector<Candidate>& open, int64_t begin, int64_t end, std::vector<Scored>& done,
+                 int threads) {
+        const size_t before_ = done.size();
+        done.resize(before_ + (end - begin));
+        Scored* out = done.data() + before_;
+        run_parallel(static_cast<int>((end - begin + kRescored - 1) / kRescored), threads, [&](int task) {
+            const int64_t from = begin + task * kRescored, to = std::min(from + kRescored, end);
+            for (int64_t i = from; i < to; ++i) {
+                if (i + 1 < to) exact_.prefetch(open[i + 1].id);
+                out[i - begin] = rescored(r, open[i]);
+            }
+        });
+    }
+
+    const Kernels& kernels_;
+    const CurTopk& g_;
+    const Exact& exact_;
+    const int64_t begin_, rows_;
+    const int threads_;
+    const Prepared queries_;
+    const std::unique_ptr<std::atomic<float>[]> thresholds_;  // what some thread has found that all may rely on
+    std::vector<int64_t> wanted_;
+    std::vector<Chunk> chunks_;
+    std::vector<std::vector<Reservoir>> found_;  // by thread and query
+    CurFault fault_;
+    std::mutex fault_mutex_;
+};
+
+}  // namespace
+
+CurFault run_cur_topk(const Kernels& kernels, const CurTopk& g, int threads) {
+    const Exact exact(g);
+    int64_t most = g.k;
+    for (int64_t r = 0; r < g.rows; ++r) most = std::max(most, g.k + g.left_out_begin[r + 1] - g.left_out_begin[r]);
+    const int64_t one = 12 * (4 * most + 1024 + kCurBlock) * threads;
+    const int64_t share = std::clamp<int64_t>(kReservoirBytes / one, 1, kMostQueries);
+    for (int64_t begin = 0; begin < g.rows; begin += share) {
+        Pass pass(kernels, g, exact, begin, std::min(share, g.rows - begin), threads);
+        const CurFault fault = pass.run();
+        if (fault.kind != CurFault::kNone) return fault;
+    }
+    return {};
+}
+
+}  // namespace fastrerank::cpu

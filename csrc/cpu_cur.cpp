@@ -1,0 +1,48 @@
+// The door to top-k scans of packed items, whose arguments Python has checked: pointers as integers (0: none).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/cur_topk.h"
+#include "cpu_module.h"
+
+namespace py = pybind11;
+using namespace fastrerank::cpu;
+
+namespace {
+
+// shards: (tiles, scale, exact tiles, count). Returns what was wrong (0: nothing, 1: a NaN score, 2: exact tiles of
+// other items), and with which query and item.
+std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t, 4>>& shards,
+                                           const std::string& storage, const std::string& exact_storage, bool rounded,
+                                           int width, uintptr_t anchor_scale, uintptr_t queries, int64_t rows,
+                                           int64_t k, uintptr_t left_out, uintptr_t left_out_begin, uintptr_t ids,
+                                           uintptr_t scores, int threads, const std::string& isa) {
+    CurTopk g{};
+    g.storage = precision_of(storage), g.exact_storage = precision_of(exact_storage), g.rounded = rounded;
+    g.width = width, g.anchor_scale = reinterpret_cast<const float*>(anchor_scale);
+    for (const auto& s : shards)
+        g.shards.push_back({reinterpret_cast<const char*>(s[0]), reinterpret_cast<const float*>(s[1]),
+                            reinterpret_cast<const char*>(s[2]), s[3]});
+    g.queries = reinterpret_cast<const float*>(queries), g.rows = rows, g.k = k;
+    g.left_out = reinterpret_cast<const int64_t*>(left_out);
+    g.left_out_begin = reinterpret_cast<const int64_t*>(left_out_begin);
+    g.ids = reinterpret_cast<int64_t*>(ids), g.scores = reinterpret_cast<float*>(scores);
+    const Kernels& level = *kernels_of(isa);
+    const py::gil_scoped_release release;
+    const CurFault fault = run_cur_topk(level, g, threads);
+    return {static_cast<int>(fault.kind), fault.row, fault.item};
+}
+
+}  // namespace
+
+void add_cur_ops(py::module_& m) {
+    m.def("cur_topk", &cur_topk, py::arg("shards"), py::arg("storage"), py::arg("exact_storage"), py::arg("rounded"),
+          py::arg("width"), py::arg("anchor_scale"), py::arg("queries"), py::arg("rows"), py::arg("k"),
+          py::arg("left_out"), py::arg("left_out_begin"), py::arg("ids"), py::arg("scores"), py::arg("threads"),
+          py::arg("isa"));
+}
