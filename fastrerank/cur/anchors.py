@@ -11,7 +11,7 @@ __all__ = ["RULES", "choose_anchors"]
 
 RULES = ("greedy", "leverage", "random")
 _MOST_ITEMS = 16384  # that the choice looks at; of more, a random sample
-_MOST_DIRECTIONS = 512
+_MOST_DIRECTIONS = 256
 
 
 def choose_anchors(
@@ -63,24 +63,32 @@ def _leading(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _greedy(items: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
-    """l2-greedy in coordinates: the drop in error from item f is f^T M f / f^T f, M the second moment of what is left."""
-    # With e the direction that an item adds, f loses (f . e) e; both sums of a gain then change by products with e.
-    left = items.copy()
+    """l2-greedy in coordinates: the drop in error from item f is f^T M f / f^T f, M the second moment of what is left.
+
+    `units` are the chosen items, orthonormalised. What is left of an item is orthogonal to them, and so is the image of
+    the next unit: products of both with whole items are those with what is left of them, which is never formed.
+    """
+    units = np.empty((count, items.shape[1]))
     moment = items.T @ items
-    length = np.square(left).sum(axis=1)
-    gain = np.einsum("nr,nr->n", left @ moment, left)
+    length = np.square(items).sum(axis=1)
+    gain = np.einsum("nr,nr->n", items @ moment, items)
     floor = 1e-10 * float(length.mean())
     alive = length > floor
     chosen: list[int] = []
     while len(chosen) < count and alive.any():
         best = int(np.argmax(np.where(alive, gain / np.maximum(length, floor), -np.inf)))
-        chosen.append(best)
-        unit = left[best] / np.linalg.norm(left[best])
-        along, image = left @ unit, moment @ unit
-        gain += along * (along * (unit @ image) - 2 * (left @ image))
+        done = units[: len(chosen)]
+        left = items[best].copy()
+        for _ in range(2):  # once is not orthogonal enough where little is left
+            left -= (done @ left) @ done
+        unit = left / max(float(np.linalg.norm(left)), np.finfo(float).tiny)
+        image = moment @ unit
+        image -= (done @ image) @ done
+        along, across = (items @ np.stack([unit, image], axis=1)).T
+        gain += along * (along * (unit @ image) - 2 * across)
         length -= np.square(along)
-        left -= np.outer(along, unit)
-        moment += np.outer(unit, unit) * (unit @ image) - np.outer(unit, image) - np.outer(image, unit)
+        units[len(chosen)] = unit
+        chosen.append(best)
         alive[best] = False
         alive &= length > floor
     return np.array(chosen, np.int64)

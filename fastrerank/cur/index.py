@@ -22,7 +22,7 @@ __all__ = ["CURIndex", "Settings"]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _PACKED_AT_ONCE = 1 << 16  # items
-_ANCHORS = 512  # items that are kept for first rounds
+_ANCHORS = 128  # items that are kept for first rounds
 _MEMORY = 1 << 29  # bytes that the fits of one batch of queries may take
 
 
