@@ -153,6 +153,34 @@ def llm(
     raise typer.Exit(0 if findings.sound else 1)
 
 
+@app.command("cur-scan")
+def cur_scan(
+    items: Annotated[int, typer.Option(min=1000, help="item vectors")] = 1_000_000,
+    width: Annotated[int, typer.Option(min=1, help="their width")] = 256,
+    k: Annotated[int, typer.Option(min=1, help="neighbours")] = 100,
+    queries: Annotated[str, typer.Option(help="queries of a call: 1,32")] = "1,32",
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: the cores of this process")] = None,
+    against: Annotated[str, typer.Option(help="rivals, of numpy,torch,faiss")] = "numpy,torch,faiss",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything, raw times included")] = None,
+) -> None:
+    """Exact top-k of products with stored vectors on a CPU: ops.cur_topk against numpy, torch and FAISS."""
+    from rich.console import Console
+
+    from bench import cur_scan as bench
+
+    options = bench.Options(
+        items=items, width=width, k=k, queries=tuple(int(n) for n in queries.split(",")), rounds=rounds,
+        threads=threads or _cores(), against=tuple(against.split(",")),
+        command="python -m bench.run " + " ".join(sys.argv[1:]),
+    )  # fmt: skip
+    found = bench.run(options, Console(stderr=True))
+    bench.show(found, Console())
+    if json_file:
+        bench.write_json(found, json_file)
+    raise typer.Exit(0 if found.sound else 1)
+
+
 @app.command("all")
 def everything(
     context: typer.Context,

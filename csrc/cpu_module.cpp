@@ -425,7 +425,7 @@ PYBIND11_MODULE(_cpu, m) {
         "levels",
         [] {
             std::vector<std::string> names;
-            for (int i = 0; i < 4; ++i)
+            for (int i = 0; i < kLevels; ++i)
                 if (const Kernels* k = kernels(static_cast<Isa>(i))) names.emplace_back(k->name);
             return names;
         },

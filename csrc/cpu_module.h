@@ -27,7 +27,7 @@ inline fastrerank::cpu::Precision precision_of(const std::string& name) {
 }
 inline const fastrerank::cpu::Kernels* kernels_of(const std::string& name) {
     std::string valid;
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < fastrerank::cpu::kLevels; ++i) {
         const fastrerank::cpu::Kernels* k = fastrerank::cpu::kernels(static_cast<fastrerank::cpu::Isa>(i));
         if (!k) continue;
         if (name == k->name) return k;

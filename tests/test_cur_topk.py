@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,193 @@ def test_order_is_total(values: list[float], k: int, order: str) -> None:
     true_ids, true_scores = reference.cur_topk(np.ones((1, 1)), line[None].astype(np.float64), k)
     np.testing.assert_array_equal(ids, true_ids)
     np.testing.assert_array_equal(scores, true_scores)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 70])
+def test_many_queries_threads_and_small_reservoirs(isa: str, storage: str, rows: int) -> None:
+    random = np.random.default_rng(rows)
+    vectors = random.normal(size=(36, 7001)).astype(np.float32)
+    vectors[:, ::50] *= 20  # long items among short ones
+    queries = random.normal(size=(rows, 36)).astype(np.float32)
+    items = ops.cur_pack(vectors, storage)
+    for k in (1, 300):
+        true_ids, true_scores = expected(queries, items, k)
+        for threads in (1, 3):
+            ids, scores = ops.cur_topk(queries, items, k, threads=threads)
+            np.testing.assert_array_equal(ids, true_ids)
+            np.testing.assert_array_equal(scores, true_scores)
+
+
+def test_levels_agree_bitwise() -> None:
+    random = np.random.default_rng(5)
+    vectors = random.normal(size=(50, 9000)).astype(np.float32)
+    queries = random.normal(size=(40, 50)).astype(np.float32)
+    for storage, scales in (("float32", None), ("bfloat16", None), ("int8", "item"), ("int8", "anchor")):
+        items = ops.cur_pack(vectors, storage, scales=scales)
+        results = []
+        for level in ops.cpu_info()["supported"]:
+            ops.set_isa(level)
+            try:
+                results.append(ops.cur_topk(queries, items, 200))
+            finally:
+                ops.set_isa(None)
+        for ids, scores in results[1:]:
+            np.testing.assert_array_equal(ids, results[0][0])
+            np.testing.assert_array_equal(scores.view(np.int32), results[0][1].view(np.int32))
+
+
+@pytest.mark.parametrize("second", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scales", ["item", "anchor"])
+def test_rescored_int8_gives_the_answer_of_the_rescoring_items(isa: str, second: str, scales: str) -> None:
+    random = np.random.default_rng(11)
+    vectors = (random.normal(size=(40, 5000)) * random.lognormal(size=(1, 5000))).astype(np.float32)
+    vectors *= random.lognormal(size=(40, 1)).astype(np.float32)
+    queries = random.standard_t(2, size=(20, 40)).astype(np.float32)
+    rough, fine = ops.cur_pack(vectors, "int8", scales=scales), ops.cur_pack(vectors, second)
+    ids, scores = ops.cur_topk(queries, rough, 50, rescore=fine)
+    true_ids, true_scores = expected(queries, fine, 50)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_array_equal(scores, true_scores)
+    other = ops.cur_pack(np.roll(vectors, 1, axis=1), second)
+    with pytest.raises(ValueError, match="rescore must hold the items that items were rounded from"):
+        ops.cur_topk(queries, rough, 50, rescore=other)
+
+
+def test_scales_of_anchors_multiply_the_rows(isa: str) -> None:
+    random = np.random.default_rng(3)
+    vectors = (random.normal(size=(24, 3000)) * 10.0 ** random.integers(-3, 4, (24, 1))).astype(np.float32)
+    queries = random.normal(size=(6, 24)).astype(np.float32)
+    items = ops.cur_pack(vectors, "int8", scales="anchor")
+    assert items.scale.shape == (24, 1)
+    assert items.scales == "anchor"
+    ids, scores = ops.cur_topk(queries, items, 40)
+    true_ids, true_scores = expected(queries, items, 40)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_array_equal(scores, true_scores)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_excluded_ids_are_left_out(isa: str, storage: str) -> None:
+    random = np.random.default_rng(8)
+    vectors = random.normal(size=(12, 400)).astype(np.float32)
+    queries = random.normal(size=(3, 12)).astype(np.float32)
+    items = ops.cur_pack(vectors, storage)
+    best, _ = expected(queries, items, 400)
+    lists = [best[0, :150].tolist(), [], best[2, ::2].tolist()]
+    for k in (10, 300):
+        ids, scores = ops.cur_topk(queries, items, k, exclude=lists)
+        true_ids, true_scores = expected(queries, items, k, lists)
+        np.testing.assert_array_equal(ids, true_ids)
+        np.testing.assert_array_equal(scores, true_scores)
+    assert ids.shape == (3, 300)
+    assert (ids[0, 250:] == -1).all()
+    assert np.isneginf(scores[0, 250:]).all()
+    table = np.full((3, 5), -1)
+    table[1, :2] = best[1, :2]
+    np.testing.assert_array_equal(ops.cur_topk(queries, items, 4, exclude=table)[0][1], best[1, 2:6])
+    shared, _ = ops.cur_topk(queries, items, 400, exclude=np.arange(390))
+    assert shared.shape == (3, 10)
+    assert ops.cur_topk(queries, items, 4, exclude=np.arange(400))[0].shape == (3, 0)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_shards_are_one_index(isa: str, storage: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(9)
+    vectors = random.normal(size=(20, 2000)).astype(np.float32)
+    queries = random.normal(size=(7, 20)).astype(np.float32)
+    whole = ops.cur_pack(vectors, storage)
+    shards = []
+    for number, (begin, end) in enumerate(((0, 3), (3, 3), (3, 1500), (1500, 2000))):
+        part = ops.cur_pack(vectors[:, begin:end], storage)
+        data = np.memmap(tmp_path / f"{number}", np.uint8, "w+", shape=part.data.shape) if end > begin else part.data
+        data[:] = part.data
+        shards.append(ops.PackedItems(data, part.scale, storage=storage, width=20, count=end - begin))
+    ids, scores = ops.cur_topk(queries, shards, 64)
+    true_ids, true_scores = ops.cur_topk(queries, whole, 64)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_array_equal(scores, true_scores)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_many_equal_items_come_by_id(isa: str, storage: str, rows: int) -> None:
+    vectors = np.ones((9, 6000), np.float32)
+    vectors[:, 3000] = 2
+    queries = np.random.default_rng(0).normal(size=(rows, 9)).astype(np.float32)
+    queries[0] = 0
+    items = ops.cur_pack(vectors, storage)
+    ids, _ = ops.cur_topk(queries, items, 30)
+    np.testing.assert_array_equal(ids, expected(queries, items, 30)[0])
+
+
+def test_extreme_magnitudes_keep_their_order(isa: str) -> None:
+    random = np.random.default_rng(4)
+    for exponent in (-44, -30, 0, 30, 37):
+        vectors = (random.normal(size=(8, 300)) * 10.0**exponent).astype(np.float32)
+        for storage in ("float32", "int8"):
+            items = ops.cur_pack(vectors, storage)
+            for factor in (1e-40, 1e-10, 1.0, 1e20):
+                queries = (random.normal(size=(2, 8)) * factor).astype(np.float32)
+                with np.errstate(over="ignore"):
+                    true_ids, true_scores = expected(queries, items, 20)
+                ids, scores = ops.cur_topk(queries, items, 20)
+                np.testing.assert_array_equal(scores, true_scores)
+                np.testing.assert_array_equal(ids, true_ids)
+
+
+def test_infinite_items_are_ordered_and_nan_is_refused(isa: str) -> None:
+    vectors = np.random.default_rng(2).normal(size=(2, 100)).astype(np.float32)
+    vectors[0, 40], vectors[1, 50], vectors[0, 60] = np.inf, -np.inf, np.inf
+    items = ops.cur_pack(vectors, "float32")
+    ids, scores = ops.cur_topk(np.array([[1.0, 0.5]], np.float32), items, 100)
+    true_ids, true_scores = expected(np.array([[1.0, 0.5]], np.float32), items, 100)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_array_equal(scores, true_scores)
+    with pytest.raises(ValueError, match="query 0, item 50"):
+        ops.cur_topk(np.array([[1.0, 0.0]], np.float32), items, 3)
+    with pytest.raises(ValueError, match="query 0, column 1"):
+        ops.cur_topk(np.array([[1.0, np.nan]], np.float32), items, 3)
+    vectors[1, 70] = np.nan
+    with pytest.raises(ValueError, match="item 70 in row 1"):
+        ops.cur_pack(vectors, "float32")
+    vectors[1, 70] = 0
+    with pytest.raises(ValueError, match="finite for int8"):
+        ops.cur_pack(vectors, "int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"queries": np.ones((1, 3), np.float32)}, ValueError, r"queries must be \(B, 4\)"),
+        ({"queries": np.ones((1, 4))}, TypeError, "queries must be a float32"),
+        ({"k": 0}, ValueError, "k must be"),
+        ({"exclude": [40]}, ValueError, r"within 0 \.\. 39"),
+        ({"exclude": np.zeros((2, 1), int)}, ValueError, r"exclude must be integers \(1, E\)"),
+        ({"items": []}, TypeError, "items must be PackedItems"),
+        ({"rescore": ops.cur_pack(np.ones((4, 40), np.float32), "float32")}, ValueError, "rescore must be"),
+        ({"threads": 0}, ValueError, "num_threads"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {
+        "queries": np.ones((1, 4), np.float32), "items": ops.cur_pack(np.ones((4, 40), np.float32), "float32"), "k": 3,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        ops.cur_topk(**(given | change))
+
+
+def test_wrong_buffers_are_named() -> None:
+    items = ops.cur_pack(np.ones((4, 40), np.float32), "int8")
+    good = {"data": items.data, "scale": items.scale, "storage": "int8", "width": 4, "count": 40}
+    for change, error, message in (
+        ({"storage": "int4"}, ValueError, "storage must be one of"),
+        ({"data": items.data[:2]}, ValueError, "data must be C-contiguous"),
+        ({"data": items.data.view(np.int8)}, TypeError, "data must be a uint8"),
+        ({"scale": None}, TypeError, "scale must be"),
+        ({"scale": items.scale * 0}, ValueError, "scale must be positive"),
+        ({"width": 5, "scale": items.scale}, ValueError, "data must be"),
+        ({"count": -1}, ValueError, "count must be"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.PackedItems(**(good | change))

@@ -48,7 +48,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(isa: str, dtype:
         assert result.shape == exact.shape
         ours.append(result - exact)
         theirs.append(plain.double().numpy() - exact)
-    factor = 2.0 if dtype == "float32" or isa == "avx512_bf16" else 1.0  # elsewhere inputs stay float32: better
+    factor = 2.0 if dtype == "float32" or isa in ops.BFLOAT16_LEVELS else 1.0  # elsewhere inputs stay float32: better
     assert rms(np.concatenate([e.ravel() for e in ours])) <= factor * rms(np.concatenate([e.ravel() for e in theirs]))
 
 
@@ -59,7 +59,7 @@ def test_no_element_exceeds_the_bound_of_its_own_sum(isa: str, dtype: str, shape
     inputs, weights = x.astype(np.float64), w.astype(np.float64)
     if dtype == "bfloat16":  # after the stated rounding of weights, and of inputs where the level has bfloat16
         weights = torch.from_numpy(w).bfloat16().double().numpy()
-        inputs = torch.from_numpy(x).bfloat16().double().numpy() if isa == "avx512_bf16" else inputs
+        inputs = torch.from_numpy(x).bfloat16().double().numpy() if isa in ops.BFLOAT16_LEVELS else inputs
     # Higham's bound for a sum of k products and a bias in float32, in any order.
     bound = (shape[2] + 2) * 2.0**-24 * (np.abs(inputs) @ np.abs(weights).T + np.abs(bias))
     result = _cpu.linear(x, w, bias, dtype, "identity", isa)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ SIZES = [(32, 64), (384, 96), (33, 48), (64, 17), (7, 5), (1, 1)]  # (inputs, ou
 
 
 LEVELS = ops.cpu_info()["supported"]
-KINDS = [(level, "float32") for level in LEVELS] + [(level, "bfloat16") for level in LEVELS if level == "avx512_bf16"]
+KINDS = [(level, "float32") for level in LEVELS]
+KINDS += [(level, "bfloat16") for level in LEVELS if level in ops.BFLOAT16_LEVELS]
 
 
 @pytest.fixture(params=KINDS, ids="-".join)
@@ -32,12 +34,12 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[Any]:
     ops.set_isa(None)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 24, 25, 100, 217])
-def test_error_is_at_most_twice_torchs(dtype: Any, rows: int) -> None:
-    # Over all sizes together: a single tiny product of torch may be right by luck.
-    torch.manual_seed(rows)
+def test_error_is_at_most_twice_torchs(dtype: Any) -> None:
+    # Over all sizes and numbers of rows together: a single tiny product of torch may be right by luck, and for a
+    # product of one row its libraries have other routines, whose sums are shorter.
+    torch.manual_seed(1)
     errors: list[list[Any]] = [[], []]
-    for inputs, outputs in SIZES:
+    for rows, (inputs, outputs) in product([1, 7, 24, 25, 100, 217], SIZES):
         linear = torch.nn.Linear(inputs, outputs, bias=outputs != 48).to(dtype)
         x = torch.randn(rows, inputs).to(dtype)
         with torch.inference_mode():

@@ -18,11 +18,11 @@ INLINE unsigned not_below(vf a, vf b) {
 
 // Rare beside the products: one in some hundred items is appended. An infinite item has no bounds.
 __attribute__((noinline)) void append(CurReservoir& r, vf score, vf bound, unsigned lanes, int32_t first) {
+    const vf upper = score + bound, lower = score - bound;
     for (; lanes; lanes &= lanes - 1) {
         const int i = __builtin_ctz(lanes);
-        const float upper = score[i] + bound[i], lower = score[i] - bound[i];
-        r.upper[r.count] = upper == upper ? upper : __builtin_inff();
-        r.lower[r.count] = lower == lower ? lower : -__builtin_inff();
+        r.upper[r.count] = upper[i] == upper[i] ? upper[i] : __builtin_inff();
+        r.lower[r.count] = lower[i] == lower[i] ? lower[i] : -__builtin_inff();
         r.ids[r.count++] = first + i;
     }
 }
@@ -117,56 +117,7 @@ INLINE int64_t int8_scan(const CurScan& g, int64_t begin, int64_t end) {
     return begin;
 }
 #else
-// V tiles of 16 int8 items with Q queries: Q * V accumulators. The items are the unsigned operand and the query the
-// signed one, so that what the items' offset of 128 adds to a product is one number for each query.
-template <int Q, int V, bool Scaled>
-INLINE void int8_tiles(const CurScan& g, int64_t tile, int query) {
-    const char* p = g.tiles + tile * g.tile_bytes;
-    const int8_t* q = static_cast<const int8_t*>(g.q) + query * g.ldq;
-    vi sum[Q][V];
-    for (int r = 0; r < Q; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = splat_int(g.start[query + r]);
-    for (int at = 0; at < g.width; at += 4) {
-        vi b[V];
-        for (int v = 0; v < V; ++v) b[v] = load_as<vi>(p + v * g.tile_bytes + at * kCurTile);
-        for (int r = 0; r < Q; ++r) {
-            const vi a = splat_int(load_as<int32_t>(q + r * g.ldq + at));
-            for (int v = 0; v < V; ++v) S8::dot(sum[r][v], b[v], a);
-        }
-    }
-    for (int v = 0; v < V; ++v) {
-        const int64_t item = (tile + v) * kCurTile;
-        const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
-        const vf norm = norms_of(g, p + v * g.tile_bytes, 0), scale = Scaled ? scales_of(g, item, lanes) : splat(1.0f);
-        for (int r = 0; r < Q; ++r)
-            keep<Scaled>(g, query + r, __builtin_convertvector(sum[r][v], vf), norm, scale, item, (1u << lanes) - 1);
-    }
-}
-
-template <int V, bool Scaled>
-INLINE void int8_queries(const CurScan& g, int64_t tile) {
-    int query = 0;
-    for (; query + 8 <= g.queries; query += 8) int8_tiles<8, V, Scaled>(g, tile, query);
-    if (query + 4 <= g.queries) int8_tiles<4, V, Scaled>(g, tile, query), query += 4;
-    for (; query < g.queries; ++query) int8_tiles<1, V, Scaled>(g, tile, query);
-}
-
-template <bool Scaled>
-INLINE int64_t int8_scan(const CurScan& g, int64_t begin, int64_t end) {
-    bool full = false;
-    while (begin < end && !full) {
-        if (begin + 3 <= end) {
-            int8_queries<3, Scaled>(g, begin);
-            begin += 3;
-        } else {
-            int8_queries<1, Scaled>(g, begin);
-            begin += 1;
-        }
-        for (int query = 0; query < g.queries; ++query)
-            full |= g.reservoirs[query].count > g.reservoirs[query].limit;
-    }
-    return begin;
-}
+#include "cur_int8.inl"
 #endif
 
 // A tile of 16 float32 or bfloat16 items with Q queries: four items at a time, summed along the width.

@@ -113,13 +113,14 @@ struct Prepared {
     std::vector<double> unit, exact;  // exact: (rows, values of Exact)
 
     Prepared(const CurTopk& g, int64_t begin, int64_t rows, int64_t exact_values)
-        : ld(values_of(g.storage, g.width)),
-          q(rows * ld * (g.storage == Precision::kInt8 ? 1 : sizeof(float))),
-          start(rows),
-          slack(rows),
-          constant(rows),
+        : ld(g.storage == Precision::kInt8 ? (g.width + 63) / 64 * 64 : values_of(g.storage, g.width)),
+          q((rows + 31) / 32 * 32 * ld * (g.storage == Precision::kInt8 ? 1 : sizeof(float))),
+          start(rows + 16),
+          slack(rows + 16),
+          constant(rows + 16),
           unit(rows),
           exact(rows * exact_values) {
+        std::fill_n(q.get(), q.size(), '\0');
         std::vector<double> folded(g.width);
         for (int64_t r = 0; r < rows; ++r) {
             const float* row = g.queries + (begin + r) * g.width;
@@ -142,7 +143,6 @@ struct Prepared {
                     to[i] = static_cast<int8_t>(value);
                     error += std::pow(folded[i] / unit[r] - value, 2), rounded += value * value, sum += to[i];
                 }
-                std::fill(to + g.width, to + ld, 0);
                 start[r] = -128 * sum;
                 relative = std::sqrt(error) + 8 * 0x1p-24 * std::sqrt(rounded);
                 absolute = 0;
@@ -158,7 +158,6 @@ struct Prepared {
                 unit[r] = std::ldexp(1.0, exponent);
                 float* to = q.as<float>() + r * ld;
                 for (int i = 0; i < g.width; ++i) to[i] = static_cast<float>(std::ldexp(folded[i], -exponent));
-                std::fill(to + g.width, to + ld, 0.0f);
                 relative = (g.width + 16) * 0x1.01p-24 * std::ldexp(norm, -exponent);
                 absolute = g.width * 0x1p-123;
             }
@@ -248,7 +247,7 @@ private:
         CurScan scan{};
         scan.storage = g_.storage;
         scan.tile_bytes = tile_bytes_of(g_.storage, g_.width);
-        scan.width = static_cast<int>(queries_.ld), scan.ldq = queries_.ld;
+        scan.width = static_cast<int>(values_of(g_.storage, g_.width)), scan.ldq = queries_.ld;
         scan.queries = static_cast<int>(rows_);
         scan.q = queries_.q.get(), scan.start = queries_.start.data();
         scan.slack = queries_.slack.data(), scan.constant = queries_.constant.data();
@@ -349,9 +348,9 @@ private:
 
     void rescore(int64_t r, const std::vector<Candidate>& open, int64_t begin, int64_t end, std::vector<Scored>& done,
                  int threads) {
-        const size_t before_ = done.size();
-        done.resize(before_ + (end - begin));
-        Scored* out = done.data() + before_;
+        const size_t done_before = done.size();
+        done.resize(done_before + (end - begin));
+        Scored* out = done.data() + done_before;
         run_parallel(static_cast<int>((end - begin + kRescored - 1) / kRescored), threads, [&](int task) {
             const int64_t from = begin + task * kRescored, to = std::min(from + kRescored, end);
             for (int64_t i = from; i < to; ++i) {

@@ -3,6 +3,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fastrerank::cpu {
@@ -10,6 +14,16 @@ namespace {
 
 #if defined(__x86_64__)
 bool bit(unsigned reg, int i) { return reg >> i & 1; }
+
+// Linux grants a process the tiles' 8 KB of state when asked (arch_prctl ARCH_REQ_XCOMP_PERM, component 18); threads
+// inherit that.
+bool tiles_granted() {
+#if defined(__linux__)
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return false;
+#endif
+}
 
 Isa detect() {
     unsigned a, b, c, d;
@@ -22,7 +36,10 @@ Isa detect() {
     const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && bit(c, 11);  // F DQ BW VL VNNI
     if (!zmm || !avx512) return Isa::kAvx2;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return Isa::kAvx512;  // AVX512_BF16
-    return Isa::kAvx512Bf16;
+    const bool saved = (lo & 0x60000) == 0x60000;  // the system saves tiles and their configuration
+    if (!saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::kAvx512Bf16;
+    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);  // AMX_BF16 AMX_TILE AMX_INT8
+    return amx && tiles_granted() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 #else
 Isa detect() { return Isa::kPortable; }
@@ -42,6 +59,7 @@ const Kernels* kernels(Isa isa) {
         case Isa::kAvx2: return avx2_kernels();
         case Isa::kAvx512: return avx512_kernels();
         case Isa::kAvx512Bf16: return avx512_bf16_kernels();
+        case Isa::kAmx: return amx_kernels();
     }
     return nullptr;
 }

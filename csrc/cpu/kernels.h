@@ -11,7 +11,8 @@
 
 namespace fastrerank::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+constexpr int kLevels = 5;
 enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row.
@@ -184,9 +185,9 @@ struct CurScan {
     int32_t first;         // id of the first item
     int width;             // values of an item as stored, padding included
     int queries;
-    const void* q;         // (queries, ldq) int8 or float32, zero in the padding
-    int64_t ldq;
-    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only
+    const void* q;         // (queries, ldq) int8 or float32, zero in the padding: int8 has rows for 32 queries and
+    int64_t ldq;           // columns for 64 values, in whole multiples
+    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only; 16 may be read where one is, as of the next two
     const float *slack, *constant; // (queries,)
     CurReservoir* reservoirs;      // (queries,)
 };
@@ -235,5 +236,6 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* amx_kernels();
 
 }  // namespace fastrerank::cpu

@@ -23,7 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def packs(dtype: torch.dtype) -> bool:
     """Whether linear layers of this precision can be packed: float32, or bfloat16 where the CPU level multiplies it."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops.isa() == "avx512_bf16")
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops.isa() in ops.BFLOAT16_LEVELS)
 
 
 class PackedLinear(torch.nn.Module):

@@ -53,6 +53,9 @@ def __getattr__(name: str) -> Any:
     return op
 
 
+# Levels that multiply bfloat16 inputs as they are; the others widen weights and keep inputs in float32.
+BFLOAT16_LEVELS = ("avx512_bf16", "amx")
+
 _threads: int | None = None
 _isa: str | None = None
 
@@ -89,7 +92,7 @@ def _available_cpus() -> int:
 def set_isa(level: str | None) -> None:
     """Choose the instruction-set level of models loaded from now on; None restores the best one.
 
-    `level` is "portable", "avx2", "avx512" or "avx512_bf16". Raises ValueError for one that this CPU lacks.
+    `level` is "portable", "avx2", "avx512", "avx512_bf16" or "amx". Raises ValueError for one that this CPU lacks.
     """
     global _isa
     _isa = None if level is None else _checked(level, "level")

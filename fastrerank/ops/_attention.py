@@ -53,7 +53,7 @@ def attention(
     Returns (T, H, D) in q's dtype, and with `return_lse` float32 (T, H) of natural logarithms. A row without keys
     (padding) gets zeros and -infinity. Sums are float32 on every device, float32 inputs are not rounded (no tf32).
     The softmax's weights are rounded to 16 bits before they meet 16-bit values on GPUs and, for bfloat16, on CPUs of
-    level avx512_bf16; elsewhere the CPU computes 16-bit inputs in float32.
+    levels avx512_bf16 and amx; elsewhere the CPU computes 16-bit inputs in float32.
 
     Intervals may come in any order; what is fast is neighbouring rows that see nearly the same keys. The CPU checks
     `lo` and the others. A GPU would have to be waited for: there intervals are clamped to [0, S), and keys that both

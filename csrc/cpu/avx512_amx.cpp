@@ -1,0 +1,19 @@
+// AVX-512 with BF16 and AMX (tiles of 8-bit and bfloat16 products): Sapphire Rapids and later.
+#include <cstdint>
+#include "kernels.h"
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#include <immintrin.h>
+
+namespace fastrerank::cpu {
+namespace {
+constexpr Isa kIsa = Isa::kAmx;
+constexpr const char* kName = "amx";
+#include "avx512_bf16.inl"
+#include "level.inl"
+}  // namespace
+
+const Kernels* amx_kernels() { return &kTable; }
+}  // namespace fastrerank::cpu
+#else
+const fastrerank::cpu::Kernels* fastrerank::cpu::amx_kernels() { return nullptr; }
+#endif
