@@ -28,7 +28,7 @@ def share(name: str, value: Any) -> float:
 
 def as_scores(name: str, value: Any, width: int | None = None) -> npt.NDArray[Any]:
     """`value` as a real (K, N) array with K at least 1, without NaN and infinity. Not copied."""
-    array = np.asanyarray(value)
+    array: npt.NDArray[Any] = np.asanyarray(value)
     if array.dtype.kind not in "fiu" or array.ndim != 2:
         raise ValueError(f"{name} must be a matrix of numbers ({width or 'K'}, N), got {array.dtype} {array.shape}")
     if array.shape[0] < 1 or (width is not None and array.shape[0] != width):
@@ -40,7 +40,8 @@ def as_scores(name: str, value: Any, width: int | None = None) -> npt.NDArray[An
         finite = np.isfinite(array[:, begin : begin + (1 << 14)])
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            raise ValueError(f"{name} must be finite, got {array[row, begin + column]} in row {row} for item {begin + column}")
+            item = begin + column
+            raise ValueError(f"{name} must be finite, got {array[row, item]} in row {row} for item {item}")
     return array
 
 

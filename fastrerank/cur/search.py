@@ -90,11 +90,14 @@ def round_sizes(budget: int, rounds: int, first: float) -> list[int]:
     return [head, *(int(size) for size in np.diff(cuts))]
 
 
-def adaptive_search(items: Candidates, score: PairScorer, plan: Plan, effort: Effort) -> tuple[Ids, Floats]:
+def adaptive_search(
+    items: Candidates, score: PairScorer, plan: Plan, effort: Effort, named_by: Callable[[Ids], Ids]
+) -> tuple[Ids, Floats]:
     """Spend the plan's calls on B queries in lockstep; return all scored items and scores, each (B, budget).
 
     `score(queries, ids)` is called once per round with the pairs of all queries: numbers of queries and item ids,
-    int64 (n,). No pair comes twice. Raises what `checked_scores` raises.
+    int64 (n,). No pair comes twice. `named_by` gives the ids by which errors name items. Raises what
+    `checked_scores` raises.
     """
     count, budget = len(plan.first), sum(plan.sizes)
     ids = np.empty((count, budget), np.int64)
@@ -108,11 +111,14 @@ def adaptive_search(items: Candidates, score: PairScorer, plan: Plan, effort: Ef
     vectors: npt.NDArray[np.float32] = np.empty((count, 0, items.width), np.float32)
     done = 0
     for number, size in enumerate(plan.sizes):
-        chosen = plan.first if number == 0 else _next(items, plan, ids[:, :done], scores[:, :done], ridge_fits,
-                                                      vectors, size, effort)
+        chosen = (
+            plan.first
+            if number == 0
+            else _next(items, plan, ids[:, :done], scores[:, :done], ridge_fits, vectors, size, effort)
+        )
         with effort.stage("scorer"):
             queries = np.repeat(np.arange(count), size)
-            fresh = checked_scores(score, queries, chosen.reshape(-1)).reshape(count, size)
+            fresh = checked_scores(score, queries, chosen.reshape(-1), named_by).reshape(count, size)
         effort.calls += count * size
         effort.batches += 1
         ids[:, done : done + size], scores[:, done : done + size] = chosen, fresh
@@ -137,19 +143,14 @@ def _next(
 ) -> Ids:  # fmt: skip
     """The items that look best and are not scored, (B, size)."""
     with effort.stage("fit"):
-        if fits is not None:
-            weights = fits.weights()
-        else:
-            weights = _least_norm(items.width, plan, scores, vectors)
+        weights = _least_norm(items.width, plan, scores, vectors) if fits is None else fits.weights()
         if plan.mix > 0.0 and plan.prior is not None:
             weights = ((1 - plan.mix) * weights + plan.mix * plan.prior).astype(np.float32)
     with effort.stage("scan"):
         return items.top(weights, size, ids)
 
 
-def _least_norm(
-    width: int, plan: Plan, scores: Floats, vectors: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _least_norm(width: int, plan: Plan, scores: Floats, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     count, done = scores.shape
     if 0.7 * width <= done <= 1.3 * width:
         warnings.warn(
@@ -172,30 +173,29 @@ def best(ids: Ids, scores: Floats, k: int) -> tuple[Ids, Floats]:
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def checked_scores(score: PairScorer, queries: Ids, ids: Ids) -> Floats:
+def checked_scores(score: PairScorer, queries: Ids, ids: Ids, label: Callable[[Ids], Ids] | None = None) -> Floats:
     """`score(queries, ids)` as float64 (n,).
 
     Raises RuntimeError if the scorer raises, ValueError for what is not n numbers or not finite; both name items.
     """
+    shown = ids if label is None else label(ids)
     try:
         returned = score(queries, ids)
     except Exception as error:
-        raise RuntimeError(
-            f"the scorer failed on items {named(ids)}: {type(error).__name__}: {error}"
-        ) from error
+        raise RuntimeError(f"the scorer failed on items {named(shown)}: {type(error).__name__}: {error}") from error
     try:
         values = np.asarray(returned, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the scorer must return one number per item, got {type(returned).__name__} for items {named(ids)}"
+            f"the scorer must return one number per item, got {type(returned).__name__} for items {named(shown)}"
         ) from error
     if values.shape != ids.shape:
         raise ValueError(
-            f"the scorer must return {len(ids)} scores, one per item, got shape {values.shape} for items {named(ids)}"
+            f"the scorer must return {len(ids)} scores, one per item, got shape {values.shape} for items {named(shown)}"
         )
-    bad = ids[~np.isfinite(values)]
-    if bad.size:
-        raise ValueError(f"the scorer returned NaN or infinity for items {named(bad)}")
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise ValueError(f"the scorer returned NaN or infinity for items {named(shown[bad])}")
     return values
 
 

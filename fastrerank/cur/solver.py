@@ -42,7 +42,9 @@ class RidgeFits:
         self._vectors = np.empty((count, capacity, width))  # float64: a small ridge needs exact products
         self._inverse = np.zeros((count, capacity, capacity))  # of the lower Cholesky factor
         self._whitened = np.empty((count, capacity))  # inverse factor times residuals
-        self._prior = np.zeros((count, width)) if prior is None else np.broadcast_to(prior, (count, width)).astype(float)
+        self._prior = (
+            np.zeros((count, width)) if prior is None else np.broadcast_to(prior, (count, width)).astype(float)
+        )
 
     def add(self, vectors: npt.NDArray[np.float32], scores: Floats) -> None:
         """Add m scored items to each query: vectors float32 (B, m, K), exact scores (B, m)."""
@@ -74,24 +76,25 @@ class RidgeFits:
         """The fitted u of every query, float32 (B, K)."""
         n = self.size
         fitted = np.matmul(self.alpha()[:, None], self._vectors[:, :n])[:, 0]
-        return (self._prior + fitted).astype(np.float32)
+        result: npt.NDArray[np.float32] = (self._prior + fitted).astype(np.float32)
+        return result
 
     def errors(self) -> Floats:
         """What each score differs from its estimate by the other scores (leave-one-out), (B, n)."""
         n = self.size
-        diagonal = np.square(self._inverse[:, :n, :n]).sum(axis=1)
-        result: Floats = self.alpha() / diagonal
+        result: Floats = self.alpha() / np.square(self._inverse[:, :n, :n]).sum(axis=1)
         return result
 
 
 def _cholesky(matrices: Floats, ridge: float) -> Floats:
     try:
-        return np.linalg.cholesky(matrices)
+        factors: Floats = np.linalg.cholesky(matrices)
     except np.linalg.LinAlgError as error:
         raise ValueError(
-            f"ridge={ridge:.3g} is too small for these item vectors: items that are nearly equal make the fit singular. "
-            "Pass a larger ridge, or ridge=0 for the pseudo-inverse"
+            f"ridge={ridge:.3g} is too small for these item vectors: items that are nearly equal make the fit "
+            "singular. Pass a larger ridge, or ridge=0 for the pseudo-inverse"
         ) from error
+    return factors
 
 
 def least_norm(vectors: npt.NDArray[Any], scores: npt.NDArray[Any]) -> Floats:
