@@ -25,6 +25,7 @@ from fastrerank.cur.ridge import held_out_ridge
 from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, best, round_sizes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
+from fastrerank.cur.tuning import Trial, tune
 
 __all__ = ["CURIndex", "Settings"]
 
@@ -72,7 +73,7 @@ class CURIndex:
                 logits, not probabilities: saturated scores are not low-rank.
             storage: "float32", "bfloat16" or "int8".
             scales: of int8, "item" or "anchor".
-            ridge: relative, see `Settings`; 0 is the published pseudo-inverse; None chooses it on held-out anchor queries.
+            ridge: relative, see `Settings`; 0 is the published pseudo-inverse; None: chosen on held-out queries.
             anchors: items of first rounds: "greedy", "leverage" or "random", or their ids, the first ones first.
             seed: of what is drawn.
             items: the N items' texts, for `search_reranker`.
@@ -250,6 +251,13 @@ class CURIndex:
             "scorer": held.scorer,
         }
 
+    def texts(self, ids: npt.ArrayLike) -> list[str]:
+        """The texts of the items `ids`. ValueError where the index holds none."""
+        held = self._contents
+        if held.texts is None:
+            raise ValueError("the index holds no texts: give items= when it is made")
+        return [held.texts[int(place)] for place in held.positions("ids", as_ids("ids", ids))]
+
     def vectors(self) -> npt.NDArray[np.float32]:
         """The stored item vectors as columns, float32 (K, N), in the order of `ids`."""
         return np.concatenate([shard.vectors() for shard in self._contents.shards], axis=1)
@@ -392,6 +400,23 @@ class CURIndex:
             options["seeds"] = [options["seeds"]]
         ids, scores = self.search_many(score, len(queries), k, budget, rounds, **options)
         return (ids[0], scores[0]) if single else (ids, scores)
+
+    def tune(self, k: int = 10, budget: int = 200, *, queries: int = 48, seed: int = 0) -> list[Trial]:
+        """Choose `settings` for searches of this k and budget on anchor queries that are held out, and set them.
+
+        Args:
+            k, budget: of the searches to come. queries: how many are held out, at most half. seed: which.
+
+        Returns the settings that were tried and their recall, the chosen ones first. Nothing is scored: the anchor
+        queries' scores are in the index. Raises ValueError for an index on given vectors.
+
+        Example:
+            >>> index.tune(k=10, budget=200)[0].settings  # doctest: +SKIP
+            Settings(rounds=10, first=0.1, ridge=0.02)
+        """
+        trials = tune(self, k, budget, queries=queries, seed=seed)
+        self.settings = trials[0].settings
+        return trials
 
     def estimate(self, ids: npt.ArrayLike, scores: npt.ArrayLike, *, ridge: float | None = None) -> Floats:
         """Estimated scores of all items from exact scores of some, float64 (N,), in the order of the index's ids.

@@ -88,7 +88,7 @@ class RidgeFits:
 
 def _cholesky(matrices: Floats, ridge: float) -> Floats:
     try:
-        factors: Floats = np.linalg.cholesky(matrices)
+        factors: Floats = np.linalg.cholesky(matrices).astype(np.float64, copy=False)
     except np.linalg.LinAlgError as error:
         raise ValueError(
             f"ridge={ridge:.3g} is too small for these item vectors: items that are nearly equal make the fit "
