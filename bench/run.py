@@ -153,6 +153,26 @@ def llm(
     raise typer.Exit(0 if findings.sound else 1)
 
 
+@app.command("cur")
+def cur(
+    storage: Annotated[str, typer.Option(help="precisions of the index: float32,bfloat16,int8")] = "float32,int8",
+    data: Annotated[Path, typer.Option(help="folder with cur/ and the SciFact file")] = DATA,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
+    picture: Annotated[Path | None, typer.Option(help="write recall against budget to this SVG")] = None,
+) -> None:
+    """Search with few calls: recall of CURIndex, published ANNCUR and BM25 candidates at equal budget, and its time."""
+    from rich.console import Console
+
+    from bench import cur as bench
+
+    log = Console(stderr=True)
+    try:
+        bench.run(data, tuple(storage.split(",")), json_file, picture, "python -m bench.run " + " ".join(sys.argv[1:]))
+    except (ValueError, FileNotFoundError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
 @app.command("cur-scan")
 def cur_scan(
     items: Annotated[int, typer.Option(min=1000, help="item vectors")] = 1_000_000,

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
     "AsyncReranker": "fastrerank.serve.batcher",
+    "CURIndex": "fastrerank.cur",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
@@ -29,6 +30,7 @@ _NAMES = {
 }
 __all__ = [
     "AsyncReranker",
+    "CURIndex",
     "CrossEncoder",
     "EmbeddingReranker",
     "LateInteractionReranker",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastrerank.cur import CURIndex
     from fastrerank.ops import set_num_threads
     from fastrerank.rerankers.base import list_methods, load
     from fastrerank.rerankers.cross_encoder import CrossEncoder

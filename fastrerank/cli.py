@@ -1,4 +1,4 @@
-"""The command line: `fastrerank rank | eval | bench | serve | doctor | version`.
+"""The command line: `fastrerank rank | eval | index | bench | serve | doctor | version`.
 
 Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
 else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
@@ -387,6 +387,15 @@ def _print_json(value: Any) -> None:
 
 def _warn(message: str) -> None:
     print(f"fastrerank: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _add_index_commands() -> None:
+    from . import cli_index  # it takes its options from this module
+
+    app.add_typer(cli_index.app, name="index")
+
+
+_add_index_commands()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -96,6 +96,14 @@ class Tensors(Mapping[str, Tensor]):
                 _load_pickle(file, tensors)
         return cls(tensors, spans, folder)
 
+    @classmethod
+    def of_file(cls, file: Path) -> Tensors:
+        """Open one safetensors file. Raises FileNotFoundError, and ValueError naming it if it is damaged."""
+        tensors: dict[str, Tensor] = {}
+        spans: dict[str, tuple[mmap.mmap, int, int]] = {}
+        _map_safetensors(file, tensors, spans)
+        return cls(tensors, spans, file)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._opened()[name]
 

@@ -1,0 +1,116 @@
+"""Budgeted search on real scores: recall of the exact best k at equal numbers of calls, and the time of searching.
+
+Scores are MaxSim of all-MiniLM-L6-v2 for SciFact claims and all 5,183 abstracts: 809 anchor queries, 300 test queries.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrerank import CURIndex, ops
+from fastrerank.cur.tuning import Curve, chart, recall, recall_curve
+
+BUDGETS = {10: [50, 100, 200, 500], 100: [100, 200, 500]}
+SCIFACT = "scifact-bm25-top100.jsonl.gz"
+Matrix = NDArray[Any]
+
+
+def run(data: Path, storages: tuple[str, ...], json_file: Path | None, picture: Path | None, command: str) -> None:
+    """Print the tables, and write them; raises FileNotFoundError where the data is missing."""
+    folder = data / "cur"
+    for path in (folder / "scifact_anchor.npy", folder / "scifact_test.npy", data / SCIFACT):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: give the folder that holds it with --data")
+    anchors = np.load(folder / "scifact_anchor.npy").astype(np.float32)
+    exact = np.load(folder / "scifact_test.npy").astype(np.float32)
+    curves: list[Curve] = []
+    timings: list[dict[str, Any]] = []
+    for storage in storages:
+        index = CURIndex.from_scores(anchors, storage=storage)
+        print(f"{storage}: {index.settings}")
+        for k, budgets in BUDGETS.items():
+            curves.append(_said(recall_curve(index, exact, k, budgets), f"CURIndex, {storage}"))
+            curves.append(_said(recall_curve(index, exact, k, budgets, rounds=5), f"CURIndex, {storage}, 5 rounds"))
+        timings += [_timed(index, exact, budget, storage) for budget in (100, 200, 500)]
+    plain = CURIndex.from_scores(anchors, anchors="random", ridge=0)
+    for k, budgets in BUDGETS.items():
+        curves.append(_said(recall_curve(plain, exact, k, budgets, rounds=2, first=0.5), "ANNCUR, pseudo-inverse"))
+    curves += _bm25(data, exact)
+    for curve in curves:
+        cells = "  ".join(f"{b}: {r:.4f}" for b, r in zip(curve.budgets, curve.recalls, strict=True))
+        print(f"recall@{curve.k:<4d} {curve.name:34s} {cells}   ({curve.queries} queries)")
+    for row in timings:
+        print(
+            f"{row['storage']}, budget {row['budget']}: {row['ms']:.1f} ms per query alone, of which scan "
+            f"{row['scan_ms']:.1f}, fit {row['fit_ms']:.1f}; {row['ms_of_64']:.2f} ms per query of 64 together"
+        )
+    if json_file is not None:
+        found = {"command": command, "threads": ops.num_threads(), "isa": ops.isa(), "numpy": np.__version__,
+                 "recall": [vars(curve) for curve in curves], "time": timings}  # fmt: skip
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+    if picture is not None:
+        shown = [c for c in curves if c.k == 10 and "5 rounds" not in c.name and "int8" not in c.name]
+        picture.write_text(chart(shown, "SciFact: recall of the exact best 10 of 5,183"))
+
+
+def _said(curve: Curve, name: str) -> Curve:
+    return Curve(curve.k, curve.budgets, curve.recalls, curve.queries, name)
+
+
+def _bm25(data: Path, exact: Matrix) -> list[Curve]:
+    """Retrieve and rerank: the data holds 100 BM25 candidates of the first 100 test queries, so budgets end there."""
+    places = {
+        docid: place for place, docid in enumerate(json.loads((data / "cur" / "scifact_docids.json").read_text()))
+    }
+    with gzip.open(data / SCIFACT, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    lists = [[places[c["docid"]] for c in row["candidates"]] for row in rows]
+    some = exact[: len(lists)]
+    own = np.mean([some[i, ids].max() for i, ids in enumerate(lists)])
+    other = np.mean([some[i - 1, ids].max() for i, ids in enumerate(lists)])
+    if own <= other:
+        raise ValueError("the rows of scifact_test.npy are not the queries of the SciFact file, in its order")
+    curves = []
+    for k, budgets in BUDGETS.items():
+        used = [budget for budget in budgets if k <= budget <= 100]
+        found = []
+        for budget in used:
+            best = np.full((len(lists), k), -1)
+            for row, ids in enumerate(lists):
+                kept = np.array(ids[:budget])
+                order = kept[np.argsort(-some[row, kept], kind="stable")][:k]
+                best[row, : len(order)] = order
+            found.append(recall(best, some))
+        curves.append(Curve(k, used, found, len(lists), "BM25 candidates, reranked"))
+    return curves
+
+
+def _timed(index: CURIndex, exact: Matrix, budget: int, storage: str) -> dict[str, Any]:
+    """Milliseconds per query without the scorer, whose scores are looked up; medians of 15 after 3 to warm up."""
+
+    def measured(work: Callable[[int], None]) -> tuple[float, list[dict[str, float]]]:
+        times, parts = [], []
+        for turn in range(18):
+            begin = time.perf_counter()
+            work(turn)
+            times.append(time.perf_counter() - begin - index.last_usage["seconds"]["scorer"])
+            parts.append(index.last_usage["seconds"])
+        return 1e3 * median(times[3:]), parts[3:]
+
+    alone, parts = measured(lambda turn: _none(index.search(lambda ids: exact[turn][ids], 10, budget)))
+    many, _ = measured(lambda _: _none(index.search_many(lambda q, i: exact[q, i], 64, 10, budget)))
+    stages = {f"{name}_ms": 1e3 * median(part[name] for part in parts) for name in ("scan", "fit")}
+    return {"storage": storage, "budget": budget, "ms": alone, **stages, "ms_of_64": many / 64}
+
+
+def _none(_: object) -> None:
+    return None
