@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
+    "AttentionReranker": "fastrerank.rerankers.attention",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
@@ -27,6 +28,7 @@ _NAMES = {
     "set_num_threads": "fastrerank.ops",
 }
 __all__ = [
+    "AttentionReranker",
     "CrossEncoder",
     "EmbeddingReranker",
     "LateInteractionReranker",
@@ -42,6 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastrerank.ops import set_num_threads
+    from fastrerank.rerankers.attention import AttentionReranker
     from fastrerank.rerankers.base import list_methods, load
     from fastrerank.rerankers.cross_encoder import CrossEncoder
     from fastrerank.rerankers.embedding import EmbeddingReranker
