@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/attention_mass.h"
 #include "cpu/interval.h"
 #include "cpu/kernels.h"
 #include "cpu/label_logits.h"
@@ -63,6 +64,23 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t l
     run_interval_attention(level, g, rows, keys, threads);
 }
 
+// Strides: row and head of q and k, head of out. head_weight may be 0; out (keys,), or (heads, keys) if per_head.
+void attention_mass(uintptr_t q, uintptr_t k, uintptr_t lse, uintptr_t lo, uintptr_t hi, uintptr_t row_weight,
+                    uintptr_t head_weight, uintptr_t out, int rows, int keys, int heads, int kv_heads, int head_dim,
+                    const std::array<int64_t, 5>& strides, const std::string& dtype, float scale, float softcap,
+                    bool per_head, int threads, const std::string& isa) {
+    AttentionMass g{};
+    g.q = reinterpret_cast<const void*>(q), g.k = reinterpret_cast<const void*>(k), g.source = source_of(dtype);
+    g.q_row = strides[0], g.q_head = strides[1], g.k_row = strides[2], g.k_head = strides[3], g.out_head = strides[4];
+    g.rows = rows, g.keys = keys, g.heads = heads, g.group = heads / kv_heads, g.head_dim = head_dim;
+    g.lse = floats(lse), g.row_weight = floats(row_weight), g.head_weight = floats(head_weight);
+    g.lo = reinterpret_cast<const int32_t*>(lo), g.hi = reinterpret_cast<const int32_t*>(hi);
+    g.scale = scale, g.softcap = softcap, g.per_head = per_head, g.out = reinterpret_cast<float*>(out);
+    const Kernels& level = *kernels_of(isa);
+    const py::gil_scoped_release release;
+    run_attention_mass(level, g, threads);
+}
+
 // Row strides of hidden (rows, width) and weight (labels, width). gamma and beta (width,) and bias (labels,) point to
 // float32 or are 0; order (rows, labels) points to int32 or is 0.
 void label_logits(uintptr_t hidden, const std::string& hidden_dtype, int64_t hidden_row, int64_t rows, uintptr_t weight,
@@ -104,6 +122,10 @@ void add_tensor_ops(py::module_& m) {
           py::arg("lo"), py::arg("hi"), py::arg("plo"), py::arg("phi"), py::arg("rows"), py::arg("keys"),
           py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("strides"), py::arg("dtype"),
           py::arg("scale"), py::arg("softcap"), py::arg("threads"), py::arg("isa"));
+    m.def("attention_mass", &attention_mass, py::arg("q"), py::arg("k"), py::arg("lse"), py::arg("lo"), py::arg("hi"),
+          py::arg("row_weight"), py::arg("head_weight"), py::arg("out"), py::arg("rows"), py::arg("keys"),
+          py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("strides"), py::arg("dtype"),
+          py::arg("scale"), py::arg("softcap"), py::arg("per_head"), py::arg("threads"), py::arg("isa"));
     m.def("label_logits", &label_logits, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_row"),
           py::arg("rows"), py::arg("weight"), py::arg("weight_dtype"), py::arg("weight_row"), py::arg("labels"),
           py::arg("width"), py::arg("norm"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("bias"),

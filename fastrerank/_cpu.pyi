@@ -71,6 +71,28 @@ def attention(
     threads: int,
     isa: str,
 ) -> None: ...
+def attention_mass(
+    q: int,
+    k: int,
+    lse: int,
+    lo: int,
+    hi: int,
+    row_weight: int,
+    head_weight: int,
+    out: int,
+    rows: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    strides: list[int],
+    dtype: str,
+    scale: float,
+    softcap: float,
+    per_head: bool,
+    threads: int,
+    isa: str,
+) -> None: ...
 def norm_rows(
     x: int,
     dtype: str,

@@ -113,6 +113,26 @@ struct IntervalTask {
     char* scratch;         // interval_scratch(head_dim, (row_end - row_begin) * group) bytes, 64-aligned
 };
 
+// out[t] += sum over heads h of head_weight[h] * sum over rows r with lo[r] <= t < hi[r] of
+// row_weight[r] * exp(softcap(scale * q[r][h] . k[t][h / group]) - lse[r][h]), float32 from the load on. Heads of
+// weight 0 and rows whose lse is -infinity are left out.
+constexpr int kMassPanel = 48; // a multiple of every level's panel of keys
+struct AttentionMass {
+    const void *q, *k;
+    Source source;             // of q and k
+    int64_t q_row, q_head, k_row, k_head; // strides in elements
+    int rows, keys, heads, group, head_dim;
+    const float* lse;          // (rows, heads)
+    const int32_t *lo, *hi;    // (rows,)
+    const float* row_weight;   // (rows,)
+    const float* head_weight;  // (heads,) or null
+    float scale;
+    float softcap;             // 0: scores stay
+    bool per_head;             // out is (heads, keys), of stride out_head; head_weight is null
+    float* out;                // (keys,)
+    int64_t out_head;
+};
+
 // logits[r][j] = softcap(normed(x[r]) . w[j] * scale + bias[j]), float32 from the load on; NaN and infinities pass.
 enum class RowNorm : int { kNone = 0, kRms = 1, kLayer = 2 };
 constexpr int kLabelRows = 4;
@@ -197,6 +217,10 @@ struct Kernels {
                     const int64_t* offsets, int documents, float* scratch, float* out);
     // Sustained operations for `iterations` rounds of register-only multiply-adds; returns the number of operations.
     double (*peak)(Precision, int64_t iterations);
+    // The keys [key_begin, key_end); scratch: mass_scratch(head_dim, key_end - key_begin) bytes, 64-aligned. A key's
+    // bits are the same whatever the bounds are.
+    void (*attention_mass)(const AttentionMass&, int key_begin, int key_end, char* scratch);
+    size_t (*mass_scratch)(int head_dim, int keys);
 };
 
 const Kernels* kernels(Isa isa);  // null where this build or this CPU lacks the level

@@ -4,6 +4,7 @@
 #include "label_logits.inl"
 #include "attention.inl"
 #include "interval.inl"
+#include "attention_mass.inl"
 
 Format input_format(Precision p) {
     if (p == Precision::kInt8) return Format::kU8;
@@ -31,4 +32,6 @@ constexpr Kernels kTable = {kIsa,
                             rope,
                             embed,
                             max_sim,
-                            peak};
+                            peak,
+                            attention_mass,
+                            mass_scratch};

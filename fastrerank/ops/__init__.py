@@ -18,10 +18,12 @@ import fastrerank._cpu as _cpu
 
 if TYPE_CHECKING:
     from fastrerank.ops._attention import attention
+    from fastrerank.ops._attention_mass import attention_mass
     from fastrerank.ops._label_logits import label_logits
 
 __all__ = [
     "attention",
+    "attention_mass",
     "bandwidth",
     "cpu_info",
     "cuda_info",
@@ -37,7 +39,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the ops on torch tensors at first use: importing this module must not import torch."""
-    if name not in ("attention", "label_logits"):
+    if name not in ("attention", "attention_mass", "label_logits"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec("torch") is None:
         raise ImportError(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "label_logits", "max_sim"]
+__all__ = ["attention", "attention_mass", "label_logits", "max_sim"]
 
 
 def attention(
@@ -47,6 +47,50 @@ def attention(
             out[i, h] = p @ v[keys, h // group] / p.sum()
             lse[i, h] = s.max() + np.log(p.sum())
     return out, lse
+
+
+def attention_mass(
+    q: npt.NDArray[Any], k: npt.NDArray[Any], lse: npt.NDArray[Any], lo: npt.NDArray[Any], hi: npt.NDArray[Any],
+    row_weight: npt.NDArray[Any], *, head_weight: npt.NDArray[Any] | None = None, scale: float | None = None,
+    softcap: float = 0.0, per_head: bool = False, out: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:  # fmt: skip
+    """What R rows' softmax weights sum to on each of S keys, over rows and heads, each with a weight.
+
+    Args:
+        q: (R, H, D). k: (S, Hkv, D), Hkv divides H and query head h reads key head h // (H / Hkv).
+        lse: (R, H) natural logarithms of the softmax's denominators. Rows of -infinity add nothing.
+        lo, hi: integers (R,): row r is read at the keys [lo[r], hi[r]).
+        row_weight: (R,). head_weight: (H,), None for ones; heads of weight 0 are left out.
+        scale: factor of the scores, None for D**-0.5.
+        softcap: scores become softcap * tanh(score / softcap) where it is above 0.
+        per_head: one sum for each head. out: what the result is added to, None for zeros; it is not changed.
+
+    Returns (S,), or (H, S) with per_head, in q's dtype.
+
+    Example:
+        >>> one = np.ones((1, 1, 8))
+        >>> attention_mass(one, np.zeros((2, 1, 8)), np.log([[2.0]]), np.array([0]), np.array([2]), np.array([3.0]))
+        array([1.5, 1.5])
+    """
+    rows, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    sums = np.zeros((heads, k.shape[0]), q.dtype)
+    for h in range(heads):
+        if head_weight is not None and head_weight[h] == 0:
+            continue
+        for r in range(rows):
+            if lse[r, h] == -np.inf:
+                continue
+            s = k[lo[r] : hi[r], h // group] @ q[r, h] * q.dtype.type(head_dim**-0.5 if scale is None else scale)
+            if softcap > 0:
+                s = softcap * np.tanh(s / softcap)
+            sums[h, lo[r] : hi[r]] += row_weight[r] * np.exp(s - lse[r, h])
+    if not per_head:
+        total = np.zeros(k.shape[0], q.dtype)
+        for h in range(heads):
+            total += sums[h] if head_weight is None else head_weight[h] * sums[h]
+        sums = total
+    return sums if out is None else out + sums
 
 
 def label_logits(
