@@ -229,7 +229,7 @@ class _Bench:
 
 
 def workload(model: llm_models.LlmModel, folder: Path, context: int) -> IcrPrompt:
-    """Equals the prompt of preset "icr" for the query that `bench.data` chooses, with passages up to `context` tokens."""
+    """Equals the prompt of preset "icr" for the query that `bench.data` chooses, with `context` tokens or more."""
     prompts = _prompts(model)
     chosen = data.load(folder, data.PairTokenizer(model.path), documents=100, length="natural").pairs
     count = 1
@@ -316,7 +316,9 @@ def _times(dtype: str, result: Result) -> Table:
     notes = [f"{row.name}: {row.setup}" for row in result.rows]
     notes += [f"{row.name}: {row.state}: {row.detail}" for row in result.rows if row.state != "ok"]
     rounds = max((len(row.seconds) for row in result.rows), default=0)
-    notes.append(f"Ratios: medians within each of {rounds} interleaved rounds. x: times faster; of a forward: the share.")
+    notes.append(
+        f"Ratios: medians within each of {rounds} interleaved rounds. x: times faster; of a forward: the share."
+    )
     columns = ["engine", "ms", "5-95 %", "x eager", "x two-pass", "of a forward", "tokens"]
     return Table(f"{dtype}: from token ids to masses", columns, rows, notes)
 
@@ -332,7 +334,9 @@ def _peaks(dtype: str, result: Result) -> Table:
                 [row.name, *(f"{peaks[n] / MIB:.0f}" if n in peaks else "" for n in lengths),
                  f"{slopes[-1] / 1024:.0f}", f"{slopes[-1] / slopes[0]:.2f}" if len(slopes) > 1 and slopes[0] else ""]
             )  # fmt: skip
-    notes = ["Peak of the process's resident memory while a prompt is read, weights included, MiB; KiB per further token"]
+    notes = [
+        "Peak of the process's resident memory while a prompt is read, weights included, MiB; KiB per further token"
+    ]
     notes.append("between the longest two, and what that is over the same between the shortest two (1: linear).")
     columns = ["engine", *(f"{n}" for n in lengths), "KiB/token", "growth"]
     return Table(f"{dtype}: peak memory by context tokens", columns, rows, notes)

@@ -1,7 +1,7 @@
 """The engines of the attention comparison: one prompt as token ids in, masses of the documents' tokens out.
 
-The rivals run the decoder's body without its head. Every engine reads a folder whose weights are stored in the precision
-that it runs in; on a GPU they share a model.
+The rivals run the decoder's body without its head. Every engine reads a folder whose weights are stored in the
+precision that it runs in; on a GPU they share a model.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class FastRerankCore(FastRerank):
 
 
 class Eager(IcrEngine):
-    """transformers' eager attention, materialised: the published scheme's two passes, the second on the first's cache."""
+    """transformers' eager attention, materialised, in the published two passes, the second on the first's cache."""
 
     name, precision = "eager-float32", "float32"
     setup = "AutoModel, eager, output_attentions=True: prompt with N/A, then the query's rows on its keys and values"
@@ -168,7 +168,7 @@ class TwoPass(Eager):
 
         with torch.inference_mode():
             tensor = torch.from_numpy(ids)[None].to(self._model.device)
-            with reading_rows(rows, int(prompt.spans[0, 0]), int(prompt.spans[-1, 1])) as found:
+            with ReadingRows(rows, int(prompt.spans[0, 0]), int(prompt.spans[-1, 1])) as found:
                 self._model(tensor, past_key_values=cache)
         return sum(found)
 
@@ -211,7 +211,7 @@ def reading_of(prompt: IcrPrompt) -> Any:
 _reading: list[Any] = []
 
 
-class reading_rows:  # noqa: N801
+class ReadingRows:
     """While it lasts, attention "bench-two-pass" appends each layer's masses of the keys [begin, end) to a list."""
 
     def __init__(self, rows: int, begin: int, end: int) -> None:
@@ -241,7 +241,10 @@ def register_two_pass() -> None:
             scores = (last @ key[0].float().transpose(1, 2)).view(query.shape[1], rows, -1)
             scores *= size**-0.5 if scaling is None else scaling
             count = scores.shape[-1]
-            hidden = torch.arange(count, device=query.device) > torch.arange(count - rows, count, device=query.device)[:, None]
+            hidden = (
+                torch.arange(count, device=query.device)
+                > torch.arange(count - rows, count, device=query.device)[:, None]
+            )
             found.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1)[:, :, begin:end].mean(1).sum(0))
         return result
 

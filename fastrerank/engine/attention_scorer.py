@@ -46,13 +46,14 @@ class AttentionScorer:
         head_count: query heads of a layer.
         max_length: tokens that the model's positions allow; None where its config names no limit.
         budget: tokens that the device's memory has room for; None on a CPU without a limit.
+        kept_bytes: bytes that `keep` holds of each token.
     """
 
     def __init__(
         self, runner: PackedBackbone, weights: dict[int, torch.Tensor | None], *, dtype: str, budget: int | None,
-        num_threads: int | None, heads: tuple[Head, ...] | None,
+        num_threads: int | None, heads: tuple[Head, ...] | None, kept_bytes: int,
     ) -> None:  # fmt: skip
-        self._runner, self._weights = runner, weights
+        self._runner, self._weights, self.kept_bytes = runner, weights, kept_bytes
         self.dtype, self.device, self.budget, self.num_threads = dtype, runner.device, budget, num_threads
         config = runner.backbone.config.get_text_config()
         self.heads, self.layers = heads, int(config.num_hidden_layers)
@@ -135,11 +136,14 @@ class AttentionScorer:
                 )
             if early_exit:
                 release_unused(runner, lambda: read(runner, probe, by_layer))
+            kept = Kept(probe.shared[: probe.first])
+            alone = Reading(kept.ids, (), probe.first, 0, 0, np.zeros(0, np.float32))
+            read(runner, alone, by_layer, keep=kept)
         each = bytes_per_token(config, kind.itemsize, packed=True)
         unlimited = place.type == "cpu" and memory_limit is None
         return cls(
             runner, by_layer, dtype=dtype, budget=None if unlimited else device_budget(place, each, memory_limit),
-            num_threads=num_threads, heads=chosen,
+            num_threads=num_threads, heads=chosen, kept_bytes=kept.nbytes // len(kept.ids),
         )  # fmt: skip
 
     def masses(self, reading: Reading, before: Kept | None = None) -> tuple[npt.NDArray[np.float32], Cost]:

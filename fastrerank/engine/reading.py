@@ -48,7 +48,10 @@ class Reading:
     weights: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, context: Ids, tail: Ids, other: Ids | None, begin: int, end: int) -> Reading:
+    def of(
+        cls, context: npt.NDArray[np.integer], tail: npt.NDArray[np.integer],
+        other: npt.NDArray[np.integer] | None, begin: int, end: int,
+    ) -> Reading:  # fmt: skip
         """Read the mean over the rows of `tail` behind `context`, less that over the rows of `other`, if there is one.
 
         What the tails begin with alike is computed once.
@@ -242,7 +245,7 @@ def _seen(batch: PackedBatch, reading: Reading, window: int | None) -> tuple[npt
     return first.astype(np.int32), np.maximum(first, np.clip(last - reading.begin, 0, size)).astype(np.int32)
 
 
-def _common(a: Ids, b: Ids) -> int:
+def _common(a: npt.NDArray[np.integer], b: npt.NDArray[np.integer]) -> int:
     most = min(len(a), len(b))
     different = a[:most] != b[:most]
     return int(different.argmax()) if different.any() else most
@@ -290,8 +293,8 @@ class _Narrow(torch.nn.Module):
 def narrow(runner: PackedBackbone, heads: Sequence[int]) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
     """Make the model's last layer project the keys that query heads `heads` read, and nothing that is not read.
 
-    Its projections must be q_proj, k_proj and v_proj, or one qkv_proj with these one after the other; others stay whole.
-    Returns what was replaced, as (parent, name, module): `setattr(parent, name, module)` puts it back.
+    Its projections must be q_proj, k_proj and v_proj, or one qkv_proj with these one after the other; others stay
+    whole. Returns what was replaced, as (parent, name, module): `setattr(parent, name, module)` puts it back.
     """
     config = runner.backbone.config.get_text_config()
     count = int(config.num_attention_heads)

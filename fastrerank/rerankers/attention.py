@@ -14,13 +14,23 @@ import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint, position_limit
 from fastrerank.engine.select import plan
+from fastrerank.rerankers.attention_context import Context
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
 from fastrerank.rerankers.recognise import names_of
 from fastrerank.text.attention_policy import Policy, read_preset
 from fastrerank.text.attention_prompts import AttentionPrompt, AttentionPrompts
 from fastrerank.text.tokenizer import check_texts
 
-__all__ = ["AttentionReranker", "core", "filtered_sum", "icr", "qrhead"]
+__all__ = [
+    "AttentionReranker",
+    "core",
+    "filtered_sum",
+    "icr",
+    "instruction_text",
+    "load_prompts",
+    "qrhead",
+    "word_limit",
+]
 
 log = logging.getLogger("fastrerank")
 
@@ -85,8 +95,8 @@ class AttentionReranker(Reranker):
     ) -> None:  # fmt: skip
         super().__init__()
         self.policy = Policy.load(preset)
-        words = _words(words_per_document, self.policy)
-        text = _instruction(instruction, self.policy)
+        words = word_limit(words_per_document, self.policy)
+        text = instruction_text(instruction, self.policy)
         checkpoint = open_checkpoint(
             model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
             trust_remote_code=trust_remote_code,
@@ -120,13 +130,22 @@ class AttentionReranker(Reranker):
         With `explain` each entry carries "tokens": the text of each token of the document's span with its mass, as
         [(text, mass), ...].
         """
-        check_top_k(top_k)
-        answer = self._answer(query, documents)
-        rows = ranked(order(answer.scores), answer.scores, documents if return_documents else None, top_k)
-        for row in rows if explain else ():
-            number = row["corpus_id"]
-            row["tokens"] = list(zip(answer.tokens[number], map(float, answer.masses[number]), strict=True))
-        return rows
+        return self._rank(query, documents, top_k, return_documents, explain, None)
+
+    def context(self, documents: Sequence[str], max_bytes: int | None = None) -> Context:
+        """Keep the keys and values of documents that several queries will be asked about; see `Context`.
+
+        Args:
+            documents: N str that fit into one prompt. max_bytes: most that may be kept; None for no bound.
+
+        Raises ValueError, before anything runs, for documents that do not fit into one prompt or into `max_bytes`.
+
+        Example:
+            >>> context = reranker.context(documents)                                  # doctest: +SKIP
+            >>> context.nbytes, context.score("who hoots?")                            # doctest: +SKIP
+            (1228800, array([0.31, 0.04], dtype=float32))
+        """
+        return Context(self, documents, max_bytes)
 
     def token_masses(self, query: str, documents: Sequence[str]) -> list[Masses]:
         """Return the masses of the tokens of each document's span, float32 (tokens,), before any are left out.
@@ -139,26 +158,40 @@ class AttentionReranker(Reranker):
         """
         return self._answer(query, documents).masses
 
-    def _answer(self, query: str, documents: Sequence[str]) -> Answer:
+    def _rank(
+        self, query: str, documents: Sequence[str], top_k: int | None, return_documents: bool, explain: bool,
+        context: Context | None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        check_top_k(top_k)
+        answer = self._answer(query, documents, context)
+        rows = ranked(order(answer.scores), answer.scores, documents if return_documents else None, top_k)
+        for row in rows if explain else ():
+            number = row["corpus_id"]
+            row["tokens"] = list(zip(answer.tokens[number], map(float, answer.masses[number]), strict=True))
+        return rows
+
+    def _answer(self, query: str, documents: Sequence[str], context: Context | None = None) -> Answer:
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         with self._call() as usage:
-            answer = self._ask(checked, texts, usage)
+            answer = self._ask(checked, texts, usage, context)
             self._finite([answer.scores])
         return answer
 
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         return [self._ask(query, texts, usage).scores for query, texts in zip(queries, documents, strict=True)]
 
-    def _ask(self, query: str, documents: list[str], usage: Usage) -> Answer:
+    def _ask(self, query: str, documents: list[str], usage: Usage, context: Context | None = None) -> Answer:
         if not documents:
             return Answer(np.zeros(0, np.float32), [], [])
         with usage.stage("tokenize"):
             prompt = self.prompts.encode(query, documents)
         if self.max_length is not None and prompt.longest > self.max_length:
+            if context is not None:
+                raise ValueError(f"the query makes a prompt of {prompt.longest} tokens, the limit is {self.max_length}")
             return self._in_windows(query, documents, prompt, usage)
         usage.truncated += int(prompt.truncated.sum())
-        return self._read(prompt, usage)
+        return self._read(prompt, usage, None if context is None else context.before(prompt.context, usage))
 
     def _read(self, prompt: AttentionPrompt, usage: Usage, before: Any = None) -> Answer:
         """One forward over a prompt that fits."""
@@ -197,7 +230,8 @@ class AttentionReranker(Reranker):
             "%d documents of %d tokens do not fit into %d: they are ranked in windows, which is less exact",
             count, int(prompt.sizes.sum()), room,
         )  # fmt: skip
-        sizes, waiting, placed = prompt.sizes, list(range(count)), []
+        sizes, waiting = prompt.sizes, list(range(count))
+        placed: list[int] = []
         masses: dict[int, Masses] = {}
         tokens: dict[int, list[str]] = {}
         while waiting:
@@ -273,14 +307,14 @@ def load_prompts(checkpoint: Checkpoint, policy: Policy, instruction: str, words
     return AttentionPrompts(tokenizer, policy, model_type=kind, instruction=instruction, words=words)
 
 
-def _instruction(wanted: str | None, policy: Policy) -> str:
+def instruction_text(wanted: str | None, policy: Policy) -> str:
     if wanted is None:
         return policy.instructions[policy.instruction]
     (text,) = check_texts([wanted], "instruction", scalar=True)
     return policy.instructions.get(text, text)
 
 
-def _words(wanted: int | None, policy: Policy) -> int | None:
+def word_limit(wanted: int | None, policy: Policy) -> int | None:
     if wanted is None:
         return policy.words
     if isinstance(wanted, bool) or not isinstance(wanted, (int, np.integer)) or wanted < 0:

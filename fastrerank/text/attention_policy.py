@@ -155,7 +155,7 @@ def read_preset(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no preset file: {error}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is no preset file: it needs a line such as heads = "13-18,14-31"') from error
-    return raw | {"heads": heads}
+    return {**raw, "heads": heads}
 
 
 def write_preset(path: Path, heads: Sequence[tuple[int, int]], about: Mapping[str, str | int | float]) -> None:

@@ -1,6 +1,7 @@
 """Prompts of the methods that read attention: paragraphs, an instruction, a query, and which tokens belong to which.
 
-    {prefix} Here are some paragraphs:{separator}[1] ...{separator}[2] ...{separator}{instruction}{separator}Query: ...{suffix}
+    {prefix} Here are some paragraphs:{separator}[1] ...{separator}[2] ...{separator}
+    {instruction}{separator}Query: ...{suffix}
 
 Spans are counted where the prompt is put together, never searched for in its text. A token belongs to a document if it
 holds one of the document's characters: one that merges the document's end with what follows still belongs to it.
@@ -28,7 +29,16 @@ EMPTY_QUERY = "N/A"
 _INTRODUCTION, _QUERY = " Here are some paragraphs:", "Query: "
 # Context that a text is tokenised in, behind a place where tokens on both sides do not depend on each other.
 _CONTEXT = 6
-_PROBES = ("The owl sleeps.", "7 mice, 12 owls", "\nsecond [3] line", "{x} (two)", "東京は大きい", "ends here.\n", "", " x ")
+_PROBES = (
+    "The owl sleeps.",
+    "7 mice, 12 owls",
+    "\nsecond [3] line",
+    "{x} (two)",
+    "東京は大きい",
+    "ends here.\n",
+    "",
+    " x ",
+)
 
 Vector = npt.NDArray[np.int32]
 
@@ -41,6 +51,7 @@ class AttentionPrompt:
         context: int32 (C,), everything before the instruction.
         tail: int32 (n,), instruction and query, as far as rows are read. empty_tail: the same of `EMPTY_QUERY`.
         spans: int64 (N, 2), the tokens [start, end) of each document in `context`, in the order they were given.
+        own: int64 (N, 2), the same without the token behind the document, where the policy counts one.
         truncated: bool (N,), which documents lost text.
         places: int64 (2, C), where each token of `context` starts and ends in `text`; zeros before the run of text that
             holds the documents.
@@ -50,6 +61,7 @@ class AttentionPrompt:
     tail: Vector
     empty_tail: Vector
     spans: npt.NDArray[np.int64]
+    own: npt.NDArray[np.int64]
     truncated: npt.NDArray[np.bool_]
     places: npt.NDArray[np.int64]
     text: str
@@ -169,10 +181,13 @@ class AttentionPrompts:
         first, last = ends[0][0] - removed[0], ends[0][1] - removed[0]
         empty_first, empty_last = ends[1][0] - removed[1], ends[1][1] - removed[1]
         if first != empty_first or not np.array_equal(ids[:first], empty_ids[:first]):
-            raise ValueError("the tokens of the documents depend on the query behind them: this tokenizer is no use here")
-        spans = np.zeros((len(texts), 2), np.int64)
+            raise ValueError(
+                "the tokens of the documents depend on the query behind them: this tokenizer is no use here"
+            )
+        own = np.zeros((len(texts), 2), np.int64)
         for position, (begin, end) in enumerate(labels):
-            spans[order[position]] = self._span(places[:, :first], begin, end) + head
+            own[order[position]] = _span(places[:, :first], begin, end) + head
+        spans = np.minimum(own + np.array([0, self._extra]), head + first)
         context = np.concatenate([self._head, ids[:first]])
         tail, empty_tail = (
             np.concatenate([some, self._foot])[begin:end]
@@ -180,7 +195,13 @@ class AttentionPrompts:
         )
         shift = np.zeros((2, head), np.int64)
         return AttentionPrompt(
-            context, tail, empty_tail, spans, truncated, np.concatenate([shift, places[:, :first]], 1),
+            context,
+            tail,
+            empty_tail,
+            spans,
+            own,
+            truncated,
+            np.concatenate([shift, places[:, :first]], 1),
             run + self._end,
         )
 
@@ -297,7 +318,7 @@ class AttentionPrompts:
         return parts
 
     def _between(self, number: int, literal: str, first: int, last: int) -> _Part | None:
-        """Tokens of a literal from its first cut (or the run's beginning) to its last; characters from its beginning."""
+        """Tokens of a literal from its first cut (or the run's beginning) to its last, and their characters in it."""
         begin = 0 if number == 0 else first
         left = "" if number == 0 else f"a{literal[max(0, first - _CONTEXT) : first]}"
         right = f"{literal[last : last + _CONTEXT]}a"
@@ -370,11 +391,6 @@ class AttentionPrompts:
             last = min(last, int(np.searchsorted(places[0], stop, "left")) + self._extra)
         return first, last
 
-    def _span(self, places: npt.NDArray[np.int64], begin: int, end: int) -> npt.NDArray[np.int64]:
-        first = int(np.searchsorted(places[1], begin, "right"))
-        last = max(first, int(np.searchsorted(places[0], end, "left"))) + self._extra
-        return np.array([first, min(last, places.shape[1])])
-
     # ---- checks
 
     def _check_exact(self) -> None:
@@ -439,7 +455,14 @@ def _inside(spans: Sequence[tuple[int, int]], begin: int, end: int | None) -> sl
 
 
 def _places(spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
-    return np.array(spans, np.int64).reshape(-1, 2).T
+    places: npt.NDArray[np.int64] = np.array(spans, np.int64).reshape(-1, 2).T
+    return places
+
+
+def _span(places: npt.NDArray[np.int64], begin: int, end: int) -> npt.NDArray[np.int64]:
+    """The tokens that hold one of the characters [begin, end)."""
+    first = int(np.searchsorted(places[1], begin, "right"))
+    return np.array([first, max(first, int(np.searchsorted(places[0], end, "left")))])
 
 
 def _own(places: npt.NDArray[np.int64], size: int) -> tuple[int, int]:
