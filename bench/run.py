@@ -201,6 +201,51 @@ def cur_scan(
     raise typer.Exit(0 if found.sound else 1)
 
 
+@app.command("icr")
+def icr(
+    context: typer.Context,
+    dtype: Annotated[str, typer.Option(help="precisions on a CPU: float32,bfloat16")] = "float32,bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: the cores of this process")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="peak memory too")] = True,
+    tiny: Annotated[bool, typer.Option(help="tiny shapes: does the benchmark work?")] = False,
+    data: Annotated[Path | None, typer.Option(help="folder with the DL19 file")] = None,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="on a GPU bench/results/gpu-icr.json")] = None,
+    markdown: Annotated[bool, typer.Option(help="print Markdown instead of terminal tables")] = False,
+) -> None:
+    """Attention read-outs (ICR, CoRe) of one prompt, against eager attention, two passes and a plain forward.
+
+    On a CPU Qwen2.5-0.5B's shape at 2,048 context tokens; with --device cuda Llama-3.1-8B's with 20, 50 and 100
+    documents of 100 tokens.
+    """
+    from rich.console import Console
+
+    log = Console(stderr=True)
+    command = "python -m bench.run " + " ".join(sys.argv[1:])
+    if context.obj == "cuda":
+        from bench import gpu_icr
+
+        gpu = gpu_icr.run(gpu_icr.Options("cuda:0", tiny, rounds, command), log)
+        if json_file or not tiny:
+            gpu_icr.write_json(gpu, json_file or RESULTS / "gpu-icr.json")
+        gpu_icr.show(gpu, markdown=markdown)
+        raise typer.Exit(0 if gpu.sound else 1)
+    from bench import icr as bench
+
+    try:
+        options = bench.Options(
+            dtypes=tuple(dtype.split(",")), rounds=rounds, threads=threads or _cores(), memory=memory, tiny=tiny,
+            data=data or DATA, cache=cache or models.default_cache(), command=command,
+        )  # fmt: skip
+        findings = bench.run(options, log, lambda found: bench.write_json(found, json_file) if json_file else None)
+    except (ValueError, FileNotFoundError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    bench.show(findings, markdown=markdown)
+    raise typer.Exit(0 if findings.sound else 1)
+
+
 @app.command("all")
 def everything(
     context: typer.Context,

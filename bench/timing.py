@@ -32,7 +32,7 @@ class EngineError(RuntimeError):
 
 
 class Worker:
-    """Equals an engine of `bench.rivals.ENGINES` or `bench.llm_engines.ENGINES`, called in a process of its own.
+    """Equals an engine of the ENGINES of `bench.rivals`, `llm_engines` or `icr_engines`, in a process of its own.
 
     `environment` is set in that process before any library is loaded. What the engine prints goes to `log`.
 
@@ -109,9 +109,9 @@ def _serve(
     with log.open("w") as sink:
         os.dup2(sink.fileno(), sys.stdout.fileno())
         os.dup2(sink.fileno(), sys.stderr.fileno())
-    from bench import llm_engines, rivals
+    from bench import icr_engines, llm_engines, rivals
 
-    kinds = rivals.ENGINES | llm_engines.ENGINES
+    kinds = rivals.ENGINES | llm_engines.ENGINES | icr_engines.ENGINES
     verbs = _Verbs(kinds[name](checkpoint, cache, threads))
     while True:
         try:
@@ -178,6 +178,10 @@ class _Verbs:
 
     def peak_bytes(self) -> int:
         return peak_bytes()
+
+    def reset_peak(self) -> None:
+        """Lets the peak begin anew at what is resident now; only Linux can."""
+        Path("/proc/self/clear_refs").write_text("5")
 
     def host_peak(self, dtype: str, threads: int) -> float:
         from fastrerank.ops import peak

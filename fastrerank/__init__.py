@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "AsyncReranker": "fastrerank.serve.batcher",
     "CURIndex": "fastrerank.cur",
+    "AttentionReranker": "fastrerank.rerankers.attention",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
     "LateInteractionReranker": "fastrerank.rerankers.late_interaction",
@@ -30,6 +31,7 @@ _NAMES = {
 }
 __all__ = [
     "AsyncReranker",
+    "AttentionReranker",
     "CURIndex",
     "CrossEncoder",
     "EmbeddingReranker",
@@ -47,6 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fastrerank.cur import CURIndex
     from fastrerank.ops import set_num_threads
+    from fastrerank.rerankers.attention import AttentionReranker
     from fastrerank.rerankers.base import list_methods, load
     from fastrerank.rerankers.cross_encoder import CrossEncoder
     from fastrerank.rerankers.embedding import EmbeddingReranker

@@ -1,4 +1,4 @@
-"""The command line: `fastrerank rank | eval | index | bench | serve | doctor | version`.
+"""The command line: `fastrerank rank | eval | heads | index | bench | serve | doctor | version`.
 
 Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
 else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
@@ -30,6 +30,8 @@ from .datasets import load_dataset, write_trec_run
 from .doctor import report
 from .documents import read_documents
 from .evaluation import Evaluation, evaluate
+from .explain import print_tokens, to_html
+from .text.attention_policy import parse_heads
 
 LONG_WORK = 256  # documents from which one `rank` call may take seconds and gets a progress line
 
@@ -55,6 +57,15 @@ class Suite(str, Enum):
 
     cross_encoder = "cross-encoder"
     llm = "llm"
+    icr = "icr"
+
+
+class Rule(str, Enum):
+    """How `heads` scores a head."""
+
+    ndcg = "ndcg"
+    gold = "gold"
+    contrast = "contrast"
 
 
 class Format(str, Enum):
@@ -86,6 +97,12 @@ TemplateOption = Annotated[
     str | None, typer.Option("--template", help="Prompt of a language model: a published one's name, or a TOML file.")
 ]
 Instruction = Annotated[str | None, typer.Option(help="Replaces the prompt's instruction.")]
+HeadsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--heads", help="Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`."
+    ),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision; auto: float32 on a CPU, bfloat16 on a GPU.")]
 Device = Annotated[
     str | None, typer.Option(callback=_device, help="cpu, cuda or cuda:1; a usable GPU, else the CPU, if unsaid.")
@@ -109,6 +126,13 @@ def rank(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    heads: HeadsOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Colour the tokens by the attention that they get (icr, qrhead, core).")
+    ] = False,
+    explain_html: Annotated[
+        Path | None, typer.Option(help="Write a page that shows the same to this file; implies --explain.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Print only the best K documents.")] = None,
     as_json: AsJson = False,
     dtype: DtypeOption = Dtype.auto,
@@ -136,14 +160,24 @@ def rank(
     if not documents:
         _warn("there are no documents to rank")
     reranker = _load(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction
-    )
+        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
+        heads=_heads(heads),
+    )  # fmt: skip
+    explain = explain or explain_html is not None
+    if explain and not hasattr(reranker, "token_masses"):
+        raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
+    options = {"explain": True} if explain else {}
     start = time.perf_counter()
     with _progress(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
-        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True)
+        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
     seconds = time.perf_counter() - start
+    if explain_html is not None:
+        explain_html.write_text(to_html(query, hits), encoding="utf-8", errors="backslashreplace")
     if as_json:
-        _print_json([{"corpus_id": int(h["corpus_id"]), "score": float(h["score"]), "text": h["text"]} for h in hits])
+        _print_json(hits)
+        return
+    if explain:
+        print_tokens(Console(), hits)
         return
     rows = [(str(place), f"{hit['score']:.4f}", hit["text"]) for place, hit in enumerate(hits, start=1)]
     _print_table(
@@ -158,6 +192,7 @@ def evaluate_command(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    heads: HeadsOption = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Rerank only the first K candidates of each query.")] = None,
     run: Annotated[Path | None, typer.Option(help="Write the reranked order to this file, as a TREC run.")] = None,
     trec_run: Annotated[
@@ -183,8 +218,9 @@ def evaluate_command(
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
     judged = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
     reranker = _load(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction
-    )
+        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
+        heads=_heads(heads),
+    )  # fmt: skip
     with _progress("reranking", total=len(judged), shown=True) as advance:
         result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, progress=advance)
     if run is not None:
@@ -197,6 +233,51 @@ def evaluate_command(
     rows += [("latency p95 [ms]", "", f"{1e3 * result.latency_p95:.1f}")]
     caption = f"{len(judged)} queries, {result.judged} judged; {dtype.value}"
     _print_table(("measure", "first stage", "reranked"), rows, caption=caption)
+
+
+@app.command()
+def heads(
+    dataset: Annotated[Path, typer.Argument(help="Labelled queries: JSONL rows, or a BEIR folder.")],
+    save: Annotated[Path, typer.Option(help="Write the heads to this file (.toml), for --heads.")],
+    model: Model = None,
+    rule: Annotated[
+        Rule, typer.Option(help="ndcg, gold: QRHead's rules; contrast: CoRe's.", case_sensitive=False)
+    ] = Rule.ndcg,
+    top: Annotated[int | None, typer.Option(min=1, help="Heads to keep; as published if unsaid (16, or 8).")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the rule contrast: 0.1, or 0.001 for Mistral, Granite.")] = 0.1,
+    trec_run: Annotated[Path | None, typer.Option(help="First-stage TREC run.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements, TREC or BEIR.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries, JSONL or TSV.")] = None,
+    instruction: Instruction = None,
+    as_json: AsJson = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Find the heads of MODEL that retrieve, by the labelled queries of DATASET; goes on where it was ended."""
+    from .rerankers.attention_heads import score_heads
+
+    checkpoint = _checkpoint(model)
+    for name, path in {"DATASET": dataset, "--trec-run": trec_run, "--qrels": qrels, "--queries": queries}.items():
+        if path is not None and not path.exists():
+            raise typer.BadParameter(f"no such file: {path}", param_hint=name)
+    if save.suffix != ".toml" or not save.resolve().parent.is_dir():
+        raise typer.BadParameter(f"must be a .toml file in a folder that exists, got {save}", param_hint="--save")
+    labelled = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
+    state = save.with_suffix(".progress.jsonl")
+    with _progress("scoring heads", total=len(labelled), shown=True) as advance:
+        found = score_heads(
+            checkpoint, labelled, rule=rule.value, temperature=temperature, instruction=instruction, state=state,
+            progress=advance, device=device, dtype=dtype.value, num_threads=threads,
+        )  # fmt: skip
+    kept = found.save(save, top)
+    state.unlink()
+    if as_json:
+        scores = [{"layer": layer, "head": head, "score": float(found.scores[layer, head])} for layer, head in kept]
+        _print_json({**found.about, "queries": found.queries, "skipped": found.skipped, "heads": scores})
+        return
+    rows = [(f"{layer}-{head}", f"{found.scores[layer, head]:.4f}") for layer, head in kept]
+    _print_table(("head", "score"), rows, caption=f"{found.queries} queries; written to {save}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -307,6 +388,11 @@ def _checkpoint(model: str | None) -> str:
         example = "--model cross-encoder/ms-marco-MiniLM-L6-v2"
         raise typer.BadParameter(f"say which checkpoint to use, for example {example}", param_hint="--model")
     return model
+
+
+def _heads(value: str | None) -> Any:
+    """Pairs where heads are written as such, else the name of a list or a file."""
+    return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
 
 
 def _load(model: str, method: str | None, dtype: Dtype, **options: Any) -> Any:

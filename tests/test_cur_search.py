@@ -95,7 +95,7 @@ def test_the_budget_is_kept_and_no_item_is_paid_twice(index: Any, scores: Any, b
     scorer = Scorer(scores[85])
     ids, found = index.search(scorer, k=10, budget=budget, rounds=rounds)
     assert len(scorer.asked) == min(budget, 700) == index.last_usage["calls"]
-    best = sorted(((-scores[85, i], i) for i in scorer.asked))[:10]
+    best = sorted((-scores[85, i], i) for i in scorer.asked)[:10]
     assert ids.tolist() == [i for _, i in best]
     np.testing.assert_array_equal(found, scores[85, ids])
     if budget >= 700:

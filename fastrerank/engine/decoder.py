@@ -16,7 +16,7 @@ from fastrerank.engine.torch_linear import fuse_gated
 from fastrerank.engine.torch_loading import release_after_reading
 from fastrerank.ops import attention
 
-__all__ = ["PackedDecoder", "find_layers", "find_norm"]
+__all__ = ["WHOLE", "ChosenRows", "KeysKept", "PackedDecoder", "find_layers", "find_norm", "fuse_layers", "prune"]
 
 # Rows of a feed-forward layer at a time on a CPU: its intermediate rows stay in the cache, and memory stays small.
 FEED_FORWARD_ROWS = 512
@@ -64,17 +64,11 @@ class PackedDecoder(PackedBackbone):
         self.norm = read_norm(getattr(self.backbone, name), width)
         setattr(self.backbone, name, torch.nn.Identity())
         self.prunes = True
-        _prune(stack[-1])
-        if self.device.type == "cpu":
-            release_after_reading(self.backbone.get_input_embeddings())
-            for module in self.backbone.modules():
-                fuse_norm(module)
-            for layer in stack:
-                feed_forward = getattr(layer, "mlp", None)
-                if not isinstance(feed_forward, torch.nn.Module) or fuse_gated(feed_forward):
-                    continue
-                if hasattr(feed_forward, "down_proj"):
-                    _in_blocks(feed_forward)
+        prune(stack[-1])
+        for module in stack[-1].modules():
+            if isinstance(getattr(module, "q_proj", None), torch.nn.Module):
+                _skip_queries(module.q_proj)  # type: ignore[arg-type]
+        fuse_layers(self)
 
     def last(self, batch: PackedBatch, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return the residual stream after the last layer, before the final norm, of the chosen rows (R, hidden)."""
@@ -86,15 +80,30 @@ class PackedDecoder(PackedBackbone):
         prefixed = bool((batch.phi > batch.plo).any())
         chosen = upload(rows, self.device)
         if self.prunes:
-            return self.forward(_ChosenRows(table, self.windows, prefixed, chosen))[:count]
+            return self.forward(ChosenRows(table, self.windows, prefixed, chosen))[:count]
         return self.forward(Row(table, self.windows, prefixed))[chosen[:count]]
 
 
-class _KeysKept(Exception):
+def fuse_layers(packed: PackedBackbone) -> None:
+    """On a CPU, make norms and feed-forward layers of a decoder single passes, these over few rows at a time."""
+    if packed.device.type != "cpu":
+        return
+    release_after_reading(packed.backbone.get_input_embeddings())
+    for module in packed.backbone.modules():
+        fuse_norm(module)
+    for layer in find_layers(packed.backbone):
+        feed_forward = getattr(layer, "mlp", None)
+        if not isinstance(feed_forward, torch.nn.Module) or fuse_gated(feed_forward):
+            continue
+        if hasattr(feed_forward, "down_proj"):
+            _in_blocks(feed_forward)
+
+
+class KeysKept(Exception):
     """Ends a layer's first run, in which only its keys and values are wanted."""
 
 
-class _ChosenRows(Row):
+class ChosenRows(Row):
     """A packed row of whose last layer only some rows are wanted."""
 
     def __init__(self, table: torch.Tensor, windows: tuple[int, ...], prefixed: bool, chosen: torch.Tensor) -> None:
@@ -109,7 +118,7 @@ class _ChosenRows(Row):
     ) -> torch.Tensor:  # fmt: skip
         if self.keys_only:
             self.kept = (key[0].transpose(0, 1), value[0].transpose(0, 1))
-            raise _KeysKept
+            raise KeysKept
         if self.kept is None:
             return super().answer(query, key, value, window, scale, softcap)
         lo, hi, plo, phi = self.intervals(window)[:, self.chosen]
@@ -117,16 +126,13 @@ class _ChosenRows(Row):
         return attention(query[0].transpose(0, 1), *self.kept, lo, hi, *prefix, scale=scale, softcap=softcap)[None]
 
 
-def _prune(layer: torch.nn.Module) -> None:
-    """Make a layer compute only a `_ChosenRows`'s chosen rows, after a first run that ends at its keys and values."""
+def prune(layer: torch.nn.Module) -> None:
+    """Make a layer compute only a `ChosenRows`'s chosen rows, after a first run that ends at its keys and values."""
     whole = layer.forward
-    for module in layer.modules():
-        if isinstance(getattr(module, "q_proj", None), torch.nn.Module):
-            _skip_queries(module.q_proj)  # type: ignore[arg-type]
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         row = running()
-        if not isinstance(row, _ChosenRows):
+        if not isinstance(row, ChosenRows):
             return whole(hidden_states, *args, **kwargs)
         tokens, chosen = hidden_states.shape[1], row.chosen
 
@@ -140,7 +146,7 @@ def _prune(layer: torch.nn.Module) -> None:
         row.keys_only = True
         try:
             whole(hidden_states, *args, **kwargs)
-        except _KeysKept:
+        except KeysKept:
             row.keys_only = False
         return whole(take(hidden_states), *map(take, args), **{name: take(value) for name, value in kwargs.items()})
 
@@ -153,7 +159,7 @@ def _skip_queries(projection: torch.nn.Module) -> None:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         row = running()
-        if isinstance(row, _ChosenRows) and row.keys_only:
+        if isinstance(row, ChosenRows) and row.keys_only:
             return x.new_zeros((*x.shape[:-1], width))
         result: torch.Tensor = whole(x)
         return result

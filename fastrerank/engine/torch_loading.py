@@ -27,7 +27,7 @@ _FACTORIES = {
 }
 
 
-def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
+def load_model(checkpoint: Checkpoint, head: str, dtype: str, layers: int | None = None) -> Any:
     """Return the checkpoint's transformers model on the CPU, in evaluation mode.
 
     Args:
@@ -35,6 +35,7 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
         head: "classification" for the sequence classification model, "causal" or "seq2seq" for the language model,
             "none" for the body alone.
         dtype: precision that the backbone will have; parameters come as float32 for "float32", else as they are stored.
+        layers: how many layers the model shall have; weights of those above are never read. None for all.
 
     Raises ValueError for a model without the trained head that is asked for, weights that are missing, of another shape
     than config.json says, NaN or infinite, and for a variant that transformers does not compute.
@@ -46,7 +47,9 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
     # Heads keep the precision that they are stored in, so half precision comes after loading.
     stored = torch.float32 if dtype == "float32" else "auto"
     # torch's own attention has no soft capping, and some releases of transformers use it for such models all the same.
-    exact = {"attn_implementation": "eager"} if checkpoint.config.get("attn_logit_softcapping") else {}
+    exact: dict[str, Any] = {"attn_implementation": "eager"} if checkpoint.config.get("attn_logit_softcapping") else {}
+    if layers is not None:
+        exact["config"] = _shortened(checkpoint, layers)
     with quiet():
         model, info = factory.from_pretrained(
             str(path), dtype=stored, output_loading_info=True, local_files_only=True,
@@ -77,6 +80,20 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str) -> Any:
         if name not in missing and not _finite(parameter.detach()):
             raise ValueError(f"{path}: weight of {name} is NaN or infinite: the checkpoint is damaged")
     return model.eval()
+
+
+def _shortened(checkpoint: Checkpoint, layers: int) -> Any:
+    """The checkpoint's transformers configuration with its first layers only."""
+    config = transformers.AutoConfig.from_pretrained(
+        str(checkpoint.transformer_path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+    )
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, (list, tuple)) and len(value) == whole:  # one entry per layer, as layer_types
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -108,7 +108,7 @@ class PackedItems:
             [[1.0]]
         """
         chosen = np.arange(self.N) if ids is None else np.asarray(ids, np.int64).reshape(-1)
-        if chosen.size and not (0 <= chosen.min() and chosen.max() < self.N):
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.N):
             raise IndexError(f"ids must be within 0 .. {self.N - 1}, got {chosen.min()} .. {chosen.max()}")
         out = self._unscaled(chosen)
         if self.scale is not None:

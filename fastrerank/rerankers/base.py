@@ -224,6 +224,21 @@ _METHODS = {
         "SetwiseReranker",
         "Setwise prompting (Zhuang et al. 2023, arXiv 2310.09497); Rank-R1 (Zhuang et al. 2025, arXiv 2503.06034)",
     ),
+    "icr": (
+        "fastrerank.rerankers.attention",
+        "icr",
+        "In-Context Reranking (Chen et al. 2024, arXiv 2410.02642)",
+    ),
+    "qrhead": (
+        "fastrerank.rerankers.attention",
+        "qrhead",
+        "Query-focused retrieval heads (Zhang et al. 2025, arXiv 2506.09944)",
+    ),
+    "core": (
+        "fastrerank.rerankers.attention",
+        "core",
+        "Contrastive retrieval heads (Tran et al. 2025, arXiv 2510.02219)",
+    ),
 }
 
 
@@ -231,8 +246,8 @@ def list_methods() -> dict[str, str]:
     """Return the method names that `load` takes, each with the paper it comes from.
 
     Example:
-        >>> sorted(list_methods())
-        ['cross-encoder', 'embedding', 'late-interaction', 'listwise', 'pairwise', 'pointwise', 'setwise']
+        >>> list_methods()["icr"]
+        'In-Context Reranking (Chen et al. 2024, arXiv 2410.02642)'
     """
     return {name: paper for name, (_, _, paper) in _METHODS.items()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastrerank.checkpoint import Checkpoint
 
-__all__ = ["is_classifier", "is_layerwise", "logit_score", "method_of", "recognised_template"]
+__all__ = ["is_classifier", "is_layerwise", "logit_score", "method_of", "names_of", "recognised_template"]
 
 _LAYERWISE = "LayerWiseMiniCPMForCausalLM"
 
@@ -85,11 +85,16 @@ def _published(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """(method, template) by the checkpoint's name: its folder's, its hub id's, or the one in its config.json."""
     if is_layerwise(checkpoint):
         return "pointwise", "bge-gemma"
+    for name in names_of(checkpoint):
+        for pattern, method, template in _PUBLISHED:
+            if re.match(pattern, name):
+                return method, template
+    return None
+
+
+def names_of(checkpoint: Checkpoint) -> list[str]:
+    """Return what the checkpoint goes by, in small letters: its hub id's name, its folder's, the one in config.json."""
     names = [checkpoint.path.name, str(checkpoint.config.get("_name_or_path") or "")]
     if checkpoint.path.parent.name == "snapshots":  # .../models--owner--name/snapshots/revision
         names.insert(0, checkpoint.path.parents[1].name.split("--")[-1])
-    for name in names:
-        for pattern, method, template in _PUBLISHED:
-            if re.match(pattern, Path(name).name.lower()):
-                return method, template
-    return None
+    return [Path(name).name.lower() for name in names]

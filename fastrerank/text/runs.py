@@ -189,6 +189,22 @@ class TextTokenizer:
             whole = len(left) <= end and ids[: len(left)] == left and ids[end:] == right
             yield ids[len(left) : end] if whole else None
 
+    def unit_spans(
+        self, unit: Unit, documents: Sequence[str]
+    ) -> Iterator[tuple[list[int], list[tuple[int, int]]] | None]:
+        """As `encode_unit`, with each token's start and end in characters, counted from the document's first."""
+        prefix = self._sentinel if unit.key[2] else ""
+        skip, shift = int(unit.key[2]), len(prefix) + len(unit.left)
+        left, right = list(unit.left_ids), list(unit.right_ids)
+        for block in _blocks([f"{prefix}{unit.left}{document}{unit.right}" for document in documents]):
+            for encoding in self.tokenizer.encode_batch(block, add_special_tokens=False):
+                ids, offsets = encoding.ids[skip:], encoding.offsets[skip:]
+                end = len(ids) - len(right)
+                if len(left) <= end and ids[: len(left)] == left and ids[end:] == right:
+                    yield ids[len(left) : end], [(a - shift, b - shift) for a, b in offsets[len(left) : end]]
+                else:
+                    yield None
+
     def encode_between(self, left: str, text: str, right: str, anchored: bool) -> list[int] | None:
         """Ids of `text` between two contexts whose borders are cuts; None where a token crosses one of them."""
         ids, spans = self.encode_spans(f"{left}{text}{right}", anchored)

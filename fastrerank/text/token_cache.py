@@ -18,12 +18,16 @@ _OVERHEAD = 512
 
 
 class Tokens(NamedTuple):
-    """A document's ids with its fixed neighbours; ids[start:end] are its own, `cut` is whether its limit cut it."""
+    """A document's ids with its fixed neighbours; ids[start:end] are its own, `cut` is whether its limit cut it.
+
+    `places`, where it is kept, is int32 (2, n): where each token starts and ends, in characters of the document.
+    """
 
     ids: npt.NDArray[np.int32]
     start: int
     end: int
     cut: bool
+    places: npt.NDArray[np.int32] | None = None
 
 
 class CacheInfo(NamedTuple):
@@ -67,7 +71,8 @@ class TokenCache(Generic[K]):
 
     def put(self, kind: K, text: str, tokens: Tokens) -> None:
         """Store an entry and drop the least recently used ones beyond the limit; one larger than it is not stored."""
-        size = tokens.ids.nbytes + sys.getsizeof(text) + _OVERHEAD
+        places = 0 if tokens.places is None else tokens.places.nbytes
+        size = tokens.ids.nbytes + places + sys.getsizeof(text) + _OVERHEAD
         if size > self.limit:
             return
         with self._lock:
