@@ -33,4 +33,5 @@ constexpr Kernels kTable = {kIsa,
                             embed,
                             max_sim,
                             cur_scan,
+                            cur_exact,
                             peak};

@@ -108,7 +108,7 @@ class PackedItems:
             [[1.0]]
         """
         chosen = np.arange(self.N) if ids is None else np.asarray(ids, np.int64).reshape(-1)
-        if chosen.size and not (0 <= chosen.min() and chosen.max() < self.N):
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.N):
             raise IndexError(f"ids must be within 0 .. {self.N - 1}, got {chosen.min()} .. {chosen.max()}")
         out = self._unscaled(chosen)
         if self.scale is not None:
@@ -150,7 +150,7 @@ class PackedItems:
             over = (np.abs(vectors) > 127.5 * scale).any(axis=1).nonzero()[0]
             if over.size:
                 raise ValueError(
-                    f"vectors has values in row {over[0]} beyond what its scale holds ({127.5 * scale[over[0], 0]:.6g}); "
+                    f"vectors has values in row {over[0]} beyond its scale's {127.5 * scale[over[0], 0]:.6g}; "
                     "pack all items anew, or use scales of items"
                 )
         start = self.N // TILE * TILE  # the last tile is packed again if it is not full
@@ -245,7 +245,7 @@ def _checked(vectors: Any, storage: str, width: int | None) -> npt.NDArray[np.fl
             row, column = np.argwhere(bad)[0]
             valid = "finite" if storage == "int8" else "not NaN"
             raise ValueError(
-                f"vectors must be {valid} for {storage}, got {block[row, column]} for item {begin + column} in row {row}"
+                f"vectors must be {valid} for {storage}, got {block[row, column]} of item {begin + column} in row {row}"
             )
     return vectors
 
