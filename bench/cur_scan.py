@@ -71,8 +71,8 @@ def run(options: Options, log: Console) -> Findings:
         same = sum(len(np.intersect1d(a, b)) for a, b in zip(ids, expected, strict=True))
         found.recall[name] = same / expected.size
     _check(vectors, queries, expected)
-    packed = 16 * (options.width + 3) // 4 * 4 * -(-options.items // 16)
-    reader = _reader(packed, options)
+    tiles, padded = -(-options.items // 16), -(-options.width // 4) * 4
+    reader = _reader(tiles * 16 * (padded + 4), options)  # values and norms
     found.read = {"int8": []}
     for _ in range(options.rounds):
         found.read["int8"].append(_timed(reader))

@@ -2,13 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/cur_topk.h"
 #include "cpu_module.h"
+#include "cuda/reservoir.h"
 
 namespace py = pybind11;
 using namespace fastrerank::cpu;
@@ -38,9 +42,38 @@ std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t,
     return {static_cast<int>(fault.kind), fault.row, fault.item};
 }
 
+// The selection of the CUDA kernels, run by one host thread: the k best of scores as a block makes them of batches.
+std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::vector<float>& scores, int k, int batch) {
+    using namespace fastrerank::cuda;
+    if (k < 1 || batch < 1) throw std::invalid_argument("k and batch must be at least 1");
+    const int size = reservoir_size(k, batch);
+    std::vector<Entry> entries(size);
+    Entry threshold = kNoEntry;
+    int count = 0;
+    const auto barrier = [] {};
+    for (size_t begin = 0; begin < scores.size(); begin += batch) {
+        for (size_t i = begin; i < std::min(begin + batch, scores.size()); ++i) {
+            const Entry e = entry_of(scores[i], static_cast<int32_t>(i));
+            if (e > threshold) entries[count++] = e;
+        }
+        if (count + batch <= size) continue;
+        cut_back(entries.data(), size, count, 0, 1, barrier);
+        threshold = count >= k ? entries[k - 1] : kNoEntry;
+        count = std::min(count, k);
+    }
+    cut_back(entries.data(), size, count, 0, 1, barrier);
+    std::pair<std::vector<int32_t>, std::vector<float>> result;
+    for (int i = 0; i < std::min(count, k); ++i) {
+        result.first.push_back(id_of(entries[i]));
+        result.second.push_back(score_of(entries[i]));
+    }
+    return result;
+}
+
 }  // namespace
 
 void add_cur_ops(py::module_& m) {
+    m.def("reservoir_topk", &reservoir_topk, py::arg("scores"), py::arg("k"), py::arg("batch"));
     m.def("cur_topk", &cur_topk, py::arg("shards"), py::arg("storage"), py::arg("exact_storage"), py::arg("rounded"),
           py::arg("width"), py::arg("anchor_scale"), py::arg("queries"), py::arg("rows"), py::arg("k"),
           py::arg("left_out"), py::arg("left_out_begin"), py::arg("ids"), py::arg("scores"), py::arg("threads"),

@@ -105,6 +105,21 @@ double bandwidth(int device, int64_t bytes, int rounds) {
     return static_cast<double>(bytes) / (best * 1e-3);
 }
 
+// Asynchronous on `stream` of the current device; device pointers as integers (scale: 0 for none).
+void launch_cur_scan(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t count, uintptr_t scale, int32_t first,
+                     int stored_width, uintptr_t query, int k, uintptr_t best, int blocks, uintptr_t ids,
+                     uintptr_t scores, uintptr_t stream) {
+    if (k < 1 || k > kCurMostK) throw std::invalid_argument("k must be 1 .. " + std::to_string(kCurMostK));
+    if (blocks < 1) throw std::invalid_argument("blocks must be at least 1");
+    const CurScan g{int8,         reinterpret_cast<const char*>(tiles),  tile_bytes,
+                    count,        reinterpret_cast<const float*>(scale), first,
+                    stored_width, reinterpret_cast<const void*>(query),  k};
+    const py::gil_scoped_release release;
+    check(cur_scan(g, reinterpret_cast<uint64_t*>(best), blocks, reinterpret_cast<int32_t*>(ids),
+                   reinterpret_cast<float*>(scores), reinterpret_cast<cudaStream_t>(stream)),
+          "launching cur_scan");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -113,5 +128,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("runtime") = CUDART_VERSION;
     m.def("status", &status, "Why no device can be used; empty where one can.");
     m.def("devices", &devices, "A dict for each device; empty where there is no driver.");
+    m.def("cur_scan", &launch_cur_scan, py::arg("int8"), py::arg("tiles"), py::arg("tile_bytes"), py::arg("count"),
+          py::arg("scale"), py::arg("first"), py::arg("stored_width"), py::arg("query"), py::arg("k"), py::arg("best"),
+          py::arg("blocks"), py::arg("ids"), py::arg("scores"), py::arg("stream"));
+    m.attr("cur_most_k") = kCurMostK;
     m.def("bandwidth", &bandwidth, py::arg("device"), py::arg("bytes"), py::arg("rounds"));
 }

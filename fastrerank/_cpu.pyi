@@ -130,6 +130,24 @@ def label_logits(
     threads: int,
     isa: str,
 ) -> None: ...
+def cur_topk(
+    shards: list[tuple[int, int, int, int]],
+    storage: str,
+    exact_storage: str,
+    rounded: bool,
+    width: int,
+    anchor_scale: int,
+    queries: int,
+    rows: int,
+    k: int,
+    left_out: int,
+    left_out_begin: int,
+    ids: int,
+    scores: int,
+    threads: int,
+    isa: str,
+) -> tuple[int, int, int]: ...
+def reservoir_topk(scores: list[float], k: int, batch: int) -> tuple[list[int], list[float]]: ...
 def max_sim(
     query: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.float32],

@@ -35,10 +35,11 @@ def integers(random: np.random.Generator, shape: tuple[int, ...], limit: int) ->
     return random.integers(-limit, limit + 1, shape).astype(np.float32)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("width", [1, 3, 16, 17, 60, 64, 100])
 @pytest.mark.parametrize("count", [1, 15, 16, 47, 48, 49, 1000])
-def test_equals_its_reference(isa: str, storage: str, width: int, count: int) -> None:
+def test_equals_its_reference(storage: str, width: int, count: int) -> None:
     random = np.random.default_rng(width * 1000 + count)
     vectors = random.normal(size=(width, count)).astype(np.float32)
     items = ops.cur_pack(vectors, storage)
@@ -85,9 +86,10 @@ def test_order_is_total(values: list[float], k: int, order: str) -> None:
     np.testing.assert_array_equal(scores, true_scores)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 70])
-def test_many_queries_threads_and_small_reservoirs(isa: str, storage: str, rows: int) -> None:
+def test_many_queries_threads_and_small_reservoirs(storage: str, rows: int) -> None:
     random = np.random.default_rng(rows)
     vectors = random.normal(size=(36, 7001)).astype(np.float32)
     vectors[:, ::50] *= 20  # long items among short ones
@@ -119,9 +121,10 @@ def test_levels_agree_bitwise() -> None:
             np.testing.assert_array_equal(scores.view(np.int32), results[0][1].view(np.int32))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("second", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scales", ["item", "anchor"])
-def test_rescored_int8_gives_the_answer_of_the_rescoring_items(isa: str, second: str, scales: str) -> None:
+def test_rescored_int8_gives_the_answer_of_the_rescoring_items(second: str, scales: str) -> None:
     random = np.random.default_rng(11)
     vectors = (random.normal(size=(40, 5000)) * random.lognormal(size=(1, 5000))).astype(np.float32)
     vectors *= random.lognormal(size=(40, 1)).astype(np.float32)
@@ -136,7 +139,8 @@ def test_rescored_int8_gives_the_answer_of_the_rescoring_items(isa: str, second:
         ops.cur_topk(queries, rough, 50, rescore=other)
 
 
-def test_scales_of_anchors_multiply_the_rows(isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_scales_of_anchors_multiply_the_rows() -> None:
     random = np.random.default_rng(3)
     vectors = (random.normal(size=(24, 3000)) * 10.0 ** random.integers(-3, 4, (24, 1))).astype(np.float32)
     queries = random.normal(size=(6, 24)).astype(np.float32)
@@ -149,8 +153,9 @@ def test_scales_of_anchors_multiply_the_rows(isa: str) -> None:
     np.testing.assert_array_equal(scores, true_scores)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("storage", STORAGES)
-def test_excluded_ids_are_left_out(isa: str, storage: str) -> None:
+def test_excluded_ids_are_left_out(storage: str) -> None:
     random = np.random.default_rng(8)
     vectors = random.normal(size=(12, 400)).astype(np.float32)
     queries = random.normal(size=(3, 12)).astype(np.float32)
@@ -173,8 +178,9 @@ def test_excluded_ids_are_left_out(isa: str, storage: str) -> None:
     assert ops.cur_topk(queries, items, 4, exclude=np.arange(400))[0].shape == (3, 0)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("storage", STORAGES)
-def test_shards_are_one_index(isa: str, storage: str, tmp_path: Path) -> None:
+def test_shards_are_one_index(storage: str, tmp_path: Path) -> None:
     random = np.random.default_rng(9)
     vectors = random.normal(size=(20, 2000)).astype(np.float32)
     queries = random.normal(size=(7, 20)).astype(np.float32)
@@ -191,9 +197,10 @@ def test_shards_are_one_index(isa: str, storage: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(scores, true_scores)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows", [1, 20])
-def test_many_equal_items_come_by_id(isa: str, storage: str, rows: int) -> None:
+def test_many_equal_items_come_by_id(storage: str, rows: int) -> None:
     vectors = np.ones((9, 6000), np.float32)
     vectors[:, 3000] = 2
     queries = np.random.default_rng(0).normal(size=(rows, 9)).astype(np.float32)
@@ -203,7 +210,8 @@ def test_many_equal_items_come_by_id(isa: str, storage: str, rows: int) -> None:
     np.testing.assert_array_equal(ids, expected(queries, items, 30)[0])
 
 
-def test_extreme_magnitudes_keep_their_order(isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_extreme_magnitudes_keep_their_order() -> None:
     random = np.random.default_rng(4)
     for exponent in (-44, -30, 0, 30, 37):
         vectors = (random.normal(size=(8, 300)) * 10.0**exponent).astype(np.float32)
@@ -218,7 +226,8 @@ def test_extreme_magnitudes_keep_their_order(isa: str) -> None:
                 np.testing.assert_array_equal(ids, true_ids)
 
 
-def test_infinite_items_are_ordered_and_nan_is_refused(isa: str) -> None:
+@pytest.mark.usefixtures("isa")
+def test_infinite_items_are_ordered_and_nan_is_refused() -> None:
     vectors = np.random.default_rng(2).normal(size=(2, 100)).astype(np.float32)
     vectors[0, 40], vectors[1, 50], vectors[0, 60] = np.inf, -np.inf, np.inf
     items = ops.cur_pack(vectors, "float32")

@@ -61,8 +61,7 @@ INLINE void int8_products(const CurScan& g, const char* tile, const int8_t* q, i
     for (int at = 0; at < g.width; at += 4) {
         __m256i a[Q];
         for (int r = 0; r < Q; ++r)
-            a[r] = _mm256_broadcastq_epi64(
-                _mm_cvtepi8_epi16(_mm_cvtsi32_si128(load_as<int32_t>(q + r * g.ldq + at))));
+            a[r] = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(load_as<int32_t>(q + r * g.ldq + at))));
         for (int v = 0; v < 4; ++v) {
             const __m256i b =
                 _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + at * kCurTile) + v));
@@ -71,8 +70,7 @@ INLINE void int8_products(const CurScan& g, const char* tile, const int8_t* q, i
     }
     for (int r = 0; r < Q; ++r)
         for (int v = 0; v < 4; v += 2)
-            store_as(products[r] + v * 4,
-                     _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum[r][v], sum[r][v + 1]), 0xd8));
+            store_as(products[r] + v * 4, _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum[r][v], sum[r][v + 1]), 0xd8));
 #else
     for (int r = 0; r < Q; ++r)
         for (int i = 0; i < kCurTile; ++i) products[r][i] = 0;
@@ -172,4 +170,39 @@ int64_t cur_scan(const CurScan& g, int64_t begin, int64_t end) {
     if (g.storage == Precision::kFloat32) return float_scan<true>(g, begin, end);
     if (g.storage == Precision::kBFloat16) return float_scan<false>(g, begin, end);
     return g.scale ? int8_scan<true>(g, begin, end) : int8_scan<false>(g, begin, end);
+}
+
+// Eight partial sums in float64, in one order at every level. A product of two float32, or of a float32, a scale and an
+// int8, is exact or nearly so in float64, so that fused or not makes no difference to the former.
+typedef double vd __attribute__((vector_size(64)));
+INLINE double sum_of(vd s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
+
+double cur_exact(Precision storage, const char* tile, int lane, int64_t values, const double* q) {
+    typedef int32_t vi8 __attribute__((vector_size(32)));
+    typedef uint32_t vu8 __attribute__((vector_size(32)));
+    typedef float vf8 __attribute__((vector_size(32)));
+    typedef uint8_t vb8 __attribute__((vector_size(8)));
+    typedef uint16_t vh8 __attribute__((vector_size(16)));
+    vd sum = {};
+    if (storage == Precision::kInt8) {
+        const char* v = tile + lane * 4;
+        for (int64_t i = 0; i < values; i += 8, v += 128) {
+            const uint64_t low = load_as<uint32_t>(v);
+            const uint64_t high = i + 4 < values ? load_as<uint32_t>(v + 64) : 0x80808080u;  // zeros, as stored
+            const uint64_t both = low | high << 32;
+            const vi8 x = __builtin_convertvector(load_as<vb8>(&both), vi8) - 128;
+            sum += load_as<vd>(q + i) * __builtin_convertvector(x, vd);
+        }
+    } else if (storage == Precision::kFloat32) {
+        const float* v = reinterpret_cast<const float*>(tile) + lane * values;
+        for (int64_t i = 0; i < values; i += 8)
+            sum += load_as<vd>(q + i) * __builtin_convertvector(load_as<vf8>(v + i), vd);
+    } else {
+        const uint16_t* v = reinterpret_cast<const uint16_t*>(tile) + lane * values;
+        for (int64_t i = 0; i < values; i += 8) {
+            const vf8 x = (vf8)(__builtin_convertvector(load_as<vh8>(v + i), vu8) << 16);
+            sum += load_as<vd>(q + i) * __builtin_convertvector(x, vd);
+        }
+    }
+    return sum_of(sum);
 }

@@ -1,75 +1,67 @@
-// The scan of int8 items with 512-bit vectors: blocks of tiles against blocks of queries. The sums of a block go through
-// the nearest cache to a test on integers, which nearly all fail; what passes is looked at with its own bounds.
+// The scan of int8 items with 512-bit vectors: blocks of tiles against blocks of queries. The sums of a block go
+// through the nearest cache to a test on integers, which nearly all fail; what passes is looked at with its own bounds.
 //
 // The items are the unsigned operand and the query the signed one, so that what the items' offset of 128 adds to a
 // product is one number for each query, its start.
 constexpr int kCurQueries = 256;  // that share a pass at most
 
-// Thresholds on sums without their start: an item of tile v that query r wants has a sum above sum[v][r].
+// What a sum without its start must reach to be looked at: threshold[r] * inverse[v][i] - room[r], with the norms of a
+// block at their largest, and rounding covered.
 template <int V>
-struct alignas(64) SumLimits {
-    int32_t sum[V][kCurQueries];
+struct alignas(64) Limits {
+    float room[kCurQueries];
+    vf inverse[V], scale[V];
+    int lanes[V];
 };
 
-// Lanes from `lanes` on repeat lane 0, so that extremes of a tile are those of its items.
-INLINE vf items_only(vf x, int lanes) {
-    if (lanes >= VL) return x;
-    return (vf)_mm512_mask_blend_ps(static_cast<__mmask16>((1u << lanes) - 1), (__m512)splat(x[0]), (__m512)x);
-}
-
-// (sum + start + slack * norm + constant) * scale >= threshold, with the largest norm and the scale of the tile that
-// allows most. Rounding is covered by a share of the threshold; 2^30 bounds what a start is taken from.
 template <int V, bool Scaled>
-INLINE void find_limits(const CurScan& g, const float* thresholds, int64_t tile, SumLimits<V>& limits) {
+INLINE void find_limits(const CurScan& g, const float* thresholds, int64_t tile, Limits<V>& limits) {
+    vf norm = vf{}, largest = vf{};
     for (int v = 0; v < V; ++v) {
         const int64_t item = (tile + v) * kCurTile;
-        const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
-        const float norm = reduce_max(items_only(norms_of(g, g.tiles + (tile + v) * g.tile_bytes, 0), lanes));
-        float most = 1, least = 1;
-        if (Scaled) {
-            const vf scale = items_only(scales_of(g, item, lanes), lanes);
-            most = 1 / reduce_max(scale), least = -1 / reduce_max(-scale);
-        }
-        for (int r = 0; r < g.queries; r += VL) {
-            const vf threshold = load(thresholds + r);
-            const vf allowing = threshold > 0.0f ? splat(most) : splat(least);
-            const vf product = threshold * allowing;
-            const vf room = vabs(product) * 0x1p-18f + (splat(norm) * load(g.slack + r) + load(g.constant + r)) + 2.0f;
-            const vf limit = vmin(vmax(product - room, splat(-0x1p30f)), splat(0x1p30f));
-            store_as(limits.sum[v] + r, (vi)_mm512_cvttps_epi32((__m512)limit) - load_as<vi>(g.start + r));
-        }
+        limits.lanes[v] = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
+        limits.scale[v] = Scaled ? scales_of(g, item, limits.lanes[v]) : splat(1.0f);
+        limits.inverse[v] = 1.0f / limits.scale[v];
+        norm = vmax(norm, norms_of(g, g.tiles + (tile + v) * g.tile_bytes, 0));
+        largest = vmax(largest, limits.inverse[v]);
+    }
+    const vf most = splat(reduce_max(norm)), share = splat(reduce_max(largest) * 0x1p-20f);
+    const float rounding = static_cast<float>(g.width) * (255 * 127) * 0x1p-21f;
+    for (int r = 0; r < g.queries; r += VL) {
+        const vf covered = vabs(load(thresholds + r)) * share + rounding;
+        const vf bound = most * load(g.slack + r) + load(g.constant + r);
+        store(limits.room + r, bound + covered + __builtin_convertvector(load_as<vi>(g.start + r), vf));
     }
 }
 
 // Sums (Q, ld) of V tiles with Q queries, in which tile v has the columns [16 v, 16 v + 16). True if some were kept.
 template <int V, bool Scaled>
-INLINE bool filter(const CurScan& g, const SumLimits<V>& limits, const int32_t* sums, int64_t ld, int64_t tile,
-                   int query, int queries) {
+INLINE bool filter(const CurScan& g, const Limits<V>& limits, const float* thresholds, const int32_t* sums, int64_t ld,
+                   int64_t tile, int query, int queries) {
     bool any = false;
     for (int r = 0; r < queries; ++r) {
-        __mmask16 passing[V];
-        for (int v = 0; v < V; ++v)
-            passing[v] = _mm512_cmpgt_epi32_mask((__m512i)load_as<vi>(sums + r * ld + v * VL),
-                                                 _mm512_set1_epi32(limits.sum[v][query + r]));
-        unsigned all = 0;
-        for (int v = 0; v < V; ++v) all |= passing[v];
+        const vf threshold = splat(thresholds[query + r]), room = splat(limits.room[query + r]);
+        unsigned passing[V], all = 0;
+    UNROLL16 for (int v = 0; v < V; ++v) {
+            const vf sum = __builtin_convertvector(load_as<vi>(sums + r * ld + v * VL), vf);
+            passing[v] = not_below(sum, threshold * limits.inverse[v] - room);
+            all |= passing[v];
+        }
         if (__builtin_expect(all == 0, 1)) continue;
         any = true;
         for (int v = 0; v < V; ++v) {
-            const int64_t item = (tile + v) * kCurTile;
-            if (!passing[v] || item >= g.count) continue;
-            const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
+            if (!passing[v] || limits.lanes[v] <= 0) continue;
             const vi sum = load_as<vi>(sums + r * ld + v * VL) + g.start[query + r];
             keep<Scaled>(g, query + r, __builtin_convertvector(sum, vf),
-                         norms_of(g, g.tiles + (tile + v) * g.tile_bytes, 0),
-                         Scaled ? scales_of(g, item, lanes) : splat(1.0f), item, (1u << lanes) - 1);
+                         norms_of(g, g.tiles + (tile + v) * g.tile_bytes, 0), limits.scale[v],
+                         (tile + v) * kCurTile, (1u << limits.lanes[v]) - 1);
         }
     }
     return any;
 }
 
 // V tiles with Q queries: Q * V accumulators.
-template <int Q, int V>
+template <int Q, int V, bool Ahead>
 INLINE void vnni_sums(const CurScan& g, const char* p, const int8_t* q, int32_t* sums) {
     vi sum[Q][V];
     UNROLL16 for (int r = 0; r < Q; ++r) {
@@ -81,6 +73,10 @@ INLINE void vnni_sums(const CurScan& g, const char* p, const int8_t* q, int32_t*
         b[0] = load_as<vi>(p + at * kCurTile);
         if constexpr (V > 1) b[1] = load_as<vi>(p1 + at * kCurTile);
         if constexpr (V > 2) b[2] = load_as<vi>(p2 + at * kCurTile);
+        if constexpr (Ahead) {  // the next block, while this one is multiplied
+            UNROLL16 for (int v = 0; v < V; ++v)
+                _mm_prefetch(p + V * g.tile_bytes + (at * V + v * 4) * kCurTile, _MM_HINT_T0);
+        }
         UNROLL16 for (int r = 0; r < Q; ++r) {
             const vi a = splat_int(load_as<int32_t>(q + r * g.ldq + at));
             UNROLL16 for (int v = 0; v < V; ++v) S8::dot(sum[r][v], b[v], a);
@@ -97,7 +93,7 @@ INLINE void few_queries(const CurScan& g, int64_t tile) {
     const char* p = g.tiles + tile * g.tile_bytes;
     for (int query = 0; query < g.queries; ++query) {
         alignas(64) int32_t sums[V * VL];
-        vnni_sums<1, V>(g, p, static_cast<const int8_t*>(g.q) + query * g.ldq, sums);
+        vnni_sums<1, V, false>(g, p, static_cast<const int8_t*>(g.q) + query * g.ldq, sums);
         for (int v = 0; v < V; ++v) {
             const int64_t item = (tile + v) * kCurTile;
             const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
@@ -115,18 +111,20 @@ INLINE bool vnni_block(const CurScan& g, const float* thresholds, int64_t tile) 
         return true;
     }
     const char* p = g.tiles + tile * g.tile_bytes;
-    SumLimits<V> limits;
+    Limits<V> limits;
     find_limits<V, Scaled>(g, thresholds, tile, limits);
     alignas(64) int32_t sums[8 * V * VL];
     bool any = false;
     for (int query = 0; query < g.queries; query += 8) {  // rows beyond the queries are zero
         const int8_t* q = static_cast<const int8_t*>(g.q) + query * g.ldq;
         const int queries = g.queries - query < 8 ? g.queries - query : 8;
-        if (queries > 4)
-            vnni_sums<8, V>(g, p, q, sums);
+        if (queries <= 4)
+            vnni_sums<4, V, false>(g, p, q, sums);
+        else if (query == 0)
+            vnni_sums<8, V, true>(g, p, q, sums);
         else
-            vnni_sums<4, V>(g, p, q, sums);
-        any |= filter<V, Scaled>(g, limits, sums, V * VL, tile, query, queries);
+            vnni_sums<8, V, false>(g, p, q, sums);
+        any |= filter<V, Scaled>(g, limits, thresholds, sums, V * VL, tile, query, queries);
     }
     return any;
 }
@@ -142,11 +140,17 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// 512 bytes of the next block: fetched while this one is multiplied, and few at a time, since a core waits where more
+// lines are on their way than it has buffers for.
+INLINE void fetch(const char* p) {
+    UNROLL16 for (int i = 0; i < 8; ++i) _mm_prefetch(p + i * 64, _MM_HINT_T0);
+}
+
 template <bool Scaled>
 INLINE bool amx_block(const CurScan& g, const float* thresholds, int64_t tile) {
     const char* p = g.tiles + tile * g.tile_bytes;
-    const char* ahead = p + kAmxTiles * g.tile_bytes;  // the next block is fetched while this one is multiplied
-    SumLimits<kAmxTiles> limits;
+    const char* ahead = p + kAmxTiles * g.tile_bytes;
+    Limits<kAmxTiles> limits;
     find_limits<kAmxTiles, Scaled>(g, thresholds, tile, limits);
     alignas(64) int32_t sums[kAmxQueries * kAmxTiles * VL];
     constexpr int kRow = kAmxTiles * VL;
@@ -159,14 +163,14 @@ INLINE bool amx_block(const CurScan& g, const float* thresholds, int64_t tile) {
         _tile_zero(2);
         _tile_zero(3);
         for (int at = 0; at < g.width; at += 64) {
-            if (query == 0)
-                UNROLL16 for (int i = 0; i < 32; ++i)
-                    _mm_prefetch(ahead + (at * 2) * kCurTile + i * 64, _MM_HINT_T0);
+            const char* next = ahead + at * 2 * kCurTile;
             _tile_loadd(6, p + at * kCurTile, 64);
             _tile_loadd(4, q + at, g.ldq);
-            _tile_loadd(7, p + g.tile_bytes + at * kCurTile, 64);
+            if (query == 0) fetch(next), fetch(next + 512);
             _tile_dpbsud(0, 4, 6);
+            _tile_loadd(7, p + g.tile_bytes + at * kCurTile, 64);
             _tile_dpbsud(1, 4, 7);
+            if (query == 0) fetch(next + 1024), fetch(next + 1536);
             if (both) {
                 _tile_loadd(5, q + 16 * g.ldq + at, g.ldq);
                 _tile_dpbsud(2, 5, 6);
@@ -180,7 +184,7 @@ INLINE bool amx_block(const CurScan& g, const float* thresholds, int64_t tile) {
             _tile_stored(3, sums + 16 * kRow + VL, kRow * 4);
         }
         const int queries = g.queries - query < kAmxQueries ? g.queries - query : kAmxQueries;
-        any |= filter<kAmxTiles, Scaled>(g, limits, sums, kRow, tile, query, queries);
+        any |= filter<kAmxTiles, Scaled>(g, limits, thresholds, sums, kRow, tile, query, queries);
     }
     return any;
 }

@@ -20,6 +20,9 @@ constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many querie
 constexpr int64_t kMostQueries = 256;
 constexpr int64_t kRescored = 64;             // candidates of a task
 
+// Small: what fills a reservoir first is cut back to a threshold sooner.
+int64_t limit_of(int64_t wanted) { return 4 * wanted + 64; }
+
 int64_t values_of(Precision storage, int width) {
     return storage == Precision::kInt8 ? (width + 3) / 4 * 4 : (width + 15) / 16 * 16;
 }
@@ -39,16 +42,18 @@ struct Candidate {
     int32_t id;
 };
 
-// Scores that decide: summed in float64 in one order. Products of two float32 are exact in float64, so fused or not,
-// every host gets the same bits.
+// Scores that decide, of items by id.
 class Exact {
 public:
-    Exact(const CurTopk& g) : g_(g), values_(values_of(g.exact_storage, g.width)),
-                              bytes_(tile_bytes_of(g.exact_storage, g.width)) {
+    Exact(const Kernels& kernels, const CurTopk& g)
+        : kernels_(kernels),
+          g_(g),
+          values_(values_of(g.exact_storage, g.width)),
+          bytes_(tile_bytes_of(g.exact_storage, g.width)) {
         int64_t first = 0;
         for (const CurShard& shard : g.shards) first_.push_back(first), first += shard.count;
     }
-    int64_t values() const { return values_; }
+    int64_t width() const { return (values_ + 7) / 8 * 8; }  // of a query
 
     void prefetch(int32_t id) const {
 #if defined(__GNUC__)
@@ -64,34 +69,13 @@ public:
 #endif
     }
 
-    // q: (values(),) with zeros in the padding
+    // q: (width(),) with zeros in the padding
     float score(const double* q, int32_t id) const {
         const auto [shard, at] = place(id);
         const char* tile = shard->exact + at / kCurTile * bytes_;
-        const int lane = static_cast<int>(at % kCurTile);
-        if (g_.exact_storage == Precision::kInt8) {
-            double sum[4] = {};
-            const uint8_t* v = reinterpret_cast<const uint8_t*>(tile) + lane * 4;
-            for (int64_t i = 0; i < values_; i += 4, v += 64)
-                for (int j = 0; j < 4; ++j) sum[j] += q[i + j] * (v[j] - 128);
-            return static_cast<float>(((sum[0] + sum[1]) + (sum[2] + sum[3])) * (shard->scale ? shard->scale[at] : 1.0));
-        }
-        double sum[8] = {};
-        if (g_.exact_storage == Precision::kFloat32) {
-            const float* v = reinterpret_cast<const float*>(tile) + lane * values_;
-            for (int64_t i = 0; i < values_; i += 8)
-                for (int j = 0; j < 8; ++j) sum[j] += q[i + j] * static_cast<double>(v[i + j]);
-        } else {
-            const uint16_t* v = reinterpret_cast<const uint16_t*>(tile) + lane * values_;
-            for (int64_t i = 0; i < values_; i += 8)
-                for (int j = 0; j < 8; ++j) {
-                    const uint32_t bits = static_cast<uint32_t>(v[i + j]) << 16;
-                    float f;
-                    __builtin_memcpy(&f, &bits, 4);
-                    sum[j] += q[i + j] * static_cast<double>(f);
-                }
-        }
-        return static_cast<float>(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
+        const double product = kernels_.cur_exact(g_.exact_storage, tile, static_cast<int>(at % kCurTile), values_, q);
+        const bool scaled = g_.exact_storage == Precision::kInt8 && shard->scale;
+        return static_cast<float>(scaled ? product * shard->scale[at] : product);
     }
 
 private:
@@ -99,6 +83,7 @@ private:
         const size_t s = std::upper_bound(first_.begin(), first_.end(), id) - first_.begin() - 1;
         return {&g_.shards[s], id - first_[s]};
     }
+    const Kernels& kernels_;
     const CurTopk& g_;
     const int64_t values_, bytes_;
     std::vector<int64_t> first_;
@@ -110,7 +95,7 @@ struct Prepared {
     Bytes q;
     std::vector<int32_t> start;
     std::vector<float> slack, constant;
-    std::vector<double> unit, exact;  // exact: (rows, values of Exact)
+    std::vector<double> unit, exact;  // exact: (rows, width of Exact)
 
     Prepared(const CurTopk& g, int64_t begin, int64_t rows, int64_t exact_values)
         : ld(g.storage == Precision::kInt8 ? (g.width + 63) / 64 * 64 : values_of(g.storage, g.width)),
@@ -188,8 +173,12 @@ struct Reservoir {
     void make(int64_t limit) {
         const int64_t capacity = limit + kCurBlock;
         memory = Bytes(capacity * 12);
-        view = {memory.as<float>(), memory.as<float>() + capacity,
-                reinterpret_cast<int32_t*>(memory.as<float>() + 2 * capacity), 0, static_cast<int>(limit), -kInfinity};
+        view = {memory.as<float>(),
+                memory.as<float>() + capacity,
+                reinterpret_cast<int32_t*>(memory.as<float>() + 2 * capacity),
+                0,
+                static_cast<int>(limit),
+                -kInfinity};
     }
 };
 
@@ -202,7 +191,7 @@ public:
           begin_(begin),
           rows_(rows),
           threads_(threads),
-          queries_(g, begin, rows, exact.values()),
+          queries_(g, begin, rows, exact.width()),
           thresholds_(new std::atomic<float>[rows]) {
         for (int64_t r = 0; r < rows; ++r) {
             thresholds_[r].store(-kInfinity);
@@ -267,8 +256,6 @@ private:
         for (int64_t r = 0; r < rows_; ++r) found[r].view = views[r];
     }
 
-    static int64_t limit_of(int64_t wanted) { return 4 * wanted + 1024; }
-
     void raise(int64_t r, float threshold, CurReservoir& v) {
         v.threshold = std::max(v.threshold, threshold);
         float shared = thresholds_[r].load(std::memory_order_relaxed);
@@ -286,7 +273,7 @@ private:
             v.upper[kept] = v.upper[i], v.lower[kept] = v.lower[i], v.ids[kept++] = v.ids[i];
         }
         v.count = kept;
-        if (kept <= v.limit / 2) return;
+        if (kept <= v.limit * 3 / 4) return;
         for (int i = 0; i < kept; ++i) {
             if (i + 1 < kept) exact_.prefetch(v.ids[i + 1]);
             best.push_back(rescored(r, {v.upper[i], v.lower[i], v.ids[i]}));
@@ -299,7 +286,7 @@ private:
     }
 
     Scored rescored(int64_t r, const Candidate& c) {
-        const float score = exact_.score(queries_.exact.data() + r * exact_.values(), c.id);
+        const float score = exact_.score(queries_.exact.data() + r * exact_.width(), c.id);
         if (std::isnan(score)) report(CurFault::kNaN, r, c.id);
         const double product = score / queries_.unit[r], room = std::fabs(product) * 0x1p-20 + 1e-30;
         if (g_.rounded && (product > c.upper + room || product < c.lower - room))
@@ -322,8 +309,17 @@ private:
             for (const Scored& s : from.best)
                 if (allowed(s.id)) done.push_back(s);
             for (int i = 0; i < from.view.count; ++i)
-                if (allowed(from.view.ids[i])) open.push_back({from.view.upper[i], from.view.lower[i], from.view.ids[i]});
+                if (allowed(from.view.ids[i]))
+                    open.push_back({from.view.upper[i], from.view.lower[i], from.view.ids[i]});
             from = Reservoir();
+        }
+        if (static_cast<int64_t>(open.size()) > g_.k) {
+            std::nth_element(open.begin(), open.begin() + (g_.k - 1), open.end(),
+                             [](const Candidate& a, const Candidate& b) { return a.lower > b.lower; });
+            const float threshold = queries_.relaxed(r, open[g_.k - 1].lower);
+            open.erase(
+                std::remove_if(open.begin(), open.end(), [&](const Candidate& c) { return c.upper < threshold; }),
+                open.end());
         }
         std::sort(open.begin(), open.end(), [](const Candidate& a, const Candidate& b) {
             return a.upper > b.upper || (a.upper == b.upper && a.id < b.id);
@@ -377,10 +373,10 @@ private:
 }  // namespace
 
 CurFault run_cur_topk(const Kernels& kernels, const CurTopk& g, int threads) {
-    const Exact exact(g);
+    const Exact exact(kernels, g);
     int64_t most = g.k;
     for (int64_t r = 0; r < g.rows; ++r) most = std::max(most, g.k + g.left_out_begin[r + 1] - g.left_out_begin[r]);
-    const int64_t one = 12 * (4 * most + 1024 + kCurBlock) * threads;
+    const int64_t one = 12 * (limit_of(most) + kCurBlock) * threads;
     const int64_t share = std::clamp<int64_t>(kReservoirBytes / one, 1, kMostQueries);
     for (int64_t begin = 0; begin < g.rows; begin += share) {
         Pass pass(kernels, g, exact, begin, std::min(share, g.rows - begin), threads);

@@ -208,8 +208,8 @@ struct CurScan {
     const void* q;         // (queries, ldq) int8 or float32, zero in the padding: int8 has rows for 32 queries and
     int64_t ldq;           // columns for 64 values, in whole multiples
     const int32_t* start;  // (queries,) -128 * the sum of q, int8 only; 16 may be read where one is, as of the next two
-    const float *slack, *constant; // (queries,)
-    CurReservoir* reservoirs;      // (queries,)
+    const float *slack, *constant;  // (queries,)
+    CurReservoir* reservoirs;  // (queries,)
 };
 
 struct Kernels {
@@ -219,7 +219,7 @@ struct Kernels {
     bool tiles; // 8-bit and bfloat16 products run on tiles (AMX)
 
     Format (*input_format)(Precision);
-    Format attention_format[3]; // by Precision
+    Format attention_format[3];  // by Precision
     size_t (*packed_bytes)(Precision, int n, int k);
     // w: (n, ldw) as stored. Fills data, scale and sum; returns false if a weight is not finite.
     bool (*pack)(Precision, const void* w, Source, int64_t ldw, int n, int k, char* data, float* scale, float* sum);
@@ -247,6 +247,9 @@ struct Kernels {
     // Appends to the reservoirs from the tiles [begin, end), of which all but the last are full; returns the first tile
     // that was not scanned, because a reservoir is beyond its limit.
     int64_t (*cur_scan)(const CurScan&, int64_t begin, int64_t end);
+    // q . v of one item of a tile, `values` with its padding; q has zeros up to a multiple of 8. The same bits
+    // everywhere.
+    double (*cur_exact)(Precision, const char* tile, int lane, int64_t values, const double* q);
     // Sustained operations for `iterations` rounds of register-only multiply-adds; returns the number of operations.
     double (*peak)(Precision, int64_t iterations);
     // The keys [key_begin, key_end); scratch: mass_scratch(head_dim, key_end - key_begin) bytes, 64-aligned. A key's
@@ -256,7 +259,7 @@ struct Kernels {
 };
 
 const Kernels* kernels(Isa isa);  // null where this build or this CPU lacks the level
-Isa best_isa();                   // the highest level this CPU runs
+Isa best_isa();  // the highest level this CPU runs
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

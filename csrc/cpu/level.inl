@@ -48,6 +48,7 @@ constexpr Kernels kTable = {kIsa,
                             embed,
                             max_sim,
                             cur_scan,
+                            cur_exact,
                             sustained,
                             attention_mass,
                             mass_scratch};

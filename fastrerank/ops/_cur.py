@@ -150,7 +150,7 @@ class PackedItems:
             over = (np.abs(vectors) > 127.5 * scale).any(axis=1).nonzero()[0]
             if over.size:
                 raise ValueError(
-                    f"vectors has values in row {over[0]} beyond what its scale holds ({127.5 * scale[over[0], 0]:.6g}); "
+                    f"vectors has values in row {over[0]} beyond its scale's {127.5 * scale[over[0], 0]:.6g}; "
                     "pack all items anew, or use scales of items"
                 )
         start = self.N // TILE * TILE  # the last tile is packed again if it is not full
@@ -245,7 +245,7 @@ def _checked(vectors: Any, storage: str, width: int | None) -> npt.NDArray[np.fl
             row, column = np.argwhere(bad)[0]
             valid = "finite" if storage == "int8" else "not NaN"
             raise ValueError(
-                f"vectors must be {valid} for {storage}, got {block[row, column]} for item {begin + column} in row {row}"
+                f"vectors must be {valid} for {storage}, got {block[row, column]} of item {begin + column} in row {row}"
             )
     return vectors
 

@@ -1,0 +1,76 @@
+// The choice of the k best of a stream of (score, id), as a CUDA block and as a host thread make it: items above a
+// threshold go into a reservoir, which is cut back to its k best when it is full. The order is by score descending,
+// then by id ascending; no two entries are equal, so the choice does not depend on who appends when.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FASTRERANK_BOTH __host__ __device__ __forceinline__
+#else
+#define FASTRERANK_BOTH inline
+#endif
+
+namespace fastrerank::cuda {
+
+// A score and an id as one number that is larger for what comes first. Scores are not NaN; -0 counts as 0.
+using Entry = uint64_t;
+constexpr Entry kNoEntry = 0;  // below every entry: -infinity with the largest id maps above it
+
+FASTRERANK_BOTH uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+    return __float_as_uint(x);
+#else
+    uint32_t u;
+    __builtin_memcpy(&u, &x, 4);
+    return u;
+#endif
+}
+FASTRERANK_BOTH Entry entry_of(float score, int32_t id) {
+    const uint32_t bits = bits_of(score + 0.0f);  // -0 + 0 is 0
+    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return static_cast<Entry>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
+}
+FASTRERANK_BOTH int32_t id_of(Entry e) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(e)); }
+FASTRERANK_BOTH float score_of(Entry e) {
+    const uint32_t ordered = static_cast<uint32_t>(e >> 32);
+    const uint32_t bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+#endif
+}
+
+// One step of a bitonic sort, descending, of a power of two of entries: the pairs whose index `lane` owns. Steps are
+// (size, stride) with size = 2, 4, .. n and stride = size / 2, .. 1, and a barrier between two.
+FASTRERANK_BOTH void sort_step(Entry* entries, int n, int size, int stride, int lane, int lanes) {
+    for (int i = lane; i < n / 2; i += lanes) {
+        const int low = i / stride * stride * 2 + i % stride, high = low + stride;
+        const bool descending = (low & size) == 0;
+        const Entry a = entries[low], b = entries[high];
+        if ((a < b) == descending) entries[low] = b, entries[high] = a;
+    }
+}
+
+// The least power of two that holds k kept entries and a batch of new ones.
+FASTRERANK_BOTH int reservoir_size(int k, int batch) {
+    int n = 2;
+    while (n < k + batch) n *= 2;
+    return n;
+}
+
+// Barrier is called between steps; the first `count` entries are filled, the rest is not.
+template <class Barrier>
+FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int lanes, Barrier barrier) {
+    for (int i = count + lane; i < n; i += lanes) entries[i] = kNoEntry;
+    barrier();
+    for (int size = 2; size <= n; size *= 2)
+        for (int stride = size / 2; stride > 0; stride /= 2) {
+            sort_step(entries, n, size, stride, lane, lanes);
+            barrier();
+        }
+}
+
+}  // namespace fastrerank::cuda
