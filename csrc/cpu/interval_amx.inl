@@ -1,6 +1,7 @@
 // Attention by key intervals on AMX tiles, bfloat16. A tile of 16 queries meets a block of keys in three passes over a
-// buffer in the first-level cache: scores; their weights in bfloat16, relative to the largest score so far; the weights'
-// product with the values and with ones, their sum. The layouts of keys, values and weights are attention_amx.inl's.
+// buffer in the first-level cache: scores; their weights in bfloat16, relative to the largest score so far; the
+// weights' product with the values and with ones, their sum. The layouts of keys, values and weights are
+// attention_amx.inl's.
 //
 // What makes a row's bits its own is what does in interval.inl. Largest scores are rounded to whole powers of two, so
 // that earlier sums shrink without an error, and a tile in which none shrinks needs no pass for it.
@@ -9,20 +10,6 @@
 constexpr int kTileKeys = 256;
 // Scores this large leave no bits for kBase: their distance to the largest is rounded first.
 constexpr float kLargeShift = 0x1p21f;
-
-INLINE void configure_interval_tiles() {
-    struct alignas(64) {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-        config.bytes[i] = i < 6 ? 64 : 4;
-        config.rows[i] = 16;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config));
-}
 
 // The largest lane of each of 16 vectors.
 INLINE vf largest_lanes(const float* rows) {
@@ -58,9 +45,9 @@ struct TileInterval {
     ALWAYS_INLINE void multiply_keys(const char* a, int block) const {
         Tile<0>::zero();
         Tile<1>::zero();
-        const int64_t next = static_cast<int64_t>(depth) * kTileBytes16;
+        const int64_t next = static_cast<int64_t>(depth) * kTileSize;
         const char* b = key_tiles + block * 2 * next;
-        for (int step = 0; step < depth; ++step, a += 64, b += kTileBytes16) {
+        for (int step = 0; step < depth; ++step, a += 64, b += kTileSize) {
             Tile<4>::load(a, depth * 64);
             Tile<5>::load(b, 64);
             tile_product<0, 4, 5>();
@@ -162,7 +149,7 @@ struct TileInterval {
 
     ALWAYS_INLINE void weigh(const Queries& x, int block, vf c) const {
         const float* from = s + block * 512;
-        char* to = p + block * kTileBytes16;
+        char* to = p + block * kTileSize;
         for (int i = 0; i < x.rows; ++i) {
             const vf base = splat(x.bases[i]), low = load(from + i * 16), high = load(from + 256 + i * 16);
             const vf z0 = low * c + base, z1 = high * c + base;
@@ -178,7 +165,7 @@ struct TileInterval {
             const vf z = from + kBase;
             w[half] = weight(z, from - (z - kBase));
         }
-        store_as(p + block * kTileBytes16 + i * 64, pair_weights(w[0], w[1]));
+        store_as(p + block * kTileSize + i * 64, pair_weights(w[0], w[1]));
     }
 
     // Sums of values in N tiles from `tile` on: taken up, added to block by block and put back. With `tile` 0 also the
@@ -194,20 +181,20 @@ struct TileInterval {
     }
     template <int N>
     ALWAYS_INLINE void multiply_values(int tile, int block) const {
-        const char* b = value_tiles + (static_cast<int64_t>(block) * tiles + tile) * kTileBytes16;
-        Tile<4>::load(p + block * kTileBytes16, 64);
+        const char* b = value_tiles + (static_cast<int64_t>(block) * tiles + tile) * kTileSize;
+        Tile<4>::load(p + block * kTileSize, 64);
         Tile<5>::load(b, 64);
         tile_product<0, 4, 5>();
         if constexpr (N > 1) {
-            Tile<5>::load(b + kTileBytes16, 64);
+            Tile<5>::load(b + kTileSize, 64);
             tile_product<1, 4, 5>();
         }
         if constexpr (N > 2) {
-            Tile<5>::load(b + 2 * kTileBytes16, 64);
+            Tile<5>::load(b + 2 * kTileSize, 64);
             tile_product<2, 4, 5>();
         }
         if constexpr (N > 3) {
-            Tile<5>::load(b + 3 * kTileBytes16, 64);
+            Tile<5>::load(b + 3 * kTileSize, 64);
             tile_product<3, 4, 5>();
         }
         if (tile == 0) tile_product<7, 4, 6>();
@@ -226,7 +213,9 @@ struct TileInterval {
     ALWAYS_INLINE float* sums_of(const Queries& x) const {
         return x.rows == 16 ? acc + static_cast<int64_t>(x.first) * tiles * 16 : tail;
     }
-    ALWAYS_INLINE float* weight_sums_of(const Queries& x) const { return x.rows == 16 ? l + x.first : tail + tiles * 256; }
+    ALWAYS_INLINE float* weight_sums_of(const Queries& x) const {
+        return x.rows == 16 ? l + x.first : tail + tiles * 256;
+    }
     template <int N>
     ALWAYS_INLINE void open_sums(const Queries& x) const {
         if (x.rows < 16) {
@@ -311,8 +300,7 @@ struct TileInterval {
     __attribute__((noinline)) void add_exact(const Queries& x, float c, const float* shrinks) const {
         for (int i = 0; i < x.rows; ++i) {
             vf sum = {};
-            for (int t = x.begin * 2; t < x.end * 2; ++t)
-                sum += exp2v<5>(load(s + t * 256 + i * 16) * c - x.shifts[i]);
+            for (int t = x.begin * 2; t < x.end * 2; ++t) sum += exp2v<5>(load(s + t * 256 + i * 16) * c - x.shifts[i]);
             exact[x.first + i] = exact[x.first + i] * shrinks[i] + reduce_add(sum);
         }
     }
@@ -353,7 +341,7 @@ void interval_attention_on_tiles(const IntervalAttention& g, const IntervalTask&
     }
     __builtin_memset(acc, 0, static_cast<size_t>(queries) * dims * 4);
     store_as(ones, vu{} + 0x3f803f80u);
-    configure_interval_tiles();
+    shape_tiles(1 << 6 | 1 << 7);  // ones and sums of weights
     Tile<6>::load(ones, 4);
 
     for (int list = 0; list < 2; ++list) {
@@ -376,8 +364,9 @@ void interval_attention_on_tiles(const IntervalAttention& g, const IntervalTask&
                 v = joined ? gathered<BF16>(g, *run, v, key, keys, ldv, stage)
                            : staged<BF16>(g, v + key * ldv, keys, ldv, stage);
                 pack_value_tiles(v, ldv, keys, keys_padded, dims, reinterpret_cast<uint32_t*>(value_tiles));
-                const TileInterval tile{g, lo, hi, *run, task.row_begin, key, keys, depth, tiles, q, key_tiles,
-                                        value_tiles, acc, m, l, g.lse ? exact : nullptr, s, p, tail};
+                const TileInterval tile{
+                    g,           lo,  hi, *run, task.row_begin,          key, keys, depth, tiles, q, key_tiles,
+                    value_tiles, acc, m,  l,    g.lse ? exact : nullptr, s,   p,    tail};
                 const int from = (row_begin - task.row_begin) * g.group, to = (row_end - task.row_begin) * g.group;
                 switch (tiles) {
                     case 1: tile.run<1>(from, to); break;

@@ -18,4 +18,20 @@ INLINE void tile_product() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-constexpr int kTileBytes16 = 1024;  // 16 rows of 64 bytes
+constexpr int kTileSize = 1024;  // 16 rows of 64 bytes
+
+// All tiles have 16 rows of 64 bytes but those of the bit set `narrow`, whose rows are one element of 4 bytes. From
+// here to tilerelease the thread has tile state.
+INLINE void shape_tiles(uint32_t narrow) {
+    struct alignas(64) {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+        config.bytes[i] = narrow >> i & 1 ? 4 : 64;
+        config.rows[i] = 16;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+}
