@@ -89,7 +89,7 @@ def test_no_layer_above_is_run_and_nothing_unused_is_held() -> None:
     assert type(find_layers(whole._runner.backbone)[1].self_attn.k_proj).__name__ != "_Narrow"  # a norm over all heads
 
 
-def test_masses_by_head_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masses_by_head_add_up() -> None:
     scorer = AttentionScorer.from_model(body("qwen3"))
     prompt, found = reading(), {}
     scorer.masses_by_head(prompt, found.__setitem__)
