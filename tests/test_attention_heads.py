@@ -80,7 +80,7 @@ def test_resumes_where_it_ended(folder: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def stop(done: int, of: int) -> None:
+    def stop(done: int, _: int) -> None:
         if done == 2:
             raise Stop
 
