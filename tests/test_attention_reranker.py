@@ -316,7 +316,7 @@ class TestRefusals:
 def test_load(folder: Any, method: str) -> None:
     reranker = fastrerank.load(str(folder("llama")), method=method, heads=HEADS)
     assert isinstance(reranker, fastrerank.AttentionReranker)
-    assert reranker.policy.name == method
+    assert reranker.method == reranker.policy.name == method
     assert "arXiv" in fastrerank.list_methods()[method]
 
 

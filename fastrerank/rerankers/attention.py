@@ -95,6 +95,7 @@ class AttentionReranker(Reranker):
     ) -> None:  # fmt: skip
         super().__init__()
         self.policy = Policy.load(preset)
+        self.method = preset  # type: ignore[misc]  # one class serves three methods
         words = word_limit(words_per_document, self.policy)
         text = instruction_text(instruction, self.policy)
         checkpoint = open_checkpoint(
