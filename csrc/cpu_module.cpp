@@ -306,8 +306,8 @@ public:
         const int64_t element = static_cast<int64_t>(bytes_of(format));
         const char* from = reinterpret_cast<const char*>(x);
         char* to = reinterpret_cast<char*>(y);
-        // All three weights pass by once per block. Blocks whose intermediate rows fit in a core's cache are slower where
-        // the weights do not: at 896 x 4864, 203 GFLOP/s with 24 rows, 266 with 144, on 2 MiB of cache.
+        // All three weights pass by once per block. Blocks whose intermediate rows fit in a core's cache are slower
+        // where the weights do not: at 896 x 4864, 203 GFLOP/s with 24 rows, 266 with 144, on 2 MiB of cache.
         constexpr int64_t kTiles = 24, kMost = 6 * kTiles;
         const int64_t width = gate.n_padded, lda = padded(gate.k), ldb = out.n_padded;
         const int64_t share = ((rows + threads - 1) / threads + kTiles - 1) / kTiles * kTiles;

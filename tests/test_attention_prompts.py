@@ -80,7 +80,7 @@ def test_rows_end_behind_the_query(tokenizers: Any) -> None:
     assert whole.tail.tolist().index(end) + 1 < len(whole.tail)
 
 
-def test_an_end_that_merges_belongs_to_the_document(tokenizers: Any) -> None:
+def test_an_end_that_merges_belongs_to_the_document() -> None:
     """Where ".\\n\\n" is one token, it holds the document's last character: by segments and as a whole alike."""
     import json
 
@@ -162,7 +162,7 @@ def test_published_layouts() -> None:
     assert layout_of("mistral", {}, "no brackets") is None
 
 
-def test_a_chat_template_that_changes_texts_is_refused(tokenizers: Any) -> None:
+def test_a_chat_template_that_changes_texts_is_refused() -> None:
     style = prompt_tokenizers.gemma()
     style.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(ValueError, match="drops the user's text, prints it twice or changes it"):

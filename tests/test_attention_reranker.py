@@ -291,7 +291,14 @@ class TestRefusals:
         assert len(lists["lme"]) == 16
         assert Policy.load("qrhead").known(["llama-3.1-8b-instruct"], 16) == {}
         assert len(Policy.load("core").known(["meta-llama-3.1-8b-instruct"], 32)["nq"]) == 8
-        named = save(tmp_path / "phi-4", "phi3", num_hidden_layers=40)
+        named = save(
+            tmp_path / "phi-4",
+            "phi3",
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=10,
+            hidden_size=80,
+        )
         reranker = AttentionReranker(named, preset="core", dtype="float32")
         assert reranker.scorer.layers == 24
         assert AttentionReranker(named, preset="core", heads="nq-half", dtype="float32").scorer.layers == 20
@@ -309,7 +316,7 @@ class TestRefusals:
 def test_load(folder: Any, method: str) -> None:
     reranker = fastrerank.load(str(folder("llama")), method=method, heads=HEADS)
     assert isinstance(reranker, fastrerank.AttentionReranker)
-    assert reranker.policy.name == method
+    assert reranker.method == reranker.policy.name == method
     assert "arXiv" in fastrerank.list_methods()[method]
 
 

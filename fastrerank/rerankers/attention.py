@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint, position_limit
+from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.select import plan
 from fastrerank.rerankers.attention_context import Context
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
@@ -95,6 +95,7 @@ class AttentionReranker(Reranker):
     ) -> None:  # fmt: skip
         super().__init__()
         self.policy = Policy.load(preset)
+        self.method = preset  # type: ignore[misc]  # one class serves three methods
         words = word_limit(words_per_document, self.policy)
         text = instruction_text(instruction, self.policy)
         checkpoint = open_checkpoint(
@@ -106,7 +107,7 @@ class AttentionReranker(Reranker):
             raise ValueError(f"device must be one device for a language model, got {device!r}")
         self.device, self.dtype, self.calibrate = chosen.devices[0], chosen.dtype, bool(calibrate)
         self.heads = find_heads(checkpoint, self.policy, heads)
-        positions = position_limit(checkpoint.config)
+        positions = checkpoint.config.get("max_position_embeddings")
         if max_length is not None and (max_length < 1 or (positions is not None and max_length > positions)):
             most = "" if positions is None else f" and at most {positions}, the model's positions"
             raise ValueError(f"max_length must be at least 1{most}, got {max_length}")

@@ -150,11 +150,11 @@ def read_preset(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"heads: there is no preset file {path}")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw.get("heads"), str):
+            raise ValueError('it needs a line such as heads = "13-18,14-31"')
         heads = parse_heads(raw["heads"])
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} is no preset file: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'{path} is no preset file: it needs a line such as heads = "13-18,14-31"') from error
     return {**raw, "heads": heads}
 
 
