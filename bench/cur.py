@@ -24,7 +24,9 @@ SCIFACT = "scifact-bm25-top100.jsonl.gz"
 Matrix = NDArray[Any]
 
 
-def run(data: Path, storages: tuple[str, ...], json_file: Path | None, picture: Path | None, command: str) -> None:
+def run(
+    data: Path, storages: tuple[str, ...], json_file: Path | None, picture: Path | None, command: str, part: str
+) -> None:
     """Print the tables, and write them; raises FileNotFoundError where the data is missing."""
     folder = data / "cur"
     for path in (folder / "scifact_anchor.npy", folder / "scifact_test.npy", data / SCIFACT):
@@ -37,14 +39,21 @@ def run(data: Path, storages: tuple[str, ...], json_file: Path | None, picture: 
     for storage in storages:
         index = CURIndex.from_scores(anchors, storage=storage)
         print(f"{storage}: {index.settings}")
-        for k, budgets in BUDGETS.items():
-            curves.append(_said(recall_curve(index, exact, k, budgets), f"CURIndex, {storage}"))
-            curves.append(_said(recall_curve(index, exact, k, budgets, rounds=5), f"CURIndex, {storage}, 5 rounds"))
-        timings += [_timed(index, exact, budget, storage) for budget in (100, 200, 500)]
-    plain = CURIndex.from_scores(anchors, anchors="random", ridge=0)
-    for k, budgets in BUDGETS.items():
-        curves.append(_said(recall_curve(plain, exact, k, budgets, rounds=2, first=0.5), "ANNCUR, pseudo-inverse"))
-    curves += _bm25(data, exact)
+        if part != "time":
+            curves += [
+                _said(recall_curve(index, exact, k, budgets, **options), f"CURIndex, {storage}{name}")
+                for k, budgets in BUDGETS.items()
+                for name, options in (("", {}), (", 5 rounds", {"rounds": 5}))
+            ]
+        if part != "recall":
+            timings += [_timed(index, exact, budget, storage) for budget in (100, 200, 500)]
+    if part != "time":
+        plain = CURIndex.from_scores(anchors, anchors="random", ridge=0)
+        curves += [
+            _said(recall_curve(plain, exact, k, budgets, rounds=2, first=0.5), "ANNCUR, pseudo-inverse")
+            for k, budgets in BUDGETS.items()
+        ]
+        curves += _bm25(data, exact)
     for curve in curves:
         cells = "  ".join(f"{b}: {r:.4f}" for b, r in zip(curve.budgets, curve.recalls, strict=True))
         print(f"recall@{curve.k:<4d} {curve.name:34s} {cells}   ({curve.queries} queries)")
@@ -57,7 +66,7 @@ def run(data: Path, storages: tuple[str, ...], json_file: Path | None, picture: 
         found = {"command": command, "threads": ops.num_threads(), "isa": ops.isa(), "numpy": np.__version__,
                  "recall": [vars(curve) for curve in curves], "time": timings}  # fmt: skip
         json_file.write_text(json.dumps(found, indent=1) + "\n")
-    if picture is not None:
+    if picture is not None and curves:
         shown = [c for c in curves if c.k == 10 and "5 rounds" not in c.name and "int8" not in c.name]
         picture.write_text(chart(shown, "SciFact: recall of the exact best 10 of 5,183"))
 
@@ -95,11 +104,11 @@ def _bm25(data: Path, exact: Matrix) -> list[Curve]:
 
 
 def _timed(index: CURIndex, exact: Matrix, budget: int, storage: str) -> dict[str, Any]:
-    """Milliseconds per query without the scorer, whose scores are looked up; medians of 15 after 3 to warm up."""
+    """Milliseconds per query without the scorer, whose scores are looked up; medians of 11 after 3 to warm up."""
 
     def measured(work: Callable[[int], None]) -> tuple[float, list[dict[str, float]]]:
         times, parts = [], []
-        for turn in range(18):
+        for turn in range(14):
             begin = time.perf_counter()
             work(turn)
             times.append(time.perf_counter() - begin - index.last_usage["seconds"]["scorer"])
