@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrerank import CURIndex, ops
-from fastrerank.cur.tuning import Curve, chart, recall, recall_curve
+from fastrerank.cur.tuning import Curve, chart, recall
 
 BUDGETS = {10: [50, 100, 200, 500], 100: [100, 200, 500]}
 SCIFACT = "scifact-bm25-top100.jsonl.gz"
@@ -40,19 +40,13 @@ def run(
         index = CURIndex.from_scores(anchors, storage=storage)
         print(f"{storage}: {index.settings}")
         if part != "time":
-            curves += [
-                _said(recall_curve(index, exact, k, budgets, **options), f"CURIndex, {storage}{name}")
-                for k, budgets in BUDGETS.items()
-                for name, options in (("", {}), (", 5 rounds", {"rounds": 5}))
-            ]
+            curves += _curves(index, exact, f"CURIndex, {storage}")
+            curves += _curves(index, exact, f"CURIndex, {storage}, 5 rounds", rounds=5)
         if part != "recall":
             timings += [_timed(index, exact, budget, storage) for budget in (100, 200, 500)]
     if part != "time":
         plain = CURIndex.from_scores(anchors, anchors="random", ridge=0)
-        curves += [
-            _said(recall_curve(plain, exact, k, budgets, rounds=2, first=0.5), "ANNCUR, pseudo-inverse")
-            for k, budgets in BUDGETS.items()
-        ]
+        curves += _curves(plain, exact, "ANNCUR, pseudo-inverse", rounds=2, first=0.5)
         curves += _bm25(data, exact)
     for curve in curves:
         cells = "  ".join(f"{b}: {r:.4f}" for b, r in zip(curve.budgets, curve.recalls, strict=True))
@@ -71,8 +65,16 @@ def run(
         picture.write_text(chart(shown, "SciFact: recall of the exact best 10 of 5,183"))
 
 
-def _said(curve: Curve, name: str) -> Curve:
-    return Curve(curve.k, curve.budgets, curve.recalls, curve.queries, name)
+def _curves(index: CURIndex, exact: Matrix, name: str, **options: Any) -> list[Curve]:
+    """A curve for each k; what is scored depends on the budget alone, so both are read off one search."""
+    found: dict[int, list[float]] = {k: [] for k in BUDGETS}
+    for budget in sorted({budget for budgets in BUDGETS.values() for budget in budgets}):
+        most = max(k for k, budgets in BUDGETS.items() if budget in budgets)
+        ids, _ = index.search_many(lambda query, item: exact[query, item], len(exact), most, budget, **options)
+        for k, budgets in BUDGETS.items():
+            if budget in budgets:
+                found[k].append(recall(ids[:, :k], exact))
+    return [Curve(k, budgets, found[k], len(exact), name) for k, budgets in BUDGETS.items()]
 
 
 def _bm25(data: Path, exact: Matrix) -> list[Curve]:

@@ -20,7 +20,7 @@ def held_out_ridge(scores: npt.NDArray[Any], seed: int = 0) -> float:
     """The relative ridge of `GRID` with the least error on anchor queries that are held out, at the items that matter.
 
     Each held-out query is fitted on half its best items and half random ones, as a search would have scored, and the
-    error is that of the items which come next in its order; the least ridge within 1 % of the least error is taken.
+    error is that of the items which come next in its order; the least ridge within 2.5 % of the least error is taken.
     scores: (K, N). With fewer than 4 queries, 0.02.
     """
     width, total = scores.shape
@@ -50,4 +50,4 @@ def held_out_ridge(scores: npt.NDArray[Any], seed: int = 0) -> float:
             alpha = directions @ (target / (np.maximum(values, 0) + ridge * spread))
             difference = prior[near] + alpha @ products - query[near]
             errors[number] += float(np.square(difference).mean()) / max(float(query.var()), 1e-300)
-    return next(ridge for ridge, error in zip(GRID, errors, strict=True) if error <= 1.01 * errors.min())
+    return next(ridge for ridge, error in zip(GRID, errors, strict=True) if error <= 1.025 * errors.min())
