@@ -156,6 +156,7 @@ def llm(
 @app.command("cur")
 def cur(
     storage: Annotated[str, typer.Option(help="precisions of the index: float32,bfloat16,int8")] = "float32,int8",
+    part: Annotated[str, typer.Option(help="recall, time, large (a million items) or all")] = "all",
     data: Annotated[Path, typer.Option(help="folder with cur/ and the SciFact file")] = DATA,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
     picture: Annotated[Path | None, typer.Option(help="write recall against budget to this SVG")] = None,
@@ -167,7 +168,10 @@ def cur(
 
     log = Console(stderr=True)
     try:
-        bench.run(data, tuple(storage.split(",")), json_file, picture, "python -m bench.run " + " ".join(sys.argv[1:]))
+        if part not in ("recall", "time", "large", "all"):
+            raise ValueError(f"--part must be recall, time, large or all, got {part!r}")
+        command = "python -m bench.run " + " ".join(sys.argv[1:])
+        bench.run(data, tuple(storage.split(",")), json_file, picture, command, part)
     except (ValueError, FileNotFoundError) as error:
         log.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error

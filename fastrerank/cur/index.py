@@ -210,7 +210,8 @@ class CURIndex:
 
     @settings.setter
     def settings(self, value: Settings) -> None:
-        self._contents = replace(self._contents, settings=value)
+        with self._changing:
+            self._contents = replace(self._contents, settings=value)
 
     @property
     def width(self) -> int:
