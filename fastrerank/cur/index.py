@@ -292,7 +292,7 @@ class CURIndex:
             k: at most `budget` and N.
             budget: calls, one per item; of more than N, N are made, and the answer is exact.
             rounds: fits and scans, see `Settings`. 1 scores the first items only; 2 is ANNCUR: anchors, then rerank.
-            first: share of the budget for the first round.
+            first: share of the budget for the first round; where `rounds` is given, by default at least 0.75 / rounds.
             ridge: relative, see `Settings`; 0 is the published pseudo-inverse.
             seeds: ids of items that this query scores first, best first, for example of BM25; anchors fill up the
                 first round, and what exceeds it is left out.
@@ -337,11 +337,10 @@ class CURIndex:
         if budget < k:
             raise ValueError(f"budget must be at least k={k}, got {budget}: the answer holds scored items only")
         settings = held.settings
-        sizes = round_sizes(
-            budget,
-            settings.rounds if rounds is None else positive("rounds", rounds),
-            settings.first if first is None else share("first", first),
-        )
+        if first is None:
+            first = settings.first if rounds is None else max(settings.first, 0.75 / positive("rounds", rounds))
+        turns = settings.rounds if rounds is None else positive("rounds", rounds)
+        sizes = round_sizes(budget, turns, share("first", first))
         ridge = held.spread * (settings.ridge if ridge is None else _ridge(ridge))
         start = _first(held, queries, sizes[0], seeds)
         mix = share("mix", mix)
