@@ -53,29 +53,51 @@ def test_linear(benchmark: Any, isa: str, dtype: str, shape: str) -> None:
     _report(benchmark, 2.0 * ROWS * n * k, dtype, isa)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [96, 512])
-def test_attention(benchmark: Any, isa: str, dtype: str, length: int) -> None:
-    """MiniLM's heads over packed documents, bidirectional."""
+def _time_attention(
+    benchmark: Any, isa: str, dtype: str, shapes: list[tuple[int, int, int]], spans: list[Any], pairs: float
+) -> None:
+    """Check two heads' last rows, then time one call on one thread. pairs: of queries and keys in one head."""
     torch = pytest.importorskip("torch")
-    heads, head_dim, documents = 12, 32, 1920 // length
-    rows = documents * length
     rng = np.random.default_rng(0)
-    q, k, v = (torch.from_numpy(rng.standard_normal((rows, heads, head_dim), np.float32)) for _ in range(3))
-    lo = np.repeat(np.arange(documents, dtype=np.int32) * length, length)
-    exact, _ = reference.attention(*(x[:, :2].numpy().astype(np.float64) for x in (q, k, v)), lo, lo + length)
-    inputs = [x.to(getattr(torch, dtype)) for x in (q, k, v)]
-    intervals = [torch.from_numpy(lo), torch.from_numpy(lo + np.int32(length))]
+    q, k, v = (torch.from_numpy(rng.standard_normal(shape, np.float32)).to(getattr(torch, dtype)) for shape in shapes)
+    rows, group = slice(-100, None), q.shape[1] // k.shape[1]
+    exact, _ = reference.attention(
+        q[rows, : 2 * group].double().numpy(), *(x[:, :2].double().numpy() for x in (k, v)), *(s[rows] for s in spans)
+    )
+    intervals = [torch.from_numpy(span) for span in spans]
     ops.set_isa(isa)
     ops.set_num_threads(1)
     try:
-        result = ops.attention(*inputs, *intervals)[:, :2].float().numpy()
+        result = ops.attention(q, k, v, *intervals)[rows, : 2 * group].float().numpy()
         assert np.abs(result - exact).max() <= {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * np.abs(exact).max()
-        benchmark(ops.attention, *inputs, *intervals)
+        benchmark(ops.attention, q, k, v, *intervals)
     finally:
         ops.set_isa(None)
         ops.set_num_threads(None)
-    _report(benchmark, 4.0 * rows * length * heads * head_dim, dtype, isa)
+    _report(benchmark, 4.0 * pairs * q.shape[1] * q.shape[2], dtype, isa)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("length", [96, 512])
+def test_attention(benchmark: Any, isa: str, dtype: str, length: int, head_dim: int) -> None:
+    """MiniLM's or BERT's heads over packed documents, bidirectional."""
+    rows = 1920 // length * length
+    lo = np.arange(rows, dtype=np.int32) // length * length
+    spans = [lo, lo + np.int32(length)]
+    _time_attention(benchmark, isa, dtype, [(rows, 12, head_dim)] * 3, spans, rows * length)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mask", ["causal", "shared prefix"])
+def test_decoder_attention(benchmark: Any, isa: str, dtype: str, mask: str) -> None:
+    """Qwen2.5-0.5B's heads: one causal prompt of 2,048 tokens, or 100 segments of 100 tokens after a prefix of 100."""
+    rows = 2048 if mask == "causal" else 10_100
+    row = np.arange(rows, dtype=np.int32)
+    own = 0 * row if mask == "causal" else row // 100 * 100
+    spans = [own, row + 1, 0 * row, np.minimum(own, 0 if mask == "causal" else 100)]
+    pairs = float((spans[1] - own + spans[3]).sum())
+    _time_attention(benchmark, isa, dtype, [(rows, 14, 64), (rows, 2, 64), (rows, 2, 64)], spans, pairs)
 
 
 MASS_SHAPES = {"qwen2.5-0.5b": (50, 2048, 14, 2, 64), "llama-3.1-8b": (50, 8192, 32, 8, 128)}

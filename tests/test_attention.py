@@ -94,6 +94,24 @@ def test_cpp_head_sizes(head_dim: int, dtype: Any) -> None:
     compare(ops.attention, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", CPU_DTYPES[:2], ids=str)
+@pytest.mark.parametrize("factor", [40.0, 3e6])
+@pytest.mark.usefixtures("isa")
+def test_cpp_scores_far_apart(factor: float, dtype: Any) -> None:
+    # Every third query's scores reach hundreds or tens of millions, with small ones in the rows between.
+    case = Case([Segment(310, None, "causal"), *documents([40, 7], "causal", 0), Segment(50)], 4, 2, 64)
+    inputs, spans = packing.tensors(case, dtype), packing.intervals(case.segments)
+    inputs[0][::3] *= factor
+    out, lse = run(ops.attention, inputs, spans)
+    exact, exact_lse = reference.attention(*(x.double().numpy() for x in inputs), *spans, scale=64**-0.5)
+    plain, _ = packing.plain(inputs[0], inputs[1], inputs[2], spans, 0.0, 64**-0.5)
+    for rows in (slice(0, None, 3), slice(1, None, 3)):
+        largest = float(np.abs(exact[rows]).max())
+        rms, torchs = packing.errors(out[rows], exact[rows])[0], packing.errors(plain[rows], exact[rows])[0]
+        assert rms <= 2 * torchs + 0.5 * torch.finfo(dtype).eps * largest
+        np.testing.assert_allclose(lse[rows].numpy(), exact_lse[rows], rtol=2e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.gpu
