@@ -6,26 +6,42 @@ else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage;
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 import fastrerank
 
+from . import cli_index
+from .cli_shared import (
+    AsJson,
+    Device,
+    Dtype,
+    DtypeOption,
+    HeadsOption,
+    Instruction,
+    Method,
+    Model,
+    TemplateOption,
+    Threads,
+    load_reranker,
+    need_model,
+    one_line,
+    plain,
+    print_json,
+    print_table,
+    progress_bar,
+    warn,
+)
 from .datasets import load_dataset, write_trec_run
 from .doctor import report
 from .documents import read_documents
@@ -42,22 +58,14 @@ app = typer.Typer(
 )
 
 
-class Dtype(str, Enum):
-    """Precisions that --dtype takes."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
-
-
 class Suite(str, Enum):
     """Benchmarks that `bench` runs."""
 
     cross_encoder = "cross-encoder"
     llm = "llm"
     icr = "icr"
+    cur = "cur"
+    cur_scan = "cur-scan"
 
 
 class Rule(str, Enum):
@@ -77,38 +85,7 @@ class Format(str, Enum):
     jsonl = "jsonl"
 
 
-def _method(value: str | None) -> str | None:
-    if value is not None and value not in (known := list(fastrerank.list_methods())):
-        raise typer.BadParameter(f"{value!r} is not a method; one of {', '.join(known)}")
-    return value
-
-
-def _device(value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
-        raise typer.BadParameter(f"{value!r} is not a device; one of cpu, cuda, cuda:<number>")
-    return value
-
-
-Model = Annotated[str | None, typer.Option(help="Hugging Face id or local folder of the checkpoint (required).")]
-Method = Annotated[
-    str | None, typer.Option(callback=_method, help="Ranking method; found from the checkpoint if unsaid.")
-]
-TemplateOption = Annotated[
-    str | None, typer.Option("--template", help="Prompt of a language model: a published one's name, or a TOML file.")
-]
-Instruction = Annotated[str | None, typer.Option(help="Replaces the prompt's instruction.")]
-HeadsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--heads", help="Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`."
-    ),
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision; auto: float32 on a CPU, bfloat16 on a GPU.")]
-Device = Annotated[
-    str | None, typer.Option(callback=_device, help="cpu, cuda or cuda:1; a usable GPU, else the CPU, if unsaid.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if unsaid.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app.add_typer(cli_index.app, name="index")
 
 
 @app.callback()
@@ -144,7 +121,7 @@ def rank(
     text_field: Annotated[str, typer.Option(help="Field of a JSONL row that holds the text.")] = "text",
 ) -> None:
     """Rank the documents of FILE... by QUERY and print rank, score and text, best first."""
-    checkpoint = _checkpoint(model)
+    checkpoint = need_model(model)
     if not files:
         if sys.stdin.isatty():
             raise typer.BadParameter(
@@ -156,10 +133,10 @@ def rank(
             raise typer.BadParameter(f"no such file: {name}", param_hint="FILE...")
     documents, undecodable = read_documents(files, format.value, text_field)
     for name in undecodable:
-        _warn(f"{name} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
+        warn(f"{name} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
     if not documents:
-        _warn("there are no documents to rank")
-    reranker = _load(
+        warn("there are no documents to rank")
+    reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
         heads=_heads(heads),
     )  # fmt: skip
@@ -168,19 +145,19 @@ def rank(
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
     options = {"explain": True} if explain else {}
     start = time.perf_counter()
-    with _progress(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
+    with progress_bar(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
         hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
     seconds = time.perf_counter() - start
     if explain_html is not None:
         explain_html.write_text(to_html(query, hits), encoding="utf-8", errors="backslashreplace")
     if as_json:
-        _print_json(hits)
+        print_json(hits)
         return
     if explain:
         print_tokens(Console(), hits)
         return
     rows = [(str(place), f"{hit['score']:.4f}", hit["text"]) for place, hit in enumerate(hits, start=1)]
-    _print_table(
+    print_table(
         ("rank", "score", "text"), rows, caption=f"{len(documents)} documents in {1e3 * seconds:.0f} ms", crop=True
     )
 
@@ -209,7 +186,7 @@ def evaluate_command(
     threads: Threads = None,
 ) -> None:
     """Rerank the judged candidates of DATASET; print nDCG@10, MRR@10, Recall and latency."""
-    checkpoint = _checkpoint(model)
+    checkpoint = need_model(model)
     inputs = {"DATASET": dataset, "--trec-run": trec_run, "--qrels": qrels, "--queries": queries}
     for name, path in inputs.items():
         if path is not None and not path.exists():
@@ -217,22 +194,22 @@ def evaluate_command(
     if run is not None and not run.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
     judged = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
-    reranker = _load(
+    reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
         heads=_heads(heads),
     )  # fmt: skip
-    with _progress("reranking", total=len(judged), shown=True) as advance:
+    with progress_bar("reranking", total=len(judged), shown=True) as advance:
         result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, progress=advance)
     if run is not None:
         write_trec_run(run, result.run)
     if as_json:
-        _print_json(_evaluation_json(result, dataset, checkpoint, method, dtype))
+        print_json(_evaluation_json(result, dataset, checkpoint, method, dtype))
         return
     rows = [(name, f"{result.first_stage[name]:.4f}", f"{value:.4f}") for name, value in result.metrics.items()]
     rows += [("latency p50 [ms]", "", f"{1e3 * result.latency_p50:.1f}")]
     rows += [("latency p95 [ms]", "", f"{1e3 * result.latency_p95:.1f}")]
     caption = f"{len(judged)} queries, {result.judged} judged; {dtype.value}"
-    _print_table(("measure", "first stage", "reranked"), rows, caption=caption)
+    print_table(("measure", "first stage", "reranked"), rows, caption=caption)
 
 
 @app.command()
@@ -257,7 +234,7 @@ def heads(
     """Find the heads of MODEL that retrieve, by the labelled queries of DATASET; goes on where it was ended."""
     from .rerankers.attention_heads import score_heads
 
-    checkpoint = _checkpoint(model)
+    checkpoint = need_model(model)
     for name, path in {"DATASET": dataset, "--trec-run": trec_run, "--qrels": qrels, "--queries": queries}.items():
         if path is not None and not path.exists():
             raise typer.BadParameter(f"no such file: {path}", param_hint=name)
@@ -265,7 +242,7 @@ def heads(
         raise typer.BadParameter(f"must be a .toml file in a folder that exists, got {save}", param_hint="--save")
     labelled = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
     state = save.with_suffix(".progress.jsonl")
-    with _progress("scoring heads", total=len(labelled), shown=True) as advance:
+    with progress_bar("scoring heads", total=len(labelled), shown=True) as advance:
         found = score_heads(
             checkpoint, labelled, rule=rule.value, temperature=temperature, instruction=instruction, state=state,
             progress=advance, device=device, dtype=dtype.value, num_threads=threads,
@@ -274,10 +251,10 @@ def heads(
     state.unlink()
     if as_json:
         scores = [{"layer": layer, "head": head, "score": float(found.scores[layer, head])} for layer, head in kept]
-        _print_json({**found.about, "queries": found.queries, "skipped": found.skipped, "heads": scores})
+        print_json({**found.about, "queries": found.queries, "skipped": found.skipped, "heads": scores})
         return
     rows = [(f"{layer}-{head}", f"{found.scores[layer, head]:.4f}") for layer, head in kept]
-    _print_table(("head", "score"), rows, caption=f"{found.queries} queries; written to {save}")
+    print_table(("head", "score"), rows, caption=f"{found.queries} queries; written to {save}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -345,13 +322,13 @@ def serve(
         raise ImportError(f"the server needs {error.name}: pip install 'fastrerank[serve]'") from None
     if api_flavor not in (flavors := [flavor.value for flavor in Flavor]):
         raise typer.BadParameter(f"{api_flavor!r} is no flavor; one of {', '.join(flavors)}", param_hint="--api-flavor")
-    _checkpoint(model[0] if model else None)
+    need_model(model[0] if model else None)
     named, keys = parse_models(model or []), read_keys(api_key_file)
     options = {"device": device, "num_threads": threads, "template": template, "instruction": instruction}
     rerankers = {
         name: fastrerank.AsyncReranker(
-            _load(checkpoint, method, dtype, **options), max_batch_tokens=max_batch_tokens, max_wait_ms=max_wait_ms,
-            max_queue_tokens=max_queue_tokens,
+            load_reranker(checkpoint, method, dtype, **options), max_batch_tokens=max_batch_tokens,
+            max_wait_ms=max_wait_ms, max_queue_tokens=max_queue_tokens,
         )
         for name, checkpoint in named.items()
     }  # fmt: skip
@@ -372,9 +349,9 @@ def doctor(
     """Print what was found: versions, CPU level, threads, kernels, GPU, optional packages."""
     found = report(ask_torch=torch)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print_table(("what", "found"), [(name, _plain(value)) for name, value in found.items()])
+        print_table(("what", "found"), [(name, plain(value)) for name, value in found.items()])
 
 
 @app.command()
@@ -383,24 +360,9 @@ def version() -> None:
     print(fastrerank.__version__)
 
 
-def _checkpoint(model: str | None) -> str:
-    if not model:
-        example = "--model cross-encoder/ms-marco-MiniLM-L6-v2"
-        raise typer.BadParameter(f"say which checkpoint to use, for example {example}", param_hint="--model")
-    return model
-
-
 def _heads(value: str | None) -> Any:
     """Pairs where heads are written as such, else the name of a list or a file."""
     return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
-
-
-def _load(model: str, method: str | None, dtype: Dtype, **options: Any) -> Any:
-    """The reranker, with the options that were given: some methods do not know all of them."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if dtype is not Dtype.auto:
-        given["dtype"] = dtype.value
-    return fastrerank.load(model, method=method, **given)
 
 
 def _evaluation_json(result: Evaluation, dataset: Path, model: str, method: str | None, dtype: Dtype) -> dict[str, Any]:
@@ -415,73 +377,6 @@ def _evaluation_json(result: Evaluation, dataset: Path, model: str, method: str 
         "reranked": result.metrics,
         "latency_ms": {"p50": 1e3 * result.latency_p50, "p95": 1e3 * result.latency_p95},
     }
-
-
-@contextmanager
-def _progress(what: str, *, shown: bool, total: int | None = None) -> Iterator[Any]:
-    """A bar (or, without a total, a running clock) on standard error while the block runs, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = [SpinnerColumn(), TextColumn("{task.description}")]
-    columns += [BarColumn(), MofNCompleteColumn()] if total is not None else []
-    disable = not (shown and console.is_terminal)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
-
-
-def _print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None, crop: bool = False
-) -> None:
-    """A table on a terminal, its last column wrapped or, with `crop`, cut to the width; else tab-separated values."""
-    console = Console()
-    cells = [[_one_line(cell) for cell in row] for row in rows]
-    if not console.is_terminal:
-        for row in [columns, *cells]:
-            print("\t".join(row))
-        return
-    table = Table(caption=caption)
-    for number, name in enumerate(columns):
-        column = [name, *(row[number] for row in cells)]
-        if number == len(columns) - 1:  # the only one that gives way on a narrow terminal
-            table.add_column(name, overflow="ellipsis" if crop else "fold")
-        else:
-            numeric = all(re.fullmatch(r"-?[\d.]*", cell) for cell in column[1:])
-            table.add_column(name, justify="right" if numeric else "left", min_width=max(map(len, column)))
-    for row in cells:
-        table.add_row(*(Text(cell, no_wrap=crop) for cell in row))
-    console.print(table)
-
-
-def _one_line(text: str) -> str:
-    """`text` without line breaks, and without the control characters and surrogates that a terminal would act on."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", text).split())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "not found" if value is None else str(value)
-
-
-def _print_json(value: Any) -> None:
-    # A lone surrogate cannot be encoded; main() has it written as an escape, which JSON reads back as the same.
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(value, ensure_ascii=not utf8, indent=2))
-
-
-def _warn(message: str) -> None:
-    print(f"fastrerank: warning: {_one_line(message)}", file=sys.stderr)
-
-
-def _add_index_commands() -> None:
-    from . import cli_index  # it takes its options from this module
-
-    app.add_typer(cli_index.app, name="index")
-
-
-_add_index_commands()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -523,7 +418,7 @@ def _fail(error: Exception) -> int:
     expected = isinstance(error, (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError))
     if not message or not (expected or hasattr(error, "exit_code")):
         message = f"{type(error).__name__}: {message} (FASTRERANK_TRACEBACK=1 shows where)"
-    print(f"fastrerank: error: {_one_line(message)}", file=sys.stderr)
+    print(f"fastrerank: error: {one_line(message)}", file=sys.stderr)
     return int(getattr(error, "exit_code", 1))
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastrerank import cli
-from fastrerank.cli import AsJson, Device, DtypeOption, Instruction, Method, Model, TemplateOption, Threads
+from fastrerank import cli_shared as cli
+from fastrerank.cli_shared import AsJson, Device, DtypeOption, Instruction, Method, Model, TemplateOption, Threads
 from fastrerank.cur import CURIndex
 from fastrerank.cur.tuning import as_rows, chart, hold_out, recall_curve
 from fastrerank.documents import read_documents
@@ -36,7 +36,7 @@ def _read(name: str, path: Path) -> list[str]:
         raise typer.BadParameter(f"no such file: {path}", param_hint=name)
     texts, undecodable = read_documents([str(path)], "auto", "text")
     for some in undecodable:
-        cli._warn(f"{some} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
+        cli.warn(f"{some} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
     if not texts:
         raise ValueError(f"{path} holds no texts")
     return texts
@@ -57,14 +57,14 @@ def build(
     threads: Threads = None,
 ) -> None:
     """Score every item for every anchor query and save the index to FOLDER; interrupted, it goes on where it was."""
-    checkpoint = cli._checkpoint(model)
+    checkpoint = cli.need_model(model)
     texts, anchors = _read("--items", items), _read("--queries", queries)
-    reranker = cli._load(
+    reranker = cli.load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction
     )
     index = CURIndex.build(reranker, texts, anchors, checkpoint=folder / "build", storage=storage.value)
     index.save(folder)
-    cli._print_table(("what", "found"), [(name, cli._plain(value)) for name, value in index.info().items()])
+    cli.print_table(("what", "found"), [(name, cli.plain(value)) for name, value in index.info().items()])
 
 
 @app.command()
@@ -85,8 +85,8 @@ def search(
 ) -> None:
     """Find the best texts of FOLDER for QUERY with at most --budget calls of the reranker."""
     index = CURIndex.load(folder)
-    reranker = cli._load(
-        cli._checkpoint(model), method, dtype, device=device, num_threads=threads, template=template,
+    reranker = cli.load_reranker(
+        cli.need_model(model), method, dtype, device=device, num_threads=threads, template=template,
         instruction=instruction,
     )  # fmt: skip
     ids, scores = index.search_reranker(reranker, query, k=top_k, budget=budget, rounds=rounds)
@@ -94,11 +94,11 @@ def search(
     usage = index.last_usage
     hits = [{"id": int(i), "score": float(s), "text": t} for i, s, t in zip(ids, scores, texts, strict=True)]
     if as_json:
-        cli._print_json({"hits": hits, "usage": usage})
+        cli.print_json({"hits": hits, "usage": usage})
         return
     rows = [(str(hit["id"]), f"{hit['score']:.4f}", str(hit["text"])) for hit in hits]
     caption = f"{usage['calls']} of {index.count} items scored in {usage['rounds']} rounds"
-    cli._print_table(("id", "score", "text"), rows, caption=caption, crop=True)
+    cli.print_table(("id", "score", "text"), rows, caption=caption, crop=True)
 
 
 @app.command()
@@ -106,9 +106,9 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
     """Print what the index in FOLDER holds; its files are checked."""
     found = CURIndex.load(folder).info()
     if as_json:
-        cli._print_json(found)
+        cli.print_json(found)
     else:
-        cli._print_table(("what", "found"), [(name, cli._plain(value)) for name, value in found.items()])
+        cli.print_table(("what", "found"), [(name, cli.plain(value)) for name, value in found.items()])
 
 
 @app.command()
@@ -127,10 +127,10 @@ def tune(
         index.save(folder)
     rows = as_rows(trials)
     if as_json:
-        cli._print_json(rows)
+        cli.print_json(rows)
         return
     cells = [(str(r["rounds"]), f"{r['first']:g}", f"{r['ridge']:g}", f"{r['recall']:.4f}") for r in rows]
-    cli._print_table(("rounds", "first", "ridge", f"recall@{top_k}"), cells, caption="the first line was chosen")
+    cli.print_table(("rounds", "first", "ridge", f"recall@{top_k}"), cells, caption="the first line was chosen")
 
 
 @app.command()
@@ -155,13 +155,13 @@ def report(
     if out is not None:
         out.write_text(chart(curves, f"Recall of the exact best {top_k} of {rest.count} items"), encoding="utf-8")
     if as_json:
-        cli._print_json([asdict(curve) for curve in curves])
+        cli.print_json([asdict(curve) for curve in curves])
         return
     rows = [
         (str(budget), *(f"{curve.recalls[place]:.4f}" for curve in curves))
         for place, budget in enumerate(curves[0].budgets)
     ]
-    cli._print_table(("budget", *(curve.name for curve in curves)), rows, caption=f"{curves[0].queries} queries")
+    cli.print_table(("budget", *(curve.name for curve in curves)), rows, caption=f"{curves[0].queries} queries")
 
 
 def _named(curve: Any, name: str) -> Any:
