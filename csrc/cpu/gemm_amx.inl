@@ -104,7 +104,8 @@ INLINE void tile_step(const char* a, int64_t lda, int64_t second, const char* b,
 
 // Sums of one block of rows and a panel.
 template <class P, int MR, int NV, class Beside>
-INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, const char* b, const Beside& beside) {
+INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, const char* b, const char* ahead, int lines,
+                       const Beside& beside) {
     const int64_t lda = g.ldx * P::kElement;
     const char* a = static_cast<const char*>(g.x) + r.first * lda;
     const int bytes = g.w->k_padded * P::kElement, steps = bytes / kTileBytes, left = bytes % kTileBytes;
@@ -115,6 +116,7 @@ INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, cons
         if constexpr (NV == 2) tile_zero<3>();
     }
     for (int s = 0; s < steps; ++s) {
+        for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         tile_step<P, MR, NV>(a + s * kTileBytes, lda, r.second * lda, b, beside);
         b += NV * kTileRows * kTileBytes;
     }
@@ -179,21 +181,24 @@ INLINE void tile_panels(const Linear& g, const RowFactors& rows, int begin, int 
     Finish<P, NV, Put> before{put, g.ldy, nullptr, nullptr, nullptr, nullptr, 0, {}};
     // A block has 32 rows to finish; with 6 steps it has 24 products.
     const bool twice = steps * 4 < kBlock;
+    // The next panel is fetched while this one is used: of a step's lines, those that are a block's share.
+    const int blocks = (g.rows + kBlock - 1) / kBlock, lines = (NV * kTileRows + blocks - 1) / blocks;
     const auto beside = [&]() __attribute__((always_inline)) {
         before.row();
         if (twice) before.row();
     };
     for (int n = begin; n < end; n += NV * VL) {
         const char* b = g.w->data + static_cast<int64_t>(n) * steps * kTileBytes;
-        for (int row = 0; row < g.rows; row += kBlock) {
+        const char* ahead = b + static_cast<int64_t>(NV) * VL * steps * kTileBytes;
+        for (int row = 0; row < g.rows; row += kBlock, ahead += static_cast<int64_t>(lines) * steps * 64) {
             const int left = g.rows - row;
             RowBlock r{row, 0, row, row + (left < kBlock ? left : kBlock)};
             if (left > kTileRows) {
                 r.second = left < kBlock ? left - kTileRows : kTileRows;
-                tile_block<P, 2, NV>(sums[turn], g, r, b, beside);
+                tile_block<P, 2, NV>(sums[turn], g, r, b, ahead, lines, beside);
             } else {
                 if (g.rows > kTileRows) r.first = g.rows - kTileRows;
-                tile_block<P, 1, NV>(sums[turn], g, r, b, beside);
+                tile_block<P, 1, NV>(sums[turn], g, r, b, ahead, lines, beside);
             }
             before.rest();
             before.begin(g, rows, sums[turn], r, n);
