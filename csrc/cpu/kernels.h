@@ -215,8 +215,8 @@ struct CurScan {
 struct Kernels {
     Isa isa;
     const char* name;
-    int u8_max; // largest stored activation: 255, or 127 where 8-bit products would saturate
-    bool tiles; // 8-bit and bfloat16 products run on tiles (AMX)
+    int u8_max;  // largest stored activation: 255, or 127 where 8-bit products would saturate
+    bool tiles;  // 8-bit and bfloat16 products run on tiles (AMX)
 
     Format (*input_format)(Precision);
     Format attention_format[3];  // by Precision
