@@ -246,6 +246,8 @@ def test_nothing_to_score_and_bad_arguments() -> None:
     with pytest.raises(ValueError, match="timeout"):
         shared.submit("q", ["a"], timeout=0)
     shared.close()
+    with pytest.raises(TypeError, match="reranker"):
+        AsyncReranker("a path")  # type: ignore[arg-type]
     for name in ("max_batch_tokens", "max_queue_tokens", "workers"):
         with pytest.raises(ValueError, match=name):
             AsyncReranker(Lengths(), **{name: 0})  # type: ignore[arg-type]

@@ -78,6 +78,8 @@ class AsyncReranker:
         self, reranker: Reranker, *, max_batch_tokens: int = 16384, max_wait_ms: float = 2.0,
         max_queue_tokens: int = 1_000_000, workers: int = 2,
     ) -> None:  # fmt: skip
+        if not isinstance(reranker, Reranker):
+            raise TypeError(f"reranker must be a loaded reranker, as fastrerank.load returns it, got {reranker!r}")
         for name, value in (("max_batch_tokens", max_batch_tokens), ("max_queue_tokens", max_queue_tokens),
                             ("workers", workers)):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
