@@ -119,8 +119,8 @@ def evaluate_command(
 def _check_files(
     datasets: list[Path], trec_run: Path | None, qrels: Path | None, queries: Path | None, systems: Path | None
 ) -> None:
-    files = [("DATASET", path) for path in datasets]
-    files += [("--trec-run", trec_run), ("--qrels", qrels), ("--queries", queries), ("--systems", systems)]  # type: ignore[list-item]
+    files: list[tuple[str, Path | None]] = [("DATASET", path) for path in datasets]
+    files += [("--trec-run", trec_run), ("--qrels", qrels), ("--queries", queries), ("--systems", systems)]
     for name, path in files:
         if path is not None and not path.exists():
             raise typer.BadParameter(f"no such file: {path}", param_hint=name)
@@ -130,16 +130,16 @@ def _check_files(
 
 def _listed(models: list[str], file: Path | None, runs: list[str], defaults: dict[str, Any]) -> list[System]:
     """The systems of the command line, in the order of models, file and runs; a usage error where one is wrong."""
-    listed = []
-    for hint, parts in (
-        ("--model", lambda: [parse_system(text, defaults) for text in models]),
-        ("--systems", lambda: [] if file is None else read_systems(file, defaults)),
-        ("--with-run", lambda: [parse_run(text) for text in runs]),
-    ):
-        try:
-            listed += parts()
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint=hint) from None
+    listed: list[System] = []
+    hint = "--model"
+    try:
+        listed += [parse_system(text, defaults) for text in models]
+        hint = "--systems"
+        listed += [] if file is None else read_systems(file, defaults)
+        hint = "--with-run"
+        listed += [parse_run(text) for text in runs]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from None
     for system in listed:
         if isinstance(system.run, (str, Path)) and not Path(system.run).is_file():
             raise typer.BadParameter(f"system {system.name!r}: no such file: {system.run}", param_hint="--with-run")

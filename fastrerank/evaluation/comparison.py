@@ -1,4 +1,4 @@
-"""Several systems on the same judged candidates: measures, latency, memory, and whether the differences mean anything."""
+"""Several systems on the same judged candidates: measures, latency, memory, and tests of the differences."""
 
 from __future__ import annotations
 

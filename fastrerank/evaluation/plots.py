@@ -13,7 +13,8 @@ __all__ = ["COLOURS", "Point", "curves", "differences", "forest", "scatter"]
 
 COLOURS = 8  # of the page's style; further systems repeat them with another dash
 _DASHES = ("", "6 3", "2 3")
-_CHARACTER = 6.7  # mean width of a character of 12 px type
+_WIDTH = 540  # of a plot, in the units of its 12 px type
+_CHARACTER, _BOLD = 6.7, 7.6  # mean width of a character of 12 px type
 _BARS = 400  # queries from which bars become one area
 
 
@@ -29,7 +30,7 @@ class Point:
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Return quality against time, time on a logarithmic axis; what was not timed is a line across."""
-    width, height, left, right, top, bottom = 720, 380, 58, 16, 14, 44
+    width, height, left, right, top, bottom = _WIDTH, 340, 60, 14, 14, 44
     timed = [(point, point.x) for point in points if point.x is not None]
     low, high = _log_range([x for _, x in timed])
     ticks = _ticks(*_widened([point.y for point in points]), 6)
@@ -55,7 +56,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
             y = at_y(point.y)
             parts.append(_stroke(f"M{left} {y:.1f}H{width - right}", point.colour, 1.5, "5 4", point.name, point.y))
             parts.append(_label(point.name, left + 8, y - 6, "start", point.colour))
-            taken.append((left + 8, y - 17, left + 8 + _CHARACTER * len(point.name), y - 3))
+            taken.append((left + 8, y - 17, left + 8 + _BOLD * len(point.name), y - 3))
     taken += [(at_x(x) - 7, at_y(point.y) - 7, at_x(x) + 7, at_y(point.y) + 7) for point, x in timed]
     best = -math.inf
     frontier = []
@@ -78,8 +79,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
 def curves(series: Mapping[str, Mapping[int, float]], colours: Mapping[str, int], y_label: str) -> str:
     """Return lines of value by cut-off, cut-offs on a logarithmic axis; the names stand right of their ends."""
     longest = max((len(name) for name in series), default=0)
-    width, height, left, top, bottom = 720, 330, 58, 14, 44
-    right = min(260, 22 + _CHARACTER * longest)
+    width, height, left, top, bottom = _WIDTH, 310, 60, 14, 44
+    right = min(200, 20 + _BOLD * longest)
     cutoffs = sorted({k for values in series.values() for k in values})
     ticks = _ticks(*_widened([value for values in series.values() for value in values.values()]), 6)
     low, high = _log_range([float(k) for k in cutoffs], whole=False)
@@ -118,14 +119,15 @@ def curves(series: Mapping[str, Mapping[int, float]], colours: Mapping[str, int]
     for y, (_, x, name) in zip(
         _apart([end[0] for end in sorted(ends)], 15, top, height - bottom), sorted(ends), strict=True
     ):
-        parts.append(_label(name, x + 10, y + 4, "start", colours[name], longest=int((right - 12) / _CHARACTER)))
+        parts.append(_label(name, x + 10, y + 4, "start", colours[name], longest=int((right - 12) / _BOLD)))
     return _svg(width, height, f"{y_label} by cut-off", parts)
 
 
 def forest(tests: Mapping[str, PairedTest], colours: Mapping[str, int], label: str) -> str:
     """Return each system's mean difference from the baseline with its 95 % interval."""
-    width, row, top, bottom, right = 720, 30, 8, 44, 16
-    left = min(260, 22 + _CHARACTER * max(len(name) for name in tests))
+    width, top, bottom, right = _WIDTH, 12, 44, 18
+    row = max(30.0, 284 / len(tests))  # as high as the scatter beside it, unless there are many
+    left = min(200, 22 + _CHARACTER * max(len(name) for name in tests))
     height = top + row * len(tests) + bottom
     edges = [0.0, *(edge for test in tests.values() for edge in (test.low, test.high))]
     ticks = _ticks(*_widened(edges), 7)
@@ -152,7 +154,7 @@ def forest(tests: Mapping[str, PairedTest], colours: Mapping[str, int], label: s
 
 def differences(values: Mapping[str, tuple[float, str]], label: str) -> str:
     """Return one bar for each query, the largest gain first; `values`: query id -> (difference, what its tip says)."""
-    width, height, left, right, top, bottom = 720, 150, 58, 16, 10, 24
+    width, height, left, right, top, bottom = _WIDTH, 170, 60, 14, 10, 26
     ordered = sorted(values.items(), key=lambda entry: -entry[1][0])
     largest = max((abs(difference) for _, (difference, _) in ordered), default=0.0) or 1.0
     middle = top + (height - top - bottom) / 2
@@ -175,7 +177,8 @@ def differences(values: Mapping[str, tuple[float, str]], label: str) -> str:
         y = middle - tall if difference > 0 else middle
         parts.append(
             f"<g><title>{escape(f'{qid}: {tip}')}</title>"
-            f'<rect class="hit" x="{left + i * step:.2f}" y="{top}" width="{step:.2f}" height="{height - top - bottom}"/>'
+            f'<rect class="hit" x="{left + i * step:.2f}" y="{top}" width="{step:.2f}" '
+            f'height="{height - top - bottom}"/>'
             f'<rect class="{"up" if difference > 0 else "down"}" x="{left + (i + 0.1) * step:.2f}" y="{y:.2f}" '
             f'width="{0.8 * step:.2f}" height="{tall:.2f}"/></g>'
         )
@@ -197,7 +200,7 @@ def _text(x: float, y: float, text: str, anchor: str, turned: bool = False) -> s
 
 def _label(name: str, x: float, y: float, anchor: str, colour: int, longest: int = 40) -> str:
     return (
-        f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="var(--s{colour % COLOURS})">'
+        f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="fill:var(--s{colour % COLOURS})">'
         f"{escape(_short(name, longest))}</text>"
     )
 
@@ -218,8 +221,8 @@ def _placed(
     point: Point, x: float, y: float, taken: list[tuple[float, float, float, float]], edges: tuple[float, float]
 ) -> str:
     """The name of a point, right, left, above or below of it: where it covers least of what is there."""
-    length = _CHARACTER * len(_short(point.name, 40))
-    choices = []
+    length = _BOLD * len(_short(point.name, 40))
+    choices: list[tuple[float, int, tuple[float, float, float, float], str, int, int]] = []
     for anchor, dx, dy in (("start", 11, 4), ("end", -11, 4), ("middle", 0, -12), ("middle", 0, 20)):
         begin = x + dx - {"start": 0.0, "middle": length / 2, "end": length}[anchor]
         box = (begin, y + dy - 11, begin + length, y + dy + 3)
@@ -246,9 +249,11 @@ def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
+    """The range of the values with a margin, which does not lead below 0 or above 1 where the values do not."""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
-    return (low if low == 0 else low - margin), high + margin
+    below, above = low - margin, high + margin
+    return max(0.0, below) if low >= 0 else below, min(1.0, above) if high <= 1 else above
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

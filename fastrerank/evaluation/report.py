@@ -9,7 +9,7 @@ from html import escape
 from . import plots
 from .comparison import ALPHA, Comparison
 from .statistics import RESAMPLES, PairedTest
-from .table import best, failed, interval, mark, mebibytes, milliseconds, p_value
+from .table import best, failed, highest, interval, mark, mebibytes, milliseconds, p_value
 
 __all__ = ["to_html"]
 
@@ -35,15 +35,18 @@ p, ul { margin: .4rem 0; } .soft, figcaption, caption { color: var(--soft); font
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: .87rem; }
 th:first-child, td:first-child { text-align: left; font-weight: 500; }
+thead th, thead th:first-child { border-top: 0; color: var(--soft); font-weight: 600; font-size: .87rem; }
 td.text { text-align: left; white-space: normal; font-weight: 400; overflow-wrap: anywhere; }
 tr.baseline { background: var(--mark); }
+.sign { display: inline-block; width: 1em; text-align: center; font-weight: 400; }
 .best { font-weight: 700; } .up { color: var(--up); fill: var(--up); } .down { color: var(--down); fill: var(--down); }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .55em; }
-figure { margin: 1rem 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
+.plots { display: grid; gap: 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; font-size: 12px; }
-svg text { fill: var(--soft); } svg text.name { fill: attr(fill); font-weight: 600; }
+svg text { fill: var(--soft); } svg text.name { font-weight: 600; }
 .grid { stroke: var(--line); } .axis { stroke: var(--strong); }
 .frontier { stroke: var(--strong); stroke-dasharray: 2 4; fill: none; } .area { fill: var(--s1); opacity: .75; }
 .hit { fill: transparent; } g:hover > .hit { fill: var(--line); opacity: .5; }
@@ -103,21 +106,28 @@ def _dataset(comparison: Comparison, dataset: str) -> list[str]:
         plots.Point(name, colours[name], _ms(result.latency(50)), result.metrics[first])
         for name, result in results.items()
     ]
-    parts += ["<h3>Quality and time</h3>"]
-    parts += [_figure(plots.scatter(points, "median milliseconds per query", first), "Up and left is better. The dotted "
-                      "line joins the systems that no other beats in both; dashed lines were not timed.")]  # fmt: skip
+    caption = (
+        f"{first} and time: up and left is better. The dotted line joins what nothing else beats in both; dashed lines "
+        "were not timed."
+    )
+    overview = [_figure(plots.scatter(points, "median milliseconds per query", first), caption)]
     tests = comparison.tests(dataset, first)
     if tests:
         label = f"difference in {first} from {comparison.baseline}"
-        parts += [f"<h3>Differences from {_escape(comparison.baseline)}</h3>"]
-        parts += [_figure(plots.forest(tests, colours, label), "Means over the judged queries with 95 % intervals.")]
-        parts += [_tests(tests, first)]
+        overview.append(_figure(plots.forest(tests, colours, label), "Means over the judged queries, 95 % intervals."))
     for kind in ("nDCG", "Recall"):
         series = {name: result.curves[kind] for name, result in results.items()}
-        parts += [f"<h3>{kind} by cut-off</h3>", _figure(plots.curves(series, colours, f"{kind}@k"), "")]
-    if comparison.baseline in results and pool.judged > 0 and len(results) > 1:
-        parts += [f"<h3>Query by query, {_escape(first)} less that of {_escape(comparison.baseline)}</h3>"]
-        parts += [_per_query(comparison, dataset, name) for name in results if name != comparison.baseline]
+        overview.append(_figure(plots.curves(series, colours, f"{kind}@k"), f"{kind} by cut-off."))
+    parts += [_plots(overview)]
+    if tests:
+        parts += [f"<h3>Tests against {_escape(comparison.baseline)}</h3>", _tests(tests, first)]
+    others = [name for name in results if name != comparison.baseline]
+    if comparison.baseline in results and others:
+        parts += [f"<h3>Query by query: {_escape(first)} less that of {_escape(comparison.baseline)}</h3>"]
+        parts += [_plots(_bars(comparison, dataset, name) for name in others)]
+        parts += ["<details><summary>Queries that gain and lose most</summary>"]
+        parts += [_examples(comparison, dataset, name) for name in others]
+        parts += ["</details>"]
     return parts
 
 
@@ -137,7 +147,7 @@ def _table(comparison: Comparison, dataset: str) -> str:
             result = comparison.results[dataset][name]
             for measure in measures:
                 sign = mark(tests[measure].get(name))
-                shown = f'<span class="{"up" if sign == "▲" else "down"}">{sign}</span>' if sign else ""
+                shown = f'<span class="sign {"up" if sign == "▲" else "down"}">{sign}</span>'
                 style = ' class="best"' if name in bold[measure] else ""
                 cells.append(f"<td{style}>{result.metrics[measure]:.4f}{shown}</td>")
             numbers = [interval(tests[first].get(name)), *(milliseconds(result.latency(p)) for p in (50, 95))]
@@ -164,42 +174,45 @@ def _tests(tests: dict[str, PairedTest], measure: str) -> str:
     return _html_table(header, rows)
 
 
-def _per_query(comparison: Comparison, dataset: str, name: str) -> str:
-    first, pool = comparison.measures[0], comparison.datasets[dataset]
+def _query_differences(comparison: Comparison, dataset: str, name: str) -> dict[str, tuple[float, float, float]]:
+    """Query id -> (baseline's value, the system's, their difference), the largest gain first."""
+    first = comparison.measures[0]
     own = comparison.results[dataset][name].per_query
     against = comparison.results[dataset][comparison.baseline].per_query
+    rows = {qid: (against[qid][first], own[qid][first], own[qid][first] - against[qid][first]) for qid in own}
+    return dict(sorted(rows.items(), key=lambda entry: -entry[1][2]))
+
+
+def _bars(comparison: Comparison, dataset: str, name: str) -> str:
+    texts = comparison.datasets[dataset].queries
     values = {
-        qid: (
-            own[qid][first] - against[qid][first],
-            f"{_clean(pool.queries[qid])} ({against[qid][first]:.3f} → {own[qid][first]:.3f})",
-        )
-        for qid in own
+        qid: (difference, f"{_clean(texts[qid])} ({before:.3f} → {after:.3f})")
+        for qid, (before, after, difference) in _query_differences(comparison, dataset, name).items()
     }
-    ordered = sorted(values, key=lambda qid: -values[qid][0])
-    shown = [qid for qid in ordered[:_EXAMPLES] if values[qid][0] > 0]
-    shown += [qid for qid in ordered[-_EXAMPLES:] if values[qid][0] < 0]
+    counts = [sum(difference > 0 for difference, _ in values.values()), sum(d < 0 for d, _ in values.values())]
+    label = f"{name}: {counts[0]} better, {len(values) - sum(counts)} equal, {counts[1]} worse"
+    return _figure(plots.differences(values, label), "")
+
+
+def _examples(comparison: Comparison, dataset: str, name: str) -> str:
+    found = list(_query_differences(comparison, dataset, name).items())
+    shown = [entry for entry in found[:_EXAMPLES] if entry[1][2] > 0]
+    shown += [entry for entry in found[-_EXAMPLES:] if entry[1][2] < 0]
     rows = [
-        f'<tr><td>{_escape(qid)}</td><td class="text">{_escape(pool.queries[qid])}</td>'
-        f"<td>{against[qid][first]:.4f}</td><td>{own[qid][first]:.4f}</td>"
-        f'<td class="{"up" if values[qid][0] > 0 else "down"}">{values[qid][0]:+.4f}</td></tr>'
-        for qid in shown
+        f'<tr><td>{_escape(qid)}</td><td class="text">{_escape(comparison.datasets[dataset].queries[qid])}</td>'
+        f'<td>{before:.4f}</td><td>{after:.4f}</td><td class="{"up" if difference > 0 else "down"}">'
+        f"{difference:+.4f}</td></tr>"
+        for qid, (before, after, difference) in shown
     ]
-    more = ""
-    if rows:
-        header = ["query", "text", comparison.baseline, name, "Δ"]
-        more = f"<details><summary>largest gains and losses</summary>{_html_table(header, rows)}</details>"
-    return _figure(plots.differences(values, f"{name}: {len(values)} queries, largest gain first"), "") + more
+    return _html_table(["query", "text", comparison.baseline, name, "Δ"], rows) if rows else ""
 
 
 def _means(comparison: Comparison) -> str:
     means = comparison.means()
+    bold = {m: highest({name: metrics[m] for name, metrics in means.items()}) for m in comparison.measures}
     rows = []
     for name, metrics in means.items():
-        cells = []
-        for measure in comparison.measures:
-            value = f"{metrics[measure]:.4f}"
-            highest = max(f"{row[measure]:.4f}" for row in means.values())
-            cells.append(f'<td class="best">{value}</td>' if value == highest else f"<td>{value}</td>")
+        cells = [f'<td class="{"best" if name in bold[m] else ""}">{metrics[m]:.4f}</td>' for m in comparison.measures]
         rows.append(f"<tr><td>{_escape(name)}</td>{''.join(cells)}</tr>")
     return _html_table(["system", *comparison.measures], rows)
 
@@ -244,11 +257,11 @@ def _method(comparison: Comparison) -> str:
         f"nothing else, after {about['warmup']} warm-up queries. Peak MiB: the most resident memory of that process, "
         "Python, libraries and the data set's texts included.",
         f"Tests compare each system with {comparison.baseline} on the same queries, two-sided: paired randomisation "
-        f"(sign flips, {RESAMPLES:,} or all there are; Smucker et al. 2007) and Student's paired t. Holm's correction is "
-        "for all systems of one data set and measure. Intervals are Student's, not corrected; effect d is the mean "
+        f"(sign flips, {RESAMPLES:,} or all there are; Smucker et al. 2007) and Student's paired t. Holm's correction "
+        "is for all systems of one data set and measure. Intervals are Student's, not corrected; effect d is the mean "
         "difference in standard deviations of the differences.",
-        f"Machine: {about['processor']}, {about['platform']}, kernels {about['cpu level']}, {about['threads']} threads; "
-        f"fastrerank {about['fastrerank']}, Python {about['python']}.",
+        f"Machine: {about['processor']}, {about['platform']}, kernels {about['cpu level']}, {about['threads']} "
+        f"threads; fastrerank {about['fastrerank']}, Python {about['python']}.",
     ]
     if about["command"]:
         points.append(f"Command: {about['command']}")
@@ -258,6 +271,10 @@ def _method(comparison: Comparison) -> str:
 def _html_table(header: Iterable[str], rows: Iterable[str]) -> str:
     head = "".join(f"<th>{_escape(name)}</th>" for name in header)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _plots(figures: Iterable[str]) -> str:
+    return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def _figure(svg: str, caption: str) -> str:

@@ -133,7 +133,7 @@ def _randomise(differences: Floats, resamples: int) -> Floats:
     for start in range(0, total, step):
         rows = min(step, total - start)
         if exact:
-            bits = np.arange(start, start + rows)[:, None] >> np.arange(count) & 1
+            bits = (np.arange(start, start + rows)[:, None] >> np.arange(count) & 1).astype(np.uint8)
         else:
             packed = random.integers(0, 256, (rows, -(-count // 8)), np.uint8)
             bits = np.unpackbits(packed, axis=1, count=count)

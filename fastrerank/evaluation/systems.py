@@ -184,7 +184,7 @@ def check_names(systems: Sequence[System]) -> None:
         file = file_name(system.name)
         if file in seen:
             raise ValueError(
-                f"systems {seen[file]!r} and {system.name!r} have one name (in files: {file}); name them apart: NAME=..."
+                f"systems {seen[file]!r} and {system.name!r} have one name (in files: {file}); say NAME=... of one"
             )
         seen[file] = system.name
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +11,10 @@ from rich.text import Text
 from .comparison import ALPHA, Comparison
 from .statistics import PairedTest
 
-__all__ = ["best", "failed", "mark", "print_comparison"]
+__all__ = [
+    "best", "failed", "highest", "interval", "mark", "mebibytes", "milliseconds", "p_value", "print_comparison",
+    "tab_separated",
+]  # fmt: skip
 
 _WIDE = 110  # columns from which differences and their intervals have room
 
@@ -22,9 +27,19 @@ def mark(test: PairedTest | None) -> str:
 
 
 def best(comparison: Comparison, dataset: str, measure: str) -> set[str]:
-    """Return the systems whose mean is the highest as printed, with four decimals."""
-    shown = {name: f"{result.metrics[measure]:.4f}" for name, result in comparison.results[dataset].items()}
-    return {name for name, value in shown.items() if value == max(shown.values())}
+    """Return the systems whose mean is the highest as printed, with four decimals; none where all are equal."""
+    return highest({name: result.metrics[measure] for name, result in comparison.results[dataset].items()})
+
+
+def highest(values: Mapping[str, float]) -> set[str]:
+    """Return the names of the highest values as printed, with four decimals; none where all are equal.
+
+    Example:
+        >>> highest({"a": 0.50001, "b": 0.50002, "c": 0.4}) == {"a", "b"}
+        True
+    """
+    shown = {name: round(value, 4) for name, value in values.items()}
+    return {name for name, value in shown.items() if min(shown.values()) < value == max(shown.values())}
 
 
 def failed(comparison: Comparison, dataset: str, system: str) -> bool:
@@ -49,15 +64,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _table(comparison: Comparison, dataset: str, *, wide: bool) -> Table:
     pool = comparison.datasets[dataset]
-    table = Table(
-        title=Text(dataset),
-        caption=Text(
-            f"{len(pool.queries)} queries, {pool.judged} judged; ▲ ▼ differ from {comparison.baseline} "
-            f"(randomisation test, Holm, p < {ALPHA}); Δ {comparison.measures[0]} with 95 % interval, p corrected"
-            if wide
-            else f"{len(pool.queries)} queries, {pool.judged} judged; ▲ ▼ differ from {comparison.baseline}, p < {ALPHA}"
-        ),
-    )
+    caption = f"{len(pool.queries)} queries, {pool.judged} judged; ▲ ▼: p < {ALPHA} against {comparison.baseline}"
+    if wide:
+        caption += f" (randomisation test, Holm); Δ {comparison.measures[0]} with 95 % interval, p corrected"
+    table = Table(title=Text(dataset), caption=Text(caption))
     table.add_column("system", overflow="fold")
     for measure in comparison.measures:
         table.add_column(Text(measure), justify="right", no_wrap=True)
@@ -89,8 +99,11 @@ def _means(comparison: Comparison) -> Table:
     table.add_column("system", overflow="fold")
     for measure in comparison.measures:
         table.add_column(Text(measure), justify="right")
-    for name, metrics in comparison.means().items():
-        table.add_row(Text(name), *(f"{metrics[measure]:.4f}" for measure in comparison.measures))
+    means = comparison.means()
+    bold = {m: highest({name: metrics[m] for name, metrics in means.items()}) for m in comparison.measures}
+    for name, metrics in means.items():
+        cells = (Text(f"{metrics[m]:.4f}", style="bold" if name in bold[m] else "") for m in comparison.measures)
+        table.add_row(Text(name), *cells)
     return table
 
 

@@ -146,7 +146,7 @@ def _peak_gpu() -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return int(sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
 
 
 def main(job_folder: str, pipe: int) -> int:
@@ -159,7 +159,7 @@ def main(job_folder: str, pipe: int) -> int:
             start = time.perf_counter()
             reranker = fastrerank.load(job["model"], **job["options"])
             _tell(events, load_seconds=time.perf_counter() - start)
-            for number, (name, queries) in enumerate(job["datasets"].items()):  # noqa: B007  # read below
+            for number, (name, queries) in enumerate(job["datasets"].items()):
 
                 def advance(done: int, of: int, name: str | None = name) -> None:
                     _tell(events, dataset=name, done=done, of=of)
