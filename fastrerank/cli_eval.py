@@ -35,7 +35,7 @@ def evaluate_command(
         ),
     ] = None,
     systems: Annotated[
-        Path | None, typer.Option(help="TOML file of systems to compare: [systems.NAME] with model or run.")
+        Path | None, typer.Option(help="TOML file of systems to compare: tables systems.NAME, with model or run.")
     ] = None,
     with_run: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]FILE", help="Compare with this TREC run, too.")
@@ -168,13 +168,12 @@ def _compare(
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     with _progress(len(listed)) as advance:
         found = compare(listed, pools, progress=advance, **options)
-    if out is not None:
-        found.save(out)
     if as_json:
         cli.print_json(found.to_json())
     else:
         print_comparison(found, Console())
     if out is not None:
+        found.save(out)
         Console(stderr=True).print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
     for failure in found.failures:
         where = f" on {failure.dataset}" if failure.dataset else ""

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -171,25 +172,23 @@ class Comparison:
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write results.json, report.html and runs/DATASET/SYSTEM.trec to `folder`, and return what was written.
 
-        The JSON holds each query's values and seconds: `load` reads it back, without the runs.
+        The JSON holds each query's values and seconds: `load` reads it back, without the runs. Raises ValueError, after
+        the other two files, for a run with an id that TREC's format cannot hold.
         """
         from .report import to_html
 
         folder = Path(folder)
-        written = []
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "results.json", folder / "report.html"]
+        texts = (json.dumps(self.to_json(), indent=1, allow_nan=False), to_html(self))
+        for path, text in zip(written, texts, strict=True):
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
         for dataset, results in self.results.items():
             for name, result in results.items():
                 path = folder / "runs" / file_name(dataset) / f"{file_name(name)}.trec"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_trec_run(path, result.run, tag=file_name(name))
                 written.append(path)
-        for path, text in (
-            (folder / "results.json", json.dumps(self.to_json(), indent=1, allow_nan=False)),
-            (folder / "report.html", to_html(self)),
-        ):
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
-            written.append(path)
         return written
 
     @staticmethod
@@ -326,8 +325,9 @@ def _measured(
     cutoffs = [k for k in _CUTOFFS if k < deepest] + [deepest]
     names = {f"{name}@{k}": (name, k) for name in ("nDCG", "Recall") for k in cutoffs if k > 0}
     curves: dict[str, dict[int, float]] = {"nDCG": {}, "Recall": {}}
-    for full, mean in means(measure(run, judgements, min_relevance=min_relevance, measures=list(names))).items():
-        curves[names[full][0]][names[full][1]] = mean
+    if names:
+        for full, mean in means(measure(run, judgements, min_relevance=min_relevance, measures=list(names))).items():
+            curves[names[full][0]][names[full][1]] = mean
     per_query = measure(run, judgements, min_relevance=min_relevance, measures=measures)
     return Result(means(per_query), per_query, curves, seconds, run=run)
 
@@ -396,7 +396,7 @@ def _about(top_k: int | None, warmup: int) -> dict[str, Any]:
         "cpu level": cpu["isa"],
         "threads": cpu["threads"],
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv) if sys.argv and sys.argv[0].endswith("fastrerank") else None,
+        "command": shlex.join(sys.argv) if sys.argv and sys.argv[0].endswith("fastrerank") else None,
         "top_k": top_k,
         "warmup": warmup,
     }

@@ -116,8 +116,9 @@ def _dataset(comparison: Comparison, dataset: str) -> list[str]:
         label = f"difference in {first} from {comparison.baseline}"
         overview.append(_figure(plots.forest(tests, colours, label), "Means over the judged queries, 95 % intervals."))
     for kind in ("nDCG", "Recall"):
-        series = {name: result.curves[kind] for name, result in results.items()}
-        overview.append(_figure(plots.curves(series, colours, f"{kind}@k"), f"{kind} by cut-off."))
+        series = {name: result.curves[kind] for name, result in results.items() if result.curves[kind]}
+        if series:
+            overview.append(_figure(plots.curves(series, colours, f"{kind}@k"), f"{kind} by cut-off."))
     parts += [_plots(overview)]
     if tests:
         parts += [f"<h3>Tests against {_escape(comparison.baseline)}</h3>", _tests(tests, first)]
@@ -167,7 +168,11 @@ def _tests(tests: dict[str, PairedTest], measure: str) -> str:
     header += ["better / equal / worse"]
     rows = []
     for name, test in tests.items():
-        cells = [f"{test.difference:+.4f}", f"{test.low:+.4f} … {test.high:+.4f}", f"{test.effect:+.2f}"]
+        cells = [
+            f"{test.difference:+.4f}",
+            f"{test.low:+.4f} … {test.high:+.4f}",
+            "" if test.effect is None else f"{test.effect:+.2f}",
+        ]
         cells += [p_value(p) for p in (test.p_randomisation, test.p_holm, test.p_t)]
         cells += [f"{test.better} / {test.equal} / {test.worse}"]
         rows.append(f"<tr><td>{_escape(name)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")

@@ -25,7 +25,8 @@ class PairedTest:
         queries: n, the queries that were compared.
         difference: mean of the n differences, positive where the system is better.
         low, high: 95 % confidence interval of `difference`, by Student's t; not corrected for several comparisons.
-        effect: `difference` in standard deviations of the differences (Cohen's d of paired samples); 0 where all are 0.
+        effect: `difference` in standard deviations of the differences (Cohen's d of paired samples); None where
+            they are all one number that is not 0.
         p_randomisation: two-sided p of the sign-flip randomisation test.
         p_t: two-sided p of the paired t-test.
         p_holm: `p_randomisation` after Holm's correction for all systems of one call.
@@ -36,7 +37,7 @@ class PairedTest:
     difference: float
     low: float
     high: float
-    effect: float
+    effect: float | None
     p_randomisation: float
     p_t: float
     p_holm: float
@@ -72,7 +73,7 @@ def paired_tests(
     lengths = {len(baseline), *(len(row) for row in systems)}
     if len(lengths) != 1 or len(baseline) < 2:
         raise ValueError(f"paired tests need rows of one length of at least 2 queries, got lengths {sorted(lengths)}")
-    if not systems:
+    if len(systems) == 0:
         return []
     differences = np.asarray(systems, np.float64) - np.asarray(baseline, np.float64)  # (S, n)
     count = differences.shape[1]
@@ -82,12 +83,10 @@ def paired_tests(
     spread[spread <= 1e-12 * np.abs(differences).max(1)] = 0.0
     p_t, half = _student(mean, spread, count)
     p_randomisation = _randomise(differences, resamples)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effect = np.where(mean == 0, 0.0, mean / spread)
     return [
         PairedTest(
-            count, float(mean[i]), float(mean[i] - half[i]), float(mean[i] + half[i]), float(effect[i]),
-            float(p_randomisation[i]), float(p_t[i]), corrected,
+            count, float(mean[i]), float(mean[i] - half[i]), float(mean[i] + half[i]),
+            _effect(float(mean[i]), float(spread[i])), float(p_randomisation[i]), float(p_t[i]), corrected,
             int((row > 0).sum()), int((row == 0).sum()), int((row < 0).sum()),
         )
         for i, (row, corrected) in enumerate(zip(differences, holm(p_randomisation.tolist()), strict=True))
@@ -107,6 +106,10 @@ def holm(values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
         corrected[i] = largest
     return corrected
+
+
+def _effect(mean: float, spread: float) -> float | None:
+    return 0.0 if mean == 0 else mean / spread if spread > 0 else None
 
 
 def _student(mean: Floats, spread: Floats, count: int) -> tuple[Floats, Floats]:

@@ -16,7 +16,7 @@ __all__ = [
     "tab_separated",
 ]  # fmt: skip
 
-_WIDE = 110  # columns from which differences and their intervals have room
+_WIDE = 124  # columns from which differences and their intervals have room
 
 
 def mark(test: PairedTest | None) -> str:
