@@ -14,6 +14,7 @@ from .table import best, failed, highest, interval, mark, mebibytes, millisecond
 __all__ = ["to_html"]
 
 _EXAMPLES = 5  # queries that gain and lose most, for each system
+_TEXTS = {"what", "options", "text"}  # columns that are not numbers
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _STYLE = """
 :root { color-scheme: light dark;
@@ -37,7 +38,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; font-weight: 500; }
 thead th, thead th:first-child { border-top: 0; color: var(--soft); font-weight: 600; font-size: .87rem; }
-td.text { text-align: left; white-space: normal; font-weight: 400; overflow-wrap: anywhere; }
+th.text, td.text { text-align: left; white-space: normal; font-weight: 400; overflow-wrap: anywhere; }
 tr.baseline { background: var(--mark); }
 .sign { display: inline-block; width: 1em; text-align: center; font-weight: 400; }
 .best { font-weight: 700; } .up { color: var(--up); fill: var(--up); } .down { color: var(--down); fill: var(--down); }
@@ -274,7 +275,7 @@ def _method(comparison: Comparison) -> str:
 
 
 def _html_table(header: Iterable[str], rows: Iterable[str]) -> str:
-    head = "".join(f"<th>{_escape(name)}</th>" for name in header)
+    head = "".join(f'<th class="{"text" if name in _TEXTS else ""}">{_escape(name)}</th>' for name in header)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
