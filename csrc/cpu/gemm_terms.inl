@@ -19,6 +19,7 @@ struct alignas(64) SplitWeights {
 // Splits the weights of NV vectors of columns, pair by pair of inputs.
 template <int NV>
 struct WeightSplitter {
+    static constexpr int kAhead = 48;  // inputs
     const float* from[NV];
     int64_t stride[NV];    // from one input to the next
     int inputs = 0;        // that are stored; a multiple of 4
@@ -43,6 +44,9 @@ struct WeightSplitter {
         UNROLL for (int j = 0; j < NV; ++j) {
             Terms even{}, odd{};
             if (inputs > 0) {
+                // Weights come from beyond the second-level cache, and what waits for them holds up the tiles.
+                __builtin_prefetch(from[j] + kAhead * stride[j]);
+                __builtin_prefetch(from[j] + (kAhead + 1) * stride[j]);
                 even = split(load(from[j]));
                 odd = split(load(from[j] + stride[j]));
                 from[j] += 2 * stride[j];
@@ -58,20 +62,16 @@ struct WeightSplitter {
     }
 };
 
-// Tiles 4 and 5 times 6 and 7. beside(i) is called after the product i of the step.
-template <int MR, int NV, int At, class Beside>
-INLINE void multiply_terms(const Beside& beside) {
+// Tiles 4 and 5 times 6 and 7.
+template <int MR, int NV>
+INLINE void multiply_terms() {
     TileBF16::multiply<0, 4, 6>();
-    beside(At);
     if constexpr (NV == 2) TileBF16::multiply<1, 4, 7>();
-    beside(At + 1);
     if constexpr (MR == 2) TileBF16::multiply<2, 5, 6>();
-    beside(At + 2);
     if constexpr (MR == 2 && NV == 2) TileBF16::multiply<3, 5, 7>();
-    beside(At + 3);
 }
 
-// One step: a is the rows' first term, `plane` bytes before the second.
+// One step. beside(i) is called after each of its six products; a is the rows' first term, `plane` bytes before the second.
 template <int MR, int NV, class Beside>
 INLINE void terms_step(const char* a, int64_t lda, int64_t second, int64_t plane, const char* b, const Beside& beside) {
     const auto inputs = [&](int t) __attribute__((always_inline)) {
@@ -82,12 +82,12 @@ INLINE void terms_step(const char* a, int64_t lda, int64_t second, int64_t plane
         tile_load<6>(b + t * NV * kTermsTile, kTileBytes);
         if constexpr (NV == 2) tile_load<7>(b + (t * NV + 1) * kTermsTile, kTileBytes);
     };
-    inputs(0), weights(2), multiply_terms<MR, NV, 0>(beside);
-    weights(1), multiply_terms<MR, NV, 4>(beside);
-    inputs(1), multiply_terms<MR, NV, 8>(beside);
-    weights(0), multiply_terms<MR, NV, 12>(beside);
-    inputs(2), multiply_terms<MR, NV, 16>(beside);
-    inputs(0), multiply_terms<MR, NV, 20>(beside);
+    inputs(0), weights(2), multiply_terms<MR, NV>(), beside(0);
+    weights(1), multiply_terms<MR, NV>(), beside(1);
+    inputs(1), multiply_terms<MR, NV>(), beside(2);
+    weights(0), multiply_terms<MR, NV>(), beside(3);
+    inputs(2), multiply_terms<MR, NV>(), beside(4);
+    inputs(0), multiply_terms<MR, NV>(), beside(5);
 }
 
 // Adds to the sums of one block of rows and a panel its inputs from `input` on; `before` are the sums so far, or null.
@@ -150,10 +150,9 @@ void terms_panels(const Linear& g, int begin, int end, const Put& put) {
     next.rest();
     // The pairs of a step's weights that are split in a step of a block.
     const int blocks = (g.rows + kBlock - 1) / kBlock, pairs = (16 + blocks - 1) / blocks;
-    const auto beside = [&](int i) __attribute__((always_inline)) {
-        if (i < pairs)
-            next.pair();
-        if (i >= 16) before.row();
+    const auto beside = [&](int i) __attribute__((noinline)) {
+        for (int p = pairs * i / 6; p < pairs * (i + 1) / 6; ++p) next.pair();
+        before.row();
     };
     for (int n = begin; n < end; n += NV * VL) {
         for (int input = 0; input < g.w->k_padded; input += kTermsInputs) {
