@@ -320,10 +320,10 @@ public:
             Bytes wide(tiled * width * 4), inner(tiled * width * bytes_of(inputs)), result(tiled * ldb * element);
             const int n = static_cast<int>(count);
             float* mul = wide.as<float>();
-            k_.linear({&up.packed_, rows_in.get(), nullptr, lda, n, Activation::kIdentity, false, nullptr, nullptr,
-                       mul, width, Format::kF32, terms});
-            k_.linear({&gate, rows_in.get(), nullptr, lda, n, act, false, mul, nullptr, inner.get(), width, inputs,
-                       terms});
+            k_.linear({&up.packed_, rows_in.get(), nullptr, lda, n, Activation::kIdentity, false, nullptr, nullptr, mul,
+                       width, Format::kF32, terms});
+            k_.linear(
+                {&gate, rows_in.get(), nullptr, lda, n, act, false, mul, nullptr, inner.get(), width, inputs, terms});
             k_.linear({&out, inner.get(), nullptr, width, n, Activation::kIdentity, false, nullptr, nullptr,
                        result.get(), ldb, format, terms});
             for (int64_t r = 0; r < count; ++r)
@@ -339,7 +339,8 @@ private:
         const Format format = k_.input_format(packed_.precision);
         return format == Format::kTerms ? Format::kF32 : format;
     }
-    // A copy of such rows as the product reads them, of stride padded(k), with zeros in the padding and a row tile more.
+    // A copy of such rows as the product reads them, of stride padded(k), with zeros in the padding and a row tile
+    // more.
     Bytes inputs_of(const char* from, int64_t ldx, int64_t rows) const {
         const Format inputs = k_.input_format(packed_.precision);
         const int64_t element = this->element(), taken = packed_.k * element, width = padded(packed_.k);

@@ -20,6 +20,8 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
     if (k_.tiles) {
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
+        // Terms of weights are made anew for every block of rows.
+        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 160);
     }
     for (int i = 0; i < config.layers; ++i) {
         Layer& l = layers_[i];
@@ -151,8 +153,8 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < count; ++i) x[r * ld + i] = h[r * wide + l.strip_columns[i]];
     float* y = c.x + begin * width;
-    k_.linear({&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32,
-               false});
+    k_.linear(
+        {&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32, false});
 }
 
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
@@ -237,8 +239,7 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
         const int rows = std::min(block_rows_, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
-                   Activation::kIdentity, false, nullptr, x, x, width, Format::kF32,
-                   l.input == Format::kTerms});
+                   Activation::kIdentity, false, nullptr, x, x, width, Format::kF32, l.input == Format::kTerms});
         norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm, l, false, c.input);
         feed_forward(c, l, r, rows);
         if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, next ? *next : l, next != nullptr, target);
@@ -257,8 +258,8 @@ float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
         float* y = spare[turn];
         const int64_t ldy = padded(op.width);
         if (op.kind == HeadOp::kDense) {
-            k_.linear({&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32,
-                       false});
+            k_.linear(
+                {&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32, false});
         } else if (op.kind == HeadOp::kNorm) {
             k_.layer_norm({x,
                            ldx,

@@ -21,9 +21,9 @@ template <int NV>
 struct WeightSplitter {
     static constexpr int kAhead = 48;  // inputs
     const float* from[NV];
-    int64_t stride[NV];    // from one input to the next
-    int inputs = 0;        // that are stored; a multiple of 4
-    int pairs = 0;         // that the buffer takes, zeros included
+    int64_t stride[NV];  // from one input to the next
+    int inputs = 0;  // that are stored; a multiple of 4
+    int pairs = 0;  // that the buffer takes, zeros included
     char* to = nullptr;
 
     ALWAYS_INLINE void open(const Linear& g, int n, int input, SplitWeights& s) {

@@ -15,8 +15,8 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 constexpr int kLevels = 5;
 enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row. kTerms: three bfloat16 that
-// add up to the float32; a row's first terms are followed by its second, `ld` values further, and its third.
+// How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row. kTerms: three bfloat16
+// that add up to the float32; a row's first terms are followed by its second, `ld` values further, and its third.
 enum class Format : int { kF32 = 0, kBF16 = 1, kU8 = 2, kTerms = 3 };
 struct RowScale {
     float scale;

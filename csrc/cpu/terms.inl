@@ -31,8 +31,7 @@ INLINE Terms split(vf x) {
 // A row in Format::kTerms: three rows of bfloat16, `ld` values apart.
 INLINE void store_terms(uint16_t* p, int64_t ld, vf v) {
     const Terms x = split(v);
-    for (int t = 0; t < 3; ++t)
-        store_as(p + t * ld, _mm512_cvtepi32_epi16((__m512i)(x.t[t] >> 16)));
+    for (int t = 0; t < 3; ++t) store_as(p + t * ld, _mm512_cvtepi32_epi16((__m512i)(x.t[t] >> 16)));
 }
 INLINE float join_terms(const uint16_t* p, int64_t ld) {
     float x[3];
