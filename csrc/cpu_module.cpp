@@ -247,7 +247,7 @@ public:
         k_.convert(wide.as<float>(), inputs, rows, packed_.k,
                    {input.get(), inputs, x_scale.as<RowScale>(), nullptr, format});
         k_.linear({&packed_, input.get(), x_scale.as<RowScale>(), inputs, rows, act, fast, nullptr, nullptr, y.get(),
-                   columns, Format::kF32});
+                   columns, Format::kF32, format == Format::kTerms});
         F32Array out({static_cast<int64_t>(rows), static_cast<int64_t>(packed_.n)});
         for (int r = 0; r < rows; ++r)
             std::copy(y.as<float>() + r * columns, y.as<float>() + r * columns + packed_.n,
@@ -260,33 +260,32 @@ public:
     void run(uintptr_t x, int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy, int threads) const {
         if (packed_.precision == Precision::kInt8)
             throw std::invalid_argument("run takes float32 or bfloat16 products");
-        const Format format = k_.input_format(packed_.precision);
+        const Format format = stored();
+        const bool terms = format != k_.input_format(packed_.precision);
         const int64_t element = static_cast<int64_t>(bytes_of(format));
         const char* from = reinterpret_cast<const char*>(x);
         char* to = reinterpret_cast<char*>(y);
-        constexpr int kTiles = 24;  // a multiple of every level's row tile
-        const bool in_place = packed_.k == packed_.k_padded && packed_.n == packed_.n_padded;
+        const int64_t tiles = terms ? 32 : 24;  // a multiple of every level's row tile
+        const bool in_place = !terms && packed_.k == packed_.k_padded && packed_.n == packed_.n_padded;
         const int64_t share = (rows + threads - 1) / threads;
-        const int64_t block = std::clamp<int64_t>((share + kTiles - 1) / kTiles * kTiles, kTiles, 4 * kTiles);
+        // Terms of weights are made anew for each block.
+        const int64_t block = std::clamp((share + tiles - 1) / tiles * tiles, tiles, (terms ? 16 : 4) * tiles);
         const auto product = [&](const char* a, int64_t lda, int64_t count, char* b, int64_t ldb) {
             k_.linear({&packed_, a, nullptr, lda, static_cast<int>(count), Activation::kIdentity, false, nullptr,
-                       nullptr, b, ldb, format});
+                       nullptr, b, ldb, format, terms});
         };
         const py::gil_scoped_release release;
         run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             int64_t begin = i * block;
             const int64_t end = std::min(begin + block, rows);
-            const int64_t whole = in_place ? (end - begin) / kTiles * kTiles : 0;
+            const int64_t whole = in_place ? (end - begin) / tiles * tiles : 0;
             if (whole) product(from + begin * ldx * element, ldx, whole, to + begin * ldy * element, ldy);
             begin += whole;
             const int64_t rest = end - begin;
             if (!rest) return;
-            const int64_t lda = packed_.k_padded, ldb = packed_.n_padded;
-            Bytes a((rest + kRowTile) * lda * element), b((rest + kRowTile) * ldb * element);
-            std::fill_n(a.get(), (rest + kRowTile) * lda * element, '\0');
-            for (int64_t r = 0; r < rest; ++r)
-                std::copy_n(from + (begin + r) * ldx * element, packed_.k * element, a.get() + r * lda * element);
-            product(a.get(), lda, rest, b.get(), ldb);
+            const int64_t ldb = packed_.n_padded;
+            const Bytes a = inputs_of(from + begin * ldx * element, ldx, rest), b((rest + kRowTile) * ldb * element);
+            product(a.get(), padded(packed_.k), rest, b.get(), ldb);
             for (int64_t r = 0; r < rest; ++r)
                 std::copy_n(b.get() + r * ldb * element, packed_.n * element, to + (begin + r) * ldy * element);
         });
@@ -302,7 +301,8 @@ public:
         if (up.packed_.k != gate.k || up.packed_.n != gate.n || out.k != gate.n)
             throw std::invalid_argument("run_gated takes two products of one shape, and a third of their outputs");
         const Activation act = activation_of(activation);
-        const Format format = k_.input_format(gate.precision);
+        const Format format = stored(), inputs = k_.input_format(gate.precision);
+        const bool terms = format != inputs;
         const int64_t element = static_cast<int64_t>(bytes_of(format));
         const char* from = reinterpret_cast<const char*>(x);
         char* to = reinterpret_cast<char*>(y);
@@ -316,29 +316,51 @@ public:
         const py::gil_scoped_release release;
         run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             const int64_t begin = i * block, count = std::min(begin + block, rows) - begin, tiled = count + kRowTile;
-            Bytes inputs(tiled * lda * element), wide(tiled * width * 4), inner(tiled * width * element),
-                result(tiled * ldb * element);
-            for (int64_t r = 0; r < tiled; ++r) {
-                char* row = inputs.get() + r * lda * element;
-                const int64_t taken = r < count ? gate.k * element : 0;
-                std::copy_n(from + (begin + r) * ldx * element, taken, row);
-                std::fill_n(row + taken, lda * element - taken, '\0');
-            }
+            const Bytes rows_in = inputs_of(from + begin * ldx * element, ldx, count);
+            Bytes wide(tiled * width * 4), inner(tiled * width * bytes_of(inputs)), result(tiled * ldb * element);
             const int n = static_cast<int>(count);
             float* mul = wide.as<float>();
-            k_.linear({&up.packed_, inputs.get(), nullptr, lda, n, Activation::kIdentity, false, nullptr, nullptr, mul,
-                       width, Format::kF32});
-            k_.linear({&gate, inputs.get(), nullptr, lda, n, act, false, mul, nullptr, inner.get(), width, format});
+            k_.linear({&up.packed_, rows_in.get(), nullptr, lda, n, Activation::kIdentity, false, nullptr, nullptr, mul,
+                       width, Format::kF32, terms});
+            k_.linear(
+                {&gate, rows_in.get(), nullptr, lda, n, act, false, mul, nullptr, inner.get(), width, inputs, terms});
             k_.linear({&out, inner.get(), nullptr, width, n, Activation::kIdentity, false, nullptr, nullptr,
-                       result.get(), ldb, format});
+                       result.get(), ldb, format, terms});
             for (int64_t r = 0; r < count; ++r)
                 std::copy_n(result.get() + r * ldb * element, out.n * element, to + (begin + r) * ldy * element);
         });
     }
     // Bytes of a value that run reads and writes.
-    int element() const { return static_cast<int>(bytes_of(k_.input_format(packed_.precision))); }
+    int element() const { return static_cast<int>(bytes_of(stored())); }
 
 private:
+    // How the rows lie that run reads and writes.
+    Format stored() const {
+        const Format format = k_.input_format(packed_.precision);
+        return format == Format::kTerms ? Format::kF32 : format;
+    }
+    // A copy of such rows as the product reads them, of stride padded(k), with zeros in the padding and a row tile
+    // more.
+    Bytes inputs_of(const char* from, int64_t ldx, int64_t rows) const {
+        const Format inputs = k_.input_format(packed_.precision);
+        const int64_t element = this->element(), taken = packed_.k * element, width = padded(packed_.k);
+        const int64_t row = width * static_cast<int64_t>(bytes_of(inputs));
+        Bytes a((rows + kRowTile) * row), wide(width * element);
+        std::fill_n(a.get(), (rows + kRowTile) * row, '\0');
+        std::fill_n(wide.get(), width * element, '\0');
+        for (int64_t r = 0; r < rows; ++r) {
+            const char* x = from + r * ldx * element;
+            char* to = a.get() + r * row;
+            if (inputs == Format::kTerms) {
+                std::copy_n(x, taken, wide.get());
+                k_.convert(wide.as<float>(), width, 1, packed_.k, {to, width, nullptr, nullptr, inputs});
+            } else {
+                std::copy_n(x, taken, to);
+            }
+        }
+        return a;
+    }
+
     const Kernels& k_;
     Bytes data_, scale_, sum_, bias_;
     PackedMatrix packed_;

@@ -10,6 +10,7 @@ constexpr Isa kIsa = Isa::kAmx;
 constexpr const char* kName = "amx";
 #define FASTRERANK_TILES
 #include "avx512_bf16.inl"
+#include "terms.inl"
 #include "level.inl"
 }  // namespace
 

@@ -17,9 +17,11 @@ namespace {
 Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
     : config_(config), k_(*kernels), layers_(config.layers) {
     if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
-    if (k_.tiles && config.precision != Precision::kFloat32) {
+    if (k_.tiles) {
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
+        // Terms of weights are made anew for every block of rows.
+        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 160);
     }
     for (int i = 0; i < config.layers; ++i) {
         Layer& l = layers_[i];
@@ -62,7 +64,7 @@ void Encoder::embed(Chunk& c) const {
     k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, {}});
     if (projection_.data.size())
         k_.linear({&projection_.view, target, nullptr, ld, c.tokens, Activation::kIdentity, false, nullptr, nullptr,
-                   c.x, width, Format::kF32});
+                   c.x, width, Format::kF32, false});
 }
 
 // Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to `input` for the products of `reader`:
@@ -101,9 +103,10 @@ void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char
                       char* out) const {
     const int64_t width = padded(config_.hidden), columns = config_.heads * config_.head_dim;
     const size_t element = bytes_of(l.input);
+    const bool terms = l.input == Format::kTerms;
     if (rope < 0) {
         k_.linear({&w.view, x, scale, width, c.rows, Activation::kIdentity, false, nullptr, nullptr, out, columns,
-                   l.attention});
+                   l.attention, terms});
         return;
     }
     const RopeTable& table = ropes_[rope];
@@ -111,7 +114,7 @@ void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char
     for (int r = 0; r < c.rows; r += block_rows_) {
         const int rows = std::min(block_rows_, c.rows - r);
         k_.linear({&w.view, x + r * width * element, scale + r, width, rows, Activation::kIdentity, false, nullptr,
-                   nullptr, wide, columns, Format::kF32});
+                   nullptr, wide, columns, Format::kF32, terms});
         k_.rope(wide, columns, c.positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
                 config_.head_dim, table.half, out + r * columns * bytes_of(l.attention), columns, l.attention);
     }
@@ -126,16 +129,16 @@ void Encoder::attend(Chunk& c, int index) const {
     const int longest = *std::max_element(c.keys.begin(), c.keys.end());
     char* scratch = Workspace::need(c.w->scratch, k_.attention_scratch(l.attention, longest, g.head_dim));
     char* context = Workspace::need(c.w->context, c.rows, columns * input);
-    const bool quantise = l.input == Format::kU8;
-    float* f32 = quantise ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
+    const bool converted = l.input == Format::kU8 || l.input == Format::kTerms;
+    float* f32 = converted ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
         char* target = context + c.row[d] * columns * input;
         k_.attention({c.w->q.get() + c.row[d] * columns * element, c.k + c.key_row[d] * columns * element,
                       c.v + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d], c.keys[d],
                       c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
-                      quantise ? reinterpret_cast<char*>(f32) : target, columns, quantise ? Format::kF32 : l.input,
+                      converted ? reinterpret_cast<char*>(f32) : target, columns, converted ? Format::kF32 : l.input,
                       scratch});
-        if (quantise)
+        if (converted)
             k_.convert(f32, columns, c.queries[d], static_cast<int>(columns),
                        {target, columns, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, l.input});
     }
@@ -150,25 +153,28 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
     for (int r = 0; r < rows; ++r)
         for (int i = 0; i < count; ++i) x[r * ld + i] = h[r * wide + l.strip_columns[i]];
     float* y = c.x + begin * width;
-    k_.linear({&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32});
+    k_.linear(
+        {&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32, false});
 }
 
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
     const EncoderConfig& g = config_;
     const int64_t width = padded(g.hidden), wide = padded(g.intermediate);
-    const bool rounded = l.input != Format::kF32;
-    const bool direct = l.input == Format::kBF16;  // the epilogue stores what the next product reads
+    const bool terms = l.input == Format::kTerms;
+    const bool rounded = l.input != Format::kF32 && !terms;
+    const bool direct = l.input == Format::kBF16 || terms;  // the epilogue stores what the next product reads
     const char* x = c.input + begin * width * bytes_of(l.input);
     float* gate = nullptr;
     if (g.gated) {
         gate = Workspace::need<float>(c.w->gate, block_rows_, wide);
         k_.linear({&l.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr, nullptr,
-                   gate, wide, Format::kF32});
+                   gate, wide, Format::kF32, terms});
     }
-    float* h = Workspace::need<float>(c.w->wide, block_rows_, std::max<int64_t>(wide, g.heads * g.head_dim));
+    const int64_t widest = std::max<int64_t>(wide, g.heads * g.head_dim) * std::max<int64_t>(4, bytes_of(l.input));
+    float* h = reinterpret_cast<float*>(Workspace::need(c.w->wide, block_rows_, widest));
     RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, block_rows_);
     k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
-               direct ? Format::kBF16 : Format::kF32});
+               direct ? l.input : Format::kF32, terms});
     const void* down_input = h;
     if (l.input == Format::kU8) {
         char* q = Workspace::need(c.w->wide_input, block_rows_, wide);
@@ -179,7 +185,7 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     }
     float* y = c.x + begin * width;
     k_.linear({&l.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
-               Format::kF32});
+               Format::kF32, terms});
 }
 
 // The rows of the layer's input that the products of `reader` will read, in a buffer other than `busy`.
@@ -233,7 +239,7 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
         const int rows = std::min(block_rows_, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
-                   Activation::kIdentity, false, nullptr, x, x, width, Format::kF32});
+                   Activation::kIdentity, false, nullptr, x, x, width, Format::kF32, l.input == Format::kTerms});
         norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm, l, false, c.input);
         feed_forward(c, l, r, rows);
         if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, next ? *next : l, next != nullptr, target);
@@ -252,7 +258,8 @@ float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
         float* y = spare[turn];
         const int64_t ldy = padded(op.width);
         if (op.kind == HeadOp::kDense) {
-            k_.linear({&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32});
+            k_.linear(
+                {&op.dense.view, x, nullptr, ldx, rows, op.act, false, nullptr, nullptr, y, ldy, Format::kF32, false});
         } else if (op.kind == HeadOp::kNorm) {
             k_.layer_norm({x,
                            ldx,

@@ -176,7 +176,11 @@ using StoredS8 = S8;
 
 void linear(const Linear& g) {
     switch (g.w->precision) {
-        case Precision::kFloat32: return linear_with<F32>(g);
+        case Precision::kFloat32:
+#ifdef FASTRERANK_TILES
+            if (g.terms) return tile_linear<TileTerms>(g);
+#endif
+            return linear_with<F32>(g);
         case Precision::kBFloat16: return REDUCED<StoredBF16>(g);
         case Precision::kInt8: return REDUCED<StoredS8>(g);
     }

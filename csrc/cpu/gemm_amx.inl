@@ -139,46 +139,63 @@ struct RowFactors {
     float scale[kMostRows], zero[kMostRows];
 };
 
+// Of a float32 sum that is not finite.
+vf fused_sums(const Linear& g, int row, int n);
+
 // Finishes the sums of a block, row by row.
 template <class P, int NV, class Put>
 struct Finish {
+    static constexpr bool kScaled = P::kElement == 1;
     const Put put;
+    const Linear* const g;
     const int64_t ldy;
     const char *sums = nullptr, *end = nullptr;  // of the next row, and where the block's end
     const float *scale = nullptr, *zero = nullptr;
-    int64_t at = 0;
-    Columns w[NV];
+    int64_t at = 0;                              // of the next row's outputs
+    int next_row = 0, column = 0;
+    Columns w[NV] = {};
 
-    ALWAYS_INLINE void begin(const Linear& g, const RowFactors& rows, const BlockSums& s, const RowBlock& r, int n) {
+    ALWAYS_INLINE Finish(const Put& p, const Linear& l) : put(p), g(&l), ldy(l.ldy) {}
+    ALWAYS_INLINE void begin(const RowFactors* rows, const BlockSums& s, const RowBlock& r, int n) {
         sums = s.line + (r.from - r.first) * BlockSums::kStride;
         end = s.line + (r.to - r.first) * BlockSums::kStride;
-        scale = rows.scale + r.from;
-        zero = rows.zero + r.from;
+        if constexpr (kScaled) scale = rows->scale + r.from, zero = rows->zero + r.from;
         at = r.from * ldy + n;
-        UNROLL for (int j = 0; j < NV; ++j) w[j] = columns_at<P>(*g.w, n + j * VL);
+        next_row = r.from;
+        column = n;
+        UNROLL for (int j = 0; j < NV; ++j) w[j] = columns_at<P>(*g->w, n + j * VL);
     }
     ALWAYS_INLINE void row() {
         if (sums == end) return;
         vf v[NV];
-        UNROLL for (int j = 0; j < NV; ++j)
-            v[j] = finish(w[j], load_as<typename P::Acc>(sums + j * kTileBytes), *scale, *zero);
-        put(at, v);
+        UNROLL for (int j = 0; j < NV; ++j) {
+            typename P::Acc sum = load_as<typename P::Acc>(sums + j * kTileBytes);
+            if constexpr (P::kElement == bytes_of(Format::kTerms)) {
+                const __mmask16 odd = not_finite(sum);
+                if (__builtin_expect(odd, 0))
+                    sum = (vf)_mm512_mask_mov_ps((__m512)sum, odd, (__m512)fused_sums(*g, next_row, column + j * VL));
+            }
+            v[j] = finish(w[j], sum, kScaled ? *scale : 0, kScaled ? *zero : 0);
+        }
+        put(at, next_row, v);
         sums += BlockSums::kStride;
         at += ldy;
-        ++scale;
-        ++zero;
+        ++next_row;
+        if constexpr (kScaled) ++scale, ++zero;
     }
     ALWAYS_INLINE void rest() {
         while (sums != end) row();
     }
 };
 
+#include "gemm_terms.inl"
+
 template <class P, int NV, class Put>
 INLINE void tile_panels(const Linear& g, const RowFactors& rows, int begin, int end, const Put& put) {
     const int steps = (g.w->k_padded + P::kInputs - 1) / P::kInputs;
     BlockSums sums[2];
     int turn = 0;
-    Finish<P, NV, Put> before{put, g.ldy, nullptr, nullptr, nullptr, nullptr, 0, {}};
+    Finish<P, NV, Put> before(put, g);
     // A block has 32 rows to finish; with 6 steps it has 24 products.
     const bool twice = steps * 4 < kBlock;
     // The next panel is fetched while this one is used: of a step's lines, those that are a block's share.
@@ -201,7 +218,7 @@ INLINE void tile_panels(const Linear& g, const RowFactors& rows, int begin, int 
                 tile_block<P, 1, NV>(sums[turn], g, r, b, ahead, lines, beside);
             }
             before.rest();
-            before.begin(g, rows, sums[turn], r, n);
+            before.begin(&rows, sums[turn], r, n);
             turn ^= 1;
         }
     }
@@ -219,47 +236,67 @@ void tile_rows(const Linear& g, const Put& put) {
         }
     configure_tiles(g.rows < kTileRows ? g.rows : kTileRows);
     const int pairs = g.w->n_padded / (2 * VL) * (2 * VL);
-    tile_panels<P, 2>(g, rows, 0, pairs, put);
-    if (pairs < g.w->n_padded) tile_panels<P, 1>(g, rows, pairs, g.w->n_padded, put);
+    if constexpr (P::kElement == 6) {
+        terms_panels<2>(g, 0, pairs, put);
+        terms_panels<1>(g, pairs, g.w->n_padded, put);
+    } else {
+        tile_panels<P, 2>(g, rows, 0, pairs, put);
+        if (pairs < g.w->n_padded) tile_panels<P, 1>(g, rows, pairs, g.w->n_padded, put);
+    }
     release_tiles();
 }
 
 template <class P>
 void tile_linear_some(const Linear& g) {
-    const bool gelu = g.act == Activation::kGelu && g.fast_act;
+    const bool fast_gelu = g.act == Activation::kGelu && g.fast_act;
     float* const y = static_cast<float*>(g.y);
     uint16_t* const half = static_cast<uint16_t*>(g.y);
     const float* const add = g.add;
-    // put(at, v): v is two vectors, or one, of outputs of a row, before the activation. The hot ones ask nothing.
+    // put(at, row, v): v is two vectors, or one, of outputs of a row, before the activation. The hot ones ask nothing.
 #define EACH UNROLL for (int j = 0; j < static_cast<int>(sizeof v / sizeof v[0]); ++j)
-    if (!g.mul && !(gelu && add) && (gelu || g.act == Activation::kIdentity)) {
+    if (!g.mul && !(fast_gelu && add) && (fast_gelu || g.act == Activation::kIdentity)) {
         if (g.y_format == Format::kBF16 && !add) {
-            if (gelu)
-                return tile_rows<P>(g, [=](int64_t at, const auto& v) __attribute__((always_inline)) {
+            if (fast_gelu)
+                return tile_rows<P>(g, [=](int64_t at, int, const auto& v) __attribute__((always_inline)) {
                     EACH store_bf16(half + at + j * VL, gelu_fast(v[j]));
                 });
-            return tile_rows<P>(g, [=](int64_t at, const auto& v) __attribute__((always_inline)) {
+            return tile_rows<P>(g, [=](int64_t at, int, const auto& v) __attribute__((always_inline)) {
                 EACH store_bf16(half + at + j * VL, v[j]);
             });
         }
         if (g.y_format == Format::kF32) {
-            if (gelu)
-                return tile_rows<P>(g, [=](int64_t at, const auto& v) __attribute__((always_inline)) {
+            if (fast_gelu)
+                return tile_rows<P>(g, [=](int64_t at, int, const auto& v) __attribute__((always_inline)) {
                     EACH store(y + at + j * VL, gelu_fast(v[j]));
                 });
             if (add)
-                return tile_rows<P>(g, [=](int64_t at, const auto& v) __attribute__((always_inline)) {
+                return tile_rows<P>(g, [=](int64_t at, int, const auto& v) __attribute__((always_inline)) {
                     EACH store(y + at + j * VL, v[j] + load(add + at + j * VL));
                 });
-            return tile_rows<P>(g, [=](int64_t at, const auto& v) __attribute__((always_inline)) {
+            return tile_rows<P>(g, [=](int64_t at, int, const auto& v) __attribute__((always_inline)) {
                 EACH store(y + at + j * VL, v[j]);
             });
         }
     }
-    tile_rows<P>(g, [&](int64_t at, const auto& v) {
+    if (g.act == Activation::kGelu && !g.fast_act && !g.mul && !add && g.y_format == Format::kTerms) {
+        const int64_t ldy = g.ldy;
+        return tile_rows<P>(g, [=](int64_t at, int row, const auto& v) __attribute__((always_inline)) {
+            EACH store_terms(half + at + 2 * ldy * row + j * VL, ldy, gelu(v[j]));
+        });
+    }
+    tile_rows<P>(g, [&](int64_t at, int row, const auto& v) {
         float t[2 * VL];
         EACH store(t + j * VL, v[j]);
         activate(t, static_cast<int>(sizeof v / sizeof v[0]), g.act, g.fast_act);
+        if (g.y_format == Format::kTerms) {
+            EACH {
+                vf x = load(t + j * VL);
+                if (g.mul) x *= load(g.mul + at + j * VL);
+                if (g.add) x += load(g.add + at + j * VL);
+                store_terms(half + at + 2 * g.ldy * row + j * VL, g.ldy, x);
+            }
+            return;
+        }
         EACH store_output(g, at + j * VL, load(t + j * VL));
     });
 #undef EACH

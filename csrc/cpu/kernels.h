@@ -15,8 +15,9 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 constexpr int kLevels = 5;
 enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row.
-enum class Format : int { kF32 = 0, kBF16 = 1, kU8 = 2 };
+// How an activation matrix is stored. kU8: round(x / scale) + zero, with a RowScale per row. kTerms: three bfloat16
+// that add up to the float32; a row's first terms are followed by its second, `ld` values further, and its third.
+enum class Format : int { kF32 = 0, kBF16 = 1, kU8 = 2, kTerms = 3 };
 struct RowScale {
     float scale;
     int32_t zero;
@@ -28,7 +29,9 @@ enum class Source : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 enum class Activation : int { kIdentity = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4, kSilu = 5, kSigmoid = 6 };
 
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-constexpr size_t bytes_of(Format f) { return f == Format::kF32 ? 4 : f == Format::kBF16 ? 2 : 1; }
+constexpr size_t bytes_of(Format f) {
+    return f == Format::kF32 ? 4 : f == Format::kTerms ? 6 : f == Format::kBF16 ? 2 : 1;
+}
 
 // y = x W^T + b with W (n outputs, k inputs), packed for one level: panels of columns, k-major inside a panel.
 struct PackedMatrix {
@@ -57,7 +60,8 @@ struct Linear {
     const float* add;     // y += add (rows, ldy), or null
     void* y;              // (rows, ldy), columns [0, n_padded) are written
     int64_t ldy;
-    Format y_format;      // kF32 or kBF16
+    Format y_format;      // kF32 or kBF16; kTerms where x is
+    bool terms;           // x is kTerms: float32 weights, where they have that as their input format; else x is kF32
 };
 
 // One document's self-attention over all heads. Query row i stands at position query_start + i and sees the keys

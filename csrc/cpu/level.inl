@@ -7,17 +7,17 @@
 #include "attention_mass.inl"
 #include "cur.inl"
 
-Format input_format(Precision p) {
-    if (p == Precision::kInt8) return Format::kU8;
-    if (p == Precision::kBFloat16 && BF16::kElement == 2) return Format::kBF16;
-    return Format::kF32;
-}
-
 #ifdef FASTRERANK_TILES
 constexpr bool kTiles = true;
 #else
 constexpr bool kTiles = false;
 #endif
+
+Format input_format(Precision p) {
+    if (p == Precision::kInt8) return Format::kU8;
+    if (p == Precision::kBFloat16 && BF16::kElement == 2) return Format::kBF16;
+    return kTiles && p == Precision::kFloat32 ? Format::kTerms : Format::kF32;
+}
 
 double sustained(Precision p, int64_t iterations) {
 #ifdef FASTRERANK_TILES

@@ -41,6 +41,12 @@ INLINE void convert_row(const float* x, int n, const Stored& s, int64_t r) {
         return;
     }
 #endif
+#ifdef FASTRERANK_TILES
+    if (s.format == Format::kTerms) {
+        for (int i = 0; i < width; i += VL) store_terms(reinterpret_cast<uint16_t*>(q) + i, s.ldq, load(x + i));
+        return;
+    }
+#endif
     for (int i = 0; i < width; i += VL) store(reinterpret_cast<float*>(q) + i, load(x + i));
 }
 

@@ -1,0 +1,43 @@
+// float32 as the sum of three bfloat16 terms: each is what the ones before leave, rounded to 8 bits, and three times 8
+// bits with their signs hold a float32's 24. So the sum is exact, unless a term falls below 2^-126: products take
+// denormals for zeros. That needs |x| < 2^-110, and what is lost is below 2^-126.
+//
+// What is not finite is its own first term, and what would round to infinity is cut instead.
+struct Terms {
+    vu t[3];  // in the words' upper halves; the lower are zeros
+};
+
+INLINE __mmask16 not_finite(vf x) { return _mm512_fpclass_ps_mask((__m512)x, 0x99); }
+
+// By value and noinline: registers, and out of the way.
+__attribute__((noinline)) inline Terms split_edge(vf x) {
+    const __mmask16 odd = not_finite(x), nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+    const vu quiet = (vu)_mm512_mask_or_epi32((__m512i)x, nan, (__m512i)x, _mm512_set1_epi32(0x400000));
+    const vu near = ((vu)x + 0x8000) & 0xffff0000;
+    const vu a = (vu)_mm512_mask_mov_epi32((__m512i)near, odd | not_finite((vf)near), (__m512i)(quiet & 0xffff0000));
+    const vf r = (vf)_mm512_maskz_sub_ps(~odd, (__m512)x, (__m512)a);
+    const vu b = ((vu)r + 0x8000) & 0xffff0000;
+    return {{a, b, (vu)(r - (vf)b)}};
+}
+// Ties go away from zero: that is one addition, and as close as any other way.
+INLINE Terms split(vf x) {
+    const vu a = ((vu)x + 0x8000) & 0xffff0000;
+    if (__builtin_expect(not_finite((vf)a), 0)) return split_edge(x);
+    const vf r = x - (vf)a;
+    const vu b = ((vu)r + 0x8000) & 0xffff0000;
+    return {{a, b, (vu)(r - (vf)b)}};
+}
+
+// A row in Format::kTerms: three rows of bfloat16, `ld` values apart.
+INLINE void store_terms(uint16_t* p, int64_t ld, vf v) {
+    const Terms x = split(v);
+    for (int t = 0; t < 3; ++t) store_as(p + t * ld, _mm512_cvtepi32_epi16((__m512i)(x.t[t] >> 16)));
+}
+INLINE float join_terms(const uint16_t* p, int64_t ld) {
+    float x[3];
+    for (int t = 0; t < 3; ++t) {
+        const uint32_t bits = static_cast<uint32_t>(p[t * ld]) << 16;
+        __builtin_memcpy(x + t, &bits, 4);
+    }
+    return x[2] + x[1] + x[0];
+}
