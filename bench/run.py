@@ -264,6 +264,7 @@ def serve(
     infinity_python: Annotated[
         Path | None, typer.Option(help="Python that has infinity-emb[server,torch]: compare with it")
     ] = None,
+    infinity_options: Annotated[str, typer.Option(help="further options of its server: --batch-size 8")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="of the library alone; default: the cores")] = None,
     data: Annotated[Path, typer.Option(help="folder with the DL19 file")] = DATA,
     cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
@@ -284,6 +285,7 @@ def serve(
             bench.Options(
                 dtype=dtype, clients=clients, documents=docs, requests=requests, seconds=seconds, overload=overload,
                 queue_tokens=queue_tokens, server_options=tuple(options.split()), infinity=infinity_python,
+                infinity_options=tuple(infinity_options.split()),
                 threads=threads or _cores(), data=data, cache=cache or models.default_cache(),
                 command="python -m bench.run " + " ".join(sys.argv[1:]),
             ),

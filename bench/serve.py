@@ -41,6 +41,7 @@ class Options:
     queue_tokens: int
     server_options: tuple[str, ...]
     infinity: Path | None
+    infinity_options: tuple[str, ...]
     threads: int
     data: Path
     cache: Path
@@ -140,7 +141,7 @@ def run(options: Options, log: Any) -> Findings:
         host=host(options),
         workload={
             "model": model.note, "dtype": options.dtype, "clients": options.clients, "documents": options.documents,
-            "distinct_requests": len(asked), "seconds": options.seconds,
+            "distinct_requests": len(asked), "seconds": options.seconds, "queue_tokens": options.queue_tokens,
         },
         offline={},
     )  # fmt: skip
@@ -170,7 +171,7 @@ def run(options: Options, log: Any) -> Findings:
     del reranker
     if options.infinity is not None:
         wanted = options.dtype if options.dtype in ("float32", "bfloat16") else "float32"
-        with servers.infinity(model.path, wanted, logs, options.infinity) as server:
+        with servers.infinity(model.path, wanted, logs, options.infinity, options.infinity_options) as server:
             findings.servers[server.name] = _about(server) | {"dtype": wanted}
             bodies = [_request(server, query, documents) for query, documents in asked]
             closed(server.address, bodies, 4, 2.0)
@@ -271,6 +272,16 @@ def show(findings: Findings) -> None:
         f"{findings.share:.3f} of the library alone (at least {LEAST_SHARE:g} wanted); p99 is "
         f"{ours.p99 / ours.p50:.2f} times p50 (at most {MOST_SPREAD:g} wanted)", highlight=False,
     )  # fmt: skip
+    flood = findings.loads["fastrerank"].get("overload")
+    if flood is not None:
+        pair = offline["tokens"] / offline["documents"]
+        full = work["queue_tokens"] / (flood.documents_per_second * pair)
+        refused = f", refused within {flood.refused_p99:.3f} s (p99)" if flood.refused_p99 is not None else ""
+        console.print(
+            f"at twice the rate: a full queue of {work['queue_tokens']} tokens takes {full:.1f} s; accepted requests "
+            f"waited {flood.p99:.1f} s (p99){refused}; {flood.unannounced} of {flood.refused} refusals lacked "
+            "Retry-After", highlight=False,
+        )  # fmt: skip
     for server, loads in findings.loads.items():
         if server != "fastrerank":
             ratio = ours.documents_per_second / loads["closed"].documents_per_second

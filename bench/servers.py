@@ -132,7 +132,9 @@ def fastrerank(checkpoint: Path, dtype: str, logs: Path, options: Sequence[str] 
     return Server("fastrerank", version("fastrerank"), command, logs / "fastrerank.log")
 
 
-def infinity(checkpoint: Path, dtype: str, logs: Path, python: Path, port: int = 18766) -> Server:
+def infinity(
+    checkpoint: Path, dtype: str, logs: Path, python: Path, options: Sequence[str] = (), port: int = 18766
+) -> Server:
     """Equals infinity-emb's server on torch; `python` is an interpreter that has infinity-emb installed.
 
     Raises
@@ -144,8 +146,7 @@ def infinity(checkpoint: Path, dtype: str, logs: Path, python: Path, port: int =
     if done.returncode:
         raise ServerError(f"{python} cannot find infinity-emb: {done.stderr.strip().splitlines()[-1:]}")
     ours, torch = done.stdout.split()
-    # Its compile and BetterTransformer options need a compiler at run time and a library that has dropped them.
     command = [str(python.with_name("infinity_emb")), "v2", "--model-id", str(checkpoint), "--served-model-name", NAME,
-               "--host", "127.0.0.1", "--port", str(port), "--engine", "torch", "--device", "cpu", "--dtype", dtype,
-               "--no-bettertransformer", "--no-compile"]  # fmt: skip
+               "--host", "127.0.0.1", "--port", str(port), "--engine", "torch", "--device", "cpu",
+               "--dtype", dtype, *options]  # fmt: skip
     return Server("infinity-emb", f"{ours}, torch {torch}", command, logs / "infinity.log", port)
