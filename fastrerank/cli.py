@@ -66,6 +66,7 @@ class Suite(str, Enum):
     icr = "icr"
     cur = "cur"
     cur_scan = "cur-scan"
+    serve = "serve"
 
 
 class Rule(str, Enum):
