@@ -1,4 +1,4 @@
-"""The command line: `fastrerank rank | eval | heads | index | bench | serve | doctor | version`.
+"""The command line: `fastrerank rank | score | eval | heads | index | bench | serve | doctor | version`.
 
 Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
 else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
@@ -21,7 +21,7 @@ from rich.console import Console
 
 import fastrerank
 
-from . import cli_index
+from . import cli_index, cli_score
 from .cli_shared import (
     AsJson,
     Device,
@@ -87,6 +87,7 @@ class Format(str, Enum):
 
 
 app.add_typer(cli_index.app, name="index")
+app.command("score")(cli_score.score)
 
 
 @app.callback()
