@@ -65,6 +65,7 @@ class Suite(str, Enum):
     icr = "icr"
     cur = "cur"
     cur_scan = "cur-scan"
+    serve = "serve"
 
 
 class Rule(str, Enum):
@@ -258,8 +259,9 @@ def serve(
         float | None, typer.Option(min=0.001, help="Seconds a request may take; then it gets 504.")
     ] = None,
     header_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds in which a new connection must send a request's headers.")
+        float, typer.Option(min=0.001, help="Seconds in which a request's headers must arrive.")
     ] = 10.0,
+    body_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds in which its body must arrive.")] = 30.0,
     grace: Annotated[float, typer.Option(min=1, help="Seconds for running requests after SIGTERM.")] = 30.0,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Origin that browsers may call from; off if unsaid.")
@@ -287,7 +289,7 @@ def serve(
     }  # fmt: skip
     settings = Settings(
         keys=keys, flavor=Flavor(api_flavor), max_body_bytes=int(max_body_mb * 2**20), max_documents=max_documents,
-        timeout=timeout, origins=tuple(cors_origin or ()),
+        body_seconds=body_timeout, timeout=timeout, origins=tuple(cors_origin or ()),
     )  # fmt: skip
     run_server(create_app(rerankers, settings), host, port, grace=grace, header_seconds=header_timeout)
 

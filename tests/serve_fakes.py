@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,3 +39,33 @@ class Lengths(Reranker):
             np.array([np.nan if t == "nan" else len(t) - len(q) for t in texts], np.float32)
             for q, texts in zip(queries, documents, strict=True)
         ]
+
+
+class Explaining(Lengths):
+    """Reads attention, so to say: a word's mass is its length, but -1 for `not`."""
+
+    method: ClassVar[str] = "icr"
+
+    def __init__(self) -> None:
+        super().__init__(independent=False)
+
+    def _masses(self, text: str) -> list[tuple[str, float]]:
+        words = re.findall(r"\s*\S+", text)
+        return [(word, -1.0 if word.strip() == "not" else float(len(word.strip()))) for word in words]
+
+    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+        super()._score_many(queries, documents, usage)
+        usage.query_tokens = []
+        return [np.array([sum(m for _, m in self._masses(t)) for t in texts], np.float32) for texts in documents]
+
+    def token_masses(self, _query: str, documents: list[str]) -> list[Any]:
+        return [np.array([m for _, m in self._masses(text)], np.float32) for text in documents]
+
+    def rank(  # type: ignore[override]
+        self, query: str, documents: Any, top_k: int | None = None, return_documents: bool = False,
+        explain: bool = False,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        rows = super().rank(query, documents, top_k, return_documents)
+        for row in rows if explain else ():
+            row["tokens"] = self._masses(documents[row["corpus_id"]])
+        return rows

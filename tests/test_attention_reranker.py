@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
@@ -153,6 +154,18 @@ def test_explain_carries_the_tokens(core: AttentionReranker) -> None:
         text = "".join(token for token, _ in hit["tokens"])
         assert text.startswith(f" {DOCUMENTS[number]}")
         assert [mass for _, mass in hit["tokens"]] == [float(mass) for mass in masses[number]]
+
+
+def test_explained_in_shared_batches(core: AttentionReranker) -> None:
+    async def run() -> Any:
+        async with fastrerank.AsyncReranker(core) as shared:
+            jobs = [
+                shared.rank(query, DOCUMENTS, explain=explain) for query in (QUERY, "why") for explain in (True, False)
+            ]
+            return await asyncio.gather(*jobs)
+
+    expected = [core.rank(query, DOCUMENTS, explain=explain) for query in (QUERY, "why") for explain in (True, False)]
+    assert asyncio.run(run()) == expected
 
 
 def test_words_are_cut(folder: Any) -> None:

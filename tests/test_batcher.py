@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_fakes import Lengths
+from serve_fakes import Explaining, Lengths
 
 import fastrerank
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
-from fastrerank.serve.queue import LARGEST_SHARE, Request, take
+from fastrerank.serve.queue import LARGEST_SHARE, Request, Waiting
 
 
 def request(*sizes: int, whole: bool = False) -> Request:
     return Request("q", ["d"] * len(sizes), list(sizes), whole, None)
+
+
+def queue(*requests: Request) -> Waiting:
+    waiting = Waiting()
+    for one in requests:
+        waiting.add(one)
+    return waiting
 
 
 SHAPE = st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.booleans())  # sizes, whole
@@ -28,17 +37,18 @@ SHAPE = st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.bool
 @settings(max_examples=200, deadline=None)
 @given(st.lists(SHAPE, min_size=1, max_size=6), st.integers(1, 120))
 def test_batches_hold_every_document_once_within_the_budget(shapes: list[tuple[list[int], bool]], budget: int) -> None:
-    waiting = [request(*sizes, whole=whole) for sizes, whole in shapes]
-    everyone = list(waiting)
+    everyone = [request(*sizes, whole=whole) for sizes, whole in shapes]
+    waiting = queue(*everyone)
     seen: set[tuple[int, int]] = set()
     while waiting:
-        first = waiting[0]
-        pieces = take(waiting, budget)
+        first = waiting.first
+        pieces = waiting.take(budget)
         assert pieces[0].request is first  # the longest waiting is in every batch
         total = sum(piece.bytes for piece in pieces)
         alone = len(pieces) == 1 and (pieces[0].request.whole or pieces[0].end - pieces[0].begin == 1)
         assert total <= budget or alone
         for piece in pieces:
+            assert piece.bytes == sum(piece.request.sizes[piece.begin : piece.end])
             assert not piece.request.whole or (piece.begin, piece.end) == (0, len(piece.request.documents))
             for i in range(piece.begin, piece.end):
                 assert (id(piece.request), i) not in seen
@@ -46,17 +56,71 @@ def test_batches_hold_every_document_once_within_the_budget(shapes: list[tuple[l
     assert len(seen) == sum(len(one.documents) for one in everyone)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["add", "take", "drop", "late"]), st.integers(0, 9)), max_size=40))
+def test_the_bytes_that_wait_are_what_waits(steps: list[tuple[str, int]]) -> None:
+    waiting, everyone = Waiting(), [request(7)]
+    for step, n in steps:
+        if step == "add":
+            everyone.append(Request("q", ["d"] * (n + 1), [n + 1] * (n + 1), n == 3, float(n)))
+            waiting.add(everyone[-1])
+        elif step == "take" and waiting:
+            waiting.take(5 * n + 1)
+        elif step == "drop":
+            waiting.discard(everyone[n % len(everyone)])  # whether it still waits or not
+        elif step == "late":
+            assert all(one.deadline is not None and one.deadline <= n for one in waiting.late(n))
+            assert all(one.deadline is None or one.deadline > n for one in waiting)
+        assert waiting.bytes == sum(sum(one.sizes[one.next :]) for one in waiting)
+
+
+def test_an_arrival_costs_the_same_however_many_wait() -> None:
+    """Counted in lines that Python runs, as a clock would tell more of the machine."""
+    reranker = Lengths()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1)
+    shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    lines = 0
+
+    def count(frame: Any, event: str, _argument: Any) -> Any:
+        nonlocal lines
+        ours = frame.f_globals["__name__"].startswith("fastrerank.")  # and not what the garbage collector calls
+        lines += ours and event == "line"
+        return count
+
+    def cost() -> int:
+        nonlocal lines
+        lines, before = 0, sys.gettrace()
+        sys.settrace(count)
+        try:
+            dropped = shared.submit("q", ["b", "c"])
+            dropped.cancel()
+            shared.queued_tokens()
+        finally:
+            sys.settrace(before)
+        return lines
+
+    few = cost()
+    for _ in range(1000):
+        shared.submit("q", ["x"])
+    many = cost()
+    assert few == many > 10
+    reranker.gate.set()
+    shared.close()
+
+
 def test_a_small_request_passes_a_large_one() -> None:
     large, small = request(*[10] * 1000), request(10, 10)
-    waiting = [large, small]
-    pieces = take(waiting, 100)
+    waiting = queue(large, small)
+    pieces = waiting.take(100)
     assert [(piece.request, piece.end - piece.begin) for piece in pieces] == [(large, 8), (small, 2)]
-    assert waiting == [large]
+    assert list(waiting) == [large]
 
 
 def test_of_several_large_ones_each_gets_its_share() -> None:
-    waiting = [request(*[10] * 100) for _ in range(2)]
-    assert [piece.end for piece in take(waiting, 100)] == [int(10 * LARGEST_SHARE)] * 2
+    waiting = queue(*(request(*[10] * 100) for _ in range(2)))
+    assert [piece.end for piece in waiting.take(100)] == [int(10 * LARGEST_SHARE)] * 2
 
 
 def test_scores_are_those_of_a_call_of_its_own(tiny: object) -> None:
@@ -129,6 +193,44 @@ def test_a_failing_request_fails_alone() -> None:
         with_all["boom"].result(1)
     with pytest.raises(FloatingPointError):
         with_all["nan"].result(1)
+
+
+class Short(Lengths):
+    """Returns a score too few for queries `short`."""
+
+    def score_many(self, queries: Any, documents: Any) -> Any:
+        results = super().score_many(queries, documents)
+        return [row[1:] if query == "short" else row for query, row in zip(queries, results, strict=True)]
+
+
+def test_a_reranker_that_returns_too_few_scores_fails_that_request_alone() -> None:
+    reranker = Short()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1)
+    first = shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    good, bad, after = (shared.submit(query, ["ab", "c"]) for query in ("q", "short", "q"))
+    reranker.gate.set()
+    with pytest.raises(RuntimeError, match=r"returned \[1\] scores for \[2\] documents"):
+        bad.result(10)
+    assert [len(future.result(10)) for future in (first, good, after)] == [1, 2, 2]
+    shared.close()
+    assert shared.queued_tokens() == 0
+
+
+def test_explained_requests_carry_their_tokens_and_share_batches_with_others() -> None:
+    async def run() -> Any:
+        async with AsyncReranker(Explaining(), workers=1) as shared:
+            jobs = [shared.rank("q", ["aa b", "c"], explain=i != 1, top_k=1) for i in range(3)]
+            failing = shared.rank("q", ["boom"], explain=True)
+            return await asyncio.gather(*jobs, failing, return_exceptions=True)
+
+    first, plain, last, failed = asyncio.run(run())
+    assert first == last == [{"corpus_id": 0, "score": 3.0, "tokens": [("aa", 2.0), (" b", 1.0)]}]
+    assert plain == [{"corpus_id": 0, "score": 3.0}]
+    assert isinstance(failed, RuntimeError)
+    with pytest.raises(ValueError, match=r"explain needs .*icr.*not cross-encoder"):
+        asyncio.run(AsyncReranker(Lengths()).scored("q", ["a"], explain=True))
 
 
 def test_a_cancelled_request_is_not_computed() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("httpx")
 
 import httpx
 import numpy as np
-from serve_fakes import Lengths
+from serve_fakes import Explaining, Lengths
 
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
@@ -111,6 +111,19 @@ def test_flavors_that_return_documents(flavor: str, document: Any) -> None:
     assert "object" not in answer
 
 
+@pytest.mark.parametrize("flavor", ["auto", "tei", "sglang", "infinity"])
+def test_tokens_of_methods_that_read_attention(flavor: str) -> None:
+    pinned, models = Settings(flavor=Flavor(flavor)), {"icr": Explaining(), "fake": Lengths()}
+    rows = post("/rerank", BODY | {"explain": True}, pinned, rerankers=models).json()
+    rows = rows if isinstance(rows, list) else rows["results"]
+    assert [(row["index"], row["tokens"]) for row in rows] == [(1, [["cccc", 4]]), (2, [["bbb", 3]]), (0, [["a", 1]])]
+    refused = post("/rerank", BODY | {"explain": True, "model": "fake"}, pinned, rerankers=models)
+    assert refused.status_code == 422
+    assert "explain needs a method that reads attention" in refused.text
+    info = ask(lambda client: client.get("/info"), pinned, rerankers=models).json()["models"]
+    assert {name: row["explain"] for name, row in info.items()} == {"icr": True, "fake": False}
+
+
 def test_infinity_and_sglang() -> None:
     infinity = Settings(flavor=Flavor.infinity)
     answer = post("/rerank", BODY | {"return_documents": True}, infinity).json()
@@ -151,11 +164,42 @@ def test_wrong_bodies_are_the_clients_fault(body: Any) -> None:
     assert answer.json()
 
 
-def test_malformed_json_and_unknown_routes() -> None:
-    broken = ask(
-        lambda client: client.post("/rerank", content=b'{"query": ', headers={"content-type": "application/json"})
-    )
-    assert broken.status_code == 422
+def post_raw(path: str, body: bytes) -> Any:
+    return ask(lambda client: client.post(path, content=body, headers={"content-type": "application/json"}))
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+def test_malformed_json_and_unknown_models_on_every_route(path: str) -> None:
+    for body in (
+        b'{"query": ',
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"query": "q", "documents": ["a"], "top_n": 1e999}',
+    ):
+        answer = post_raw(path, body)
+        assert 400 <= answer.status_code < 500, (body[:50], answer.text)
+        assert answer.json()
+    sides = {"queries": "q", "documents": ["a"]} if "score" in path else BODY
+    unknown = post(path, sides | {"model": "other"})
+    assert unknown.status_code == 404
+    assert "no model 'other' here; one of fake" in unknown.text
+
+
+def test_documents_come_back_as_they_were_sent_or_are_refused() -> None:
+    body = rb'{"query": "q\ud800", "documents": [{"text": "a\udfff", "x": "\ud800"}], "return_documents": true}'
+    echoed = post_raw("/rerank", body)  # lone surrogates, which JSON can carry and UTF-8 cannot
+    assert echoed.status_code == 200
+    assert echoed.json()["results"][0]["document"] == {"text": "a\udfff", "x": "\ud800"}
+    for number in (b"NaN", b"-Infinity", b"1e999"):
+        body = b'{"query": "q", "documents": [{"text": "a", "x": %b}], "return_documents": true}' % number
+        refused = post_raw("/rerank", body)
+        assert refused.status_code == 422
+        assert "number that JSON does not have" in refused.json()["message"]
+        assert post_raw("/rerank", body.replace(b"true", b"false")).status_code == 200
+
+
+def test_unknown_routes() -> None:
     assert ask(lambda client: client.get("/nothing")).status_code == 404
     assert ask(lambda client: client.get("/rerank")).status_code == 405
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Running]:
-    running = Running("--model", f"small={checkpoint}", "--header-timeout", "1")
+    running = Running("--model", f"small={checkpoint}", "--header-timeout", "1", "--body-timeout", "1")
     yield running
     if running.process.poll() is None:
         running.process.kill()
@@ -86,12 +87,29 @@ def test_scores_are_those_of_the_library(server: Running, checkpoint: Path) -> N
     assert all(answer == expected for answer in answers)
 
 
-def test_a_client_that_trickles_headers_is_closed_and_harms_no_one(server: Running) -> None:
-    with socket.create_connection(("127.0.0.1", server.port)) as slow:
-        slow.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\n")
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        slow.settimeout(30)
-        assert slow.recv(1000) == b""
+def test_clients_that_trickle_are_closed_and_harm_no_one(server: Running) -> None:
+    """One sends headers without end, one does so in the second request of its connection, one a body."""
+    get, post = b"GET /health HTTP/1.1\r\nHost: x\r\n", b"POST /rerank HTTP/1.1\r\nHost: x\r\n"
+    with contextlib.ExitStack() as stack:
+        fresh, kept, body = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30)) for _ in range(3)
+        )
+        kept.sendall(get + b"\r\n")
+        first = kept.recv(1000)
+        while not first.endswith(b'{"status":"ok"}'):
+            first += kept.recv(1000)
+        assert first.startswith(b"HTTP/1.1 200")
+        kept.sendall(post)
+        fresh.sendall(post)
+        body.sendall(post + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        for _ in range(4):
+            time.sleep(0.1)
+            fresh.sendall(b"X-More: 1\r\n")
+            kept.sendall(b"X-More: 1\r\n")
+            assert httpx.get(f"{server.url}/health").status_code == 200
+        assert fresh.recv(1000) == b""
+        assert kept.recv(1000) == b""
+        assert body.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_clients_that_go_away_leave_the_server_well(server: Running) -> None:
@@ -162,6 +180,8 @@ def fails(*options: str) -> str:
 
 def test_what_cannot_start_says_so_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     assert fails("--model", str(tmp_path / "missing")).startswith("1 ")
+    shutil.copytree(checkpoint, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert re.match(r"1 .*weightless", fails("--model", str(tmp_path / "weightless")))
     assert re.match(r"2 .*--model", fails())
     assert "two models" in fails("--model", str(checkpoint), "--model", str(checkpoint))
     (tmp_path / "empty").write_text("\n")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -63,6 +67,16 @@ class _ClientGone(Exception):
     pass
 
 
+class _Answer(JSONResponse):
+    """JSON in UTF-8; a lone surrogate, which has no UTF-8 form, is escaped as the client must have sent it."""
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return super().render(content)
+        except UnicodeEncodeError:
+            return json.dumps(content, allow_nan=False).encode()
+
+
 class _Server:
     """The routes' common work on named models."""
 
@@ -78,13 +92,13 @@ class _Server:
             raise Problem(404, "Validation", f"no model {name!r} here; one of {', '.join(self.models)}")
         return name, self.models[name]
 
-    async def scored(self, request: Request, name: str, query: str, texts: list[str]) -> Scored:
+    async def scored(self, request: Request, name: str, query: str, texts: list[str], explain: bool = False) -> Scored:
         """Score one query's texts; errors become what a client should see."""
         reranker = self.models[name]
         self.limit(len(texts))
         request.state.fields |= {"model": name, "documents": len(texts)}
         try:
-            result = await reranker.scored(query, texts, timeout=self.settings.timeout)
+            result = await reranker.scored(query, texts, timeout=self.settings.timeout, explain=explain)
         except Overloaded as error:
             self.metrics.refused.labels(name).inc()
             wait = str(max(1, math.ceil(error.retry_after)))
@@ -110,10 +124,11 @@ class _Server:
         ask = to_ask(body, path, self.settings.flavor)
         name, reranker = self.model(ask.model)
         begin = time.perf_counter()
-        result = await self.scored(request, name, ask.query, ask.texts)
+        result = await self.scored(request, name, ask.query, ask.texts, ask.explain)
         values = result.scores if ask.raw else self.activated(reranker, result.scores)
         positions = order(result.scores)[: ask.top_n]  # by raw score: a sigmoid makes ties of large ones
-        answer = rerank_answer(ask, [(int(i), float(values[i])) for i in positions], name, result.tokens)
+        ranking = [(int(i), float(values[i])) for i in positions]
+        answer = rerank_answer(ask, ranking, name, result.tokens, result.explained)
         headers = {
             "x-compute-type": reranker.device_name,
             "x-total-time": _ms(time.perf_counter() - begin),
@@ -122,7 +137,11 @@ class _Server:
             "x-compute-characters": str(sum(len(ask.query) + len(text) for text in ask.texts)),
             "x-compute-tokens": str(result.tokens),
         }
-        return JSONResponse(answer, headers=headers)
+        try:
+            return _Answer(answer, headers=headers)
+        except (ValueError, RecursionError):
+            message = "a document is nested too deep, or holds a number that JSON does not have, to be returned"
+            raise Problem(422, "Validation", message) from None
 
     async def score(self, request: Request, body: ScoreBody) -> Response:
         left, right = score_pairs(body)
@@ -153,7 +172,7 @@ class _Server:
         name, first = self.model(None)
         rows = {
             name: {"method": one.reranker.method, "score": "logit" if one.reranker.method in LOGITS else "raw",
-                   "max_length": one.max_length, "device": one.device_name}
+                   "max_length": one.max_length, "device": one.device_name, "explain": one.explains}
             for name, one in self.models.items()
         }  # fmt: skip
         return {
@@ -318,6 +337,19 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    html = files("fastrerank.serve").joinpath("page.html").read_text("utf-8")
+    policy = {"content-security-policy": _policy(html)}
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> str:
-        return files("fastrerank.serve").joinpath("page.html").read_text("utf-8")
+    async def page() -> Response:
+        return HTMLResponse(html, headers=policy)
+
+
+def _policy(html: str) -> str:
+    """What a browser may do with the page: run its own script and style, and ask this server."""
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "frame-ancestors 'none'"]
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        rules.append(f"{tag}-src 'sha256-{digest}'")
+    return "; ".join(rules)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastrerank.rerankers.base import Reranker, check_top_k, order, ranked
-from fastrerank.serve.queue import Piece, Request, Speed, take
+from fastrerank.serve.queue import Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
 
 __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored"]
@@ -43,7 +43,8 @@ class Scored:
     """A request's scores, float32 (N,), and what it cost.
 
     `tokens` of its pairs (shared out by bytes over a batch where the method does not count them: `exact` is False),
-    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`).
+    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`). `explained`: of each
+    document its tokens and what each gets, if that was asked for.
     """
 
     scores: Scores
@@ -51,6 +52,7 @@ class Scored:
     exact: bool
     waited: float
     compute: float
+    explained: list[list[tuple[str, float]]] | None = None
 
 
 class AsyncReranker:
@@ -91,7 +93,7 @@ class AsyncReranker:
         self.max_wait = max_wait_ms / 1e3
         self.batches = 0
         self.speed = Speed()
-        self._waiting: list[Request] = []
+        self._waiting = Waiting()
         self._flying = 0  # bytes of the batches that are being computed
         self._closing = False
         self._changed = threading.Condition()
@@ -112,9 +114,16 @@ class AsyncReranker:
         """
         return (await self.scored(query, documents, timeout=timeout)).scores
 
-    async def scored(self, query: str, documents: Sequence[str], *, timeout: float | None = None) -> Scored:
-        """Like `score`, with what the request cost."""
-        request = self._enqueue(query, documents, timeout)
+    async def scored(
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False
+    ) -> Scored:
+        """Like `score`, with what the request cost.
+
+        Args:
+            explain: whether the result says what each token of a document gets, as `AttentionReranker.rank` does;
+                ValueError for a method that does not read attention.
+        """
+        request = self._enqueue(query, documents, timeout, explain)
         try:
             await asyncio.wait_for(asyncio.wrap_future(request.future), timeout)
         except DeadlineExceeded:
@@ -125,17 +134,24 @@ class AsyncReranker:
 
     async def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        timeout: float | None = None,
+        timeout: float | None = None, explain: bool = False,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return documents sorted by `score`, best first, as `Reranker.rank` does; ties keep the order they came in."""
+        """Return documents sorted by `score`, best first, as `Reranker.rank` does; ties keep the order they came in.
+
+        With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`.
+        """
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
-        scores = await self.score(query, texts, timeout=timeout)
-        return ranked(order(scores), scores, texts if return_documents else None, top_k)
+        result = await self.scored(query, texts, timeout=timeout, explain=explain)
+        rows = ranked(order(result.scores), result.scores, texts if return_documents else None, top_k)
+        if result.explained is not None:
+            for row in rows:
+                row["tokens"] = result.explained[row["corpus_id"]]
+        return rows
 
     def submit(self, query: str, documents: Sequence[str], *, timeout: float | None = None) -> Future[Scores]:
         """Like `score` without asyncio: returns a `concurrent.futures.Future`, which may be cancelled."""
-        return self._enqueue(query, documents, timeout).future
+        return self._enqueue(query, documents, timeout, False).future
 
     @property
     def device_name(self) -> str:
@@ -146,6 +162,11 @@ class AsyncReranker:
     def max_length(self) -> int | None:
         """Tokens of a pair, where the reranker names a limit."""
         return getattr(self.reranker, "max_length", None)
+
+    @property
+    def explains(self) -> bool:
+        """Whether the reranker can say what each token of a document gets."""
+        return hasattr(self.reranker, "token_masses")
 
     def queued_tokens(self) -> int:
         """Return about how many tokens wait or are being computed."""
@@ -170,7 +191,7 @@ class AsyncReranker:
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
         with self._changed:
-            left, self._waiting = self._waiting, []
+            left, self._waiting = self._waiting, Waiting()
         for request in left:
             request.end(Closed("the reranker was closed before this request was scored"))
 
@@ -184,17 +205,20 @@ class AsyncReranker:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _enqueue(self, query: str, documents: Sequence[str], timeout: float | None) -> Request:
+    def _enqueue(self, query: str, documents: Sequence[str], timeout: float | None, explain: bool) -> Request:
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout!r}")
+        if explain and not self.explains:
+            method = self.reranker.method
+            raise ValueError(f"explain needs a method that reads attention (icr, qrhead, core), not {method}")
         # A lone surrogate has no UTF-8 form; for a size any will do.
         base = len(checked.encode("utf-8", "replace"))
-        sizes = [base + len(text.encode("utf-8", "replace")) for text in texts]
+        sizes = [max(1, base + len(text.encode("utf-8", "replace"))) for text in texts]
         deadline = None if timeout is None else time.monotonic() + timeout
-        request = Request(checked, texts, sizes, not self.reranker.independent, deadline)
-        size = sum(sizes)
+        request = Request(checked, texts, sizes, not self.reranker.independent or explain, deadline, explain)
+        size = request.waiting_bytes
         with self._changed:
             if self._closing:
                 raise Closed("the reranker takes no more requests: it is closed")
@@ -209,25 +233,26 @@ class AsyncReranker:
             if not texts:
                 request.end()
                 return request
-            self._waiting.append(request)
+            self._waiting.add(request)
             self._changed.notify()
         request.future.add_done_callback(lambda _: self._forget(request))
         return request
 
     def _load(self) -> int:
-        return self._flying + sum(request.waiting_bytes for request in self._waiting)
+        return self._flying + self._waiting.bytes
 
     def _forget(self, request: Request) -> None:
         """Drop what has not begun of a request that has ended, or was cancelled."""
         with self._changed:
-            if request in self._waiting:
-                self._waiting.remove(request)
+            self._waiting.discard(request)
 
     def _work(self) -> None:
         while (pieces := self._next()) is not None:
-            self._run(pieces)
-            with self._changed:
-                self._flying -= sum(piece.bytes for piece in pieces)
+            try:
+                self._run(pieces)
+            finally:
+                with self._changed:
+                    self._flying -= sum(piece.bytes for piece in pieces)
 
     def _next(self) -> list[Piece] | None:
         """Wait for a batch; None when there will be no more."""
@@ -236,19 +261,18 @@ class AsyncReranker:
         with self._changed:
             while True:
                 now = time.monotonic()
-                late += [r for r in self._waiting if r.deadline is not None and r.deadline <= now]
-                self._waiting[:] = [r for r in self._waiting if r not in late]
+                late += self._waiting.late(now)
                 if not self._waiting:
                     if self._closing or late:
                         break
                     self._changed.wait()
                     continue
                 budget = self.speed.bytes(self.max_batch_tokens)
-                left = self._waiting[0].arrived + self.max_wait - now
-                if left > 0 and not self._closing and sum(r.waiting_bytes for r in self._waiting) < budget:
+                left = self._waiting.first.arrived + self.max_wait - now
+                if left > 0 and not self._closing and self._waiting.bytes < budget:
                     self._changed.wait(left)
                     continue
-                pieces = take(self._waiting, budget)
+                pieces = self._waiting.take(budget)
                 for piece in pieces:
                     piece.request.started = piece.request.started or now
                 self._flying += sum(piece.bytes for piece in pieces)
@@ -263,23 +287,45 @@ class AsyncReranker:
 
     def _run(self, pieces: list[Piece]) -> None:
         pieces = [piece for piece in pieces if not piece.request.future.done()]
-        if not pieces:
-            return
+        together = [piece for piece in pieces if not piece.request.explain]
+        alone = [[piece] for piece in pieces if piece.request.explain]
+        for batch in [together, *alone] if together else alone:
+            self._run_batch(batch)
+
+    def _run_batch(self, pieces: list[Piece]) -> None:
         begin = time.perf_counter()
         try:
-            results = self.reranker.score_many(
-                [piece.request.query for piece in pieces],
-                [piece.request.documents[piece.begin : piece.end] for piece in pieces],
-            )
+            results = self._explained(pieces[0]) if pieces[0].request.explain else self._results(pieces)
+            got, wanted = [len(scores) for scores in results], [piece.end - piece.begin for piece in pieces]
+            if got != wanted:
+                raise RuntimeError(f"the reranker returned {got} scores for {wanted} documents")
+            usage = self.reranker.last_usage
         except Exception as error:
             if len(pieces) == 1:
                 pieces[0].request.end(error)
-                return
-            for piece in pieces:  # one by one, so that only those fail whose own texts do
-                self._run([piece])
+            else:
+                for piece in pieces:  # one by one, so that only those fail whose own texts do
+                    self._run([piece])
             return
-        seconds = time.perf_counter() - begin
-        usage = self.reranker.last_usage
+        self._note(pieces, results, usage, time.perf_counter() - begin)
+
+    def _results(self, pieces: list[Piece]) -> list[Scores]:
+        return self.reranker.score_many(
+            [piece.request.query for piece in pieces],
+            [piece.request.documents[piece.begin : piece.end] for piece in pieces],
+        )
+
+    def _explained(self, piece: Piece) -> list[Scores]:
+        request, reranker = piece.request, cast(Any, self.reranker)
+        rows = reranker.rank(request.query, request.documents, explain=True)
+        scores = np.full(len(request.documents), np.nan, np.float32)
+        request.explained = [[] for _ in request.documents]
+        for row in rows:
+            scores[row["corpus_id"]], request.explained[row["corpus_id"]] = row["score"], row["tokens"]
+        return [scores]
+
+    def _note(self, pieces: list[Piece], results: list[Scores], usage: dict[str, Any], seconds: float) -> None:
+        """Hand a batch's scores to its requests, and end those that have all of theirs."""
         size = sum(piece.bytes for piece in pieces)
         self.speed.note(size, usage["tokens"], seconds)
         counted = usage["query_tokens"]
@@ -306,4 +352,4 @@ def _late(request: Request) -> DeadlineExceeded:
 
 def _scored(request: Request) -> Scored:
     waited = 0.0 if request.started is None else request.started - request.arrived
-    return Scored(request.scores, request.tokens, request.exact, waited, request.compute)
+    return Scored(request.scores, request.tokens, request.exact, waited, request.compute, request.explained)

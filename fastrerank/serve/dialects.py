@@ -50,6 +50,7 @@ class Ask:
     top_n: int | None
     return_documents: bool
     raw: bool
+    explain: bool
     flavor: Flavor
 
 
@@ -78,7 +79,9 @@ def to_ask(body: RerankBody, path: str, pinned: Flavor) -> Ask:
         returns = True
     raw = body.raw_scores or body.use_activation is False
     texts = [_text(document, f"documents[{i}]", body.rank_fields) for i, document in enumerate(documents)]
-    return Ask(_text(body.query, "query", None), texts, documents, body.model, top_n, returns, raw, flavor)
+    return Ask(
+        _text(body.query, "query", None), texts, documents, body.model, top_n, returns, raw, body.explain, flavor
+    )
 
 
 def _text(value: Any, name: str, fields: list[str] | None) -> str:
@@ -101,27 +104,26 @@ def _text(value: Any, name: str, fields: list[str] | None) -> str:
 
 
 def rerank_answer(
-    ask: Ask, ranking: Sequence[tuple[int, float]], model: str, tokens: int
-) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return the JSON for `ranking`, (position, score) best first, already cut to `top_n`."""
-    if ask.flavor is Flavor.tei:
-        return [
-            {"index": i, "score": score, **({"text": ask.texts[i]} if ask.return_documents else {})}
-            for i, score in ranking
-        ]
-    if ask.flavor is Flavor.sglang:
-        return [
-            {"index": i, "score": score, **({"document": ask.texts[i]} if ask.return_documents else {})}
-            for i, score in ranking
-        ]
+    ask: Ask, ranking: Sequence[tuple[int, float]], model: str, tokens: int,
+    explained: Sequence[Sequence[tuple[str, float]]] | None = None,
+) -> dict[str, Any] | list[dict[str, Any]]:  # fmt: skip
+    """Return the JSON for `ranking`, (position, score) best first, already cut to `top_n`.
+
+    `tokens` were scored; `explained`: of each document its tokens and what each gets, which is in no dialect.
+    """
+    bare = ask.flavor in (Flavor.tei, Flavor.sglang)
     results = []
     for i, score in ranking:
-        result: dict[str, Any] = {"index": i, "relevance_score": score}
+        result: dict[str, Any] = {"index": i, "score" if bare else "relevance_score": score}
         if ask.return_documents:
-            result["document"] = _echo(ask, i)
+            result["text" if ask.flavor is Flavor.tei else "document"] = ask.texts[i] if bare else _echo(ask, i)
         elif ask.flavor is Flavor.infinity:
             result["document"] = None
+        if explained is not None:
+            result["tokens"] = explained[i]
         results.append(result)
+    if bare:
+        return results
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     name = f"rerank-{uuid.uuid4().hex}"
     if ask.flavor is Flavor.cohere:

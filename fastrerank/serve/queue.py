@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Piece", "Request", "Speed", "take"]
+__all__ = ["Piece", "Request", "Speed", "Waiting"]
 
 # Share of a batch that one request may take while others wait: a request of thousands of documents lets small ones
 # pass, and no small one is more than a few batches away.
@@ -22,12 +24,14 @@ class Request:
     """One query with N documents, and how far they are.
 
     Attributes:
-        sizes: bytes of each (query, document) pair.
+        sizes: bytes of each (query, document) pair, at least 1.
         whole: the documents are scored together or not at all, as methods of lists need it.
+        explain: the tokens of the documents are wanted with what each gets, in `explained`.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
         tokens, compute: tokens of its scored documents, and seconds of the batches that they were in.
         exact: whether `tokens` was counted; else it is the batches' tokens shared out by bytes.
+        waiting_bytes: bytes of the documents that no batch has taken.
     """
 
     query: str
@@ -35,6 +39,7 @@ class Request:
     sizes: list[int]
     whole: bool
     deadline: float | None
+    explain: bool = False
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     future: Future[npt.NDArray[np.float32]] = field(default_factory=Future)
@@ -43,16 +48,14 @@ class Request:
     exact: bool = True
     compute: float = 0.0
     missing: int = 0  # documents without a score
+    waiting_bytes: int = 0
     scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    explained: list[list[tuple[str, float]]] | None = None
 
     def __post_init__(self) -> None:
         self.missing = len(self.documents)
+        self.waiting_bytes = sum(self.sizes)
         self.scores = np.full(len(self.documents), np.nan, np.float32)
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of the documents that no batch has taken."""
-        return sum(self.sizes[self.next :])
 
     def end(self, error: BaseException | None = None) -> None:
         """Set the future's result; a request that has ended before, or was cancelled, stays as it is."""
@@ -67,48 +70,89 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """Documents [begin, end) of a request, in one batch."""
+    """Documents [begin, end) of a request, in one batch, and their bytes."""
 
     request: Request
     begin: int
     end: int
+    bytes: int
+
+
+class Waiting:
+    """Requests in the order of their arrival, and how many bytes they hold in all.
+
+    The sum is kept and not computed: to come, to go and to be asked for it cost the same however many requests wait.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._requests: OrderedDict[int, Request] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
 
     @property
-    def bytes(self) -> int:
-        return sum(self.request.sizes[self.begin : self.end])
+    def first(self) -> Request:
+        """The longest waiting; there must be one."""
+        return next(iter(self._requests.values()))
 
+    def add(self, request: Request) -> None:
+        """Let `request`, which has documents, wait behind all others."""
+        self._requests[id(request)] = request
+        self.bytes += request.waiting_bytes
 
-def take(waiting: list[Request], budget: int) -> list[Piece]:
-    """Take a batch of about `budget` bytes from requests in the order of their arrival; at least one document.
+    def discard(self, request: Request) -> None:
+        """Drop what no batch has taken of `request`; one that does not wait stays as it is."""
+        if self._requests.pop(id(request), None) is not None:
+            self.bytes -= request.waiting_bytes
 
-    Every request in turn gives at most `LARGEST_SHARE` of the budget; what is left goes to those that have more, the
-    longest waiting first. Requests that are taken to their end are removed from `waiting`.
-    """
-    ends = {id(request): request.next for request in waiting}
-    left = budget
-    for share in (int(budget * LARGEST_SHARE), budget):
-        for request in waiting:
-            begin = end = ends[id(request)]
-            if request.whole:
-                # Too large for what is left, it waits for a batch that it can begin.
-                if begin == 0 and (request.waiting_bytes <= left or left == budget):
-                    end = len(request.documents)
-                    left -= request.waiting_bytes
-            else:
+    def late(self, now: float) -> list[Request]:
+        """Drop and return the requests whose deadline has come."""
+        found = [request for request in self if request.deadline is not None and request.deadline <= now]
+        for request in found:
+            self.discard(request)
+        return found
+
+    def take(self, budget: int) -> list[Piece]:
+        """Take a batch of about `budget` bytes from requests in the order of their arrival; at least one document.
+
+        Every request in turn gives at most `LARGEST_SHARE` of the budget; what is left goes to those that have more,
+        the longest waiting first. Requests that are taken to their end wait no more.
+        """
+        ends: dict[int, int] = {}
+        left = budget
+        for share in (int(budget * LARGEST_SHARE), budget):
+            for key, request in self._requests.items():
+                if left <= 0:
+                    break
+                end = ends.get(key, request.next)
+                if request.whole:
+                    # Too large for what is left, it waits for a batch that it can begin.
+                    if end == 0 and (request.waiting_bytes <= left or left == budget):
+                        ends[key] = len(request.documents)
+                        left -= request.waiting_bytes
+                    continue
                 taken = 0
                 while end < len(request.documents):
                     size = request.sizes[end]
                     if left < budget and (taken + size > share or size > left):
                         break
                     end, taken, left = end + 1, taken + size, left - size
-            ends[id(request)] = end
-    pieces = []
-    for request in waiting:
-        if ends[id(request)] > request.next:
-            pieces.append(Piece(request, request.next, ends[id(request)]))
-            request.next = ends[id(request)]
-    waiting[:] = [request for request in waiting if request.next < len(request.documents)]
-    return pieces
+                if taken:
+                    ends[key] = end
+        return [self._piece(self._requests[key], end) for key, end in ends.items()]
+
+    def _piece(self, request: Request, end: int) -> Piece:
+        piece = Piece(request, request.next, end, sum(request.sizes[request.next : end]))
+        request.next = end
+        request.waiting_bytes -= piece.bytes
+        self.bytes -= piece.bytes
+        if end == len(request.documents):
+            del self._requests[id(request)]
+        return piece
 
 
 class Speed:

@@ -58,21 +58,37 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 whose connections must send a request's headers in time: slow ones are closed, not kept."""
+    """HTTP/1.1 whose connections must send each request's headers in time: slow ones are closed, not kept."""
 
     header_seconds: float
+    _headers_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._headers_due = self.loop.call_later(self.header_seconds, self._close_unless_begun)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._headers_due is None or self._in_request():
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_due.cancel()
+        self._unwatch()
         super().connection_lost(exc)
 
-    def _close_unless_begun(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def _in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch(self) -> None:
+        """Begin to wait for headers, unless they are there."""
+        self._unwatch()
+        if not self._in_request() and not self.transport.is_closing():
+            self._headers_due = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
 
 
 class _UvicornServer(uvicorn.Server):
@@ -94,7 +110,7 @@ def serve(
     Args:
         port: 0 takes a free one, which the log tells.
         grace: seconds that running requests may take after the signal.
-        header_seconds: a connection that has not sent its first request's headers by then is closed.
+        header_seconds: a connection that takes longer to send a request's headers is closed.
 
     Raises OSError where the address cannot be bound.
     """

@@ -30,6 +30,10 @@ class RerankBody(BaseModel):
     return_text: StrictBool = Field(False, description="TEI's `return_documents`.")
     raw_scores: StrictBool = Field(False, description="Logits instead of probabilities.")
     use_activation: StrictBool | None = Field(None, description="vLLM's: false is `raw_scores`.")
+    explain: StrictBool = Field(
+        False,
+        description="Whether results carry `tokens`, [[text, what it gets], ...]; for methods that read attention.",
+    )
     rank_fields: list[StrictStr] | None = Field(None, description="Fields of document objects that make up their text.")
 
     @model_validator(mode="after")
