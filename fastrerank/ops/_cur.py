@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,6 +135,13 @@ class PackedItems:
                 rows = values.view(np.float32)[:, : self.K]
             out[:, begin : begin + part.size] = rows.T
         return out
+
+    def to(self, device: Any) -> Any:
+        """These items in the memory of a CUDA device, for `cur_topk` with queries there; needs torch.
+
+        Raises ValueError for a device of another kind.
+        """
+        return importlib.import_module("fastrerank.ops._cur_cuda").to_device(self, device)
 
     def append(self, vectors: npt.NDArray[np.float32]) -> PackedItems:
         """A new PackedItems with the items of `vectors`, float32 (K, n), after these.
