@@ -88,6 +88,17 @@ def test_rows_that_have_fewer_are_filled(scans: list[int]) -> None:
     assert scans == []  # a scan for so few would find all of them
 
 
+def test_queries_that_a_block_has_no_room_for(scans: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(3).normal(size=(40, 500)).astype(np.float32)
+    items = ops.cur_pack(vectors, "bfloat16")
+    results = []
+    for room in (4 * 48, 4 * 48 - 1):  # 40 values are stored as 48, float32 in the query
+        monkeypatch.setattr(_cur_cuda, "_MOST_SHARED", room)
+        results.append(ops.cur_topk(torch.ones((1, 40)), placed(items), 7)[0])
+    assert scans == [78]
+    assert torch.equal(*results)
+
+
 def test_keys_order_as_scores_and_ids_do() -> None:
     scores = torch.tensor([0.0, -0.0, 1.5, -1.5, np.inf, -np.inf, 1.5, 1e-45, -1e-45])
     keys = _cur_cuda._keys_of(scores, torch.arange(9) + 2**31 - 10)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastrerank import ops
@@ -16,6 +17,7 @@ from fastrerank.ops._cur import TILE, PackedItems
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
 _MOST_K = 1024  # _wider of it is what the kernel takes at most, csrc/cuda/kernels.h
+_MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
 _BLOCKS_PER_MULTIPROCESSOR = 4
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
 _HUGE = 2.0**120
@@ -130,18 +132,22 @@ def _keys(queries: torch.Tensor, items: CudaItems, first: int, k: int) -> torch.
     if items.scale is not None and items.scales == "anchor":
         exact = exact * items.scale.double().reshape(1, -1)
     wanted = _wider(k)
-    if items.storage == "float32" or k > _MOST_K or wanted >= items.N or items.reach > _HUGE:
+    shared = items.stored_width * (1 if items.storage == "int8" else 4)
+    if items.storage == "float32" or k > _MOST_K or shared > _MOST_SHARED or wanted >= items.N or items.reach > _HUGE:
         return _by_scores(exact, items, first, k, 0)
+    rounded, units, errors = _rounded(exact.cpu().numpy(), items)
+    given = torch.from_numpy(rounded).to(items.device)
     rows = []
-    for row, query in enumerate(exact):
-        ids, scores, error = _scan(query, items, wanted)
-        keys = _keys_of(_exact_scores(query[None], items, ids, first, row)[0], first + ids).sort(descending=True).values
-        # Every other item's score is at most the last one's of the scan and the error; half a step of float32 rounding
-        # is covered.
-        least = float(scores[-1]) + error
+    for row, (unit, error) in enumerate(zip(units, errors, strict=True)):
+        ids, products = _launch(given[row], items, wanted)
+        query, ids = exact[row : row + 1], ids.long()
+        keys = _keys_of(_exact_scores(query, items, ids, first, row)[0], first + ids).sort(descending=True).values
+        last, kth = torch.stack([products[-1], _scores_of(keys[k - 1])]).tolist()
+        # Every other item's score is at most the last product's and the error; half a step of float32 rounding is
+        # covered.
+        least = last * unit + error
         least += abs(least) * 2.0**-22 + 2.0**-146
-        kth = float(_scores_of(keys[k - 1 : k]))
-        rows.append(keys[:k] if kth > least else _by_scores(query[None], items, first, k, row)[0])
+        rows.append(keys[:k] if kth > least else _by_scores(query, items, first, k, row)[0])
     return torch.stack(rows)
 
 
@@ -150,26 +156,27 @@ def _wider(k: int) -> int:
     return 2 * k + 64
 
 
-def _scan(query: torch.Tensor, items: CudaItems, k: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Ids and rough scores (float64) of the k best of one shard, descending, and what a rough score errs by at most."""
-    wide = items.stored_width
-    largest = float(query.abs().max())
+def _rounded(
+    queries: npt.NDArray[np.float64], items: CudaItems
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Queries (B, stored width) as the kernel reads them, and units: an item's score is within `errors` (B,) of
+    `units` (B,) times its product."""
+    largest = np.abs(queries).max(axis=1, initial=0.0)
+    largest[largest == 0] = 1
     if items.storage == "int8":
-        unit = largest / 127 if largest > 0 else 1.0
-        rounded = (query / unit).round()
+        units = largest / 127
+        inside = queries / units[:, None]
+        values = np.rint(inside)
         # |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and float32 products of sums and scales.
-        error = float((query / unit - rounded).norm()) + 8 * 2.0**-24 * float(rounded.norm())
-        given = torch.zeros(wide, dtype=torch.int8, device=items.device)
+        error = np.linalg.norm(inside - values, axis=1) + 8 * 2.0**-24 * np.linalg.norm(values, axis=1)
     else:
-        # |q| is brought near 1, so that nothing overflows.
-        unit = 2.0 ** float(np.floor(np.log2(largest))) if largest > 0 else 1.0
-        rounded = query / unit
-        error = (items.K + 16) * 2.0**-24 * float(rounded.norm())
-        given = torch.zeros(wide, dtype=torch.float32, device=items.device)
-    given[: items.K] = rounded.to(given.dtype)
-    ids, scores = _launch(given, items, k)
+        units = 2.0 ** np.floor(np.log2(largest))  # |q| is brought near 1, so that nothing overflows
+        values = queries / units[:, None]
+        error = (items.K + 16) * 2.0**-24 * np.linalg.norm(values, axis=1)
+    given = np.zeros((len(queries), items.stored_width), np.int8 if items.storage == "int8" else np.float32)
+    given[:, : items.K] = values
     tiny = items.K * 2.0**-123  # what is below the smallest normal number
-    return ids.long(), scores.double() * unit, unit * (error * items.reach + tiny) * 1.0001
+    return given, units, units * (error * items.reach + tiny) * 1.0001
 
 
 def _launch(query: torch.Tensor, items: CudaItems, k: int) -> tuple[torch.Tensor, torch.Tensor]:
