@@ -1,4 +1,4 @@
-"""The command line: `fastrerank rank | eval | heads | index | bench | serve | doctor | version`.
+"""The command line: `fastrerank rank | score | eval | heads | index | bench | serve | doctor | version`.
 
 Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
 else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
@@ -7,21 +7,21 @@ else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage;
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 import fastrerank
 
-from . import cli_index
+from . import cli_index, cli_score
+from .cli_eval import evaluate_command
 from .cli_shared import (
     AsJson,
     Device,
@@ -33,6 +33,7 @@ from .cli_shared import (
     Model,
     TemplateOption,
     Threads,
+    heads_option,
     load_reranker,
     need_model,
     one_line,
@@ -42,12 +43,10 @@ from .cli_shared import (
     progress_bar,
     warn,
 )
-from .datasets import load_dataset, write_trec_run
+from .datasets import load_dataset
 from .doctor import report
 from .documents import read_documents
-from .evaluation import Evaluation, evaluate
 from .explain import print_tokens, to_html
-from .text.attention_policy import parse_heads
 
 LONG_WORK = 256  # documents from which one `rank` call may take seconds and gets a progress line
 
@@ -86,6 +85,7 @@ class Format(str, Enum):
 
 
 app.add_typer(cli_index.app, name="index")
+app.command("score")(cli_score.score)
 
 
 @app.callback()
@@ -138,7 +138,7 @@ def rank(
         warn("there are no documents to rank")
     reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=_heads(heads),
+        heads=heads_option(heads),
     )  # fmt: skip
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
@@ -162,54 +162,7 @@ def rank(
     )
 
 
-@app.command("eval")
-def evaluate_command(
-    dataset: Annotated[Path, typer.Argument(help="JSONL rows, a BEIR folder, or the texts of a TREC run.")],
-    model: Model = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
-    heads: HeadsOption = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Rerank only the first K candidates of each query.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Write the reranked order to this file, as a TREC run.")] = None,
-    trec_run: Annotated[
-        Path | None, typer.Option(help="First-stage TREC run: its documents are the candidates.")
-    ] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Judgements, TREC or BEIR; a BEIR folder has its own.")] = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries, JSONL or TSV; a BEIR folder has its own.")] = None,
-    min_relevance: Annotated[
-        int, typer.Option(min=1, help="Smallest grade that MRR and Recall count as relevant.")
-    ] = 1,
-    as_json: AsJson = False,
-    dtype: DtypeOption = Dtype.auto,
-    device: Device = None,
-    threads: Threads = None,
-) -> None:
-    """Rerank the judged candidates of DATASET; print nDCG@10, MRR@10, Recall and latency."""
-    checkpoint = need_model(model)
-    inputs = {"DATASET": dataset, "--trec-run": trec_run, "--qrels": qrels, "--queries": queries}
-    for name, path in inputs.items():
-        if path is not None and not path.exists():
-            raise typer.BadParameter(f"no such file: {path}", param_hint=name)
-    if run is not None and not run.resolve().parent.is_dir():
-        raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
-    judged = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
-    reranker = load_reranker(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=_heads(heads),
-    )  # fmt: skip
-    with progress_bar("reranking", total=len(judged), shown=True) as advance:
-        result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, progress=advance)
-    if run is not None:
-        write_trec_run(run, result.run)
-    if as_json:
-        print_json(_evaluation_json(result, dataset, checkpoint, method, dtype))
-        return
-    rows = [(name, f"{result.first_stage[name]:.4f}", f"{value:.4f}") for name, value in result.metrics.items()]
-    rows += [("latency p50 [ms]", "", f"{1e3 * result.latency_p50:.1f}")]
-    rows += [("latency p95 [ms]", "", f"{1e3 * result.latency_p95:.1f}")]
-    caption = f"{len(judged)} queries, {result.judged} judged; {dtype.value}"
-    print_table(("measure", "first stage", "reranked"), rows, caption=caption)
+app.command("eval")(evaluate_command)
 
 
 @app.command()
@@ -358,25 +311,6 @@ def doctor(
 def version() -> None:
     """Print the version."""
     print(fastrerank.__version__)
-
-
-def _heads(value: str | None) -> Any:
-    """Pairs where heads are written as such, else the name of a list or a file."""
-    return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
-
-
-def _evaluation_json(result: Evaluation, dataset: Path, model: str, method: str | None, dtype: Dtype) -> dict[str, Any]:
-    return {
-        "dataset": str(dataset),
-        "model": model,
-        "method": method,
-        "dtype": dtype.value,
-        "queries": len(result.latencies),
-        "judged": result.judged,
-        "first_stage": result.first_stage,
-        "reranked": result.metrics,
-        "latency_ms": {"p50": 1e3 * result.latency_p50, "p95": 1e3 * result.latency_p95},
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastrerank
+from fastrerank.text.attention_policy import parse_heads
 
 
 class Dtype(str, Enum):
@@ -69,6 +70,11 @@ def need_model(model: str | None) -> str:
         example = "--model cross-encoder/ms-marco-MiniLM-L6-v2"
         raise typer.BadParameter(f"say which checkpoint to use, for example {example}", param_hint="--model")
     return model
+
+
+def heads_option(value: str | None) -> Any:
+    """Pairs where heads are written as such, else the name of a list or a file."""
+    return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
 
 
 def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) -> Any:

@@ -174,6 +174,13 @@ def test_a_model_whose_attention_is_other_is_refused() -> None:
         AttentionScorer.from_model(model)
 
 
+def test_a_model_with_a_layer_without_attention_is_refused_with_the_reason() -> None:
+    model = body("llama")
+    find_layers(model)[0].self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    with pytest.raises(ValueError, match=r"LlamaModel cannot be read: .* attention call 0, not 1"):
+        AttentionScorer.from_model(model, [(1, 0)])
+
+
 def test_memory_is_linear() -> None:
     """No tensor that a forward makes is as large as read rows x keys: the largest is a few vectors per token."""
     scorer = AttentionScorer.from_model(body("llama", max_position_embeddings=4096))

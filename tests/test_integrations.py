@@ -123,3 +123,97 @@ def test_flag_embedding(checkpoint: str) -> None:
     )
     with pytest.raises(ValueError, match="max_length"):
         flag.compute_score(pairs, max_length=17)
+
+
+def test_pyterrier_without_java() -> None:
+    pytest.importorskip("pyterrier")
+    import pandas as pd
+    import pyterrier as pt
+
+    from fastrerank.integrations.pyterrier import FastReRanker
+
+    rows = [("q2", "zz", "x", "a", 9.0, 0), ("q1", "q", "y", "cccc", 8.0, 0), ("q2", "zz", "z", "ddd", 7.0, 1),
+            ("q1", "q", "v", "bb", 6.0, 1), ("q2", "zz", "w", "eee", 5.0, 2)]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "body", "score", "rank"])
+    reranker = Lengths()
+    transformer = FastReRanker(reranker, text_field="body")
+    found = transformer(frame)
+    assert reranker.calls == [[["a", "ddd", "eee"], ["cccc", "bb"]]]
+    assert found["docno"].tolist() == frame["docno"].tolist()
+    assert found["score"].tolist() == [-1.0, 3.0, 1.0, 1.0, 1.0]
+    assert found["rank"].tolist() == [2, 0, 0, 1, 1]  # ties keep the order they came in
+    assert frame["score"].tolist() == [9.0, 8.0, 7.0, 6.0, 5.0]
+    none = transformer(frame[:0])
+    assert len(none) == 0
+    assert set(none.columns) == set(frame.columns)
+    with pytest.raises(KeyError, match="body"):
+        transformer(frame.drop(columns=["body"]))
+
+    qrels = pd.DataFrame({"qid": ["q1", "q2"], "docno": ["v", "z"], "label": [1, 1]})
+    pipelines = [pt.Transformer.from_df(frame), pt.Transformer.from_df(frame) >> transformer]
+    topics = frame[["qid", "query"]].drop_duplicates()
+    measured = pt.Experiment(pipelines, topics, qrels, ["recip_rank"], names=["before", "after"])
+    assert measured["recip_rank"].tolist() == [0.5, 0.75]
+    assert not pt.java.started()
+
+
+def test_beir(checkpoint: str) -> None:
+    rerank = pytest.importorskip("beir.reranking.rerank")
+    from fastrerank.integrations.beir import FastReranker
+
+    corpus = {str(i): {"title": "fleas", "text": text} for i, text in enumerate(TEXTS)}
+    queries = {"q1": "the owl", "q2": "a flea"}
+    results = {"q1": {"0": 3.0, "1": 2.0, "2": 1.0}, "q2": {"2": 1.0}}
+    found = rerank.Rerank(FastReranker(checkpoint, device="cpu")).rerank(corpus, queries, results, top_k=2)
+    model = fastrerank.CrossEncoder(checkpoint, device="cpu")
+    first = model.score("the owl", ["fleas a", "fleas cccc"]).tolist()
+    assert found == {"q1": dict(zip("01", first, strict=True)), "q2": {"2": model.score("a flea", ["fleas bbb"])[0]}}
+    whole = Lengths(independent=False)
+    rerank.Rerank(FastReranker(whole)).rerank(corpus, queries, results, top_k=3)
+    assert whole.calls == [[["fleas a", "fleas cccc", "fleas bbb"], ["fleas bbb"]]]
+
+
+def test_mteb(checkpoint: str) -> None:
+    mteb = pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import CrossEncoderProtocol
+
+    from fastrerank.integrations.mteb import FastReranker
+
+    texts = {"d0": "cats sleep all day", "d1": "a flea lives up to a year", "d2": "fleas", "d3": "the year"}
+    queries = {"q0": "how long do fleas live", "q1": "how long do cats sleep"}
+
+    class Task(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            type="Reranking", name="Fleas", main_score="ndcg_at_10", description="A task in memory.",
+            dataset={"path": "memory", "revision": "1"}, eval_splits=["test"], eval_langs=["eng-Latn"],
+            modalities=["text"], category="t2t", date=("2026-01-01", "2026-01-01"), dialect=[], domains=[],
+            task_subtypes=[], license="cc0-1.0", annotations_creators="derived", sample_creation="created",
+            bibtex_citation="", reference="https://example.org",
+        )  # fmt: skip
+
+        def load_data(self, **_: Any) -> None:
+            split = {
+                "queries": Dataset.from_list([{"id": name, "text": text} for name, text in queries.items()]),
+                "corpus": Dataset.from_list([{"id": n, "title": "", "text": text} for n, text in texts.items()]),
+                "relevant_docs": {"q0": {"d1": 1}, "q1": {"d0": 1}},
+                "top_ranked": {name: list(texts) for name in queries},
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    model = FastReranker(checkpoint, device="cpu", name="tests/tiny")
+    assert isinstance(model, CrossEncoderProtocol)
+    found = mteb.evaluate(model, Task(), cache=None, show_progress_bar=False, co2_tracker=False)
+    assert found.model_name == "tests/tiny"
+    cross_encoder = fastrerank.CrossEncoder(checkpoint, device="cpu")
+    gains = []
+    for query, wanted in (("q0", 1), ("q1", 0)):
+        order = [hit["corpus_id"] for hit in cross_encoder.rank(queries[query], list(texts.values()))]
+        gains.append(1 / np.log2(2 + order.index(wanted)))
+    assert found.task_results[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(np.mean(gains), abs=1e-5)
+    assert FastReranker(Lengths()).mteb_model_meta.name == "fastrerank/Lengths"
+    with pytest.raises(ValueError, match="inputs have image"):
+        model.predict([{"image": []}], [], task_metadata=None, hf_split="test", hf_subset="default")

@@ -54,6 +54,21 @@ def test_a_checkpoint_without_its_head_is_refused_and_told_what_it_can_do(tmp_pa
     assert np.isfinite(EmbeddingReranker(path).score("owl", ["cat"])).all()
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_an_encoder_is_refused_by_methods_that_read_attention(tiny: Tiny, family: str) -> None:
+    words = r"Model is an encoder.*\(icr, qrhead, core\) need a decoder.*cross-encoder, late-interaction or embedding"
+    with pytest.raises(ValueError, match=words):
+        fastrerank.load(str(tiny(family)), method="icr")
+    with pytest.raises(ValueError, match=words):
+        fastrerank.load(str(tiny(family)), method="core", heads=[(0, 0)])
+
+
+def test_a_language_model_of_an_unknown_name_is_told_its_methods(folder: Path) -> None:
+    set_config(folder, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match=r"is a language model.*'pointwise'.*'setwise'.*method='icr'"):
+        fastrerank.load(str(folder))
+
+
 def test_real_embedding_model_is_refused_as_a_cross_encoder(minilm: Path) -> None:
     with pytest.raises(ValueError, match=r"late-interaction.*embedding"):
         CrossEncoder(minilm)

@@ -325,6 +325,22 @@ def test_a_backbone_that_does_not_run_packed_as_it_says_is_found_out(
     assert close(TorchEncoder.load(open_checkpoint(saved("bert"))).forward(*documents), families.results("bert")[0])
 
 
+def test_only_a_model_that_cannot_pack_is_padded_for_it(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: Any, window: int | None) -> torch.Tensor:
+        raise torch_backbone.CannotPack(f"no window {window} here")
+
+    monkeypatch.setattr(torch_backbone.Row, "intervals", refuses)
+    engine = TorchEncoder.load(open_checkpoint(saved("bert")))
+    assert (engine.packed, engine.reason) == (False, "no window None here")
+
+    def breaks(_: Any, __: int | None) -> torch.Tensor:
+        raise NotImplementedError("a kernel that this device lacks")
+
+    monkeypatch.setattr(torch_backbone.Row, "intervals", breaks)
+    with pytest.raises(NotImplementedError, match="a kernel that this device lacks"):
+        TorchEncoder.load(open_checkpoint(saved("bert")))
+
+
 def test_a_head_whose_backbone_pools_otherwise_runs_whole(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(saved("bert")).readout == "first"
     pool = transformers.models.bert.modeling_bert.BertPooler.forward

@@ -18,7 +18,7 @@ from fastrerank.engine.decoder import find_layers, find_norm, fuse_layers, prune
 from fastrerank.engine.memory import bytes_per_token, device_budget
 from fastrerank.engine.placing import place_on, stretch, unstretched
 from fastrerank.engine.reading import Kept, Reading, narrow, read, release_unused
-from fastrerank.engine.torch_backbone import PackedBackbone
+from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, causality
 from fastrerank.engine.torch_linear import packs
 from fastrerank.engine.torch_loading import cast_parameters, load_model
 from fastrerank.engine.torch_probe import choose_runner, pack_when_equal, relative_error
@@ -101,6 +101,12 @@ class AttentionScorer:
         num_threads: int | None = None, memory_limit: float | None = None, early_exit: bool = True,
     ) -> AttentionScorer:  # fmt: skip
         """Take over a transformers model without its head, in evaluation mode; the model is changed for good."""
+        if causality(backbone) == {False}:
+            raise ValueError(
+                f"{type(backbone).__name__} is an encoder, and the methods that read attention (icr, qrhead, core) "
+                "need a decoder, a causal language model; an encoder can serve cross-encoder, late-interaction or "
+                "embedding"
+            )
         config, kind, place = backbone.config.get_text_config(), getattr(torch, dtype), torch.device(device)
         chosen = check_heads(heads, config.to_dict())
         cast_parameters(backbone, kind)
@@ -128,7 +134,10 @@ class AttentionScorer:
             if place.type == "cpu" and packs(kind):
                 pack_when_equal(runner, dtype)
             fuse_layers(runner)
-            error_ = _difference(runner, by_layer, probe, expected)
+            try:
+                error_ = _difference(runner, by_layer, probe, expected)
+            except CannotPack as refusal:
+                raise ValueError(f"{type(backbone).__name__} cannot be read: {refusal}") from refusal
             if error_ > _AGREES[dtype]:
                 raise ValueError(
                     f"attention masses of {type(backbone).__name__} differ by {error_:.2g} from those of its own "
@@ -282,14 +291,10 @@ def _eager_masses(backbone: Any, reading: Reading, layers: Sequence[int]) -> tor
 def _difference(
     runner: PackedBackbone, weights: dict[int, torch.Tensor | None], probe: Reading, expected: torch.Tensor
 ) -> float:
-    """Relative difference of the masses from `expected`; of the heads that are read only."""
+    """Relative difference of the masses from `expected`; of the heads that are read only. Raises CannotPack."""
     found: dict[int, torch.Tensor] = {}
-    try:
-        read(runner, probe, weights, each=found.__setitem__)
-        sums = read(runner, probe, weights).double()
-    except (RuntimeError, NotImplementedError) as error:
-        log.debug("probe failed: %s", error)
-        return float("inf")
+    read(runner, probe, weights, each=found.__setitem__)
+    sums = read(runner, probe, weights).double()
     factors = [
         torch.ones(expected.shape[1], device=expected.device) if weights[layer] is None else weights[layer]
         for layer in sorted(weights)
@@ -309,7 +314,12 @@ def _narrow_if_equal(
     replaced = narrow(runner, heads)
     if not replaced:
         log.info("%s projects all of its last layer", type(runner.backbone).__name__)
-    if _difference(runner, weights, probe, expected) > _AGREES[dtype]:
-        log.info("%s projects all of its last layer: its keys depend on each other", type(runner.backbone).__name__)
+    try:
+        differs = _difference(runner, weights, probe, expected) > _AGREES[dtype]
+        problem = "its keys depend on each other" if differs else ""
+    except RuntimeError as error:  # a model's own code that meets fewer heads than its config names; CannotPack too
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        log.info("%s projects all of its last layer: %s", type(runner.backbone).__name__, problem)
         for parent, name, linear in replaced:
             setattr(parent, name, linear)

@@ -20,7 +20,7 @@ import torch
 from fastrerank import ops
 from fastrerank.engine.decoder import WHOLE, ChosenRows, KeysKept, find_layers
 from fastrerank.engine.packing import PackedBatch, Segment, pack
-from fastrerank.engine.torch_backbone import PackedBackbone, running, upload
+from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, running, upload
 from fastrerank.ops import attention
 
 __all__ = ["Kept", "Reading", "narrow", "read", "release_unused"]
@@ -171,7 +171,7 @@ class _ReadRows(ChosenRows):
 
     def _check_last(self) -> None:
         if self.layer != self.last:
-            raise NotImplementedError(
+            raise CannotPack(
                 f"the model's last layer is its attention call {self.layer}, not {self.last}: a layer calls it "
                 "more than once, or not at all"
             )
@@ -231,7 +231,7 @@ def read(
         runner.forward(row)
     except _AllRead:
         return mass
-    raise NotImplementedError(f"the model ended after {row.layer + 1} attention calls, before layer {row.last}")
+    raise CannotPack(f"the model ended after {row.layer + 1} attention calls, before layer {row.last}")
 
 
 def _seen(batch: PackedBatch, reading: Reading, window: int | None) -> tuple[npt.NDArray[np.int32], ...]:

@@ -23,7 +23,18 @@ from fastrerank.engine.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
 from fastrerank.engine.packing import PackedBatch, Segment, pack, pack_documents
 from fastrerank.ops import attention
 
-__all__ = ["IMPLEMENTATION", "PackedBackbone", "Read", "Row", "answering", "running", "upload", "why_not_packed"]
+__all__ = [
+    "IMPLEMENTATION",
+    "CannotPack",
+    "PackedBackbone",
+    "Read",
+    "Row",
+    "answering",
+    "causality",
+    "running",
+    "upload",
+    "why_not_packed",
+]
 
 IMPLEMENTATION = "fastrerank"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -34,6 +45,10 @@ _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "token_typ
 Read = str | npt.NDArray[np.int64]
 
 _running = threading.local()
+
+
+class CannotPack(RuntimeError):
+    """The model computes something that packed rows do not; says what. Loading then takes another way, or refuses."""
 
 
 class Row:
@@ -63,7 +78,7 @@ class Row:
         if window is None:
             return self.table[3:7]
         if window not in self.windows:
-            raise NotImplementedError(f"a layer has a window of {window}, which no part of the model announces")
+            raise CannotPack(f"a layer has a window of {window}, which no part of the model announces")
         begin = 7 + 4 * self.windows.index(window)
         return self.table[begin : begin + 4]
 
@@ -103,7 +118,7 @@ def _attend(
         raise RuntimeError(f"attention {IMPLEMENTATION!r} runs inside fastrerank only, on packed rows")
     unknown = [name for name, other in others.items() if torch.is_tensor(other) and name not in _HARMLESS]
     if attention_mask is not None or unknown or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise NotImplementedError(
+        raise CannotPack(
             f"{type(module).__name__} asks for attention that packed rows do not compute "
             f"(mask: {attention_mask is not None}, query {tuple(query.shape)}, key {tuple(key.shape)}, {unknown})"
         )
@@ -132,12 +147,13 @@ def why_not_packed(backbone: Any) -> str | None:
         return (
             f"{name} has layers of other kinds than full and sliding attention: {', '.join(sorted(kinds)) or 'chunks'}"
         )
-    if len(_causality(backbone)) != 1:
+    if len(causality(backbone)) != 1:
         return f"{name} does not say whether its attention is causal"
     return None
 
 
-def _causality(backbone: torch.nn.Module) -> set[bool]:
+def causality(backbone: torch.nn.Module) -> set[bool]:
+    """Return what the model's layers say of their attention: {True} of a decoder, {False} of an encoder."""
     return {bool(module.is_causal) for module in backbone.modules() if hasattr(module, "is_causal")}
 
 
@@ -154,7 +170,7 @@ class PackedBackbone:
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
         self.device: torch.device = next(backbone.parameters()).device
-        (self.causal,) = _causality(backbone)
+        (self.causal,) = causality(backbone)
         parameters = inspect.signature(backbone.forward).parameters
         self._takes_types = "token_type_ids" in parameters and bool(getattr(backbone.config, "type_vocab_size", 0))
         self._options = {"use_cache": False} if "use_cache" in parameters else {}

@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from fastrerank.engine.heads import DenseStep, Head, NormStep
+from fastrerank.engine.torch_backbone import CannotPack
 
 __all__ = ["ClassificationHead", "ModuleHead", "split_head"]
 
@@ -90,14 +91,14 @@ class ClassificationHead(torch.nn.Module):
 
     @torch.inference_mode()
     def _check_pooler(self, backbone: Any) -> None:
-        """Raise NotImplementedError if the backbone's pooled output is not what its copied pooler makes of its rows."""
+        """Raise CannotPack if the backbone's pooled output is not what its copied pooler makes of its rows."""
         if self.rows.pooler is None:
             return
         ids = torch.ones((1, 2), dtype=torch.long)
         output = backbone(input_ids=ids, attention_mask=ids)
         pooled, ours = output.pooler_output, self.rows.pool(output.last_hidden_state)
         if ours is None or pooled.shape != ours.shape or not torch.allclose(pooled, ours, 1e-2, 1e-2, True):
-            raise NotImplementedError(f"{type(backbone).__name__} pools its rows in a way of its own")
+            raise CannotPack(f"{type(backbone).__name__} pools its rows in a way of its own")
 
     def _skips_padding(self) -> bool:
         states, ids = self._probe, torch.tensor([[1, 1, 1, 0, 0]])

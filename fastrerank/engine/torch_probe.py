@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastrerank.engine.padded import PaddedBackbone, PaddedModel
-from fastrerank.engine.torch_backbone import PackedBackbone, why_not_packed
+from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, why_not_packed
 from fastrerank.engine.torch_linear import pack_linears
 
 __all__ = ["AGREES", "choose_runner", "pack_when_equal", "relative_error"]
@@ -49,7 +49,7 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
             try:
                 error_ = relative_error(documents.states(candidate, [0, 1, 2]), expected)
                 reason = f"packed hidden states differ from single documents' by {error_:.2g}"
-            except NotImplementedError as refusal:
+            except CannotPack as refusal:
                 error_, reason = float("inf"), str(refusal)
             if error_ <= AGREES[dtype]:
                 return candidate, ""

@@ -291,7 +291,8 @@ def _method_of(checkpoint: Checkpoint) -> str:
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
         raise ValueError(
             f"{checkpoint.path} is a language model ({', '.join(architectures)}) of a name that tells no method: say "
-            "method='pointwise', 'listwise', 'pairwise' or 'setwise', and template= where it was trained with one"
+            "method='pointwise', 'listwise', 'pairwise' or 'setwise', and template= where it was trained with one; or "
+            "method='icr', which needs no training but a decoder"
         )
     raise ValueError(
         f"{checkpoint.path}: cannot tell which method this checkpoint is for (architectures {architectures}, no "

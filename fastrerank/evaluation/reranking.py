@@ -1,32 +1,22 @@
-"""The measures of the field: rerank a judged data set and score the ranking; data sets come from `fastrerank.datasets`.
-
-The measures come from the `ir_measures` package (`pip install 'fastrerank[eval]'`), so they are trec_eval's.
-"""
+"""One reranker on one judged data set, in this process: the run, its measures, and the seconds of each query."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from .datasets import Candidate, JudgedQuery, Run, judged_query, load_dataset, read_trec_run, write_trec_run
+from fastrerank.datasets import JudgedQuery, Run, load_dataset
 
-__all__ = [
-    "Candidate",
-    "Evaluation",
-    "JudgedQuery",
-    "evaluate",
-    "judged_query",
-    "load_dataset",
-    "measure",
-    "read_trec_run",
-    "write_trec_run",
-]
+from .measures import PerQuery, import_ir_measures, means, measure
+
+__all__ = ["Evaluation", "Ranker", "check_queries", "evaluate", "first_stage", "rerank"]
 
 
 class Ranker(Protocol):
@@ -50,8 +40,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     first_stage: dict[str, float]
-    per_query: dict[str, dict[str, float]]
-    latencies: np.ndarray
+    per_query: PerQuery
+    latencies: npt.NDArray[np.float64]
     run: Run = field(repr=False)
     judged: int
 
@@ -73,12 +63,13 @@ def evaluate(
     top_k: int | None = None,
     recall_at: Sequence[int] = (10, 100),
     min_relevance: int = 1,
+    warmup: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Equal to trec_eval (and MS MARCO's MRR) on the run that reranking every query's candidates gives.
 
-    The measures see the order that `reranker.rank` returns, also where scores tie. One warm-up call on the first query
-    is made before the clock starts, so latencies are those of a process that is already running.
+    The measures see the order that `reranker.rank` returns, also where scores tie. A warm-up call on the first query is
+    made before the clock starts, so latencies are those of a process that is already running.
 
     Args:
         reranker: anything with `rank(query, documents) -> [{"corpus_id", "score"}, ...]`.
@@ -86,6 +77,7 @@ def evaluate(
         top_k: rerank only the first `top_k` candidates of each query; the rest follow in first-stage order. None: all.
         recall_at: the cut-offs of Recall.
         min_relevance: smallest grade that counts as relevant for MRR and Recall (TREC Deep Learning uses 2).
+        warmup: how many queries are ranked before the clock starts.
         progress: called with (queries done, queries in all) after every query.
 
     Raises:
@@ -100,32 +92,54 @@ def evaluate(
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 (or None for all candidates), got {top_k}")
-    _import_ir_measures()  # before the work, not after it
+    import_ir_measures()  # before the work, not after it
     queries = load_dataset(dataset) if isinstance(dataset, (str, os.PathLike)) else list(dataset)
+    check_queries(queries)
+    run, latencies = rerank(reranker, queries, top_k=top_k, warmup=warmup, progress=progress)
+    judgements = {query.qid: query.judgements for query in queries if query.judgements}
+    per_query = measure(run, judgements, recall_at=recall_at, min_relevance=min_relevance)
+    before = measure(first_stage(queries), judgements, recall_at=recall_at, min_relevance=min_relevance)
+    return Evaluation(means(per_query), means(before), per_query, latencies, run, judged=len(judgements))
+
+
+def check_queries(queries: Sequence[JudgedQuery]) -> None:
+    """Raise ValueError for no queries, no judgements, and a query id that is there twice."""
     if not queries:
         raise ValueError("dataset holds no queries")
     if not any(query.judgements for query in queries):
         raise ValueError('dataset holds no relevance judgements: candidates need "rel", or pass qrels')
-
     twice, count = Counter(query.qid for query in queries).most_common(1)[0]
     if count > 1:
         raise ValueError(f"query id {twice!r} is {count} times in the dataset")
 
-    first, run = {}, {}
-    latencies = np.zeros(len(queries))
-    _rank(reranker, queries[0], top_k)
+
+def first_stage(queries: Sequence[JudgedQuery]) -> Run:
+    """Return the candidates' own order as a run, whose scores are the ranks from 0, negated."""
+    return {query.qid: [(c.docid, float(-rank)) for rank, c in enumerate(query.candidates)] for query in queries}
+
+
+def rerank(
+    reranker: Ranker,
+    queries: Sequence[JudgedQuery],
+    *,
+    top_k: int | None = None,
+    warmup: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Run, npt.NDArray[np.float64]]:
+    """Return the run that reranking every query's candidates gives, and each query's seconds, float64 (Q,).
+
+    The first `warmup` queries are ranked once more before the clock starts. See `evaluate` for the arguments.
+    """
+    for query in queries[:warmup]:
+        _rank(reranker, query, top_k)
+    run, latencies = {}, np.zeros(len(queries))
     for done, query in enumerate(queries):
-        first[query.qid] = [(c.docid, float(-rank)) for rank, c in enumerate(query.candidates)]
         start = time.perf_counter()
         run[query.qid] = _rank(reranker, query, top_k)
         latencies[done] = time.perf_counter() - start
         if progress is not None:
             progress(done + 1, len(queries))
-
-    judgements = {query.qid: query.judgements for query in queries if query.judgements}
-    per_query = measure(run, judgements, recall_at=recall_at, min_relevance=min_relevance)
-    before = measure(first, judgements, recall_at=recall_at, min_relevance=min_relevance)
-    return Evaluation(_means(per_query), _means(before), per_query, latencies, run, judged=len(judgements))
+    return run, latencies
 
 
 def _rank(reranker: Ranker, query: JudgedQuery, top_k: int | None) -> list[tuple[str, float]]:
@@ -142,56 +156,3 @@ def _rank(reranker: Ranker, query: JudgedQuery, top_k: int | None) -> list[tuple
     tail = query.candidates[len(head) :]
     floor = ranked[-1][1]
     return ranked + [(candidate.docid, floor - rank) for rank, candidate in enumerate(tail, start=1)]
-
-
-def measure(
-    run: Run,
-    judgements: Mapping[str, Mapping[str, int]],
-    *,
-    recall_at: Sequence[int] = (10, 100),
-    min_relevance: int = 1,
-) -> dict[str, dict[str, float]]:
-    """Equal to `ir_measures.iter_calc` of nDCG@10, RR@10 and R@k, with a document's place in the list as its rank.
-
-    Args:
-        run: query id -> (document id, score) pairs, best first; the scores are not looked at.
-        judgements: query id -> document id -> grade. Every judged query gets values, zeros where the run lacks it.
-        recall_at: cut-offs of Recall, each at least 1.
-        min_relevance: smallest grade that counts as relevant for MRR and Recall, at least 1.
-
-    Returns:
-        query id -> {"nDCG@10", "MRR@10", "Recall@k"...} -> value.
-
-    Raises:
-        ValueError: a cut-off or `min_relevance` below 1.
-        ImportError: `ir_measures` is not installed.
-
-    Example:
-        >>> measure({"q": [("b", 2.0), ("a", 1.0)]}, {"q": {"a": 1}}, recall_at=(1,))["q"]["MRR@10"]
-        0.5
-    """
-    if min_relevance < 1 or any(k < 1 for k in recall_at):
-        raise ValueError(f"min_relevance and recall_at must be at least 1, got {min_relevance} and {tuple(recall_at)}")
-    ir_measures = _import_ir_measures()
-    names = {ir_measures.nDCG @ 10: "nDCG@10", ir_measures.RR(rel=min_relevance) @ 10: "MRR@10"}
-    names |= {ir_measures.R(rel=min_relevance) @ k: f"Recall@{k}" for k in recall_at}
-    # trec_eval sorts by score and breaks ties by document id; strictly decreasing scores keep the list's order instead.
-    by_rank = {qid: {docid: float(-rank) for rank, (docid, _) in enumerate(hits)} for qid, hits in run.items()}
-    values = {qid: dict.fromkeys(names.values(), 0.0) for qid in judgements}
-    for value in ir_measures.iter_calc(list(names), {qid: dict(rels) for qid, rels in judgements.items()}, by_rank):
-        values[value.query_id][names[value.measure]] = float(value.value)
-    return values
-
-
-def _means(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    names = next(iter(per_query.values()))
-    return {name: float(np.mean([values[name] for values in per_query.values()])) for name in names}
-
-
-def _import_ir_measures() -> Any:
-    try:
-        import ir_measures
-    except ImportError as error:
-        message = f"evaluation needs the ir_measures package ({error}): pip install 'fastrerank[eval]'"
-        raise ImportError(message) from error
-    return ir_measures
