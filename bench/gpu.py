@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench import data, gpu_engines, gpu_host, gpu_kernels, gpu_llm, gpu_models, gpu_profile, llm_models
+from bench import data, gpu_cur, gpu_engines, gpu_host, gpu_kernels, gpu_llm, gpu_models, gpu_profile, llm_models
 from bench.cross_encoder import TAU_FLOOR
 from bench.gpu_engines import GpuEngine, NotHere, failing_as
 from bench.gpu_models import GpuModel
 from bench.timing import EngineError, agreement, interleave
 
-PARTS = ("ceilings", "attention", "attention_mass", "label_logits", "engines", "latency", "profile", "llm")
+PARTS = ("ceilings", "attention", "attention_mass", "label_logits", "cur", "engines", "latency", "profile", "llm")
 # Seconds of torch.compile per layer, before the first compilation of this run has been timed.
 _COMPILE_GUESS = 3.0
 
@@ -93,6 +93,7 @@ class Findings:
     attention: list[gpu_kernels.KernelResult] = field(default_factory=list)
     attention_mass: list[gpu_kernels.KernelResult] = field(default_factory=list)
     label_logits: list[gpu_kernels.KernelResult] = field(default_factory=list)
+    cur: list[gpu_kernels.KernelResult] = field(default_factory=list)
     models: list[ModelResult] = field(default_factory=list)
     llms: list[gpu_llm.LlmResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -103,7 +104,7 @@ class Findings:
         """Equals whether nothing failed and nothing was wrong."""
         states = [row.state for model in self.models for row in model.rows]
         states += [row.state for llm in self.llms for row in llm.rows]
-        states += [one.state for one in (*self.attention, *self.attention_mass, *self.label_logits)]
+        states += [one.state for one in (*self.attention, *self.attention_mass, *self.label_logits, *self.cur)]
         return all(state in ("ok", "not here", "left out") for state in states)
 
 
@@ -158,6 +159,9 @@ class _Bench:
             save(findings)
         if "label_logits" in options.parts:
             self._label_logits()
+            save(findings)
+        if "cur" in options.parts:
+            self._cur()
             save(findings)
         for name in options.models if {"engines", "latency", "profile"} & {*options.parts} else ():
             self._say(f"{name}: building")
@@ -221,6 +225,15 @@ class _Bench:
         for case in gpu_kernels.label_cases(tiny=self._options.tiny):
             self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes(itemsize)})
             self.findings.label_logits += gpu_kernels.label_logits(case, self._device, 3 * self._options.rounds)
+
+    def _cur(self) -> None:
+        for case in gpu_cur.cases(tiny=self._options.tiny):
+            self._say(f"scan of {case.name}")
+            self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes})
+            self.findings.cur += gpu_cur.measure(case, self._device, 3 * self._options.rounds)
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _model(self, model: GpuModel, work: data.Workload) -> None:
         options, sizes = self._options, self._options.sizes

@@ -15,6 +15,7 @@ from bench.report import Table, show_tables
 from bench.timing import percentile, ratio
 
 BASE = "sentence-transformers"
+_ERROR = "Error: rms against float64 over the rms of the result; checked before timing, as in the tests."
 
 
 def show(findings: Findings, *, markdown: bool) -> None:
@@ -49,6 +50,11 @@ def tables(findings: Findings) -> list[Table]:
             findings, findings.label_logits, "Label logits alone: final norm, label rows, order",
             "Floors: states, label rows, logits and order moved once at the copy rate; products at the matmul rate.",
         ),
+        _kernels(
+            findings, findings.cur, "Scan of packed items: one query's best k",
+            "Floors: int8 values and scales read once at the copy rate, for the rivals too, which read bfloat16.",
+            "Error: share of the exact best that is missing; the kernels give candidates, exact scores decide.",
+        ),
     ]  # fmt: skip
     for model in findings.models:
         found += [_engines(model, findings.ceilings.get("matmul")), _latency(model), _profile(model)]
@@ -67,7 +73,9 @@ def _ceilings(findings: Findings) -> Table:
     return Table("Ceilings, measured on random data", ["what", "rate", "unit"], rows, [])
 
 
-def _kernels(findings: Findings, results: list[KernelResult], title: str, floors_note: str) -> Table:
+def _kernels(
+    findings: Findings, results: list[KernelResult], title: str, floors_note: str, error_note: str = _ERROR
+) -> Table:
     by_name = {case["name"]: case for case in findings.cases}
     rows = []
     for one in results:
@@ -91,7 +99,7 @@ def _kernels(findings: Findings, results: list[KernelResult], title: str, floors
     details = {(one.way, one.detail) for one in results if one.detail}
     notes = [f"{way}: {detail}" for way, detail in sorted(details)]
     notes.append(floors_note)
-    notes.append("Error: rms against float64 over the rms of the result; checked before timing, as in the tests.")
+    notes.append(error_note)
     return Table(title, columns, rows, notes)
 
 

@@ -155,18 +155,31 @@ def llm(
 
 @app.command("cur")
 def cur(
+    context: typer.Context,
     storage: Annotated[str, typer.Option(help="precisions of the index: float32,bfloat16,int8")] = "float32,int8",
     part: Annotated[str, typer.Option(help="recall, time, large (a million items) or all")] = "all",
     data: Annotated[Path, typer.Option(help="folder with cur/ and the SciFact file")] = DATA,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
     picture: Annotated[Path | None, typer.Option(help="write recall against budget to this SVG")] = None,
 ) -> None:
-    """Search with few calls: recall of CURIndex, published ANNCUR and BM25 candidates at equal budget, and its time."""
+    """Search with few calls: recall of CURIndex, published ANNCUR and BM25 candidates at equal budget, and its time.
+
+    With --device cuda the scan alone: ops.cur_topk over ten million int8 items against torch, the parts ceilings and
+    cur of `all`.
+    """
     from rich.console import Console
 
+    log = Console(stderr=True)
+    if context.obj == "cuda":
+        if part != "all" or picture is not None:
+            log.print("[red]error:[/red] --part and --picture are for searches on a CPU", highlight=False)
+            raise typer.Exit(2)
+        everything(
+            context, parts="ceilings,cur", only=None, rounds=15, compiled=False, seconds=0.0, quick=False, tiny=False,
+            data=data, cache=None, json_file=json_file or RESULTS / "gpu-cur.json", markdown=False, llms=None,
+        )  # fmt: skip
     from bench import cur as bench
 
-    log = Console(stderr=True)
     try:
         if part not in ("recall", "time", "large", "all"):
             raise ValueError(f"--part must be recall, time, large or all, got {part!r}")
@@ -305,7 +318,7 @@ def everything(
     context: typer.Context,
     parts: Annotated[
         str | None,
-        typer.Option(help="ceilings,attention,attention_mass,label_logits,engines,latency,profile,llm; default all"),
+        typer.Option(help="ceilings,attention,attention_mass,label_logits,cur,engines,latency,profile,llm; or all"),
     ] = None,
     only: Annotated[str | None, typer.Option(help="models: xlmr-large,minilm,modernbert-base; default all")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 15,

@@ -138,6 +138,27 @@ def test_attention_mass(benchmark: Any, isa: str, dtype: str, shape: str) -> Non
         benchmark.extra_info["% of floor"] = round(100 * floor / benchmark.stats.stats.median)
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("queries", [1, 32])
+def test_cur_topk(benchmark: Any, isa: str, storage: str, queries: int) -> None:
+    """The best 100 of 50,000 items of width 256. Float storages multiply in float32 at every level."""
+    rng = np.random.default_rng(0)
+    items = ops.cur_pack(rng.standard_normal((256, 50_000), np.float32), storage)
+    given = rng.standard_normal((queries, 256), np.float32)
+    vectors = items.vectors().astype(np.float64)
+    exact = np.sort(given.astype(np.float64) @ vectors, axis=1)[:, :-101:-1]
+    ops.set_isa(isa)
+    try:
+        ids, scores = ops.cur_topk(given, items, 100, threads=1)
+        np.testing.assert_allclose(scores, exact, rtol=1e-6)
+        np.testing.assert_allclose(np.einsum("bk,kbn->bn", given.astype(np.float64), vectors[:, ids]), exact, rtol=1e-6)
+        benchmark(ops.cur_topk, given, items, 100, threads=1)
+    finally:
+        ops.set_isa(None)
+    _report(benchmark, 2.0 * given.size * items.N, "int8" if storage == "int8" else "float32", isa)
+    _report_bytes(benchmark, items.nbytes)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("labels", [2, 26])
 def test_label_logits(benchmark: Any, isa: str, dtype: str, labels: int) -> None:

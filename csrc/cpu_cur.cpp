@@ -42,30 +42,49 @@ std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t,
     return {static_cast<int>(fault.kind), fault.row, fault.item};
 }
 
-// The selection of the CUDA kernels, run by one host thread: the k best of scores as a block makes them of batches.
-std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::vector<float>& scores, int k, int batch) {
+struct HostLanes {
+    int lane = 0, count = 1;
+    void barrier() const {}
+    int add(int* n) const { return (*n)++; }
+    bool any(bool x) const { return x; }
+};
+
+// The selection of the CUDA kernels, run by one host thread: every block's k best of its batches of scores, and the
+// k best of those.
+std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::vector<float>& scores, int k, int batch,
+                                                                   int blocks) {
     using namespace fastrerank::cuda;
-    if (k < 1 || batch < 1) throw std::invalid_argument("k and batch must be at least 1");
+    if (k < 1 || batch < 1 || blocks < 1) throw std::invalid_argument("k, batch and blocks must be at least 1");
     const int size = reservoir_size(k, batch);
-    std::vector<Entry> entries(size);
-    Entry threshold = kNoEntry;
-    int count = 0;
+    std::vector<Entry> best(static_cast<size_t>(blocks) * k, kNoEntry);
     const auto barrier = [] {};
-    for (size_t begin = 0; begin < scores.size(); begin += batch) {
-        for (size_t i = begin; i < std::min(begin + batch, scores.size()); ++i) {
-            const Entry e = entry_of(scores[i], static_cast<int32_t>(i));
-            if (e > threshold) entries[count++] = e;
+    for (int block = 0; block < blocks; ++block) {
+        std::vector<Entry> entries(size);
+        Entry threshold = kNoEntry;
+        int count = 0;
+        for (size_t begin = static_cast<size_t>(block) * batch; begin < scores.size();
+             begin += static_cast<size_t>(batch) * blocks) {
+            for (size_t i = begin; i < std::min(begin + batch, scores.size()); ++i) {
+                const Entry e = entry_of(scores[i], static_cast<int32_t>(i));
+                if (e > threshold) entries[count++] = e;
+            }
+            if (count + batch <= size) continue;
+            cut_back(entries.data(), size, count, 0, 1, barrier);
+            threshold = count >= k ? entries[k - 1] : kNoEntry;
+            count = std::min(count, k);
         }
-        if (count + batch <= size) continue;
         cut_back(entries.data(), size, count, 0, 1, barrier);
-        threshold = count >= k ? entries[k - 1] : kNoEntry;
-        count = std::min(count, k);
+        std::copy_n(entries.begin(), k, best.begin() + static_cast<size_t>(block) * k);
     }
-    cut_back(entries.data(), size, count, 0, 1, barrier);
+    std::vector<Entry> merged(reservoir_size(k, 1));
+    Entry threshold = kNoEntry;
+    int filled = 0;
+    merge_lists(best.data(), blocks, k, merged.data(), static_cast<int>(merged.size()), &filled, &threshold,
+                HostLanes());
     std::pair<std::vector<int32_t>, std::vector<float>> result;
-    for (int i = 0; i < std::min(count, k); ++i) {
-        result.first.push_back(id_of(entries[i]));
-        result.second.push_back(score_of(entries[i]));
+    for (int i = 0; i < k && merged[i] != kNoEntry; ++i) {
+        result.first.push_back(id_of(merged[i]));
+        result.second.push_back(score_of(merged[i]));
     }
     return result;
 }
@@ -73,7 +92,7 @@ std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::ve
 }  // namespace
 
 void add_cur_ops(py::module_& m) {
-    m.def("reservoir_topk", &reservoir_topk, py::arg("scores"), py::arg("k"), py::arg("batch"));
+    m.def("reservoir_topk", &reservoir_topk, py::arg("scores"), py::arg("k"), py::arg("batch"), py::arg("blocks"));
     m.def("cur_topk", &cur_topk, py::arg("shards"), py::arg("storage"), py::arg("exact_storage"), py::arg("rounded"),
           py::arg("width"), py::arg("anchor_scale"), py::arg("queries"), py::arg("rows"), py::arg("k"),
           py::arg("left_out"), py::arg("left_out_begin"), py::arg("ids"), py::arg("scores"), py::arg("threads"),

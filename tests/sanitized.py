@@ -1,7 +1,7 @@
 """Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/sanitized.py WHAT`.
 
-WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass) or "planted",
-a kernel that writes beyond its tensor: what a checker must find. Results are checked too.
+WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "cur"
+(ops.cur_topk) or "planted", a kernel that writes beyond its tensor: what a checker must find. Results are checked too.
 """
 
 from __future__ import annotations
@@ -54,6 +54,14 @@ def mass() -> None:
             tests.check(tests.make(case, dtype, "cuda"))
 
 
+def cur() -> None:
+    import test_gpu_cur as tests
+
+    for storage, scales in tests.KINDS:
+        tests.check_equals_the_cpu(37, 3001, 50, storage, scales, rows=1)
+        tests.check_equals_the_cpu(20, 4000, 1000, storage, scales, rows=1)
+
+
 def planted() -> None:
     import torch
     import triton
@@ -69,5 +77,5 @@ def planted() -> None:
 
 
 if __name__ == "__main__":
-    {"cuda": cuda, "triton": triton, "mass": mass, "planted": planted}[sys.argv[1]]()
+    {"cuda": cuda, "triton": triton, "mass": mass, "cur": cur, "planted": planted}[sys.argv[1]]()
     print(f"{sys.argv[1]}: done")

@@ -14,7 +14,7 @@ pytest.importorskip("sentence_transformers")
 import torch
 from typer.testing import CliRunner
 
-from bench import cross_encoder, gpu, gpu_engines, gpu_kernels, gpu_models, gpu_profile, gpu_report, run
+from bench import cross_encoder, gpu, gpu_cur, gpu_engines, gpu_kernels, gpu_models, gpu_profile, gpu_report, run
 
 CPU = torch.device("cpu")
 NAMES = tuple(gpu_models.SHAPES)
@@ -82,6 +82,10 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
     assert states == {"ops.attention": "ok", "varlen_attn": "not here", "padded SDPA": "ok"}
     assert {(one["way"], one["state"]) for one in found["attention_mass"]} == {
         ("ops.attention_mass", "ok"), ("torch, float32", "ok"),
+    }  # fmt: skip
+    assert {one["way"]: one["state"] for one in found["cur"]} == {
+        "ops.cur_topk": "not here", "kernels alone": "not here", "torch mv + topk, bfloat16": "ok",
+        "torch in two passes, bfloat16": "ok",
     }  # fmt: skip
     assert {one["state"] for one in found["label_logits"]} == {"ok"}
     assert {one["way"].split(",")[0] for one in found["label_logits"]} == {"ops.label_logits", "torch"}
@@ -159,6 +163,20 @@ def test_wrong_and_failing_engines_are_not_timed(cache: Path, monkeypatch: pytes
     found = gpu.run(options(cache, parts=("attention",), models=("minilm",)), Log())
     assert {one.way: one.state for one in found.attention}["ops.attention"] == "WRONG"
     assert not found.sound
+
+
+def test_a_scan_that_misses_the_best_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_cur_device import scan_in_torch
+
+    monkeypatch.setattr(gpu_cur, "_missing", lambda _: "")
+    monkeypatch.setattr(gpu_cur._cur_cuda, "_launch", scan_in_torch)
+    found = gpu.run(options(cache, parts=("cur",), models=()), Log())
+    assert {one.state for one in found.cur} == {"ok"}
+    assert found.cur[0].error == found.cur[1].error == 0
+    assert any("Scan of packed items" in table.title for table in gpu_report.tables(found))
+    monkeypatch.setattr(gpu_cur.ops, "cur_topk", lambda *given: (torch.arange(given[2])[None], None))
+    found = gpu.run(options(cache, parts=("cur",), models=()), Log())
+    assert [one.state for one in found.cur] == ["WRONG", "ok", "ok", "ok"]
 
 
 def test_wrong_attention_masses_are_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

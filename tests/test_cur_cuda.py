@@ -24,13 +24,14 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc"
     values=st.lists(st.integers(-4, 4) | st.sampled_from([-np.inf, np.inf, -0.0]), max_size=200),
     k=st.integers(1, 70),
     batch=st.sampled_from([1, 3, 16, 64]),
+    blocks=st.sampled_from([1, 2, 7]),
     order=st.sampled_from(["as drawn", "ascending", "descending"]),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_selection_is_the_references(values: list[float], k: int, batch: int, order: str) -> None:
+def test_the_selection_is_the_references(values: list[float], k: int, batch: int, blocks: int, order: str) -> None:
     line = np.array(values, np.float32)
     line = {"as drawn": line, "ascending": np.sort(line), "descending": -np.sort(-line)}[order]
-    ids, scores = _cpu.reservoir_topk(line.tolist(), k, batch)
+    ids, scores = _cpu.reservoir_topk(line.tolist(), k, batch, blocks)
     true_ids, true_scores = reference.cur_topk(np.ones((1, 1)), line[None].astype(np.float64), k)
     assert ids == true_ids[0].tolist()
     np.testing.assert_array_equal(np.array(scores, np.float32), true_scores[0])

@@ -115,7 +115,7 @@ def test_damage_is_refused_by_name(scores: Any, tmp_path: Path) -> None:
     fastrerank.CURIndex.load(tmp_path)
     header = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**header, "version": 99}))
-    with pytest.raises(ValueError, match="version 99, but this fastrerank reads version 1"):
+    with pytest.raises(ValueError, match="version 99, but this fastrerank reads version 2"):
         fastrerank.CURIndex.load(tmp_path)
 
 

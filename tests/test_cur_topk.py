@@ -69,6 +69,21 @@ def test_wraps_appends_and_reads_back() -> None:
         ops.cur_pack(vectors, "int8", scales="anchor").append(np.eye(20, 3, -4, dtype=np.float32) * 100)
 
 
+@pytest.mark.parametrize("scales", ["item", "anchor"])
+def test_int8_tiles_hold_norms_and_residuals_rounded_up(scales: str) -> None:
+    vectors = np.random.default_rng(6).normal(size=(70, 50)).astype(np.float32)
+    vectors[:, 7] = 0
+    items = ops.cur_pack(vectors, "int8", scales=scales)
+    words = items.data[:, -64:].copy().view(np.uint32).reshape(-1)[:50]
+    values = stored(items) / items.scale.astype(np.float64)
+    left = vectors / items.scale.astype(np.float64) - np.rint(values)
+    for halves, exact in ((words & 0xFFFF0000, np.rint(values)), (words << 16, left)):
+        norms = np.sqrt(np.square(exact).sum(axis=0))
+        held = halves.astype(np.uint32).view(np.float32)
+        assert (held >= norms).all()
+        assert (held <= norms * (1 + 2.0**-6)).all()
+
+
 @given(
     values=st.lists(st.integers(-3, 3) | st.sampled_from([-np.inf, np.inf]), min_size=1, max_size=90),
     k=st.integers(1, 100),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -63,16 +62,46 @@ def test_recall_rises_to_one_and_is_drawn() -> None:
     assert len(picture.findall(".//{*}circle")) == 5
 
 
-@pytest.mark.parametrize("kind", ["faiss", "usearch"])
-def test_candidates_of_a_graph(kind: str) -> None:
-    scores = noisy(4, 60, 600)
-    if importlib.util.find_spec(kind) is None:
-        with pytest.raises(ImportError, match=rf"candidates='{kind}' needs {kind}.*pip install"):
-            fastrerank.CURIndex.from_scores(scores, candidates=kind)
-        return
-    index = fastrerank.CURIndex.from_scores(scores[:50], candidates=kind)
-    ids, _ = index.search_many(lambda q, i: scores[50 + q, i], 10, k=10, budget=200)
-    assert recall(ids, scores[50:]) >= 0.9
+@pytest.mark.parametrize(
+    ("kind", "module", "package"), [("faiss", "faiss", "faiss-cpu"), ("usearch", "usearch.index", "usearch")]
+)
+def test_candidates_of_a_graph(kind: str, module: str, package: str, tmp_path: Path) -> None:
+    library = pytest.importorskip(module, reason=f"{package} is not installed")
+    if kind == "faiss":
+        library.omp_set_num_threads(1)  # more would wait for each other in busy loops, in searches this small
+    scores = noisy(4, 70, 600)
+    for storage in ("float32", "int8"):
+        index = fastrerank.CURIndex.from_scores(scores[:50], candidates=kind, storage=storage, ridge=0.02)
+        exact = fastrerank.CURIndex.from_scores(scores[:50], storage=storage, ridge=0.02)
+        found, best = (
+            one.search_many(lambda q, i: scores[50 + q, i], 20, k=10, budget=200)[0] for one in (index, exact)
+        )
+        assert recall(found, scores[50:]) >= recall(best, scores[50:]) - 0.02
+        assert all(len(set(line)) == 10 for line in found.tolist())
+    # The graph is made anew where items come and go, and by an index that was loaded.
+    index = fastrerank.CURIndex.from_scores(scores[:50, :400], candidates=kind, ridge=0.02)
+    index.search(lambda ids: scores[50, ids], k=10, budget=60)
+    index.add(scores[:50, 400:])
+    index.remove(range(30))
+    index.save(tmp_path / "index")
+    kept = scores[50:].copy()
+    kept[:, :30] = -np.inf
+    for one in (index, fastrerank.CURIndex.load(tmp_path / "index", candidates=kind)):
+        ids, _ = one.search_many(lambda q, i: scores[50 + q, i], 20, k=10, budget=200)
+        assert ids.min() >= 30
+        assert ids.max() >= 400
+        assert recall(ids, kept) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "package"), [("faiss", "faiss", "faiss-cpu"), ("usearch", "usearch.index", "usearch")]
+)
+def test_a_graph_without_its_package_is_refused(
+    kind: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"candidates='{kind}' needs {package}.*pip install {package}"):
+        fastrerank.CURIndex.from_scores(np.ones((2, 9)), candidates=kind)
 
 
 def test_unknown_candidates_are_refused() -> None:

@@ -40,10 +40,10 @@ def sanitized(tool: str, what: str) -> tuple[int, str]:
     return done.returncode, output[-4000:]
 
 
-@pytest.mark.parametrize("what", ["cuda", "triton", "mass"])
+@pytest.mark.parametrize("what", ["cuda", "triton", "mass", "cur"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernels_are_clean(tool: str, what: str) -> None:
-    if what == "cuda" and not ops.cuda_info()["built"]:
+    if what in ("cuda", "cur") and not ops.cuda_info()["built"]:
         pytest.skip("this installation was built without nvcc")
     code, output = sanitized(tool, what)
     assert code == 0, output

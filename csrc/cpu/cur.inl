@@ -16,19 +16,37 @@ INLINE unsigned not_below(vf a, vf b) {
 #endif
 }
 
-// Rare beside the products: one in some hundred items is appended. An infinite item has no bounds.
+// Rare beside the products: one in some hundred items is appended. An infinite item has no bounds. A whole word is
+// written, for which a reservoir has room.
 __attribute__((noinline)) void append(CurReservoir& r, vf score, vf bound, unsigned lanes, int32_t first) {
     const vf upper = score + bound, lower = score - bound;
+#if VL == 16
+    const __m512 infinity = _mm512_set1_ps(__builtin_inff()), u = (__m512)upper, l = (__m512)lower;
+    const __m512 most = _mm512_mask_mov_ps(u, _mm512_cmp_ps_mask(u, u, _CMP_UNORD_Q), infinity);
+    const __m512 least = _mm512_mask_sub_ps(l, _mm512_cmp_ps_mask(l, l, _CMP_UNORD_Q), _mm512_setzero_ps(), infinity);
+    const __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(first),
+                                         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const __mmask16 kept = static_cast<__mmask16>(lanes);
+    _mm512_storeu_ps(r.upper + r.count, _mm512_maskz_compress_ps(kept, most));
+    _mm512_storeu_ps(r.lower + r.count, _mm512_maskz_compress_ps(kept, least));
+    _mm512_storeu_si512(r.ids + r.count, _mm512_maskz_compress_epi32(kept, ids));
+    r.count += __builtin_popcount(lanes);
+#else
     for (; lanes; lanes &= lanes - 1) {
         const int i = __builtin_ctz(lanes);
         r.upper[r.count] = upper[i] == upper[i] ? upper[i] : __builtin_inff();
         r.lower[r.count] = lower[i] == lower[i] ? lower[i] : -__builtin_inff();
         r.ids[r.count++] = first + i;
     }
+#endif
 }
 
 INLINE vf norms_of(const CurScan& g, const char* tile, int at) {
     return load(reinterpret_cast<const float*>(tile + g.tile_bytes - kCurTile * 4) + at);
+}
+// Of int8 items, whose norm is the upper half of a word; read with the lower half it is larger by 2^-7 at most.
+INLINE vf residuals_of(const CurScan& g, const char* tile, int at) {
+    return (vf)(load_as<vi>(tile + g.tile_bytes - kCurTile * 4 + at * 4) << 16);
 }
 INLINE vf scales_of(const CurScan& g, int64_t item, int lanes) {
     if (!g.scale) return splat(1.0f);
@@ -40,9 +58,10 @@ INLINE vf scales_of(const CurScan& g, int64_t item, int lanes) {
 
 // VL items' products, which the query's bounds turn into candidates. lanes: how many of them are items.
 template <bool Scaled>
-INLINE void keep(const CurScan& g, int query, vf product, vf norm, vf scale, int64_t item, unsigned lanes) {
+INLINE void keep(const CurScan& g, int query, vf product, vf norm, vf residual, vf scale, int64_t item,
+                 unsigned lanes) {
     CurReservoir& r = g.reservoirs[query];
-    vf bound = norm * g.slack[query] + g.constant[query];
+    vf bound = norm * g.slack[query] + residual * g.spread[query] + g.constant[query];
     if (Scaled) product *= scale, bound *= scale;
     const unsigned passing = not_below(product + bound, splat(r.threshold)) & lanes;
     if (__builtin_expect(passing != 0, 0)) append(r, product, bound, passing, g.first + static_cast<int32_t>(item));
@@ -94,10 +113,11 @@ INLINE void int8_tile(const CurScan& g, int64_t tile, int query) {
     const int64_t item = tile * kCurTile;
     for (int at = 0; at < kCurTile && item + at < g.count; at += VL) {
         const int lanes = g.count - item - at < VL ? static_cast<int>(g.count - item - at) : VL;
-        const vf norm = norms_of(g, p, at), scale = Scaled ? scales_of(g, item + at, lanes) : splat(1.0f);
+        const vf norm = norms_of(g, p, at), residual = residuals_of(g, p, at);
+        const vf scale = Scaled ? scales_of(g, item + at, lanes) : splat(1.0f);
         for (int r = 0; r < Q; ++r) {
             const vf product = __builtin_convertvector(load_as<vi>(products[r] + at) + g.start[query + r], vf);
-            keep<Scaled>(g, query + r, product, norm, scale, item + at, (1u << lanes) - 1);
+            keep<Scaled>(g, query + r, product, norm, residual, scale, item + at, (1u << lanes) - 1);
         }
     }
 }
@@ -149,7 +169,7 @@ INLINE void float_tile(const CurScan& g, int64_t tile, int query) {
         const int lanes = g.count - item - at < VL ? static_cast<int>(g.count - item - at) : VL;
         const vf norm = norms_of(g, p, at);
         for (int r = 0; r < Q; ++r)
-            keep<false>(g, query + r, load(products[r] + at), norm, norm, item + at, (1u << lanes) - 1);
+            keep<false>(g, query + r, load(products[r] + at), norm, vf{}, norm, item + at, (1u << lanes) - 1);
     }
 }
 
@@ -205,4 +225,31 @@ double cur_exact(Precision storage, const char* tile, int lane, int64_t values, 
         }
     }
     return sum_of(sum);
+}
+
+// By bisection on the values' bits, which then are in the order of the values: no branch is hard to predict.
+float kth_largest(const float* values, int n, int k) {
+    constexpr uint32_t kSign = 0x80000000u;
+    uint32_t found = 0;
+    for (uint32_t bit = kSign; bit; bit >>= 1) {
+        const uint32_t tried = found | bit;
+        // As signed numbers: bits of a value below zero are turned over but for the sign.
+        const vi least = splat_int(static_cast<int32_t>(tried ^ kSign));
+        vi count = vi{};
+        int i = 0;
+        for (; i + VL <= n; i += VL) {
+            const vi bits = load_as<vi>(values + i);
+            count -= (bits ^ (vi)((vu)(bits >> 31) >> 1)) >= least;
+        }
+        int total = 0;
+        for (int j = 0; j < VL; ++j) total += count[j];
+        for (; i < n; ++i) {
+            const int32_t bits = load_as<int32_t>(values + i);
+            total += (bits ^ static_cast<int32_t>(static_cast<uint32_t>(bits >> 31) >> 1)) >= least[0];
+        }
+        if (total >= k) found = tried;
+    }
+    const uint32_t ordered = found ^ kSign;
+    const uint32_t bits = ordered & kSign ? ordered ^ ~kSign : ordered;
+    return load_as<float>(&bits);
 }

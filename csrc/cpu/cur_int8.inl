@@ -16,20 +16,22 @@ struct alignas(64) Limits {
 
 template <int V, bool Scaled>
 INLINE void find_limits(const CurScan& g, const float* thresholds, int64_t tile, Limits<V>& limits) {
-    vf norm = vf{}, largest = vf{};
+    vf norm = vf{}, residual = vf{}, largest = vf{};
     for (int v = 0; v < V; ++v) {
         const int64_t item = (tile + v) * kCurTile;
         limits.lanes[v] = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
         limits.scale[v] = Scaled ? scales_of(g, item, limits.lanes[v]) : splat(1.0f);
         limits.inverse[v] = 1.0f / limits.scale[v];
         norm = vmax(norm, norms_of(g, g.tiles + (tile + v) * g.tile_bytes, 0));
+        residual = vmax(residual, residuals_of(g, g.tiles + (tile + v) * g.tile_bytes, 0));
         largest = vmax(largest, limits.inverse[v]);
     }
-    const vf most = splat(reduce_max(norm)), share = splat(reduce_max(largest) * 0x1p-20f);
+    const vf most = splat(reduce_max(norm)), furthest = splat(reduce_max(residual));
+    const vf share = splat(reduce_max(largest) * 0x1p-20f);
     const float rounding = static_cast<float>(g.width) * (255 * 127) * 0x1p-21f;
     for (int r = 0; r < g.queries; r += VL) {
         const vf covered = vabs(load(thresholds + r)) * share + rounding;
-        const vf bound = most * load(g.slack + r) + load(g.constant + r);
+        const vf bound = most * load(g.slack + r) + furthest * load(g.spread + r) + load(g.constant + r);
         store(limits.room + r, bound + covered + __builtin_convertvector(load_as<vi>(g.start + r), vf));
     }
 }
@@ -52,9 +54,9 @@ INLINE bool filter(const CurScan& g, const Limits<V>& limits, const float* thres
         for (int v = 0; v < V; ++v) {
             if (!passing[v] || limits.lanes[v] <= 0) continue;
             const vi sum = load_as<vi>(sums + r * ld + v * VL) + g.start[query + r];
-            keep<Scaled>(g, query + r, __builtin_convertvector(sum, vf),
-                         norms_of(g, g.tiles + (tile + v) * g.tile_bytes, 0), limits.scale[v],
-                         (tile + v) * kCurTile, (1u << limits.lanes[v]) - 1);
+            const char* p = g.tiles + (tile + v) * g.tile_bytes;
+            keep<Scaled>(g, query + r, __builtin_convertvector(sum, vf), norms_of(g, p, 0), residuals_of(g, p, 0),
+                         limits.scale[v], (tile + v) * kCurTile, (1u << limits.lanes[v]) - 1);
         }
     }
     return any;
@@ -99,7 +101,7 @@ INLINE void few_queries(const CurScan& g, int64_t tile) {
             const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
             const vi sum = load_as<vi>(sums + v * VL) + g.start[query];
             keep<Scaled>(g, query, __builtin_convertvector(sum, vf), norms_of(g, p + v * g.tile_bytes, 0),
-                         Scaled ? scales_of(g, item, lanes) : splat(1.0f), item, (1u << lanes) - 1);
+                         residuals_of(g, p + v * g.tile_bytes, 0), Scaled ? scales_of(g, item, lanes) : splat(1.0f), item, (1u << lanes) - 1);
         }
     }
 }

@@ -20,8 +20,10 @@ constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many querie
 constexpr int64_t kMostQueries = 256;
 constexpr int64_t kRescored = 64;             // candidates of a task
 
-// Small: what fills a reservoir first is cut back to a threshold sooner.
+// Small: what fills a reservoir first is cut back to a threshold sooner. It grows to kGrowth times that where more
+// items stay between the bounds.
 int64_t limit_of(int64_t wanted) { return 4 * wanted + 64; }
+constexpr int kGrowth = 16;
 
 int64_t values_of(Precision storage, int width) {
     return storage == Precision::kInt8 ? (width + 3) / 4 * 4 : (width + 15) / 16 * 16;
@@ -94,7 +96,7 @@ struct Prepared {
     int64_t ld;
     Bytes q;
     std::vector<int32_t> start;
-    std::vector<float> slack, constant;
+    std::vector<float> slack, spread, constant;
     std::vector<double> unit, exact;  // exact: (rows, width of Exact)
 
     Prepared(const CurTopk& g, int64_t begin, int64_t rows, int64_t exact_values)
@@ -102,6 +104,7 @@ struct Prepared {
           q((rows + 31) / 32 * 32 * ld * (g.storage == Precision::kInt8 ? 1 : sizeof(float))),
           start(rows + 16),
           slack(rows + 16),
+          spread(rows + 16),
           constant(rows + 16),
           unit(rows),
           exact(rows * exact_values) {
@@ -116,7 +119,7 @@ struct Prepared {
             double norm = 0, largest = 0;
             for (const double x : folded) norm += x * x, largest = std::max(largest, std::fabs(x));
             norm = std::sqrt(norm) * (1 + 1e-12);
-            double relative, absolute;
+            double relative, absolute, residual = 0;
             if (g.storage == Precision::kInt8) {
                 // |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and what float32 arithmetic on sums and bounds adds.
                 unit[r] = largest > 0 ? largest / 127 : 1.0;
@@ -132,9 +135,14 @@ struct Prepared {
                 relative = std::sqrt(error) + 8 * 0x1p-24 * std::sqrt(rounded);
                 absolute = 0;
                 if (g.rounded) {
-                    // A value is within half a step of what was rounded, and that within 2^-9 of what bfloat16 holds.
-                    absolute = 0.52 * std::sqrt(static_cast<double>(g.width)) * norm / unit[r];
-                    if (g.exact_storage == Precision::kBFloat16) relative += 0x1.02p-9 * norm / unit[r];
+                    // An item is its residual away from what was rounded, in units of its scale, and every value of
+                    // that is within 2^-9 of what bfloat16 holds, or 2^-8 of the least scale.
+                    residual = norm / unit[r];
+                    if (g.exact_storage == Precision::kBFloat16) {
+                        relative += 0x1.02p-9 * residual;
+                        absolute = 0x1.02p-8 * std::sqrt(static_cast<double>(g.width)) * residual;
+                        residual *= 1 + 0x1.02p-9;
+                    }
                 }
             } else {
                 // |q| is brought near 1, so that nothing overflows; sums of w products err by (w + 8) 2^-24 |q| |v| at
@@ -147,6 +155,7 @@ struct Prepared {
                 absolute = g.width * 0x1p-123;
             }
             slack[r] = static_cast<float>(relative * 1.0001);
+            spread[r] = static_cast<float>(residual * 1.0001);
             constant[r] = static_cast<float>(absolute * 1.0001);
         }
     }
@@ -179,6 +188,17 @@ struct Reservoir {
                 0,
                 static_cast<int>(limit),
                 -kInfinity};
+    }
+
+    // Makes `from`, which is this reservoir's view, larger.
+    void grow(int64_t limit, CurReservoir& from) {
+        const Bytes before = std::move(memory);
+        make(limit);
+        std::copy_n(from.upper, from.count, view.upper);
+        std::copy_n(from.lower, from.count, view.lower);
+        std::copy_n(from.ids, from.count, view.ids);
+        view.count = from.count, view.threshold = from.threshold;
+        from = view;
     }
 };
 
@@ -239,7 +259,8 @@ private:
         scan.width = static_cast<int>(values_of(g_.storage, g_.width)), scan.ldq = queries_.ld;
         scan.queries = static_cast<int>(rows_);
         scan.q = queries_.q.get(), scan.start = queries_.start.data();
-        scan.slack = queries_.slack.data(), scan.constant = queries_.constant.data();
+        scan.slack = queries_.slack.data(), scan.spread = queries_.spread.data();
+        scan.constant = queries_.constant.data();
         scan.reservoirs = views.data();
         for (size_t i; (i = next.fetch_add(1)) < chunks_.size();) {
             const Chunk& chunk = chunks_[i];
@@ -250,7 +271,7 @@ private:
             for (int64_t at = chunk.begin; at < chunk.end;) {
                 at = kernels_.cur_scan(scan, at, chunk.end);
                 for (int64_t r = 0; r < rows_; ++r)
-                    if (views[r].count > views[r].limit) prune(r, views[r], found[r].best);
+                    if (views[r].count > views[r].limit) prune(r, views[r], found[r]);
             }
         }
         for (int64_t r = 0; r < rows_; ++r) found[r].view = views[r];
@@ -263,17 +284,19 @@ private:
         }
     }
 
-    void prune(int64_t r, CurReservoir& v, std::vector<Scored>& best) {
-        std::vector<float> lower(v.lower, v.lower + v.count);
-        std::nth_element(lower.begin(), lower.begin() + (wanted_[r] - 1), lower.end(), std::greater<float>());
-        raise(r, queries_.relaxed(r, lower[wanted_[r] - 1]), v);
+    void prune(int64_t r, CurReservoir& v, Reservoir& reservoir) {
+        std::vector<Scored>& best = reservoir.best;
+        const int wanted = static_cast<int>(wanted_[r]);
+        raise(r, queries_.relaxed(r, kernels_.kth_largest(v.lower, v.count, wanted)), v);
         int kept = 0;
         for (int i = 0; i < v.count; ++i) {
-            if (v.upper[i] < v.threshold) continue;
-            v.upper[kept] = v.upper[i], v.lower[kept] = v.lower[i], v.ids[kept++] = v.ids[i];
+            v.upper[kept] = v.upper[i], v.lower[kept] = v.lower[i], v.ids[kept] = v.ids[i];
+            kept += !(v.upper[i] < v.threshold);
         }
         v.count = kept;
-        if (kept <= v.limit * 3 / 4) return;
+        if (kept <= v.limit / 2) return;
+        if (v.limit < kGrowth * limit_of(wanted)) return reservoir.grow(2 * v.limit, v);
+        if (kept <= v.limit / 4 * 3) return;
         for (int i = 0; i < kept; ++i) {
             if (i + 1 < kept) exact_.prefetch(v.ids[i + 1]);
             best.push_back(rescored(r, {v.upper[i], v.lower[i], v.ids[i]}));

@@ -198,7 +198,8 @@ struct CurReservoir {
 };
 
 // A scan of one shard of packed items (ops/_cur.py says how they lie) by several queries. The score of item j is
-// s_j * (q . v_j) with an error of at most s_j * (slack * norm_j + constant), s_j = 1 where there are no scales.
+// s_j * (q . v_j) with an error of at most s_j * (slack * norm_j + spread * residual_j + constant), s_j = 1 where there
+// are no scales. Only int8 items have residuals.
 constexpr int kCurTile = 16;
 constexpr int kCurBlock = 64;  // items that a reservoir takes beyond its limit
 struct CurScan {
@@ -211,8 +212,8 @@ struct CurScan {
     int queries;
     const void* q;         // (queries, ldq) int8 or float32, zero in the padding: int8 has rows for 32 queries and
     int64_t ldq;           // columns for 64 values, in whole multiples
-    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only; 16 may be read where one is, as of the next two
-    const float *slack, *constant;  // (queries,)
+    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only; 16 may be read where one is, as below
+    const float *slack, *spread, *constant;  // (queries,)
     CurReservoir* reservoirs;  // (queries,)
 };
 
@@ -254,6 +255,8 @@ struct Kernels {
     // q . v of one item of a tile, `values` with its padding; q has zeros up to a multiple of 8. The same bits
     // everywhere.
     double (*cur_exact)(Precision, const char* tile, int lane, int64_t values, const double* q);
+    // The k-th largest of n values of which none is NaN, 1 <= k <= n; -0 counts as less than 0.
+    float (*kth_largest)(const float* values, int n, int k);
     // Sustained operations for `iterations` rounds of register-only multiply-adds; returns the number of operations.
     double (*peak)(Precision, int64_t iterations);
     // The keys [key_begin, key_end); scratch: mass_scratch(head_dim, key_end - key_begin) bytes, 64-aligned. A key's

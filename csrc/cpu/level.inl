@@ -49,6 +49,7 @@ constexpr Kernels kTable = {kIsa,
                             max_sim,
                             cur_scan,
                             cur_exact,
+                            kth_largest,
                             sustained,
                             attention_mass,
                             mass_scratch};

@@ -8,6 +8,7 @@ namespace fastrerank::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMergeThreads = 512;
 constexpr int kTile = 16;
 
 struct BlockBarrier {
@@ -97,21 +98,25 @@ __global__ void __launch_bounds__(kThreads, 4) scan_kernel(CurScan g, Entry* bes
     for (int i = threadIdx.x; i < g.k; i += kThreads) best[static_cast<int64_t>(blockIdx.x) * g.k + i] = shared[i];
 }
 
-// One block: the k best of n entries, a batch at a time.
-__global__ void __launch_bounds__(kThreads)
-    merge_kernel(const Entry* entries, int64_t n, int k, int32_t* ids, float* scores) {
+struct BlockLanes {
+    int lane, count;
+    __device__ __forceinline__ void barrier() const { __syncthreads(); }
+    __device__ __forceinline__ int add(int* n) const { return atomicAdd(n, 1); }
+    __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x); }
+};
+
+// One block: the k best of the blocks' bests.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const Entry* best, int blocks, int k, int32_t* ids, float* scores) {
     extern __shared__ Entry shared[];
-    const int size = reservoir_size(k, kThreads);
-    int kept = 0;
-    for (int64_t begin = 0; begin < n; begin += size - k) {
-        const int taken = static_cast<int>(min(static_cast<int64_t>(size - k), n - begin));
-        for (int i = threadIdx.x; i < taken; i += kThreads) shared[kept + i] = entries[begin + i];
-        cut_back(shared, size, kept + taken, threadIdx.x, kThreads, BlockBarrier());
-        kept = min(kept + taken, k);
-        __syncthreads();
-    }
-    for (int i = threadIdx.x; i < k; i += kThreads) {
-        const bool there = i < kept && shared[i] != kNoEntry;
+    __shared__ int filled;
+    __shared__ Entry threshold;
+    if (threadIdx.x == 0) filled = 0, threshold = kNoEntry;
+    __syncthreads();
+    merge_lists(best, blocks, k, shared, reservoir_size(k, kMergeThreads), &filled, &threshold,
+                BlockLanes{static_cast<int>(threadIdx.x), kMergeThreads});
+    for (int i = threadIdx.x; i < k; i += kMergeThreads) {
+        const bool there = shared[i] != kNoEntry;
         ids[i] = there ? id_of(shared[i]) : -1;
         scores[i] = there ? score_of(shared[i]) : -INFINITY;
     }
@@ -133,8 +138,8 @@ cudaError_t cur_scan(const CurScan& g, uint64_t* best, int blocks, int32_t* ids,
     kernel<<<blocks, kThreads, shared, stream>>>(g, best);
     const cudaError_t launched = cudaGetLastError();
     if (launched != cudaSuccess) return launched;
-    merge_kernel<<<1, kThreads, reservoir_size(g.k, kThreads) * sizeof(Entry), stream>>>(
-        best, static_cast<int64_t>(blocks) * g.k, g.k, ids, scores);
+    merge_kernel<<<1, kMergeThreads, reservoir_size(g.k, kMergeThreads) * sizeof(Entry), stream>>>(best, blocks, g.k,
+                                                                                                   ids, scores);
     return cudaGetLastError();
 }
 

@@ -17,7 +17,7 @@ cudaError_t read(const uint32_t* words, int64_t n, uint32_t* sums, cudaStream_t 
 
 // The k best of one query's products with packed items, k <= kCurMostK: by product descending, then by id ascending.
 // int8: the product is the integer sum times the item's scale, in float32. bfloat16: float32 sums in one fixed order.
-constexpr int kCurMostK = 1024;
+constexpr int kCurMostK = 2112;
 struct CurScan {
     bool int8;            // else bfloat16
     const char* tiles;    // as ops/_cur.py lays them out, 16-byte aligned

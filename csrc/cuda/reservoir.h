@@ -73,4 +73,32 @@ FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int la
         }
 }
 
+// The k best of `lists` descending lists of k entries, into reservoir[0 .. k) with kNoEntry after the last. Lists are
+// read by columns: their first entries decide nearly everything, and no column matters after one that adds nothing.
+// Lanes: `lane` of `count`, barrier(), add(int*), which returns the number before, and any(bool) of all lanes, which is
+// a barrier too. filled, threshold: 0 and kNoEntry, where all lanes see them; size: reservoir_size(k, lanes.count).
+template <class Lanes>
+FASTRERANK_BOTH void merge_lists(const Entry* best, int lists, int k, Entry* reservoir, int size, int* filled,
+                                 Entry* threshold, Lanes lanes) {
+    const auto barrier = [&] { lanes.barrier(); };
+    bool found = true;
+    for (int column = 0; column < k && found; ++column) {
+        found = false;
+        for (int begin = 0; begin < lists; begin += lanes.count) {
+            const int list = begin + lanes.lane;
+            const Entry e = list < lists ? best[static_cast<int64_t>(list) * k + column] : kNoEntry;
+            const bool passes = e > *threshold;
+            if (passes) reservoir[lanes.add(filled)] = e;
+            found |= lanes.any(passes);
+            const int n = *filled;
+            lanes.barrier();
+            if (n + lanes.count <= size) continue;
+            cut_back(reservoir, size, n, lanes.lane, lanes.count, barrier);
+            if (lanes.lane == 0) *filled = n < k ? n : k, *threshold = n < k ? kNoEntry : reservoir[k - 1];
+            lanes.barrier();
+        }
+    }
+    cut_back(reservoir, size, *filled, lanes.lane, lanes.count, barrier);
+}
+
 }  // namespace fastrerank::cuda

@@ -28,7 +28,7 @@ from fastrerank.tensors import Tensors
 __all__ = ["HEADER", "commit", "files_of", "is_ours", "open_file", "read_header", "sync_folder", "write_file"]
 
 HEADER = "index.json"
-FORMAT, VERSION = "fastrerank-cur", 1
+FORMAT, VERSION = "fastrerank-cur", 2
 _OURS = re.compile(r"(vectors|items)-[0-9a-f]{16}\.safetensors|index\.json\.[0-9a-f]{16}\.new")
 _KINDS = {"uint8": "U8", "float32": "F32", "int64": "I64"}
 _CHUNK = 1 << 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class PackedItems:
     then their norms, float32 (16,), rounded up:
 
     - "int8": values as value + 128, (ceil(K / 4), 16, 4): four neighbouring values of an item lie together. The norm
-      is that of the int8 values.
+      is that of the int8 values, as bfloat16 in the upper half of its word; the lower half is the norm of what rounding
+      took away, in units of the scale, likewise rounded up.
     - "float32" and "bfloat16": (16, K rounded up to 16), an item's values lie together. The norm of an item that is
       longer than 2^120 is infinity.
 
@@ -133,6 +135,13 @@ class PackedItems:
                 rows = values.view(np.float32)[:, : self.K]
             out[:, begin : begin + part.size] = rows.T
         return out
+
+    def to(self, device: Any) -> Any:
+        """These items in the memory of a CUDA device, for `cur_topk` with queries there; needs torch.
+
+        Raises ValueError for a device of another kind.
+        """
+        return importlib.import_module("fastrerank.ops._cur_cuda").to_device(self, device)
 
     def append(self, vectors: npt.NDArray[np.float32]) -> PackedItems:
         """A new PackedItems with the items of `vectors`, float32 (K, n), after these.
@@ -270,9 +279,12 @@ def _pack(
                 made[begin : begin + n] = np.maximum(largest / 127, _LEAST_SCALE)
                 factor = made[begin : begin + n]
             assert factor is not None
-            values = np.zeros((wide, tiles * TILE), np.float64)
-            values[:width, :n] = np.clip(np.rint(block / factor.astype(np.float64)), -127, 127)
-            norms = np.sqrt(np.square(values).sum(axis=0))
+            values, gone = np.zeros((2, wide, tiles * TILE), np.float64)
+            np.divide(block, factor.astype(np.float64), out=gone[:width, :n])
+            np.clip(np.rint(gone), -127, 127, out=values)
+            gone -= values
+            norms, residuals = (_above(np.sqrt(np.square(x).sum(axis=0))) for x in (values, gone))
+            above = (_upper_half(norms) << 16 | _upper_half(residuals)).view(np.float32)
             stored = (values + 128).astype(np.uint8).reshape(wide // 4, 4, tiles, TILE).transpose(2, 0, 3, 1)
         else:
             rows = np.zeros((tiles * TILE, wide), np.float32)
@@ -282,14 +294,25 @@ def _pack(
                 halves = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
                 rows = (halves.astype(np.uint32) << 16).view(np.float32)
             with np.errstate(over="ignore"):
-                norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
-            norms[norms > _HUGE] = np.inf
+                above = _above(np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1)))
+            above[above > _HUGE] = np.inf
             stored = (halves if storage == "bfloat16" else rows).reshape(tiles, TILE, wide)
         out[:, : TILE * wide * size] = np.ascontiguousarray(stored).reshape(tiles, -1).view(np.uint8)
-        above = np.nextafter((norms * (1 + 2.0**-40)).astype(np.float32), np.float32(np.inf))
-        above[norms == 0] = 0
         out[:, TILE * wide * size :] = above.reshape(tiles, TILE).view(np.uint8)
     return scale if made is None else made
+
+
+def _above(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """float32 values that are no smaller, though norms err by some roundings."""
+    above: npt.NDArray[np.float32] = np.nextafter((norms * (1 + 2.0**-40)).astype(np.float32), np.float32(np.inf))
+    above[norms == 0] = 0
+    return above
+
+
+def _upper_half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
+    """Bits of the next bfloat16 that is no smaller, of values that are not negative."""
+    upper: npt.NDArray[np.uint32] = (values.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
+    return upper
 
 
 def _copy_lanes(old: npt.NDArray[np.uint8], new: npt.NDArray[np.uint8], lanes: int, storage: str, width: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -11,22 +12,35 @@ import numpy.typing as npt
 from fastrerank import _cpu, ops
 from fastrerank.ops._cur import PackedItems, as_shards
 
+if TYPE_CHECKING:
+    import torch
+
+    from fastrerank.ops._cur_cuda import CudaItems
+
 __all__ = ["cur_topk"]
 
 
+@overload
 def cur_topk(
-    queries: npt.NDArray[np.float32],
-    items: PackedItems | Sequence[PackedItems],
-    k: int,
-    *,
-    exclude: Any = None,
-    threads: int | None = None,
-    rescore: PackedItems | Sequence[PackedItems] | None = None,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    queries: npt.NDArray[np.float32], items: PackedItems | Sequence[PackedItems], k: int, *, exclude: Any = ...,
+    threads: int | None = ..., rescore: PackedItems | Sequence[PackedItems] | None = ...,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...  # fmt: skip
+@overload
+def cur_topk(
+    queries: torch.Tensor, items: CudaItems | Sequence[CudaItems], k: int, *, exclude: Any = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def cur_topk(
+    queries: Any, items: Any, k: int, *, exclude: Any = None, threads: int | None = None, rescore: Any = None
+) -> tuple[Any, Any]:
     """The k largest of `queries @ items.vectors()` in every row, exactly.
 
     A score is summed in float64 over the stored values and rounded to float32 once. The order is by score descending,
     then by id ascending.
+
+    On a CUDA device (`items.to("cuda")`, and `queries` a tensor there) the result is two tensors on it. A kernel scans
+    int8 and bfloat16 items for each query in turn, and exact scores decide among the 2 k + 64 best that it finds; where
+    a bound does not show that these hold the best k, for float32 items or bfloat16 ones wider than 16,384, and for k
+    above 1,024, all scores are made in float64. Sums have torch's order, so that a score may be the CPU's neighbour.
 
     Args:
         queries: float32 (B, K).
@@ -51,13 +65,12 @@ def cur_topk(
         >>> ids.tolist(), scores.tolist()
         ([[1, 3, 2]], [[5.0, 5.0, 3.0]])
     """
+    if type(queries).__module__ == "torch":
+        return _on_device(queries, items, k, exclude, rescore)
     shards = as_shards(items, "items")
     width, count = shards[0].K, sum(shard.N for shard in shards)
     queries = _checked_queries(queries, width)
-    if count >= 1 << 31:
-        raise ValueError(f"items must be fewer than 2**31 in all, got {count}")
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k must be an int of at least 1, got {k!r}")
+    _check_sizes(k, count)
     exact = shards if rescore is None else _checked_rescore(rescore, shards)
     left_out = _checked_exclude(exclude, len(queries), count)
     gone = np.concatenate([*left_out, np.empty(0, np.int64)])
@@ -80,6 +93,26 @@ def cur_topk(
     if fault == 2:
         raise ValueError(f"rescore must hold the items that items were rounded from; item {item} is another")
     return ids, scores
+
+
+def _on_device(queries: Any, items: Any, k: int, exclude: Any, rescore: Any) -> tuple[Any, Any]:
+    cuda = importlib.import_module("fastrerank.ops._cur_cuda")
+    shards = cuda.checked_shards(items)
+    queries = cuda.checked_queries(queries, shards)
+    count = sum(shard.N for shard in shards)
+    _check_sizes(k, count)
+    if rescore is not None:
+        raise ValueError("rescore is for items on the CPU; on a device the answer is that over `items`")
+    left_out = _checked_exclude(exclude.cpu().numpy() if hasattr(exclude, "cpu") else exclude, len(queries), count)
+    keep = min(int(k), count - min(map(len, left_out), default=0))
+    return cuda.cur_topk_cuda(queries, shards, int(k), left_out, keep)  # type: ignore[no-any-return]
+
+
+def _check_sizes(k: Any, count: int) -> None:
+    if count >= 1 << 31:
+        raise ValueError(f"items must be fewer than 2**31 in all, got {count}")
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be an int of at least 1, got {k!r}")
 
 
 def _address(array: npt.NDArray[Any] | None) -> int:

@@ -1,0 +1,74 @@
+"""The CUDA scan of packed items on a device: `make test-gpu` runs it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from fastrerank import ops  # noqa: E402
+from fastrerank.ops import _cur_cuda  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not ops.cuda_info()["built"], reason="this installation was built without nvcc"),
+]
+KINDS = [("bfloat16", None), ("int8", "item"), ("int8", "anchor")]
+
+
+def check_equals_the_cpu(width: int, count: int, k: int, storage: str, scales: str | None, rows: int = 3) -> None:
+    random = np.random.default_rng(width + count)
+    vectors = random.normal(size=(width, count)).astype(np.float32)
+    vectors[:, -40:] = vectors[:, :1]  # equal items, which come by id
+    queries = random.normal(size=(rows, width)).astype(np.float32)
+    items = ops.cur_pack(vectors, storage, scales=scales)
+    there = items.to("cuda")
+    ids, scores = ops.cur_topk(torch.from_numpy(queries).cuda(), there, k)
+    true_ids, true_scores = ops.cur_topk(queries, items, k)
+    np.testing.assert_allclose(scores.cpu().numpy(), true_scores, rtol=2.0**-23)
+    np.testing.assert_array_equal(ids.cpu().numpy(), true_ids)
+
+
+@pytest.mark.parametrize(("storage", "scales"), KINDS)
+@pytest.mark.parametrize("width", [1, 17, 256])
+@pytest.mark.parametrize(("count", "k"), [(300, 10), (5000, 100), (70_001, 1), (200_000, 1024), (20_000, 1500)])
+def test_equals_the_cpu(width: int, count: int, k: int, storage: str, scales: str | None) -> None:
+    check_equals_the_cpu(width, count, k, storage, scales)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
+def test_integer_products_in_every_order(order: str) -> None:
+    """The kernel alone: its sums are integers, and its order is total."""
+    count, k = 100_000, 700
+    line = {"ascending": np.arange(count), "descending": -np.arange(count), "equal": np.zeros(count)}[
+        order
+    ] % 251 - 120.0
+    vectors = np.stack([line, np.full(count, 127.0)]).astype(np.float32)
+    vectors[:, 0] = 127
+    items = ops.cur_pack(vectors, "int8", scales="anchor")
+    values = np.rint(items.vectors() / items.scale).astype(np.int64)
+    query = np.array([100, -3, 0, 0], np.int8)
+    ids, products = _cur_cuda._launch(torch.from_numpy(query).cuda(), items.to("cuda"), k)
+    sums = query[:2].astype(np.int64) @ values
+    best = np.lexsort((np.arange(count), -sums))[:k]
+    np.testing.assert_array_equal(ids.cpu().numpy(), best)
+    np.testing.assert_array_equal(products.cpu().numpy(), sums[best])
+
+
+def test_other_streams_and_repeated_calls_give_the_same() -> None:
+    random = np.random.default_rng(0)
+    items = ops.cur_pack(random.normal(size=(64, 300_000)).astype(np.float32), "int8").to("cuda")
+    queries = torch.from_numpy(random.normal(size=(4, 64)).astype(np.float32)).cuda()
+    ids, scores = ops.cur_topk(queries, items, 100)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(5):
+        with torch.cuda.stream(stream):
+            again = ops.cur_topk(queries, items, 100)
+        stream.synchronize()
+        assert torch.equal(again[0], ids)
+        assert torch.equal(again[1], scores)
+    with pytest.raises(ValueError, match="queries must be on cuda"):
+        ops.cur_topk(queries.cpu(), items, 3)
