@@ -250,6 +250,35 @@ def icr(
     raise typer.Exit(0 if findings.sound else 1)
 
 
+@app.command("ray")
+def ray(
+    rows: Annotated[int, typer.Option(min=1000, help="pairs: DL19's, repeated")] = 200_000,
+    workers: Annotated[int, typer.Option(min=1, help="of a local Ray, one thread each")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or int8")] = "int8",
+    model: Annotated[Model, typer.Option(help="which shape")] = Model.minilm,
+    data: Annotated[Path, typer.Option(help="folder with the DL19 file")] = DATA,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints and files of pairs; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
+) -> None:
+    """Files of pairs scored on a local Ray: complete and equal to one process, with a worker and a job killed."""
+    from rich.console import Console
+
+    from bench import ray as bench
+
+    log = Console(stderr=True)
+    try:
+        command = "python -m bench.run " + " ".join(sys.argv[1:])
+        options = bench.Options(rows, workers, dtype, model.value, data, cache or models.default_cache(), command)
+        found = bench.run(options, log)
+    except (ValueError, FileNotFoundError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    bench.show(found)
+    if json_file:
+        bench.write_json(found, json_file)
+    raise typer.Exit(1 if found.problems else 0)
+
+
 @app.command("all")
 def everything(
     context: typer.Context,
