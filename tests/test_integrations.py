@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,29 @@ def test_mteb(checkpoint: str) -> None:
     assert FastReranker(Lengths()).mteb_model_meta.name == "fastrerank/Lengths"
     with pytest.raises(ValueError, match="inputs have image"):
         model.predict([{"image": []}], [], task_metadata=None, hf_split="test", hf_subset="default")
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "integrations.md"
+BLOCKS = re.findall(
+    r"^## (\S+)\n(?:(?!^## ).*\n)*?```python\n((?:(?!^```).*\n)*)```", PAGE.read_text("utf-8"), re.MULTILINE
+)
+PACKAGES = {
+    "LangChain": "langchain_core",
+    "LlamaIndex": "llama_index.core",
+    "BEIR": "beir",
+    "FlagEmbedding": "fastrerank",
+}
+
+
+def test_every_framework_has_an_example() -> None:
+    names = [name for name, _ in BLOCKS]
+    expected = ["LangChain", "LlamaIndex", "Haystack", "PyTerrier", "MTEB", "BEIR", "rerankers", "FlagEmbedding"]
+    assert names == expected
+
+
+@pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_examples_of_the_page_run(name: str, block: str, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(PACKAGES.get(name, name.lower()))
+    assert "BAAI/bge-reranker-base" in block
+    exec(compile(block.replace("BAAI/bge-reranker-base", checkpoint), f"{PAGE}: {name}", "exec"), {})
+    assert capsys.readouterr().out.strip()

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from fastrerank.cli import main
 from fastrerank.integrations.ray import PairScorer, score_files
 
 Job = dict[str, Any]
@@ -69,8 +70,9 @@ def workers() -> list[Any]:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_and_a_killed_job_lose_nothing(
-    checkpoint: str, rows: list[dict[str, Any]], expected: np.ndarray, tmp_path: Path
-) -> None:
+    checkpoint: str, rows: list[dict[str, Any]], expected: np.ndarray, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     (tmp_path / "in").mkdir()
     lines = [json.dumps(row) + "\n" for row in rows]
     (tmp_path / "in" / "a.jsonl").write_text("".join(lines[:1100]))
@@ -115,7 +117,11 @@ def test_a_killed_worker_and_a_killed_job_lose_nothing(
     assert np.array_equal(np.array([row["score"] for row in result], np.float32), expected)
     assert sorted({path.name[:5] for path in out.iterdir()}) == ["_job.", "part-"]
 
-    assert score_files(**job)["resumed"] == 3000
+    command = ["score", str(tmp_path / "in"), str(out), "--model", checkpoint, "--device", "cpu"]
+    assert main([*command, "--rows-per-part", "50", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": 3000, "parts": 60, "resumed": 3000}
+    assert main([*command, "--dtype", "int8"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="another job's scores, with rows_per_part 50, not 60"):
         score_files(**{**job, "rows_per_part": 60})
     with pytest.raises(ValueError, match=r"holds no _job\.json"):
