@@ -230,8 +230,7 @@ def _cluster(address: str | None, cpus: int, gpus: float) -> Iterator[None]:
         room: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False} if local else {}
         if local and gpus:
             room["num_gpus"] = math.ceil(gpus)
-        # Standard output is the caller's: Ray would print there what workers print, and that one has died.
-        ray.init("local" if local else address, logging_level=logging.WARNING, log_to_driver=False, **room)
+        ray.init("local" if local else address, logging_level=logging.WARNING, **room)
     context = ray.data.DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False  # `progress` tells it
     try:
