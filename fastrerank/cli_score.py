@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -49,7 +51,8 @@ def score(
     given = {"template": template, "instruction": instruction, "device": device}
     if dtype is not cli.Dtype.auto:
         given["dtype"] = dtype.value
-    with cli.progress_bar("scoring pairs", shown=True, total=0) as advance:
+    # Ray prints on standard output what workers print, and that one has died: here that is the result's.
+    with redirect_stdout(sys.stderr), cli.progress_bar("scoring pairs", shown=True, total=0) as advance:
         done = score_files(
             inputs, output, checkpoint, method, workers=workers, num_threads=threads, num_gpus=gpus, query=query_field,
             document=document_field, score=score_field, keep=None if keep is None else keep.split(","),

@@ -118,6 +118,7 @@ def test_a_killed_worker_and_a_killed_job_lose_nothing(
     assert sorted({path.name[:5] for path in out.iterdir()}) == ["_job.", "part-"]
 
     command = ["score", str(tmp_path / "in"), str(out), "--model", checkpoint, "--device", "cpu"]
+    capsys.readouterr()
     assert main([*command, "--rows-per-part", "50", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": 3000, "parts": 60, "resumed": 3000}
     assert main([*command, "--dtype", "int8"]) == 1
