@@ -263,6 +263,56 @@ def icr(
     raise typer.Exit(0 if findings.sound else 1)
 
 
+@app.command("serve")
+def serve(
+    context: typer.Context,
+    dtype: Annotated[str, typer.Option(help="precision: float32, bfloat16 or int8")] = "float32",
+    clients: Annotated[int, typer.Option(min=1, help="that wait for their answers")] = 64,
+    docs: Annotated[int, typer.Option(min=1, max=100, help="documents per request")] = 25,
+    requests: Annotated[int, typer.Option(min=2, help="distinct requests")] = 172,
+    seconds: Annotated[float, typer.Option(min=1, help="of the first load")] = 60.0,
+    overload: Annotated[float, typer.Option(min=0, help="seconds at twice that throughput; 0 leaves it out")] = 30.0,
+    queue_tokens: Annotated[int, typer.Option(min=1, help="--max-queue-tokens of our server")] = 200_000,
+    options: Annotated[str, typer.Option(help="further options of our server")] = "",
+    infinity_python: Annotated[
+        Path | None, typer.Option(help="Python that has infinity-emb[server,torch]: compare with it")
+    ] = None,
+    infinity_options: Annotated[str, typer.Option(help="further options of its server: --batch-size 8")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="of the library alone; default: the cores")] = None,
+    data: Annotated[Path, typer.Option(help="folder with the DL19 file")] = DATA,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
+) -> None:
+    """The server under load on loopback: every answer checked, throughput, latency, overload, and infinity-emb."""
+    from rich.console import Console
+
+    from bench import serve as bench
+    from bench.servers import ServerError
+
+    log = Console(stderr=True)
+    if context.obj != "cpu":
+        log.print("[red]error:[/red] serve measures a server on a CPU", highlight=False)
+        raise typer.Exit(2)
+    try:
+        found = bench.run(
+            bench.Options(
+                dtype=dtype, clients=clients, documents=docs, requests=requests, seconds=seconds, overload=overload,
+                queue_tokens=queue_tokens, server_options=tuple(options.split()), infinity=infinity_python,
+                infinity_options=tuple(infinity_options.split()),
+                threads=threads or _cores(), data=data, cache=cache or models.default_cache(),
+                command="python -m bench.run " + " ".join(sys.argv[1:]),
+            ),
+            log,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError, ServerError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    if json_file:
+        bench.write_json(found, json_file)
+    bench.show(found)
+    raise typer.Exit(0 if found.sound else 1)
+
+
 @app.command("ray")
 def ray(
     rows: Annotated[int, typer.Option(min=1000, help="pairs: DL19's, repeated")] = 200_000,
