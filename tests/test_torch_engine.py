@@ -58,6 +58,18 @@ def close(ours: np.ndarray, expected: np.ndarray, bound: float = BOUND) -> bool:
     return ours.shape == expected.shape and bool(np.abs(ours - expected).max() <= bound * np.abs(expected).max())
 
 
+def agrees(ours: np.ndarray, family: str, output: int) -> bool:
+    """Within `BOUND` of transformers' float32, or at most twice as far from its float64 as its float32 is.
+
+    The second is for models that multiply rounding errors: mobilebert's float32 token vectors are 6e-5 off themselves.
+    """
+    plain = families.results(family)[output]
+    if close(ours, plain):
+        return True
+    exact = families.results(family, "float64")[output]
+    return ours.shape == exact.shape and bool(np.abs(ours - exact).max() <= 2 * np.abs(plain - exact).max())
+
+
 @pytest.mark.parametrize("family", families.PACKED)
 def test_the_reference_spreads(family: str) -> None:
     # Parity of constant logits, or of tokens that do not look at each other, would prove nothing.
@@ -74,15 +86,14 @@ def test_the_reference_spreads(family: str) -> None:
 @pytest.mark.parametrize("packed", [None, False])
 def test_logits_and_token_vectors_equal_transformers(saved: Saved, family: str, packed: bool | None) -> None:
     documents = families.documents(family)
-    logits, tokens = families.results(family)
     engine = load(saved(family), packed=packed)
     assert engine.packed == (packed is None and family not in (*families.PADDED, "eurobert"))
     assert engine.packed or engine._runner.pads == (family not in families.UNPADDED)
-    assert close(engine.forward(*documents), logits)
-    if tokens is not None:
+    assert agrees(engine.forward(*documents), family, 0)
+    if families.results(family)[1] is not None:
         vectors = load(saved(family), Head("tokens"), packed=packed)
         assert vectors.packed == (packed is None and family not in families.PADDED)
-        assert close(vectors.forward(*documents), tokens)
+        assert agrees(vectors.forward(*documents), family, 1)
 
 
 @pytest.mark.parametrize("family", families.PACKED)
