@@ -1,4 +1,4 @@
-"""The server against clients that other people wrote: Cohere's SDK and LiteLLM's rerank providers."""
+"""The server against clients that other people wrote: Cohere's SDK, LiteLLM's providers, LangChain, LlamaIndex."""
 
 from __future__ import annotations
 
@@ -77,3 +77,24 @@ def test_litellm(url: str, infinity_url: str, provider: str, monkeypatch: pytest
     )  # fmt: skip
     assert [(row["index"], row["relevance_score"]) for row in answer.results] == BEST
     assert [row["document"]["text"] for row in answer.results] == ["cccc", "bbb"]
+
+
+def test_langchain(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Jina compressor, whose address is a constant of its module."""
+    module = pytest.importorskip("langchain_community.document_compressors.jina_rerank")
+    monkeypatch.setattr(module, "JINA_API_URL", f"{url}/v1/rerank")
+    compressor = module.JinaRerank(jina_api_key="key", model="fake", top_n=2)
+    documents = [module.Document(page_content=text, metadata={"at": at}) for at, text in enumerate(DOCUMENTS)]
+    found = compressor.compress_documents(documents, "qq")
+    assert [(each.metadata["at"], each.metadata["relevance_score"]) for each in found] == BEST
+
+
+def test_llama_index(url: str) -> None:
+    """Its postprocessor for TEI."""
+    tei = pytest.importorskip("llama_index.postprocessor.tei_rerank")
+    from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+
+    rerank = tei.TextEmbeddingInference(base_url=url, model_name="fake", top_n=2, auth_token="Bearer key")
+    nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in DOCUMENTS]
+    found = rerank.postprocess_nodes(nodes, QueryBundle(query_str="qq"))
+    assert [(DOCUMENTS.index(each.node.get_content()), each.score) for each in found] == BEST
