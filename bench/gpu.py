@@ -44,7 +44,7 @@ class Options:
     @property
     def sizes(self) -> tuple[int, int]:
         """Equals the documents of a small request, whose launches count, and of a usual one."""
-        return (6, 16) if self.tiny else (20, 100)
+        return (6, 40) if self.tiny else (20, 100)
 
 
 @dataclass
@@ -339,17 +339,20 @@ class _Bench:
         self, engine: GpuEngine, row: Row, result: ModelResult, whole: dict[int, data.Pairs],
         reference: NDArray[np.float64],
     ) -> None:  # fmt: skip
-        """WRONG is an engine whose rms error against float32 is over twice that of sentence-transformers' default."""
+        """WRONG is an engine whose rms error against float32 is over twice that of sentence-transformers' default.
+
+        Judged on the larger request: of a few scores the ratio of two rms errors is chance.
+        """
         for size, pairs in whole.items():
             with failing_as(EngineError, engine.name):
                 logits = engine.scores(pairs).astype(np.float64)
             rms = float(np.sqrt(np.mean((logits - reference[:size]) ** 2)))
-            if engine.name == gpu_engines.RIVALS[0].name:
-                result.bound = max(result.bound, 2 * rms)
             row.check[f"rms at {size}"] = rms
-            if not rms <= result.bound:  # false for NaN
-                row.state = "WRONG"
-                row.detail = f"rms error {rms:.2e} on {size} documents, at most {result.bound:.2e} allowed"
+        if engine.name == gpu_engines.RIVALS[0].name:
+            result.bound = 2 * rms
+        if not rms <= result.bound:  # false for NaN
+            row.state = "WRONG"
+            row.detail = f"rms error {rms:.2e} on {size} documents, at most {result.bound:.2e} allowed"
         row.check |= agreement(logits, reference)
         graphs = getattr(getattr(getattr(engine, "encoder", None), "_runner", None), "graphs", None)
         if graphs is not None:
