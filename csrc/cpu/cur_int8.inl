@@ -101,7 +101,8 @@ INLINE void few_queries(const CurScan& g, int64_t tile) {
             const int lanes = g.count - item < VL ? static_cast<int>(g.count - item) : VL;
             const vi sum = load_as<vi>(sums + v * VL) + g.start[query];
             keep<Scaled>(g, query, __builtin_convertvector(sum, vf), norms_of(g, p + v * g.tile_bytes, 0),
-                         residuals_of(g, p + v * g.tile_bytes, 0), Scaled ? scales_of(g, item, lanes) : splat(1.0f), item, (1u << lanes) - 1);
+                         residuals_of(g, p + v * g.tile_bytes, 0), Scaled ? scales_of(g, item, lanes) : splat(1.0f),
+                         item, (1u << lanes) - 1);
         }
     }
 }

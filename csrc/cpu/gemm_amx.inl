@@ -236,7 +236,7 @@ void tile_rows(const Linear& g, const Put& put) {
         }
     configure_tiles(g.rows < kTileRows ? g.rows : kTileRows);
     const int pairs = g.w->n_padded / (2 * VL) * (2 * VL);
-    if constexpr (P::kElement == 6) {
+    if constexpr (P::kElement == bytes_of(Format::kTerms)) {
         terms_panels<2>(g, 0, pairs, put);
         terms_panels<1>(g, pairs, g.w->n_padded, put);
     } else {
