@@ -66,6 +66,7 @@ class Suite(str, Enum):
     cur = "cur"
     cur_scan = "cur-scan"
     serve = "serve"
+    ray = "ray"
 
 
 class Rule(str, Enum):

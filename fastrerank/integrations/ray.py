@@ -1,4 +1,4 @@
-"""Ray: scoring files of pairs with Ray Data, and the server as a Ray Serve application."""
+"""Ray Data: files of (query, document) pairs scored by workers, with output that resumes."""
 
 from __future__ import annotations
 
