@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,8 +9,8 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
-import uvicorn
 from serve_fakes import Lengths
+from serve_running import running
 
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
@@ -23,15 +21,8 @@ BEST = [(1, 0.8807970779778823), (2, 0.7310585786300049)]
 
 
 def start(flavor: Flavor) -> Iterator[str]:
-    app = create_app({"fake": AsyncReranker(Lengths())}, Settings(keys=("key",), flavor=flavor))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    with running(create_app({"fake": AsyncReranker(Lengths())}, Settings(keys=("key",), flavor=flavor))) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 pytest.importorskip("playwright")
-import uvicorn
 from playwright import sync_api as playwright
 from serve_fakes import Explaining, Lengths
+from serve_running import running
 
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
@@ -38,15 +36,8 @@ TEXTS = ["aa not bbbbb", "cccc", "dd <b>&amp;</b> e"]
 def url() -> Iterator[str]:
     """A server that asks for a key, with a model that reads attention and one that does not."""
     models = {"icr": AsyncReranker(Explaining()), "plain": AsyncReranker(Lengths())}
-    app = create_app(models, Settings(keys=("secret",)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(10)
+    with running(create_app(models, Settings(keys=("secret",)))) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture(scope="module")
