@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +14,8 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
-import uvicorn
 from serve_fakes import Lengths
+from serve_running import running
 
 from bench.load import Address, closed, compare, http_request, opened
 from fastrerank.serve.app import create_app
@@ -31,20 +30,15 @@ class Served:
 
     def __init__(self, **options: Any) -> None:
         self.reranker = Lengths()
-        app = create_app({"fake": AsyncReranker(self.reranker, **options)})
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
-        self.address = Address(*self._server.servers[0].sockets[0].getsockname()[:2])
+        self._running = running(create_app({"fake": AsyncReranker(self.reranker, **options)}))
+        host, _, port = self._running.__enter__().removeprefix("http://").partition(":")
+        self.address = Address(host, int(port))
         bodies = [{"query": "q", "documents": texts, "raw_scores": True} for texts in DOCUMENTS]
         self.requests = [http_request("/rerank", body, self.address) for body in bodies]
 
     def end(self) -> None:
         self.reranker.gate.set()
-        self._server.should_exit = True
-        self._thread.join(10)
+        self._running.__exit__(None, None, None)
 
 
 @pytest.fixture
