@@ -142,14 +142,17 @@ def test_what_needs_torch_says_so_in_an_empty_environment(empty_environment, tin
     code = f"""
 import fastrerank
 from fastrerank import ops
-for use in (lambda: ops.attention, lambda: fastrerank.CrossEncoder({str(tiny)!r}, engine="torch")):
+uses = [lambda: ops.attention, lambda: fastrerank.CrossEncoder({str(tiny)!r}, engine="torch")]
+for method in ("pointwise", "listwise", "pairwise", "setwise", "icr"):
+    uses.append(lambda method=method: fastrerank.load({str(tiny)!r}, method=method))
+for use in uses:
     try:
         use()
     except ImportError as error:
         print(error)
 """
     lines = run(empty_environment / "python", "-I", "-c", code).splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 7
     assert all("pip install 'fastrerank[torch]'" in line for line in lines)
 
 

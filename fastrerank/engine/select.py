@@ -74,7 +74,8 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
         device: "cpu", "cuda", "cuda:N", a list of them; None: a usable GPU, else the CPU.
         dtype: "float32", "bfloat16", "float16", "int8"; "auto": float32 on a CPU, bfloat16 on a GPU.
 
-    Raises ValueError for unknown values and for what the engine cannot do.
+    Raises ValueError for unknown values and for what the engine cannot do; ImportError for a torch engine that was asked
+    for where torch or transformers is not installed.
 
     Example:
         >>> plan({"model_type": "llama"}, "torch", "cpu", "auto").dtype
@@ -97,6 +98,7 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
     on_cpu = all(name == "cpu" for name in devices)
     chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
     if engine is not None:
+        _torch("the torch engine")
         return Plan(engine, devices, chosen)
     if not on_cpu:
         return Plan(None, devices, chosen, f"it runs on {', '.join(devices)}")
