@@ -74,8 +74,8 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
         device: "cpu", "cuda", "cuda:N", a list of them; None: a usable GPU, else the CPU.
         dtype: "float32", "bfloat16", "float16", "int8"; "auto": float32 on a CPU, bfloat16 on a GPU.
 
-    Raises ValueError for unknown values and for what the engine cannot do; ImportError for a torch engine that was asked
-    for where torch or transformers is not installed.
+    Raises ValueError for unknown values and for what the engine cannot do; ImportError where a torch engine is asked
+    for and torch or transformers is not installed.
 
     Example:
         >>> plan({"model_type": "llama"}, "torch", "cpu", "auto").dtype
