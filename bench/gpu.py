@@ -149,7 +149,7 @@ class _Bench:
         self.findings = Findings(about | gpu_host.host(options.device))
 
     def run(self, save: Callable[[Findings], None]) -> None:
-        options, findings = self._options, self.findings
+        options, findings, self._save = self._options, self.findings, save
         folder, tokenizer = self._texts()
         parts: list[tuple[str, Callable[[], None]]] = [
             ("ceilings", self._ceilings), ("attention", lambda: self._attention(folder, tokenizer)),
@@ -267,6 +267,7 @@ class _Bench:
             engines = self._engines(model, result, whole, reference)
             for size, pairs in whole.items():
                 self._rounds(result, engines, size, pairs)
+                self._save(self.findings)
             engines.clear()
         if "latency" in options.parts and model.shape.name == "minilm":
             self._say(f"{model.shape.name}: from text to ranked list")
