@@ -1,7 +1,8 @@
 """Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/sanitized.py WHAT`.
 
 WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "labels"
-(ops.label_logits), "cur" (ops.cur_topk) or "planted", a kernel that writes beyond its tensor: what a checker must find. Results are checked too.
+(ops.label_logits), "cur" (ops.cur_topk) or "planted", a kernel that writes beyond its tensor: what a checker must find.
+Results are checked too.
 """
 
 from __future__ import annotations
