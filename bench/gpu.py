@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,14 @@ class Findings:
     models: list[ModelResult] = field(default_factory=list)
     llms: list[gpu_llm.LlmResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def sound(self) -> bool:
         """Equals whether nothing failed and nothing was wrong."""
+        if self.failures:
+            return False
         states = [row.state for model in self.models for row in model.rows]
         states += [row.state for llm in self.llms for row in llm.rows]
         states += [one.state for one in (*self.attention, *self.attention_mass, *self.label_logits, *self.cur)]
@@ -145,41 +149,55 @@ class _Bench:
         self.findings = Findings(about | gpu_host.host(options.device))
 
     def run(self, save: Callable[[Findings], None]) -> None:
-        options, findings = self._options, self.findings
+        options, findings, self._save = self._options, self.findings, save
         folder, tokenizer = self._texts()
-        if "ceilings" in options.parts:
-            self._say("ceilings")
-            findings.ceilings = gpu_kernels.ceilings(self._device, tiny=options.tiny, rounds=options.rounds)
-            save(findings)
-        if "attention" in options.parts:
-            self._attention(folder, tokenizer)
-            save(findings)
-        if "attention_mass" in options.parts:
-            self._attention_mass()
-            save(findings)
-        if "label_logits" in options.parts:
-            self._label_logits()
-            save(findings)
-        if "cur" in options.parts:
-            self._cur()
-            save(findings)
-        for name in options.models if {"engines", "latency", "profile"} & {*options.parts} else ():
-            self._say(f"{name}: building")
-            model = gpu_models.build(name, options.cache, tokenizer, tiny=options.tiny, device=str(self._device))
-            self._model(model, self._workload(model, folder))
-            findings.seconds = time.perf_counter() - self._start
-            save(findings)
-        for name in options.llms if "llm" in options.parts else ():
-            findings.llms.append(gpu_llm.LlmResult(name, "", {}, {}))
-            gpu_llm.measure(
-                name, findings.llms[-1], folder, options.cache, self._device, tiny=options.tiny,
-                rounds=min(options.rounds, 5), say=self._say,
-            )  # fmt: skip
+        parts: list[tuple[str, Callable[[], None]]] = [
+            ("ceilings", self._ceilings), ("attention", lambda: self._attention(folder, tokenizer)),
+            ("attention_mass", self._attention_mass), ("label_logits", self._label_logits), ("cur", self._cur),
+        ]  # fmt: skip
+        todo = [(name, part) for name, part in parts if name in options.parts]
+        if {"engines", "latency", "profile"} & {*options.parts}:
+            todo += [(name, lambda name=name: self._build(name, folder, tokenizer)) for name in options.models]
+        if "llm" in options.parts:
+            todo += [(name, lambda name=name: self._llm(name, folder)) for name in options.llms]
+        for name, part in todo:
+            try:
+                part()
+            except Exception as error:
+                findings.failures[name] = "".join(traceback.format_exception(error, limit=-4))
+                self._say(f"{name}: failed: {type(error).__name__}: {error}")
+            self._settle()
             findings.seconds = time.perf_counter() - self._start
             save(findings)
         findings.host["clocks after"] = gpu_host.clocks()
         findings.seconds = time.perf_counter() - self._start
         save(findings)
+
+    def _ceilings(self) -> None:
+        self._say("ceilings")
+        self.findings.ceilings = gpu_kernels.ceilings(
+            self._device, tiny=self._options.tiny, rounds=self._options.rounds
+        )
+
+    def _build(self, name: str, folder: Path, tokenizer: Path) -> None:
+        self._say(f"{name}: building")
+        options = self._options
+        model = gpu_models.build(name, options.cache, tokenizer, tiny=options.tiny, device=str(self._device))
+        self._model(model, self._workload(model, folder))
+
+    def _llm(self, name: str, folder: Path) -> None:
+        options, result = self._options, gpu_llm.LlmResult(name, "", {}, {})
+        self.findings.llms.append(result)
+        gpu_llm.measure(
+            name, result, folder, options.cache, self._device, tiny=options.tiny, rounds=min(options.rounds, 5),
+            say=self._say,
+        )  # fmt: skip
+
+    def _settle(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            with suppress(RuntimeError):  # an error that a kernel left behind, which its part has said
+                torch.cuda.empty_cache()
 
     def _say(self, what: str) -> None:
         self._log.print(f"[dim]{time.perf_counter() - self._start:5.0f} s  {what}[/dim]", highlight=False)
@@ -249,6 +267,7 @@ class _Bench:
             engines = self._engines(model, result, whole, reference)
             for size, pairs in whole.items():
                 self._rounds(result, engines, size, pairs)
+                self._save(self.findings)
             engines.clear()
         if "latency" in options.parts and model.shape.name == "minilm":
             self._say(f"{model.shape.name}: from text to ranked list")

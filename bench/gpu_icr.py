@@ -69,8 +69,8 @@ class Findings:
         return bool(self.rows) and all(row.state == "ok" for row in self.rows)
 
 
-def run(options: Options, log: Any) -> Findings:
-    """Equals the findings of all sizes; `log` is a rich console for progress."""
+def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _: None) -> Findings:
+    """Equals the findings of all sizes; `log` is a rich console for progress, `save` gets what there is after each."""
     from fastrerank.engine.attention_scorer import AttentionScorer
 
     whole = llm_models.SHAPES["llama-3.1-8b"]
@@ -93,6 +93,7 @@ def run(options: Options, log: Any) -> Findings:
     for count in TINY_SIZES if options.tiny else SIZES:
         log.print(f"[dim]{count} documents[/dim]", highlight=False)
         _size(found, engines, count, shape.settings["vocab_size"] // 2, options, device)
+        save(found)
     return found
 
 

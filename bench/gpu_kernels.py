@@ -301,8 +301,8 @@ def _compared(
         except NotHere as reason:
             result.state, result.detail = "not here", str(reason)
             continue
-        except RuntimeError as error:
-            result.state, result.detail = "failed", str(error).strip().splitlines()[0]
+        except Exception as error:  # Triton's are no RuntimeErrors; the next way may do
+            result.state, result.detail = "failed", said(error)
             continue
         if not _rms(out, exact) <= bound:  # false for NaN
             result.state, result.detail = "WRONG", f"error {_rms(out, exact):.2e}, at most {bound:.2e} allowed"
@@ -313,12 +313,17 @@ def _compared(
         if device.type == "cuda":
             try:
                 replay = captured(run)
-            except RuntimeError as error:
-                result.detail = f"no graph: {str(error).strip().splitlines()[0]}"
+            except Exception as error:
+                result.detail = f"no graph: {said(error)}"
                 continue
             replay()
             result.graph = [timed_call(replay, device) / CALLS for _ in range(rounds)]
     return results
+
+
+def said(error: Exception) -> str:
+    """Equals an error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def packed_batch(lengths: NDArray[np.int64]) -> PackedBatch:

@@ -25,6 +25,7 @@ def show(findings: Findings, *, markdown: bool) -> None:
     driver = next((one.get("driver_version", "") for one in host["clocks before"]), "")
     versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     head = [f"{gpu}" + (f", driver {driver}" if driver else ""), versions, host["command"], *findings.notes]
+    head += [f"{part} FAILED: {error.strip().splitlines()[-1]}" for part, error in findings.failures.items()]
     show_tables(head, tables(findings), markdown=markdown)
 
 

@@ -243,9 +243,9 @@ def icr(
     if context.obj == "cuda":
         from bench import gpu_icr
 
-        gpu = gpu_icr.run(gpu_icr.Options("cuda:0", tiny, rounds, command), log)
-        if json_file or not tiny:
-            gpu_icr.write_json(gpu, json_file or RESULTS / "gpu-icr.json")
+        file = json_file or (None if tiny else RESULTS / "gpu-icr.json")
+        options_ = gpu_icr.Options("cuda:0", tiny, rounds, command)
+        gpu = gpu_icr.run(options_, log, lambda found: gpu_icr.write_json(found, file) if file else None)
         gpu_icr.show(gpu, markdown=markdown)
         raise typer.Exit(0 if gpu.sound else 1)
     from bench import icr as bench
@@ -391,6 +391,35 @@ def everything(
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     gpu_report.show(found, markdown=markdown)
     raise typer.Exit(0 if found.sound else 1)
+
+
+@app.command("unattended")
+def unattended(
+    context: typer.Context,
+    seconds: Annotated[float, typer.Option(min=30, help="all steps end within so many seconds")] = 570.0,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds of each comparison")] = 7,
+    only: Annotated[str | None, typer.Option(help="steps: tests,cur,engines,kernels,icr,llm,compiled")] = None,
+    tiny: Annotated[bool, typer.Option(help="tiny shapes, which a CPU runs too: does the command work?")] = False,
+    data: Annotated[Path | None, typer.Option(help="folder with the DL19 file; without it, synthetic text")] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="written anew after each step")] = RESULTS / "gpu-run.json",
+) -> None:
+    """On a GPU: `make test-gpu`, then every comparison, each in a process of its own, ended when its time is up."""
+    from rich.console import Console
+
+    from bench import gpu_unattended as bench
+
+    log = Console(stderr=True)
+    todo = bench.steps(context.obj, rounds, data, tiny=tiny)
+    wanted = only.split(",") if only else [step.name for step in todo]
+    if unknown := set(wanted) - {step.name for step in todo}:
+        log.print(f"[red]error:[/red] step {', '.join(sorted(unknown))} is unknown", highlight=False)
+        raise typer.Exit(2)
+    if context.obj == "cpu" and not tiny:
+        log.print("[red]error:[/red] a CPU runs tiny shapes only: give --tiny, or --device cuda", highlight=False)
+        raise typer.Exit(2)
+    outcomes = bench.run([step for step in todo if step.name in wanted], seconds, json_file, log)
+    bench.show(outcomes, json_file)
+    raise typer.Exit(0 if all(one.state == "ok" for one in outcomes) else 1)
 
 
 def _cores() -> int:

@@ -1,7 +1,8 @@
 """Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/sanitized.py WHAT`.
 
-WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "cur"
-(ops.cur_topk) or "planted", a kernel that writes beyond its tensor: what a checker must find. Results are checked too.
+WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "labels"
+(ops.label_logits), "cur" (ops.cur_topk) or "planted", a kernel that writes beyond its tensor: what a checker must find.
+Results are checked too.
 """
 
 from __future__ import annotations
@@ -54,6 +55,25 @@ def mass() -> None:
             tests.check(tests.make(case, dtype, "cuda"))
 
 
+def labels() -> None:
+    import torch
+
+    from fastrerank import ops
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows, count, width, norm in ((5, 2, 1024, "rms"), (3, 26, 100, "layer"), (2, 90, 37, None)):
+            hidden, weight = (torch.randn((n, width), generator=generator).to(dtype) for n in (rows, count))
+            gamma = torch.rand(width, generator=generator) if norm else None
+            expected = ops.label_logits(hidden, weight, norm=norm, norm_weight=gamma)
+            there = None if gamma is None else gamma.cuda()
+            logits, order = ops.label_logits(
+                hidden.cuda(), weight.cuda(), norm=norm, norm_weight=there, return_order=True
+            )
+            torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(order.long(), (-logits).argsort(dim=1, stable=True))
+
+
 def cur() -> None:
     import test_gpu_cur as tests
 
@@ -77,5 +97,5 @@ def planted() -> None:
 
 
 if __name__ == "__main__":
-    {"cuda": cuda, "triton": triton, "mass": mass, "cur": cur, "planted": planted}[sys.argv[1]]()
+    {"cuda": cuda, "triton": triton, "mass": mass, "labels": labels, "cur": cur, "planted": planted}[sys.argv[1]]()
     print(f"{sys.argv[1]}: done")

@@ -260,3 +260,18 @@ def test_synthetic_pairs_are_as_long_as_the_real_ones(cache: Path) -> None:
     assert "trained on these texts" in what
     expected = np.interp([10, 50, 90], gpu_models._PERCENTS, gpu_models._TOKENS)
     np.testing.assert_allclose(np.percentile(work.pairs.lengths, [10, 50, 90]), expected, rtol=0.25)
+
+
+def test_a_part_that_fails_is_said_and_the_others_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no such kernel")
+
+    monkeypatch.setattr(gpu_kernels, "mass_cases", broken)
+    saved: list[int] = []
+    parts = ("attention_mass", "label_logits")
+    found = gpu.run(options(cache, parts=parts), Log(), lambda some: saved.append(len(some.failures)))
+    assert not found.sound
+    assert list(found.failures) == ["attention_mass"]
+    assert "no such kernel" in found.failures["attention_mass"]
+    assert {one.state for one in found.label_logits} == {"ok"}
+    assert saved == [1, 1, 1]

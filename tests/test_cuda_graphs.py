@@ -15,9 +15,14 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 import torch_families as families
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastrerank.checkpoint import open_checkpoint
+from fastrerank.engine import torch_backbone
 from fastrerank.engine.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
+from fastrerank.engine.packing import pack_documents
+from fastrerank.engine.torch_backbone import PackedBackbone
 from fastrerank.engine.torch_encoder import TorchEncoder
 
 
@@ -27,7 +32,7 @@ class Captures:
     def __init__(self) -> None:
         self.captured, self.replayed = 0, 0
 
-    def __call__(self, forward: Callable[[], torch.Tensor], _: Any) -> tuple[Callable[[], Any], torch.Tensor]:
+    def __call__(self, forward: Callable[[], torch.Tensor], *_: Any) -> tuple[Callable[[], Any], torch.Tensor]:
         self.captured += 1
         output = torch.full_like(forward(), float("nan"))
 
@@ -119,7 +124,7 @@ def test_buffers_wait_for_their_last_reader(tmp_path: Path) -> None:
         def record(self) -> None:
             order.append("record")
 
-    def capturing(forward: Callable[[], torch.Tensor], _: Any) -> tuple[Callable[[], Any], torch.Tensor]:
+    def capturing(forward: Callable[[], torch.Tensor], *_: Any) -> tuple[Callable[[], Any], torch.Tensor]:
         return lambda: order.append("replay"), forward()
 
     engine = with_graphs(tmp_path, capturing)
@@ -130,3 +135,46 @@ def test_buffers_wait_for_their_last_reader(tmp_path: Path) -> None:
         order.append("read")
         raise KeyError
     assert order == ["wait", "replay", "record", "wait", "replay", "read", "record"]
+
+
+class Capture(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: reading a value back, and bringing memory of the host to the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        places = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.ndim}
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "equal.", "unique")), name
+        assert len(places) < 2, f"{name} between {places}"
+        return out
+
+
+@pytest.mark.parametrize("family", families.PACKED)
+def test_a_forward_holds_nothing_that_a_capture_forbids(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without memory, which stand for those of a GPU: whatever transformers does there on its way."""
+    body: Any = families.build(family).to(torch.bfloat16)
+    body = getattr(body, body.base_model_prefix)
+    runner = PackedBackbone(body)
+    ids, types, offsets = families.documents(family)
+    batch = pack_documents(ids, types, offsets, np.arange(len(offsets) - 1), runner.causal)
+    table = runner.table(batch.padded_to(bucket_of(len(ids)) or 0))
+    asked: list[Any] = []
+
+    def attention(q: torch.Tensor, *others: Any, **_: Any) -> torch.Tensor:
+        asked.append(others)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(torch_backbone, "attention", attention)
+    body.to("meta")
+    with torch.inference_mode(), Capture():
+        states = runner._run(torch.empty(table.shape, dtype=torch.int32, device="meta"))
+    assert states.device.type == "meta"
+    assert len(states) == table.shape[1]
+    assert len(asked) == body.config.num_hidden_layers
+
+
+def test_what_a_capture_forbids_is_found() -> None:
+    with pytest.raises(AssertionError, match="between"), Capture():
+        torch.zeros(3).to("meta")
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Capture():
+        torch.ones(1).item()

@@ -89,6 +89,17 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[np.ndarray]
     return [random.integers(2, 120, length).astype(np.int32) for length in lengths]
 
 
+def skip_unless_causal(kind: str) -> None:
+    """UMT5's decoder sees the tokens after its own in transformers 5.17, which loading refuses to follow."""
+    if kind == "umt5":
+        with torch.inference_mode():
+            given = {"input_ids": torch.tensor([[3, 4]]), "use_cache": False}
+            model = build(kind)
+            first = [model(decoder_input_ids=torch.tensor([[0, n]]), **given).logits[0, 0] for n in (5, 7)]
+        if not torch.allclose(*first, rtol=1e-4, atol=1e-4):
+            pytest.skip(f"UMT5's decoder of transformers {transformers.__version__} is not causal")
+
+
 def full(model: Any, texts: Sequence[np.ndarray], prefix: Sequence[int] = ()) -> np.ndarray:
     """transformers' logits of the whole vocabulary at the decoder's last position, one prompt at a time."""
     start = torch.tensor([[0, *prefix]], device=model.device)
@@ -108,6 +119,8 @@ def loaded_model(folder: Path, dtype: Any = torch.float32) -> Any:
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["start", "prefix"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers_full_logits(saved: Saved, kind: str, prefix: tuple[int, ...]) -> None:
+    if prefix:
+        skip_unless_causal(kind)
     expected = full(loaded_model(saved(kind)), prompts(), prefix)
     built = full(build(kind), prompts(), prefix)
     assert np.abs(expected - built).max() <= 1e-5 * np.abs(built).max()  # what was saved is what was built
@@ -137,6 +150,7 @@ def test_what_the_decoder_begins_with_changes_the_logits(saved: Saved) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_within_twice_plain_torchs_error(saved: Saved, kind: str, dtype: str) -> None:
+    skip_unless_causal(kind)
     texts = prompts((9, 30, 3, 41, 22, 14) * 4, 1)
     exact = full(loaded_model(saved(kind)).double(), texts, PREFIX)
     plain = full(loaded_model(saved(kind), getattr(torch, dtype)).to(DEVICE), texts, PREFIX)

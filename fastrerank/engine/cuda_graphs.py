@@ -47,21 +47,28 @@ def bucket_of(tokens: int) -> int | None:
     return BUCKETS[place] if place < len(BUCKETS) else None
 
 
-def capture(forward: Callable[[], torch.Tensor], pool: Any) -> tuple[Callable[[], Any], torch.Tensor]:
-    """Capture `forward`, which must read and write the same memory each time, as a CUDA graph.
+def capture(
+    forward: Callable[[], torch.Tensor], pool: Any, stream: torch.cuda.Stream
+) -> tuple[Callable[[], Any], torch.Tensor]:
+    """Capture `forward`, which must read and write the same memory each time, on `stream` as a CUDA graph.
 
-    Returns (replay, output). Kernels are compiled and libraries set up by two runs on a side stream before.
+    Returns (replay, output). Kernels are compiled and libraries set up by two runs before. They are on the same stream:
+    cuBLAS keeps a workspace for each, and torch's own capture stream belongs to the device that captured first.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    outside = torch.cuda.current_stream()
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):
         for _ in range(2):
             forward()
-    torch.cuda.current_stream().wait_stream(stream)
+    outside.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do on the GPU meanwhile does not spoil the capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        states = forward()
+    try:
+        # thread_local: what other threads do on the GPU meanwhile does not spoil the capture.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            states = forward()
+    except BaseException:
+        torch.cuda.set_stream(outside)  # a capture that cannot be ended leaves its own stream in force
+        raise
     return graph.replay, states
 
 
@@ -86,6 +93,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Marks where the last reader of the buffers stands: the next caller may come on another stream.
         self._read = torch.cuda.Event() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.failed = False
 
     @contextmanager
@@ -114,7 +122,7 @@ class CudaGraphs:
             return None
         buffer = table.clone()
         try:
-            replay, states = self._capture(lambda: self._forward(buffer), self._pool)
+            replay, states = self._capture(lambda: self._forward(buffer), self._pool, self._stream)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -141,8 +141,12 @@ def _keys(queries: torch.Tensor, items: CudaItems, first: int, k: int) -> torch.
     for row, (unit, error) in enumerate(zip(units, errors, strict=True)):
         ids, products = _launch(given[row], items, wanted)
         query, ids = exact[row : row + 1], ids.long()
-        keys = _keys_of(_exact_scores(query, items, ids, first, row)[0], first + ids).sort(descending=True).values
-        last, kth = torch.stack([products[-1], _scores_of(keys[k - 1])]).tolist()
+        scores = _scores(query, items, ids)
+        keys = _keys_of(scores[0], first + ids).sort(descending=True).values
+        # One wait for the device: the scan has run until then.
+        last, kth, wrong = torch.stack([products[-1], _scores_of(keys[k - 1]), scores.isnan().any().float()]).tolist()
+        if wrong:
+            raise _nan(scores, ids, first, row)
         # Every other item's score is at most the last product's and the error; half a step of float32 rounding is
         # covered.
         least = last * unit + error
@@ -197,15 +201,16 @@ def _launch(query: torch.Tensor, items: CudaItems, k: int) -> tuple[torch.Tensor
     return ids, products
 
 
-def _exact_scores(queries: torch.Tensor, items: CudaItems, ids: torch.Tensor, first: int, row: int) -> torch.Tensor:
-    """float32 (B, n): sums in float64. Raises ValueError for NaN."""
-    scores = (queries @ items.vectors(ids).T).float()
-    if bool(scores.isnan().any()):
-        query, place = (int(x[0]) for x in scores.isnan().nonzero(as_tuple=True))
-        raise ValueError(
-            f"queries and items give a score that is NaN: query {row + query}, item {first + int(ids[place])}"
-        )
-    return scores
+def _scores(queries: torch.Tensor, items: CudaItems, ids: torch.Tensor) -> torch.Tensor:
+    """float32 (B, n): sums in float64."""
+    return (queries @ items.vectors(ids).T).float()
+
+
+def _nan(scores: torch.Tensor, ids: torch.Tensor, first: int, row: int) -> ValueError:
+    query, place = (int(x[0]) for x in scores.isnan().nonzero(as_tuple=True))
+    return ValueError(
+        f"queries and items give a score that is NaN: query {row + query}, item {first + int(ids[place])}"
+    )
 
 
 def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row: int) -> torch.Tensor:
@@ -213,7 +218,10 @@ def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row:
     best: torch.Tensor | None = None
     for begin in range(0, items.N, _CHUNK):
         ids = torch.arange(begin, min(begin + _CHUNK, items.N), device=items.device)
-        keys = _keys_of(_exact_scores(queries, items, ids, first, row), first + ids)
+        scores = _scores(queries, items, ids)
+        if bool(scores.isnan().any()):
+            raise _nan(scores, ids, first, row)
+        keys = _keys_of(scores, first + ids)
         keys = keys if best is None else torch.cat([best, keys], dim=1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
     assert best is not None

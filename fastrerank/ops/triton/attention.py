@@ -147,7 +147,8 @@ def _span(
     return m, total, acc_a, acc_b
 
 
-@triton.jit
+# Numbers of rows and where intervals begin differ from call to call, and decide nothing: they are not compiled in.
+@triton.jit(do_not_specialize=["T", "S"], do_not_specialize_on_alignment=["LO", "HI", "PLO", "PHI", "LSE"])
 def kernel(
     Q, K, V, LO, HI, PLO, PHI, OUT, LSE, T, S, inner, factor,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,

@@ -55,7 +55,11 @@ def _rows(rows, keep, first: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr)
     return tl.load(rows[:, None] + columns[None, :], mask=keep[:, None], other=0.0)
 
 
-@triton.jit
+# Numbers of rows and keys and where vectors begin differ from call to call: they are not compiled in.
+@triton.jit(
+    do_not_specialize=["R", "S", "out_head"],
+    do_not_specialize_on_alignment=["LSE", "LO", "HI", "WEIGHT", "HEADS", "OUT"],
+)
 def kernel(
     Q, K, LSE, LO, HI, WEIGHT, HEADS, OUT, R, S, H, inner, factor, q_row, q_head, k_row, k_head, out_head,
     G: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
@@ -127,7 +131,7 @@ def kernel(
     tl.store(out, mass, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["PARTS", "OUT"])
 def gather(PARTS, OUT, S, N: tl.constexpr, BLOCK: tl.constexpr):
     """OUT (S,) += the rows of PARTS (N, S), summed in their order."""
     keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -35,7 +35,7 @@ def tile(labels: int, width: int) -> Tile:
     return Tile(rows, min(triton.next_power_of_2(width), 4096 // rows), 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["OUT", "ORDER"])
 def kernel(
     HIDDEN, WEIGHT, GAMMA, BETA, BIAS, OUT, ORDER, K, H, hidden_row, weight_row, eps, scale, softcap,
     NORM: tl.constexpr, WITH_GAMMA: tl.constexpr, WITH_BETA: tl.constexpr, WITH_BIAS: tl.constexpr,
