@@ -210,6 +210,11 @@ def test_other_containers_of_texts(reranker: Any) -> None:
         np.testing.assert_array_equal(reranker.score(QUERY, some), expected)
 
 
+def test_texts_come_back_by_place_from_any_container(reranker: Any) -> None:
+    rows = reranker.rank(QUERY, dict(enumerate(TEXTS[:9])).values(), return_documents=True)
+    assert rows == reranker.rank(QUERY, TEXTS[:9], return_documents=True)
+
+
 def test_usage_tells_what_a_call_cost(reranker: Any) -> None:
     assert reranker.last_usage == {}
     reranker.score(QUERY, TEXTS)

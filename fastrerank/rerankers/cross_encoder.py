@@ -100,7 +100,8 @@ class CrossEncoder(Reranker):
                 f"num_labels is {given['num_labels']}, but the head in {checkpoint.path} has {self.num_labels}; "
                 "an untrained head is not made up"
             )
-        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, given["max_length"] or checkpoint.max_seq_length)
+        limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
+        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
         self.activation_fn = given["activation_fn"]
         if self.activation_fn is None:
             saved = checkpoint.activation() or ("sigmoid" if self.num_labels == 1 else "identity")
@@ -229,7 +230,7 @@ class CrossEncoder(Reranker):
             logits = self._one_query(prefix + checked, texts, usage, bool(show_progress_bar))
             self._finite([logits])
         scores = self._activate(logits[:, None], function)
-        return ranked(order(scores, logits), scores, documents if return_documents else None, top_k)
+        return ranked(order(scores, logits), scores, texts if return_documents else None, top_k)
 
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         self._need_one_label("score")

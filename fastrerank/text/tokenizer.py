@@ -27,6 +27,11 @@ _CHARS_PER_TOKEN = 8
 _WORD_END = re.compile(r"\w(?= )")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBES = ("a", "the", "hello", "1", ".")
+# The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
+_TYPED_CLASSES = {
+    "BertTokenizer", "ConvBertTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer", "ElectraTokenizer", "FNetTokenizer",
+    "LayoutLMTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Tokenizer:
             max_length_of(path, config) if max_length is None else max_length,
             position_limit=position_limit(config),
             truncation_side=settings.get("truncation_side", "right"),
-            use_type_ids="token_type_ids" in settings.get("model_input_names", ["token_type_ids"]),
+            use_type_ids=_uses_type_ids(config, settings),
         )
 
     def pairs(self, query: str, documents: Sequence[str], max_length: int | None = None) -> TokenBatch:
@@ -288,6 +293,18 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
             place = name if scalar else f"{name}[{position}]"
             raise TypeError(f"{place} must be str, got {_describe(text)}")
     return checked
+
+
+def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether transformers gives the model token types: as the settings say, else as the named class does.
+
+    The generic classes (PreTrainedTokenizerFast, TokenizersBackend) give none, whatever their post-processor says.
+    """
+    names = settings.get("model_input_names")
+    if names is not None:
+        return "token_type_ids" in names
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    return not isinstance(name, str) or name.removesuffix("Fast") in _TYPED_CLASSES
 
 
 def _describe(value: object) -> str:
