@@ -102,6 +102,7 @@ class AttentionReranker(Reranker):
             model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.checkpoint, self.instruction = checkpoint, text
         chosen = plan(checkpoint.config, "torch", device, dtype)
         if len(chosen.devices) != 1:
             raise ValueError(f"device must be one device for a language model, got {device!r}")

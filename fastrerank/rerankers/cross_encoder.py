@@ -87,6 +87,7 @@ class CrossEncoder(Reranker):
             # A stored activation is code only if the caller did not choose another one.
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.checkpoint = checkpoint
         chosen = plan(checkpoint.config, engine, given["device"], given["dtype"])
         self.device, self.dtype = chosen.device, chosen.dtype
         modular = any(module.type == "Dense" for module in checkpoint.modules)
