@@ -181,9 +181,9 @@ def test_an_index_knows_the_checkpoint_it_was_built_with(tiny: Any, tmp_path: Pa
     built, other = (fastrerank.CrossEncoder(tiny("bert", seed=seed)) for seed in (0, 1))
     index = fastrerank.CURIndex.build(built, texts, ["owl", "cat"], checkpoint=tmp_path / "build")
     assert len(index.search_reranker(built, "mice", k=2, budget=5)[0]) == 2
-    with pytest.raises(ValueError, match="built with the scores of CrossEncoder .* this reranker is CrossEncoder"):
+    with pytest.raises(ValueError, match=r"built with the scores of CrossEncoder .* this reranker is CrossEncoder"):
         index.search_reranker(other, "mice", k=2, budget=5)
-    with pytest.raises(ValueError, match="holds scores of another build .scorer differs"):
+    with pytest.raises(ValueError, match=r"holds scores of another build .scorer differs"):
         fastrerank.CURIndex.build(other, texts, ["owl", "cat"], checkpoint=tmp_path / "build")
 
 

@@ -215,6 +215,12 @@ def test_texts_come_back_by_place_from_any_container(reranker: Any) -> None:
     assert rows == reranker.rank(QUERY, TEXTS[:9], return_documents=True)
 
 
+def test_an_iterator_of_texts_is_read_once(reranker: Any) -> None:
+    rows = reranker.rank(QUERY, TEXTS, return_documents=True)
+    assert reranker.rank(QUERY, iter(TEXTS), return_documents=True) == rows
+    np.testing.assert_array_equal(reranker.score(QUERY, (text for text in TEXTS)), reranker.score(QUERY, TEXTS))
+
+
 def test_usage_tells_what_a_call_cost(reranker: Any) -> None:
     assert reranker.last_usage == {}
     reranker.score(QUERY, TEXTS)

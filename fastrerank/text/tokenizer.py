@@ -98,7 +98,7 @@ class Tokenizer:
         self._single = _derive_template(tokenizer, use_type_ids, segments=1)
         self._pair = _derive_template(tokenizer, use_type_ids, segments=2)
         self._word_local = _is_word_local(tokenizer)
-        self.max_length = self._check_max_length(max_length)
+        self.max_length = self.checked_max_length(max_length)
 
     @classmethod
     def load(cls, path: Path, max_length: int | None = None) -> Tokenizer:
@@ -245,7 +245,7 @@ class Tokenizer:
         return tokens[len(tokens) - room :] if self._cut_left else tokens[:room]
 
     def _room(self, max_length: int | None, template: _Template) -> int | None:
-        limit = self.max_length if max_length is None else self._check_max_length(max_length)
+        limit = self.max_length if max_length is None else self.checked_max_length(max_length)
         if limit is None:
             return None
         # Two: at least one token for each segment of a pair.
@@ -254,7 +254,8 @@ class Tokenizer:
             raise ValueError(f"max_length={limit} leaves no room for text: it must be at least {least}")
         return limit - template.size
 
-    def _check_max_length(self, max_length: int | None) -> int | None:
+    def checked_max_length(self, max_length: int | None) -> int | None:
+        """Return `max_length`, or raise TypeError or ValueError if it is no limit that the model's positions allow."""
         if max_length is None:
             return None
         if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)):
@@ -269,7 +270,7 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
     """`texts` as a list of str, or a TypeError that names the argument, the position and what came.
 
     Args:
-        texts: a list, tuple, 1-D numpy array of str (or objects that are str), or another sized iterable of str.
+        texts: a list, tuple, 1-D numpy array of str (or objects that are str), or another iterable of str.
         name: the caller's argument, for the message.
         scalar: `texts` is a list of one, whose message names the argument without a position.
 
@@ -281,7 +282,7 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
         ...
         TypeError: documents[1] must be str, got NoneType
     """
-    if isinstance(texts, (str, bytes, Mapping, Set)) or not hasattr(texts, "__len__") or not hasattr(texts, "__iter__"):
+    if isinstance(texts, (str, bytes, Mapping, Set)) or not hasattr(texts, "__iter__"):
         raise TypeError(f"{name} must be a list, tuple or 1-D array of str, got {_describe(texts)}")
     if isinstance(texts, np.ndarray):
         if texts.ndim != 1:
