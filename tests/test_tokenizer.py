@@ -258,6 +258,13 @@ def test_type_ids_are_given_where_transformers_gives_them(folders: dict[str, Pat
     assert found.any() == (expected is not None and any(expected))
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "BertTokenizer"])
+def test_settings_that_are_left_out_are_those_of_the_class(tmp_path: Path, name: str) -> None:
+    train_bert(tmp_path, name, lowercase=False)
+    write(tmp_path / "tokenizer_config.json", {"tokenizer_class": name, "unk_token": "[UNK]", "pad_token": "[PAD]"})
+    assert_equals_transformers(tmp_path, QUERY.upper(), [text.title() for text in CORPUS], 512)
+
+
 def copy_folder(source: Path, target: Path, tokenizer_config: dict[str, Any] | None = None) -> None:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
