@@ -275,6 +275,7 @@ public:
                        nullptr, b, ldb, format, terms});
         };
         const py::gil_scoped_release release;
+        const OnOpenMp workers;
         run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             int64_t begin = i * block;
             const int64_t end = std::min(begin + block, rows);
@@ -290,38 +291,41 @@ public:
                 std::copy_n(b.get() + r * ldb * element, packed_.n * element, to + (begin + r) * ldy * element);
         });
     }
-    // y = down(act(x W^T) * up(x)) with this product as the gate: a block of rows goes through all three products, and
-    // its intermediate rows are never rounded before they are multiplied.
-    void run_gated(const PyLinear& up, const PyLinear& down, const std::string& activation, uintptr_t x, int64_t ldx,
-                   int64_t rows, uintptr_t y, int64_t ldy, int threads) const {
+    // y = down(act(x W^T)), or down(act(x W^T) * up(x)) where there is an `up`: a block of rows goes through all the
+    // products, and its intermediate rows are never rounded before they are multiplied.
+    void run_feed_forward(const PyLinear& down, const PyLinear* up, const std::string& activation, uintptr_t x,
+                          int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy, int threads) const {
         const PackedMatrix &gate = packed_, &out = down.packed_;
-        if (gate.precision == Precision::kInt8 || up.packed_.precision != gate.precision ||
+        if (gate.precision == Precision::kInt8 || (up && up->packed_.precision != gate.precision) ||
             out.precision != gate.precision)
-            throw std::invalid_argument("run_gated takes three float32 or three bfloat16 products");
-        if (up.packed_.k != gate.k || up.packed_.n != gate.n || out.k != gate.n)
-            throw std::invalid_argument("run_gated takes two products of one shape, and a third of their outputs");
+            throw std::invalid_argument("run_feed_forward takes float32 products or bfloat16 products");
+        if ((up && (up->packed_.k != gate.k || up->packed_.n != gate.n)) || out.k != gate.n)
+            throw std::invalid_argument("run_feed_forward takes products of one shape, and `down` of their outputs");
         const Activation act = activation_of(activation);
         const Format format = stored(), inputs = k_.input_format(gate.precision);
         const bool terms = format != inputs;
         const int64_t element = static_cast<int64_t>(bytes_of(format));
         const char* from = reinterpret_cast<const char*>(x);
         char* to = reinterpret_cast<char*>(y);
-        // All three weights pass by once per block. Blocks whose intermediate rows fit in a core's cache are slower
-        // where the weights do not: at 896 x 4864, 203 GFLOP/s with 24 rows, 266 with 144, on 2 MiB of cache. On tiles
+        // All weights pass by once per block. Blocks whose intermediate rows fit in a core's cache are slower where the
+        // weights do not: at 896 x 4864, 203 GFLOP/s with 24 rows, 266 with 144, on 2 MiB of cache. On tiles
         // (AMX) 1,830 with 64 rows, 2,020 with 128, 1,800 with 192.
         const int64_t tile = k_.tiles ? 32 : 24, most = k_.tiles ? 4 * tile : 6 * tile;
         const int64_t width = gate.n_padded, lda = padded(gate.k), ldb = out.n_padded;
         const int64_t share = ((rows + threads - 1) / threads + tile - 1) / tile * tile;
         const int64_t block = std::clamp<int64_t>(share, tile, most);
         const py::gil_scoped_release release;
+        const OnOpenMp workers;
         run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             const int64_t begin = i * block, count = std::min(begin + block, rows) - begin, tiled = count + kRowTile;
             const Bytes rows_in = inputs_of(from + begin * ldx * element, ldx, count);
-            Bytes wide(tiled * width * 4), inner(tiled * width * bytes_of(inputs)), result(tiled * ldb * element);
+            Bytes wide(up ? tiled * width * 4 : 0), inner(tiled * width * bytes_of(inputs)),
+                result(tiled * ldb * element);
             const int n = static_cast<int>(count);
-            float* mul = wide.as<float>();
-            k_.linear({&up.packed_, rows_in.get(), nullptr, lda, n, Activation::kIdentity, false, nullptr, nullptr, mul,
-                       width, Format::kF32, terms});
+            float* mul = up ? wide.as<float>() : nullptr;
+            if (up)
+                k_.linear({&up->packed_, rows_in.get(), nullptr, lda, n, Activation::kIdentity, false, nullptr, nullptr,
+                           mul, width, Format::kF32, terms});
             k_.linear(
                 {&gate, rows_in.get(), nullptr, lda, n, act, false, mul, nullptr, inner.get(), width, inputs, terms});
             k_.linear({&out, inner.get(), nullptr, width, n, Activation::kIdentity, false, nullptr, nullptr,
@@ -468,8 +472,9 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init<const py::array&, const std::optional<F32Array>&, const std::string&, const std::string&>(),
              py::arg("w"), py::arg("bias").none(true), py::arg("dtype"), py::arg("isa"))
         .def("__call__", &PyLinear::call, py::arg("x"), py::arg("activation") = "identity")
-        .def("run_gated", &PyLinear::run_gated, py::arg("up"), py::arg("down"), py::arg("activation"), py::arg("x"),
-             py::arg("ldx"), py::arg("rows"), py::arg("y"), py::arg("ldy"), py::arg("threads"))
+        .def("run_feed_forward", &PyLinear::run_feed_forward, py::arg("down"), py::arg("up").none(true),
+             py::arg("activation"), py::arg("x"), py::arg("ldx"), py::arg("rows"), py::arg("y"), py::arg("ldy"),
+             py::arg("threads"))
         .def("run", &PyLinear::run, py::arg("x"), py::arg("ldx"), py::arg("rows"), py::arg("y"), py::arg("ldy"),
              py::arg("threads"))
         .def_property_readonly("element", &PyLinear::element);

@@ -10,6 +10,7 @@
 #include "cpu/interval.h"
 #include "cpu/kernels.h"
 #include "cpu/label_logits.h"
+#include "cpu/parallel.h"
 #include "cpu_module.h"
 
 namespace py = pybind11;
@@ -60,7 +61,8 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t l
                               {integers(plo), integers(lo)},
                               {integers(phi), integers(hi)}};
     const Kernels& level = *kernels_of(isa);
-    py::gil_scoped_release release;
+    const py::gil_scoped_release release;
+    const OnOpenMp workers;
     run_interval_attention(level, g, rows, keys, threads);
 }
 
@@ -78,6 +80,7 @@ void attention_mass(uintptr_t q, uintptr_t k, uintptr_t lse, uintptr_t lo, uintp
     g.scale = scale, g.softcap = softcap, g.per_head = per_head, g.out = reinterpret_cast<float*>(out);
     const Kernels& level = *kernels_of(isa);
     const py::gil_scoped_release release;
+    const OnOpenMp workers;
     run_attention_mass(level, g, threads);
 }
 
@@ -96,6 +99,7 @@ void label_logits(uintptr_t hidden, const std::string& hidden_dtype, int64_t hid
     g.out = reinterpret_cast<float*>(logits);
     const Kernels& level = *kernels_of(isa);
     const py::gil_scoped_release release;
+    const OnOpenMp workers;
     run_label_logits(level, g, reinterpret_cast<int32_t*>(order), threads);
 }
 
@@ -109,12 +113,14 @@ void norm_rows(uintptr_t x, const std::string& dtype, int64_t x_row, int64_t row
     if (g.x_source == Source::kF16) throw std::invalid_argument("norm_rows takes float32 or bfloat16 rows");
     const Kernels& level = *kernels_of(isa);
     const py::gil_scoped_release release;
+    const OnOpenMp workers;
     run_norm_rows(level, g, reinterpret_cast<void*>(y), y_row, threads);
 }
 
 }  // namespace
 
 void add_tensor_ops(py::module_& m) {
+    m.def("set_openmp", [](uintptr_t start) { set_openmp(reinterpret_cast<StartOpenMp>(start)); }, py::arg("start"));
     m.def("norm_rows", &norm_rows, py::arg("x"), py::arg("dtype"), py::arg("x_row"), py::arg("rows"), py::arg("width"),
           py::arg("norm"), py::arg("gamma"), py::arg("beta"), py::arg("eps"), py::arg("y"), py::arg("y_row"),
           py::arg("threads"), py::arg("isa"));

@@ -42,8 +42,17 @@ class Linear:
     def __init__(self, w: npt.NDArray[Any], bias: npt.NDArray[np.float32] | None, dtype: str, isa: str) -> None: ...
     def __call__(self, x: npt.NDArray[np.float32], activation: str = "identity") -> npt.NDArray[np.float32]: ...
     def run(self, x: int, ldx: int, rows: int, y: int, ldy: int, threads: int) -> None: ...
-    def run_gated(
-        self, up: Linear, down: Linear, activation: str, x: int, ldx: int, rows: int, y: int, ldy: int, threads: int
+    def run_feed_forward(
+        self,
+        down: Linear,
+        up: Linear | None,
+        activation: str,
+        x: int,
+        ldx: int,
+        rows: int,
+        y: int,
+        ldy: int,
+        threads: int,
     ) -> None: ...
     @property
     def element(self) -> int: ...
@@ -93,6 +102,7 @@ def attention_mass(
     threads: int,
     isa: str,
 ) -> None: ...
+def set_openmp(start: int) -> None: ...
 def norm_rows(
     x: int,
     dtype: str,

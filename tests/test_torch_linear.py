@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.engine import torch_probe
-from fastrerank.engine.torch_linear import PackedLinear, fuse_gated, pack_linears, packs
+from fastrerank.engine.torch_linear import PackedLinear, fuse_feed_forwards, fuse_gated, pack_linears, packs
+from fastrerank.ops._tensors import share_openmp
 
 SIZES = [(32, 64), (384, 96), (33, 48), (64, 17), (7, 5), (1, 1)]  # (inputs, outputs)
 
@@ -185,7 +189,7 @@ def test_a_gated_layer_in_one_call_errs_no_more_than_torch(dtype: Any, act: Any)
     assert ours_rms <= 2 * plain_rms
 
 
-@pytest.mark.parametrize("act", [torch.nn.ReLU(), torch.nn.Tanh()], ids=str)
+@pytest.mark.parametrize("act", [torch.nn.Softplus(), torch.nn.Tanh()], ids=str)
 def test_a_layer_of_another_formula_is_left_alone(act: Any) -> None:
     layer = Gated(16, 32, act, False)
     assert not fuse_gated(layer)
@@ -195,3 +199,105 @@ def test_a_layer_of_another_formula_is_left_alone(act: Any) -> None:
     twisted.forward = lambda x: twisted.down_proj(twisted.act_fn(twisted.up_proj(x)) * twisted.gate_proj(x))  # type: ignore[method-assign]
     pack_linears(twisted)
     assert not fuse_gated(twisted)
+
+
+class Inner(torch.nn.Module):
+    """BERT's first half of a feed-forward layer."""
+
+    def __init__(self, inputs: int, inner: int, act: Any) -> None:
+        super().__init__()
+        self.dense, self.intermediate_act_fn = torch.nn.Linear(inputs, inner), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.intermediate_act_fn(self.dense(x))
+        return result
+
+
+class Layer(torch.nn.Module):
+    """BERT's feed-forward layer, or one of three attributes, with a residual that needs the layer's own input."""
+
+    def __init__(self, inputs: int, inner: int, act: Any, names: tuple[str, str, str] | None) -> None:
+        super().__init__()
+        self.names = names
+        if names is None:
+            self.intermediate, self.output = Inner(inputs, inner, act), torch.nn.Module()
+            self.output.dense = torch.nn.Linear(inner, inputs)
+        else:
+            made = torch.nn.Linear(inputs, inner), act, torch.nn.Linear(inner, inputs)
+            for name, value in zip(names, made, strict=True):
+                setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.names is None:
+            return x + self.output.dense(self.intermediate(x))  # type: ignore[operator, union-attr]
+        up, act, down = (getattr(self, name) for name in self.names)
+        return x + down(act(up(x)))
+
+
+LAYOUTS = [None, ("ffn", "activation", "ffn_output"), ("lin1", "activation", "lin2")]
+
+
+@pytest.mark.parametrize("act", [torch.nn.GELU(), torch.nn.functional.gelu, torch.nn.ReLU()], ids=str)
+def test_a_feed_forward_layer_in_one_call_errs_no_more_than_torch(dtype: Any, act: Any) -> None:
+    torch.manual_seed(0)
+    errors: list[list[Any]] = [[], []]
+    for names, (inputs, inner) in product(LAYOUTS, [(32, 64), (40, 50), (7, 5)]):
+        plain = Layer(inputs, inner, act, names).to(dtype)
+        exact = Layer(inputs, inner, act, names).double()
+        exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
+        x = torch.randn(1, 131, inputs).to(dtype)
+        with torch.inference_mode():
+            expected, torchs = exact(x.double()), plain(x)
+            pack_linears(plain)
+            apart = plain(x)
+            put_back = fuse_feed_forwards(plain)
+            ours = plain(x)
+            alone = torch.cat([plain(x[:, i : i + 1]) for i in range(131)], 1)
+            calls = [name for name, part in plain.named_modules() if "forward" in vars(part)]
+            assert len(calls) == 2  # up hands its input on, down computes the three
+            put_back()
+            assert torch.equal(plain(x), apart)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, alone)
+        for kind, result in enumerate((ours, torchs)):
+            errors[kind].append((result - expected).ravel())
+    ours_rms, plain_rms = (torch.cat(parts).square().mean().sqrt() for parts in errors)
+    assert ours_rms <= 2 * plain_rms
+
+
+def test_a_feed_forward_layer_of_another_formula_is_left_alone() -> None:
+    for act, names in product([torch.nn.Softplus(), torch.nn.Tanh()], LAYOUTS):
+        layer = Layer(16, 32, act, names)
+        fuse_feed_forwards(layer)  # nothing is packed yet
+        pack_linears(layer)
+        fuse_feed_forwards(layer)
+        assert not [name for name, part in layer.named_modules() if "forward" in vars(part)]
+
+
+def _child(linear: PackedLinear, x: torch.Tensor, expected: torch.Tensor) -> None:
+    with torch.inference_mode():  # an op of torch's on many elements would wait for its lost workers for ever
+        np.testing.assert_array_equal(linear(x).numpy(), expected.numpy())
+
+
+def test_torchs_workers_and_our_own_give_the_same_bits() -> None:
+    if not share_openmp():
+        pytest.skip("this torch is built without OpenMP")
+    linear, x = PackedLinear(torch.nn.Linear(64, 48)), torch.randn(700, 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            shared = linear(x)
+            _cpu.set_openmp(0)
+            assert torch.equal(linear(x), shared)
+            share_openmp()
+            with ThreadPoolExecutor(4) as callers:  # torch keeps workers for each thread that calls
+                assert all(torch.equal(ours, shared) for ours in callers.map(linear, [x] * 20))
+        if "fork" in multiprocessing.get_all_start_methods():  # OpenMP's workers are not there in a child
+            child = multiprocessing.get_context("fork").Process(target=_child, args=(linear, x, shared))
+            child.start()
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(before)
+        share_openmp()

@@ -91,10 +91,19 @@ private:
 // Never destroyed: detached workers may outlive static destruction. A forked child has none of its parent's workers
 // and may have inherited a locked mutex, so it starts over with a pool of its own.
 std::atomic<Pool*> current{nullptr};
+std::atomic<StartOpenMp> openmp{nullptr};
+thread_local bool on_openmp = false;
+
+void forget_workers_in_children() {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+        current.store(nullptr);
+        openmp.store(nullptr);
+    });
+    (void)registered;
+}
 
 Pool& pool() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-    (void)registered;
+    forget_workers_in_children();
     Pool* p = current.load();
     if (!p) {
         Pool* fresh = new Pool;
@@ -116,9 +125,21 @@ void run_parallel(int n, int threads, const std::function<void(int)>& f) {
     Job job;
     job.f = &f;
     job.n = n;
-    job.wanted = (threads < n ? threads : n) - 1;
-    pool().run(job);
+    const int lanes = threads < n ? threads : n;
+    job.wanted = lanes - 1;
+    if (const StartOpenMp start = on_openmp ? openmp.load() : nullptr)
+        start([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(lanes), 0);
+    else
+        pool().run(job);
     if (job.error) std::rethrow_exception(job.error);
 }
+
+void set_openmp(StartOpenMp start) {
+    forget_workers_in_children();
+    openmp.store(start);
+}
+
+OnOpenMp::OnOpenMp() : before_(on_openmp) { on_openmp = true; }
+OnOpenMp::~OnOpenMp() { on_openmp = before_; }
 
 }  // namespace fastrerank::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,14 +12,21 @@ import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.engine.torch_loading import release
 
-__all__ = ["PackedLinear", "fuse_gated", "pack_linears", "packs"]
+__all__ = ["PackedLinear", "fuse_feed_forwards", "fuse_gated", "pack_linears", "packs"]
 
 # What a feed-forward layer's activation computes, told by trying.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
 }
+# Where a feed-forward layer down(act(up(x))) keeps its parts: BERT and its many relatives; ALBERT; DistilBERT.
+_FEED_FORWARDS = (
+    ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
+    ("ffn", "activation", "ffn_output"),
+    ("lin1", "activation", "lin2"),
+)
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -107,36 +115,95 @@ def fuse_gated(layer: torch.nn.Module) -> bool:
         return False
     gate, up, down = cast("list[PackedLinear]", parts)
     whole = layer.forward
-    sample = torch.randn(3, gate.in_features, generator=torch.Generator().manual_seed(0)).to(gate.dtype)
-    tried = torch.linspace(-4, 4, 64)
+    sample = _sample(gate)
     with torch.inference_mode():
-        matching = [n for n, known in _ACTIVATIONS.items() if torch.allclose(known(tried), act(tried), atol=1e-6)]
-        if not matching:
+        activation = _activation_of(act)
+        if activation is None:
             return False
-        fused = _Gated(gate, up, down, matching[0])
-        expected = whole(sample[None]).double()
-        if not torch.is_tensor(expected) or (fused(sample[None]) - expected).norm() > 0.05 * expected.norm():
+        fused = _FeedForward(gate, up, down, activation)
+        expected = whole(sample)
+        if not torch.is_tensor(expected) or not _close(fused(sample), expected):
             return False
     layer.forward = fused
     return True
 
 
-class _Gated:
-    """down(act(gate(x)) * up(x)) of three packed layers."""
+def fuse_feed_forwards(model: torch.nn.Module) -> Callable[[], None]:
+    """Make feed-forward layers down(act(up(x))) without a gate one call on packed products; returns what undoes it.
 
-    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: str) -> None:
-        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+    Their two products must be `PackedLinear` under names of BERT's, ALBERT's or DistilBERT's, and the activation one of
+    the kernels'; random rows prove the formula. `up` and the activation hand their input on, `down` computes all three:
+    the modules around them (dropout, residual, norm) stay as they are.
+    """
+    undo: list[Callable[[], None]] = []
+    for layer in model.modules():
+        for names in _FEED_FORWARDS:
+            up, act, down = (_find(layer, name) for name in names)
+            if not isinstance(up, PackedLinear) or not isinstance(down, PackedLinear) or not callable(act):
+                continue
+            sample = _sample(up)
+            with torch.inference_mode():
+                activation = _activation_of(act)
+                if activation is None or up.out_features != down.in_features or up.dtype != down.dtype:
+                    continue
+                fused = _FeedForward(up, None, down, activation)
+                if not _close(fused(sample), down(act(up(sample)))):
+                    continue
+            owner, _, attribute = names[1].rpartition(".")
+            holder = _find(layer, owner) if owner else layer
+            undo.append(functools.partial(setattr, holder, attribute, act))
+            setattr(holder, attribute, torch.nn.Identity() if isinstance(act, torch.nn.Module) else _unchanged)
+            up.forward, down.forward = _unchanged, fused  # type: ignore[method-assign]
+            undo += [functools.partial(delattr, part, "forward") for part in (up, down)]
+
+    def put_back() -> None:
+        for step in undo:
+            step()
+
+    return put_back
+
+
+def _find(module: Any, path: str) -> Any:
+    """Return module.path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _sample(layer: PackedLinear) -> torch.Tensor:
+    return torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.dtype)
+
+
+def _activation_of(act: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """Return the kernels' name of what `act` computes, None where they have none."""
+    tried = torch.linspace(-4, 4, 64)
+    return next((n for n, known in _ACTIVATIONS.items() if torch.allclose(known(tried), act(tried), atol=1e-6)), None)
+
+
+def _close(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((ours.double() - expected.double()).norm() <= 0.05 * expected.double().norm())
+
+
+class _FeedForward:
+    """down(act(first(x)) * factor(x)) of packed layers; down(act(first(x))) without a factor."""
+
+    def __init__(self, first: PackedLinear, factor: PackedLinear | None, down: PackedLinear, activation: str) -> None:
+        self.first, self.factor, self.down, self.activation = first, factor, down, activation
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, down = self.gate, self.down
-        rows = x.reshape(-1, gate.in_features)
+        first, down = self.first, self.down
+        rows = x.reshape(-1, first.in_features)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         out = torch.empty((len(rows), down.out_features), dtype=x.dtype)
         if len(rows):
-            gate._packed.run_gated(
-                self.up._packed, down._packed, self.activation, rows.data_ptr(), rows.stride(0), len(rows),
-                out.data_ptr(), down.out_features, torch.get_num_threads(),
+            first._packed.run_feed_forward(
+                down._packed, None if self.factor is None else self.factor._packed, self.activation, rows.data_ptr(),
+                rows.stride(0), len(rows), out.data_ptr(), down.out_features, torch.get_num_threads(),
             )  # fmt: skip
         return out.view(*x.shape[:-1], down.out_features)

@@ -10,7 +10,7 @@ import torch
 
 from fastrerank.engine.padded import PaddedBackbone, PaddedModel
 from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, why_not_packed
-from fastrerank.engine.torch_linear import pack_linears
+from fastrerank.engine.torch_linear import fuse_feed_forwards, pack_linears
 
 __all__ = ["AGREES", "choose_runner", "pack_when_equal", "relative_error"]
 
@@ -62,27 +62,37 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
 
 
 def pack_when_equal(runner: Any, dtype: str) -> None:
-    """Put a CPU model's linear layers on packed kernels, unless the model then computes something else.
+    """Put a CPU model's linear and feed-forward layers on packed kernels, unless it then computes something else.
 
     A model that reads a layer's weight itself, rather than calling the layer, keeps torch's layers.
     """
     documents = _Documents(runner.backbone)
-    alone = [[number] for number in range(3)]
+
+    def states() -> torch.Tensor:
+        return torch.cat([documents.states(runner, [number]) for number in range(3)])
+
+    def problem() -> str:
+        try:
+            return "" if relative_error(states(), expected) <= AGREES[dtype] else "results differ"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
     try:
-        expected = torch.cat([documents.states(runner, chosen) for chosen in alone])
+        expected = states()
     except Exception as error:  # a model may want tokens that random text lacks
         log.debug("linear layers stay torch's: the model cannot be tried on random tokens (%s)", error)
         return
+    name = type(runner.backbone).__name__
     replaced = pack_linears(runner.backbone)
-    try:
-        ours = torch.cat([documents.states(runner, chosen) for chosen in alone])
-        problem = "" if relative_error(ours, expected) <= AGREES[dtype] else "results differ"
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        log.info("%s keeps torch's linear layers: %s", type(runner.backbone).__name__, problem)
-        for parent, name, layer in replaced:
-            setattr(parent, name, layer)
+    if found := problem():
+        log.info("%s keeps torch's linear layers: %s", name, found)
+        for parent, attribute, layer in replaced:
+            setattr(parent, attribute, layer)
+        return
+    put_back = fuse_feed_forwards(runner.backbone)
+    if found := problem():
+        log.info("%s keeps its feed-forward layers in parts: %s", name, found)
+        put_back()
 
 
 def _join(reason: str | None, more: str) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from pathlib import Path
 
 import torch
+
+import fastrerank._cpu as _cpu
 
 __all__ = ["DTYPES", "choose_backend", "said"]
 
@@ -35,3 +39,22 @@ def choose_backend(device: torch.device, wanted: str | None, name: str) -> str:
 def said(value: object) -> str:
     """Return a tensor's dtype and shape, or the type of what is none."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
+
+
+def share_openmp() -> bool:
+    """Run the CPU ops on tensors on the OpenMP workers of torch, where torch has such; whether it has.
+
+    After each of torch's ops its workers spin for milliseconds, on cores that workers of our own would need.
+    """
+    libraries = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (libraries / name).exists():
+            # A symbol of a handle is looked up in what that library was linked with: the runtime that torch uses.
+            start = getattr(ctypes.CDLL(str(libraries / name)), "GOMP_parallel", None)
+            if start is not None:
+                _cpu.set_openmp(ctypes.cast(start, ctypes.c_void_p).value or 0)
+                return True
+    return False
+
+
+share_openmp()
