@@ -15,7 +15,7 @@ from fastrerank.cur import CURIndex
 from fastrerank.cur.tuning import as_rows, chart, hold_out, recall_curve
 from fastrerank.documents import read_documents
 
-app = typer.Typer(add_completion=False, help="Search many texts with few calls of a reranker.", no_args_is_help=True)
+app = typer.Typer(add_completion=False, help="Search many texts with few calls of a reranker.")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 K = Annotated[int, typer.Option("--top-k", min=1, help="How many items to find.")]

@@ -226,7 +226,7 @@ def _texts(path: Path, ids: Sequence[str], fields: Sequence[str]) -> Iterator[tu
                 raise ValueError(f"{path}:{number}: neither a JSON object nor id<TAB>text")
             yield identifier, text
             continue
-        row = _at(path, number, json.loads, line)
+        row = _at(path, number, _parsed, line)
         identifier = next((name for name in ids if name in row), ids[0])
         body = next((name for name in fields if name in row), fields[0])
         text = _at(path, number, _field, row, body, str)
@@ -236,7 +236,14 @@ def _texts(path: Path, ids: Sequence[str], fields: Sequence[str]) -> Iterator[tu
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in _lines(path):
-        yield number, _at(path, number, json.loads, line)
+        yield number, _at(path, number, _parsed, line)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON, one object per line ({error})") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -39,10 +39,13 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", _BASE | {"partial_rotary_factor": 0.5}),  # its head has a bias
     "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512,
                       "bos_token_id": 1, "eos_token_id": 2}),
+    "opt": ("OPT", {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 50, "num_hidden_layers": 3,
+                    "num_attention_heads": 4, "max_position_embeddings": 512, "word_embed_proj_dim": 32}),
     "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }  # fmt: skip
 FAMILIES = tuple(_SETTINGS)
 PADDED = ("bloom",)  # ALiBi: positions are in the scores
+WHOLE = ("opt",)  # packed, but for its layers, which stand where they are not found
 
 
 def build(family: str, seed: int = 0, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ from fastrerank.engine.attention_scorer import AttentionScorer, check_heads
 from fastrerank.engine.decoder import find_layers
 from fastrerank.engine.reading import Reading, read
 
-PACKED = [family for family in decoders.FAMILIES if family not in decoders.PADDED]
+PACKED = [family for family in decoders.FAMILIES if family not in (*decoders.PADDED, *decoders.WHOLE)]
 HEADS: list[Any] = [None, [(2, 3)], [(0, 1), (1, 2)], [(0, 0)]]
 
 

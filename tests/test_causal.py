@@ -48,7 +48,8 @@ def test_logits_equal_transformers(family: str, scorer: Any) -> None:
     ours, _ = engine.label_logits(prompts, LABELS)
     assert ours.dtype == np.float32
     assert relative(ours, expected) <= 2e-5
-    packed = family not in decoders.PADDED
+    packed = family not in (*decoders.PADDED, *decoders.WHOLE)
+    assert engine._runner.packed == (family not in decoders.PADDED)
     assert isinstance(engine._runner, PackedDecoder) == packed
     assert engine.shares == packed
     assert bool(engine.reason) != packed
@@ -91,8 +92,9 @@ def test_a_prompt_scores_the_same_in_any_company(family: str, scorer: Any) -> No
 
 
 @pytest.mark.parametrize("budget", [1, 50, 120, 10_000])
-def test_a_token_budget_changes_batches_only(budget: int, scorer: Any) -> None:
-    engine, prompts = scorer("qwen3"), decoders.prompts()
+@pytest.mark.parametrize("family", ["qwen3", "opt"])
+def test_a_token_budget_changes_batches_only(family: str, budget: int, scorer: Any) -> None:
+    engine, prompts = scorer(family), decoders.prompts()
     expected, _ = engine.label_logits(prompts, LABELS)
     before, engine.budget = engine.budget, budget
     try:

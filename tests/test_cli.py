@@ -246,7 +246,16 @@ def test_bench_runs_the_clone_s_benchmark(tmp_path, monkeypatch, capfd):
 
 def test_version(capsys):
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == f"{fastrerank.__version__}\n"
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{fastrerank.__version__}\n" * 2
+
+
+@pytest.mark.parametrize("command", [[], ["index"]])
+def test_a_command_that_is_missing_is_named(capsys, command):
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Missing command" in err
 
 
 def test_doctor_reports_without_importing_torch():

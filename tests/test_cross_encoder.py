@@ -191,6 +191,24 @@ def test_rank_options(both: tuple[Any, CrossEncoder]) -> None:
             ours.rank(QUERY, TEXTS, top_k=top_k)  # type: ignore[arg-type]
 
 
+def test_max_length_of_a_call_and_of_those_that_follow(both: tuple[Any, CrossEncoder], tiny: Tiny) -> None:
+    theirs, ours = both[0], CrossEncoder(tiny("bert"))
+    short = {"text": {"max_length": 12, "truncation": True, "padding": True}}
+    shortened = ours.predict(PAIRS, processing_kwargs=short)
+    pairs = [(query, text) for query, text in PAIRS if len(text) > 200]  # the query is no longer than what is left
+    assert np.abs(ours.predict(pairs) - ours.predict(pairs, processing_kwargs=short)).max() > BOUND
+    np.testing.assert_array_equal(shortened, CrossEncoder(tiny("bert"), max_length=12).predict(PAIRS))
+    with pytest.raises(ValueError, match=r"'text'\['max_length'\] only, got 'image', 'text'\['truncation'\]"):
+        ours.predict(PAIRS, processing_kwargs={"image": {}, "text": {"truncation": "do_not_truncate"}})
+    ours.max_length = 12
+    assert ours.max_seq_length == 12
+    np.testing.assert_array_equal(ours.predict(PAIRS), shortened)
+    ours.max_seq_length = theirs.max_seq_length
+    assert np.abs(ours.predict(PAIRS) - theirs.predict(PAIRS)).max() <= BOUND
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        ours.max_length = 0
+
+
 @pytest.mark.parametrize("batch_size", [0, -3, 1.5, True, None])
 def test_batch_size_must_be_positive(both: tuple[Any, CrossEncoder], batch_size: Any) -> None:
     with pytest.raises(ValueError, match="batch_size must be a positive integer"):

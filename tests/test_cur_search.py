@@ -176,6 +176,17 @@ def test_a_reranker_searches_its_texts() -> None:
         index.search_reranker(Other(matrix), "56")
 
 
+def test_an_index_knows_the_checkpoint_it_was_built_with(tiny: Any, tmp_path: Path) -> None:
+    texts = [f"the owl {i}" for i in range(30)]
+    built, other = (fastrerank.CrossEncoder(tiny("bert", seed=seed)) for seed in (0, 1))
+    index = fastrerank.CURIndex.build(built, texts, ["owl", "cat"], checkpoint=tmp_path / "build")
+    assert len(index.search_reranker(built, "mice", k=2, budget=5)[0]) == 2
+    with pytest.raises(ValueError, match=r"built with the scores of CrossEncoder .* this reranker is CrossEncoder"):
+        index.search_reranker(other, "mice", k=2, budget=5)
+    with pytest.raises(ValueError, match=r"holds scores of another build .scorer differs"):
+        fastrerank.CURIndex.build(other, texts, ["owl", "cat"], checkpoint=tmp_path / "build")
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 def test_every_storage_finds_what_float32_finds(scores: Any, storage: str) -> None:
     index = fastrerank.CURIndex.from_scores(scores[:80], storage=storage)

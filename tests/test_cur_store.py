@@ -17,7 +17,7 @@ import pytest
 from cur_data import Scorer, TextScorer, noisy, top
 
 import fastrerank
-from fastrerank.cur import contents
+from fastrerank.cur import contents, store
 
 TESTS = Path(__file__).parent
 
@@ -93,6 +93,30 @@ def test_a_second_save_writes_only_what_is_new(scores: Any, tmp_path: Path, monk
     assert before < after
     assert len(after) == 2
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_save_never_takes_a_new_shard_for_an_old_one(scores: Any, tmp_path: Path) -> None:
+    index = fastrerank.CURIndex.from_scores(scores[:30, :200])
+    for round_ in range(20):  # shards come and go, and Python gives the id of one that is gone to another
+        index.save(tmp_path / "index")
+        for item in range(3):
+            index.add(scores[:30, 200 + 3 * round_ + item :][:, :1])
+            index.remove([200 + 3 * round_ + item] if item else [round_])
+            held = index._contents
+            assert held.files.keys() <= {id(shard) for shard in held.shards}
+        index.save(tmp_path / "index")
+        again = fastrerank.CURIndex.load(tmp_path / "index")
+        np.testing.assert_array_equal(again.ids, index.ids)
+        np.testing.assert_array_equal(again.vectors(), index.vectors())
+
+
+def test_a_header_whose_files_hold_other_items_is_refused(scores: Any, tmp_path: Path) -> None:
+    index = fastrerank.CURIndex.from_scores(scores[:30])
+    index.save(tmp_path / "index")
+    header = store.read_header(tmp_path / "index")
+    store.commit(tmp_path / "index", header | {"count": 299})
+    with pytest.raises(ValueError, match=r"index\.json: 299 items, but its files hold \[300\]"):
+        fastrerank.CURIndex.load(tmp_path / "index")
 
 
 def test_damage_is_refused_by_name(scores: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from fastrerank import CrossEncoder, ops
 from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.heads import Head
+from fastrerank.engine.heads import DenseStep, Head
 from fastrerank.engine.native import DTYPES, NativeEncoder
 
 LEVELS = ops.cpu_info()["supported"]
@@ -121,6 +121,18 @@ def test_readouts_are_rows_of_the_token_vectors(tiny: Tiny, family: str, dtype: 
         rows = tokens[begin:end].astype(np.float64)
         bound = (end - begin + 1) * 2.0**-24 * np.abs(rows).mean(axis=0)
         assert (np.abs(mean[d] - rows.mean(axis=0)) <= bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("readout", ["first", "mean"])
+def test_a_head_may_be_wider_than_the_model(tiny: Tiny, readout: Any) -> None:
+    checkpoint, inputs = open_checkpoint(tiny("bert")), reference.documents("bert")
+    pooled = NativeEncoder.load(checkpoint, Head(readout), dtype="float32").forward(*inputs)
+    weight = np.random.default_rng(0).normal(size=(500, pooled.shape[1])).astype(np.float32)
+    step = DenseStep(weight, None, "identity")
+    wide = NativeEncoder.load(checkpoint, Head(readout, (step,)), dtype="float32").forward(*inputs)
+    np.testing.assert_allclose(
+        wide, pooled.astype(np.float64) @ weight.T.astype(np.float64), atol=2e-5 * np.abs(wide).max()
+    )
 
 
 _ENCODERS: dict[Any, NativeEncoder] = {}

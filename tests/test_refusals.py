@@ -103,6 +103,15 @@ def test_unknown_choices_list_the_valid_ones(folder: Path, kind: Any) -> None:
             kind(folder, num_threads=threads).score("owl", ["cat"])
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_tokens_and_no_layers_are_refused(folder: Path, kind: Any) -> None:
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        kind(folder, max_length=0)
+    set_config(folder, num_hidden_layers=0)
+    with pytest.raises(ValueError, match="0 layers"):
+        kind(folder, engine="native")
+
+
 def test_unknown_engine_method_and_backend(folder: Path) -> None:
     with pytest.raises(ValueError, match="'native', 'torch', 'padded', got 'onnx'"):
         CrossEncoder(folder, engine="onnx")

@@ -210,6 +210,44 @@ def test_other_containers_of_texts(reranker: Any) -> None:
         np.testing.assert_array_equal(reranker.score(QUERY, some), expected)
 
 
+def test_texts_come_back_by_place_from_any_container(reranker: Any) -> None:
+    rows = reranker.rank(QUERY, dict(enumerate(TEXTS[:9])).values(), return_documents=True)
+    assert rows == reranker.rank(QUERY, TEXTS[:9], return_documents=True)
+
+
+def test_an_iterator_of_texts_is_read_once(reranker: Any) -> None:
+    rows = reranker.rank(QUERY, TEXTS, return_documents=True)
+    assert reranker.rank(QUERY, iter(TEXTS), return_documents=True) == rows
+    np.testing.assert_array_equal(reranker.score(QUERY, (text for text in TEXTS)), reranker.score(QUERY, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"query": "q: ", "document": "d: "}, ("q: ", "d: ")), ({"query": "q: ", "passage": "p: "}, ("q: ", "p: ")),
+        ({"document": "", "passage": "p: "}, ("", "")), ({"corpus": "c: "}, ("", "c: ")), ({}, ("", "")),
+    ],
+)  # fmt: skip
+def test_prompts_are_those_that_sentence_transformers_takes(
+    tiny: Tiny, tmp_path: Path, stored: dict[str, str], expected: tuple[str, str]
+) -> None:
+    folder = Path(shutil.copytree(tiny("bert"), tmp_path / "model"))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": stored}))
+    modules = [{"type": "s.Transformer", "path": ""}, {"type": "s.Pooling", "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    model = EmbeddingReranker(folder)
+    assert (model.query_prompt, model.document_prompt) == expected
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling | {"include_prompt": False}))
+    if any(expected):
+        with pytest.raises(ValueError, match="include_prompt is false"):
+            EmbeddingReranker(folder)
+    else:
+        EmbeddingReranker(folder)
+
+
 def test_usage_tells_what_a_call_cost(reranker: Any) -> None:
     assert reranker.last_usage == {}
     reranker.score(QUERY, TEXTS)

@@ -183,8 +183,8 @@ def assert_equals_transformers(folder: Path, query: str, documents: list[str], m
         if length > max_length:
             expected = reference([query], [documents[i]], truncation="only_second", max_length=max_length, **options)
         assert ids == expected["input_ids"][0], (folder, documents[i])
-        if "token_type_ids" in reference.model_input_names:
-            assert types == expected["token_type_ids"][0]
+        given = "token_type_ids" in reference.model_input_names  # else a model reads zeros
+        assert types == (expected["token_type_ids"][0] if given else [0] * len(types))
         assert batch.truncated[i] == (length > max_length)
     assert not batch.query_truncated
 
@@ -213,7 +213,7 @@ def test_singles_equal_transformers(folders: dict[str, Path], family: str) -> No
         ("roberta", ([0], [2, 2], [2]), (0, 0)),
         ("xlm-roberta", ([0], [2, 2], [2]), (0, 0)),
         ("modernbert", ([2], [3], [3]), (0, 0)),
-        ("no post-processor", ([], [], []), (0, 1)),
+        ("no post-processor", ([], [], []), (0, 0)),
     ],
 )
 def test_template(folders: dict[str, Path], family: str, specials: Any, types: tuple[int, int]) -> None:
@@ -245,6 +245,24 @@ def test_template_with_a_type_of_its_own_for_every_part(folders: dict[str, Path]
 def test_checkpoint_may_switch_type_ids_off(folders: dict[str, Path], tmp_path: Path) -> None:
     copy_folder(folders["bert"], tmp_path, tokenizer_config={"model_input_names": ["input_ids", "attention_mask"]})
     assert not Tokenizer.load(tmp_path).pairs(QUERY, CORPUS).type_ids.any()
+
+
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "TokenizersBackend", "BertTokenizer", "ElectraTokenizerFast"]
+)
+def test_type_ids_are_given_where_transformers_gives_them(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    copy_folder(folders["bert"], tmp_path, tokenizer_config={"tokenizer_class": name})
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("the owl", "a passage").get("token_type_ids")
+    found = Tokenizer.load(tmp_path).pairs("the owl", ["a passage"]).type_ids
+    assert found.any() == (expected is not None and any(expected))
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "BertTokenizer"])
+def test_settings_that_are_left_out_are_those_of_the_class(tmp_path: Path, name: str) -> None:
+    train_bert(tmp_path, name, lowercase=False)
+    write(tmp_path / "tokenizer_config.json", {"tokenizer_class": name, "unk_token": "[UNK]", "pad_token": "[PAD]"})
+    assert_equals_transformers(tmp_path, QUERY.upper(), [text.title() for text in CORPUS], 512)
 
 
 def copy_folder(source: Path, target: Path, tokenizer_config: dict[str, Any] | None = None) -> None:

@@ -246,11 +246,17 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
     }
 }
 
+// The widest row that the head's buffers hold.
+int64_t Encoder::head_width() const {
+    int64_t widest = padded(config_.hidden);
+    for (const HeadOp& op : head_) widest = std::max(widest, padded(op.width));
+    return widest;
+}
+
 // Runs the head's steps on (rows, ldx); returns where the result stands, with stride padded(output_width()).
 float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
-    int64_t widest = 0;
-    for (const HeadOp& op : head_) widest = std::max(widest, padded(op.width));
-    float* spare[2] = {Workspace::need<float>(c.w->head0, rows, std::max(widest, padded(config_.hidden))),
+    const int64_t widest = head_width();
+    float* spare[2] = {Workspace::need<float>(c.w->head0, rows, widest),
                        Workspace::need<float>(c.w->head1, rows, widest)};
     int turn = x == spare[0];
     int width = config_.hidden;
@@ -294,7 +300,7 @@ void Encoder::read(Chunk& c, Readout readout, float* out) const {
     float* x = c.x;
     if (readout == Readout::kMean) {
         rows = static_cast<int>(c.document.size());
-        x = Workspace::need<float>(c.w->head0, rows, width);
+        x = Workspace::need<float>(c.w->head0, rows, head_width());  // as apply_head asks: it must not move
         for (int d = 0; d < rows; ++d) {
             float* y = x + d * width;
             std::fill(y, y + width, 0.0f);

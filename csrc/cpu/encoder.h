@@ -143,6 +143,7 @@ private:
               char* input) const;
     void add_strip(Chunk& c, const Layer& l, const float* h, int begin, int rows) const;
     void read(Chunk& c, Readout readout, float* out) const;
+    int64_t head_width() const;
     float* apply_head(Chunk& c, float* x, int64_t ldx, int rows) const;
 
     EncoderConfig config_;

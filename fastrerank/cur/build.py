@@ -37,7 +37,7 @@ def identity(reranker: Any) -> dict[str, Any]:
     folder = getattr(checkpoint, "transformer_path", None)
     if folder is not None:
         found["checkpoint"] = _files_digest(Path(folder))
-    for name in ("template", "instruction"):
+    for name in ("template", "instruction", "heads", "calibrate"):
         value = getattr(reranker, name, None)
         if value is not None:
             found[name] = hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]

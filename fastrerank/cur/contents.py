@@ -42,8 +42,8 @@ class Contents:
     `anchors`: positions of the items that first rounds score. `spread`: the mean squared distance of item vectors from
     their mean. `ids`: the items' ids, ascending, or None for 0 .. N - 1. `following`: the id that the next item gets.
     `kind`: "scores" of anchor queries, or "vectors" that were given. `scorer`: what the scores come from, if known.
-    `files`: the header entries of the shards that `folder` holds already, by `id` of the shard. `unsaved`: the folder
-    of a build's scores, which are not needed once the index is saved.
+    `files`: the header entries of those of `shards` that `folder` holds already, by `id` of the shard. `unsaved`: the
+    folder of a build's scores, which are not needed once the index is saved.
     """
 
     shards: tuple[ops.PackedItems, ...]
@@ -59,6 +59,12 @@ class Contents:
     folder: Path | None = None
     files: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsaved: Path | None = None
+
+    def __post_init__(self) -> None:
+        # A shard that is gone may leave its id to one that is made later, which the folder does not hold.
+        own = {id(shard) for shard in self.shards}
+        kept = {number: entry for number, entry in self.files.items() if number in own}
+        object.__setattr__(self, "files", kept)
 
     @property
     def width(self) -> int:
@@ -115,7 +121,7 @@ def add(old: Contents, vectors: npt.NDArray[Any], texts: Sequence[str] | None) -
     if old.count == 0:
         return replace(
             old, shards=pack(vectors, old.shards[0].storage, old.shards[0].scales), spread=spread_of(vectors),
-            anchors=np.arange(more)[:0], files={}, **_named(old, more, texts),
+            anchors=np.arange(more)[:0], **_named(old, more, texts),
         )  # fmt: skip
     shards = list(old.shards)
     begin = 0
@@ -243,6 +249,11 @@ def open_folder(folder: Path, *, mmap: bool, verify: bool) -> Contents:
         shards.append(shard)
         files[id(shard)] = entry
     rest = store.open_file(folder, header["items"], verify=verify, mmap=mmap)
+    counts = [sum(shard.N for shard in shards), *(len(rest[name]) for name in ("ids", "text_ends") if name in rest)]
+    if any(count != header["count"] for count in counts):
+        raise ValueError(
+            f"{folder / store.HEADER}: {header['count']} items, but its files hold {counts}; build it anew"
+        )
     texts = {name: Texts(rest[name], rest[f"{name}_ends"]) if name in rest else None for name in ("text", "query")}
     return Contents(
         shards=tuple(shards),

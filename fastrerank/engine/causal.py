@@ -16,7 +16,7 @@ from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.cost import Cost
 from fastrerank.engine.decoder import PackedDecoder
 from fastrerank.engine.memory import CPU_DECODER_TOKENS, bytes_per_token, device_budget
-from fastrerank.engine.packing import Segment, pack, split, split_equal, split_padded
+from fastrerank.engine.packing import Segment, pack, split, split_equal, split_lengths, split_padded
 from fastrerank.engine.placing import place_on, stretch, unstretched
 from fastrerank.engine.prefixes import Group, share_prefixes, to_segments
 from fastrerank.engine.row_norms import FinalNorm
@@ -256,9 +256,10 @@ class CausalScorer:
         near = np.setdiff1d(np.arange(len(prompts)), far)
         batches: list[_Batch] = []
         if not isinstance(self._runner, PackedDecoder):
-            divide = split_padded if self._runner.pads else split_equal
+            packed = self._runner.packed  # a model whose layers are not found runs packed, and whole
+            divide = split_lengths if packed else split_padded if self._runner.pads else split_equal
             parts = [near[part] for part in divide(lengths[near], self.budget)]
-            return [_Rows(prompts, part) for part in [*parts, *far[:, None]]]
+            return [_Rows(prompts, part, packed) for part in [*parts, *far[:, None]]]
         chosen = [prompts[i] for i in near]
         groups = share_prefixes(chosen) if self.shares else [Group((i,), 0) for i in range(len(chosen))]
         segments, ends = to_segments(chosen, groups)
@@ -303,14 +304,16 @@ class _Packed:
 class _Rows:
     """Prompts on a runner that shares nothing."""
 
-    def __init__(self, prompts: list[Ids], chosen: npt.NDArray[np.int64]) -> None:
+    def __init__(self, prompts: list[Ids], chosen: npt.NDArray[np.int64], packed: bool) -> None:
         self.prompts, self.chosen = [np.asarray(prompts[i], np.int32) for i in chosen], chosen
+        lengths = [len(ids) for ids in self.prompts]
+        self.tokens = sum(lengths) if packed else len(lengths) * max(lengths)
 
     def members(self, waiting: list[int]) -> list[int]:
         return [waiting[i] for i in self.chosen]
 
     def size(self) -> int:
-        return len(self.prompts) * max(map(len, self.prompts))
+        return self.tokens
 
     def prefix_tokens(self) -> int:
         return 0

@@ -284,6 +284,10 @@ def family_of(config: Config) -> Family:
         family = FAMILIES[kind](config)
     except KeyError as error:
         raise ValueError(f"config.json of this {kind} checkpoint lacks {error.args[0]!r}") from None
+    if family.layers < 1:
+        raise ValueError(
+            f"config.json of this {kind} checkpoint has {family.layers} layers; there must be at least one"
+        )
     if family.hidden % family.heads:
         raise ValueError(f"hidden size {family.hidden} in config.json is not a multiple of {family.heads} heads")
     return family

@@ -102,6 +102,7 @@ class AttentionReranker(Reranker):
             model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.checkpoint, self.instruction = checkpoint, text
         chosen = plan(checkpoint.config, "torch", device, dtype)
         if len(chosen.devices) != 1:
             raise ValueError(f"device must be one device for a language model, got {device!r}")
@@ -164,8 +165,9 @@ class AttentionReranker(Reranker):
         context: Context | None,
     ) -> list[dict[str, Any]]:  # fmt: skip
         check_top_k(top_k)
-        answer = self._answer(query, documents, context)
-        rows = ranked(order(answer.scores), answer.scores, documents if return_documents else None, top_k)
+        texts = check_texts(documents, "documents")
+        answer = self._answer(query, texts, context)
+        rows = ranked(order(answer.scores), answer.scores, texts if return_documents else None, top_k)
         for row in rows if explain else ():
             number = row["corpus_id"]
             row["tokens"] = list(zip(answer.tokens[number], map(float, answer.masses[number]), strict=True))

@@ -135,8 +135,9 @@ class Reranker(ABC):
             [{'corpus_id': 0, 'score': 0.41}]
         """
         check_top_k(top_k)
-        scores = self.score(query, documents)
-        return ranked(order(scores), scores, documents if return_documents else None, top_k)
+        texts = check_texts(documents, "documents")
+        scores = self.score(query, texts)
+        return ranked(order(scores), scores, texts if return_documents else None, top_k)
 
     @contextmanager
     def _call(self) -> Iterator[Usage]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-__all__ = ["check_same_device", "init_options", "predict_options"]
+__all__ = ["call_max_length", "check_same_device", "init_options", "predict_options"]
 
 _RENAMED = {
     "model_name": "model_name_or_path",
@@ -25,7 +25,7 @@ _DICTIONARIES: dict[str, dict[str, str]] = {
 }
 # The head is float32 whatever is asked, dropout does not exist in inference, and there is no card to write.
 _WITHOUT_EFFECT = ("keep_in_fp32_modules", "classifier_dropout", "model_card_data")
-_PREDICT_WITHOUT_EFFECT = ("num_workers", "device", "pool", "chunk_size", "processing_kwargs")
+_PREDICT_WITHOUT_EFFECT = ("num_workers", "device", "pool", "chunk_size")
 _RANK_WITHOUT_EFFECT = ("apply_softmax", "convert_to_numpy", "convert_to_tensor", *_PREDICT_WITHOUT_EFFECT)
 
 
@@ -96,6 +96,21 @@ def predict_options(
     if inputs is None:
         raise TypeError("predict() needs inputs: a sequence of (query, document) pairs")
     return inputs, activation_fn
+
+
+def call_max_length(options: dict[str, Any]) -> int | None:
+    """Take `processing_kwargs` out of a call's options and return the `max_length` of its texts, None without one.
+
+    Raises ValueError for an entry that would change scores and that does not exist here.
+    """
+    asked = options.pop("processing_kwargs", None) or {}
+    text = dict(asked.get("text") or {})
+    limit: int | None = text.pop("max_length", None)
+    others = [f"{name!r}" for name in asked if name != "text"]
+    others += [f"'text'[{name!r}]" for name, value in text.items() if name != "padding" and value not in (True, None)]
+    if others:
+        raise ValueError(f"processing_kwargs can set 'text'['max_length'] only, got {', '.join(others)}")
+    return limit
 
 
 def check_same_device(asked: Any, device: str | list[str]) -> None:

@@ -19,7 +19,7 @@ from fastrerank.engine.heads import module_head
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
-from fastrerank.rerankers.compat import check_same_device, init_options, predict_options
+from fastrerank.rerankers.compat import call_max_length, check_same_device, init_options, predict_options
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 __all__ = ["CrossEncoder"]
@@ -87,6 +87,7 @@ class CrossEncoder(Reranker):
             # A stored activation is code only if the caller did not choose another one.
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.checkpoint = checkpoint
         chosen = plan(checkpoint.config, engine, given["device"], given["dtype"])
         self.device, self.dtype = chosen.device, chosen.dtype
         modular = any(module.type == "Dense" for module in checkpoint.modules)
@@ -100,7 +101,8 @@ class CrossEncoder(Reranker):
                 f"num_labels is {given['num_labels']}, but the head in {checkpoint.path} has {self.num_labels}; "
                 "an untrained head is not made up"
             )
-        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, given["max_length"] or checkpoint.max_seq_length)
+        limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
+        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
         self.activation_fn = given["activation_fn"]
         if self.activation_fn is None:
             saved = checkpoint.activation() or ("sigmoid" if self.num_labels == 1 else "identity")
@@ -123,13 +125,21 @@ class CrossEncoder(Reranker):
 
     @property
     def max_seq_length(self) -> int | None:
-        """Tokens per pair, special tokens included."""
+        """Tokens per pair, special tokens included; may be assigned, for the calls that follow."""
         return self._tokenizer.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        self._tokenizer.max_length = self._tokenizer.checked_max_length(value)
 
     @property
     def max_length(self) -> int | None:
         """Same as `max_seq_length`."""
-        return self._tokenizer.max_length
+        return self.max_seq_length
+
+    @max_length.setter
+    def max_length(self, value: int | None) -> None:
+        self.max_seq_length = value
 
     @property
     def default_activation_function(self) -> Any:
@@ -180,7 +190,8 @@ class CrossEncoder(Reranker):
             activation_fn: replaces the model's for this call.
             apply_softmax: over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
-            options: `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size` of other releases.
+            options: `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size` of other releases, and
+                `processing_kwargs={"text": {"max_length": 256}}`, for this call.
 
         Returns float32 (N,), or (N, num_labels) for several labels; without the first axis for one pair.
         Raises TypeError naming the position of what is not a pair of str, ValueError for batch_size < 1.
@@ -189,6 +200,7 @@ class CrossEncoder(Reranker):
             >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
             array([0.91, 0.03], dtype=float32)
         """
+        max_length = call_max_length(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
         pairs, single = _as_pairs(inputs)
@@ -197,7 +209,7 @@ class CrossEncoder(Reranker):
         with self._call() as usage:
             if prefix:
                 pairs = [(prefix + query, text) for query, text in pairs]
-            (logits,) = self._finite([self._logits(pairs, usage, bool(show_progress_bar))])
+            (logits,) = self._finite([self._logits(pairs, usage, bool(show_progress_bar), max_length=max_length)])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
             scores = activations.softmax(scores)
@@ -229,7 +241,7 @@ class CrossEncoder(Reranker):
             logits = self._one_query(prefix + checked, texts, usage, bool(show_progress_bar))
             self._finite([logits])
         scores = self._activate(logits[:, None], function)
-        return ranked(order(scores, logits), scores, documents if return_documents else None, top_k)
+        return ranked(order(scores, logits), scores, texts if return_documents else None, top_k)
 
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         self._need_one_label("score")
@@ -246,9 +258,10 @@ class CrossEncoder(Reranker):
 
     def _logits(
         self, pairs: list[tuple[str, str]], usage: Usage, progress: bool = False,
-        lengths: list[npt.NDArray[np.int64]] | None = None,
+        lengths: list[npt.NDArray[np.int64]] | None = None, max_length: int | None = None,
     ) -> npt.NDArray[np.float32]:  # fmt: skip
-        return self._forward(self._tokenizer.pair_list, pairs, usage, progress, lengths)
+        tokenize = partial(self._tokenizer.pair_list, max_length=max_length)
+        return self._forward(tokenize, pairs, usage, progress, lengths)
 
     def _forward(
         self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool,

@@ -27,7 +27,7 @@ class EmbeddingReranker(VectorReranker):
     """Like sentence-transformers' `util.cos_sim(model.encode_query(q), model.encode_document(documents))`.
 
     Pooling, Dense, LayerNorm and Normalize modules are those of the checkpoint; without any, tokens are averaged.
-    Prompts that the checkpoint stores as "query" and "document" (or "passage") are prepended.
+    Prompts that the checkpoint stores as "query" and "document" (else "passage", else "corpus") are prepended.
 
     Arguments as in `VectorReranker`: model_name_or_path, device, dtype, max_length, num_threads, and those of the hub.
 
@@ -42,11 +42,17 @@ class EmbeddingReranker(VectorReranker):
 
     def __init__(self, model_name_or_path: str | Path, **options: Any) -> None:
         super().__init__(model_name_or_path, **options)
-        prompts = self.checkpoint.st_config.get("prompts") or {}
-        self.query_prompt = str(prompts.get("query") or "")
-        self.document_prompt = str(prompts.get("document") or prompts.get("passage") or "")
+        self.query_prompt = _prompt(self.checkpoint, "query")
+        self.document_prompt = _prompt(self.checkpoint, "document", "passage", "corpus")
 
     def _head(self, checkpoint: Checkpoint) -> Head:
+        pooling = next((module for module in checkpoint.modules if module.type == "Pooling"), None)
+        prompts = (_prompt(checkpoint, "query"), _prompt(checkpoint, "document", "passage", "corpus"))
+        if pooling is not None and not pooling.config.get("include_prompt", True) and any(prompts):
+            raise ValueError(
+                f"{pooling.path}: include_prompt is false, which leaves the prompt's tokens out of the average; the "
+                "embedding method does not, and its scores would be wrong"
+            )
         return module_head(checkpoint.modules)
 
     def encode(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.float32]:
@@ -82,3 +88,9 @@ class EmbeddingReranker(VectorReranker):
                 ops.max_sim(query_vectors[i : i + 1], vectors[begin:end], np.arange(end - begin + 1), threads=1)
                 for i, (begin, end) in enumerate(pairwise(bounds))
             ]
+
+
+def _prompt(checkpoint: Checkpoint, *names: str) -> str:
+    """The first prompt of `names` that the checkpoint stores, empty or not; "" if there is none."""
+    prompts = checkpoint.st_config.get("prompts") or {}
+    return str(next((prompts[name] for name in names if name in prompts), "") or "")

@@ -169,7 +169,8 @@ def room_to_write(
             f"max_new_tokens must be from 1 to {room - 1}, so that the model's context of {room} tokens leaves some to "
             f"the prompt, got {new_tokens!r}"
         )
-    return min(max_length or template_limit or room, room - new_tokens)
+    limit = (template_limit or room) if max_length is None else max_length
+    return min(limit, room - new_tokens)
 
 
 def _seed(seed: int, row: list[int]) -> int:

@@ -135,8 +135,9 @@ class ListwiseReranker(ListReranker):
         Arguments and result as in `Reranker.rank`; `first_stage` as in `score`.
         """
         check_top_k(top_k)
-        scores = self.score(query, documents, first_stage=first_stage)
-        return ranked(order(scores), scores, documents if return_documents else None, top_k)
+        texts = check_texts(documents, "documents")
+        scores = self.score(query, texts, first_stage=first_stage)
+        return ranked(order(scores), scores, texts if return_documents else None, top_k)
 
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         return self._rank_many(queries, documents, None, usage)

@@ -73,6 +73,7 @@ class LLMReranker(Reranker):
             model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.checkpoint, self.instruction = checkpoint, instruction
         self.template = self._template(checkpoint, template)
         chosen = plan(checkpoint.config, "torch", device, dtype)
         if len(chosen.devices) != 1:

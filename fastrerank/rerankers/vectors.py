@@ -51,7 +51,8 @@ class VectorReranker(Reranker):
         self.engine: Encoder = load_encoder(
             checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
         )
-        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, max_length or checkpoint.max_seq_length)
+        limit = checkpoint.max_seq_length if max_length is None else max_length
+        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
 
     def warmup(self) -> VectorReranker:
         """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""

@@ -48,9 +48,10 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
         return tokenizer
     normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
     if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
-        normalizer.lowercase = settings.get("do_lower_case", normalizer.lowercase)
-        normalizer.strip_accents = settings.get("strip_accents", normalizer.strip_accents)
-        normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
+        # What the settings leave out is the class's default, whatever tokenizer.json says.
+        normalizer.lowercase = settings.get("do_lower_case", True)
+        normalizer.strip_accents = settings.get("strip_accents")
+        normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", True)
         tokenizer.normalizer = normalizer
     if isinstance(splitter, tokenizers.pre_tokenizers.ByteLevel):
         splitter.add_prefix_space = settings.get("add_prefix_space", splitter.add_prefix_space)

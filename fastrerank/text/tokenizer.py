@@ -27,6 +27,11 @@ _CHARS_PER_TOKEN = 8
 _WORD_END = re.compile(r"\w(?= )")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBES = ("a", "the", "hello", "1", ".")
+# The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
+_TYPED_CLASSES = {
+    "BertTokenizer", "ConvBertTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer", "ElectraTokenizer", "FNetTokenizer",
+    "LayoutLMTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Tokenizer:
         self._single = _derive_template(tokenizer, use_type_ids, segments=1)
         self._pair = _derive_template(tokenizer, use_type_ids, segments=2)
         self._word_local = _is_word_local(tokenizer)
-        self.max_length = self._check_max_length(max_length)
+        self.max_length = self.checked_max_length(max_length)
 
     @classmethod
     def load(cls, path: Path, max_length: int | None = None) -> Tokenizer:
@@ -113,7 +118,7 @@ class Tokenizer:
             max_length_of(path, config) if max_length is None else max_length,
             position_limit=position_limit(config),
             truncation_side=settings.get("truncation_side", "right"),
-            use_type_ids="token_type_ids" in settings.get("model_input_names", ["token_type_ids"]),
+            use_type_ids=_uses_type_ids(config, settings),
         )
 
     def pairs(self, query: str, documents: Sequence[str], max_length: int | None = None) -> TokenBatch:
@@ -240,7 +245,7 @@ class Tokenizer:
         return tokens[len(tokens) - room :] if self._cut_left else tokens[:room]
 
     def _room(self, max_length: int | None, template: _Template) -> int | None:
-        limit = self.max_length if max_length is None else self._check_max_length(max_length)
+        limit = self.max_length if max_length is None else self.checked_max_length(max_length)
         if limit is None:
             return None
         # Two: at least one token for each segment of a pair.
@@ -249,7 +254,8 @@ class Tokenizer:
             raise ValueError(f"max_length={limit} leaves no room for text: it must be at least {least}")
         return limit - template.size
 
-    def _check_max_length(self, max_length: int | None) -> int | None:
+    def checked_max_length(self, max_length: int | None) -> int | None:
+        """Return `max_length`, or raise TypeError or ValueError if it is no limit that the model's positions allow."""
         if max_length is None:
             return None
         if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)):
@@ -264,7 +270,7 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
     """`texts` as a list of str, or a TypeError that names the argument, the position and what came.
 
     Args:
-        texts: a list, tuple, 1-D numpy array of str (or objects that are str), or another sized iterable of str.
+        texts: a list, tuple, 1-D numpy array of str (or objects that are str), or another iterable of str.
         name: the caller's argument, for the message.
         scalar: `texts` is a list of one, whose message names the argument without a position.
 
@@ -276,7 +282,7 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
         ...
         TypeError: documents[1] must be str, got NoneType
     """
-    if isinstance(texts, (str, bytes, Mapping, Set)) or not hasattr(texts, "__len__") or not hasattr(texts, "__iter__"):
+    if isinstance(texts, (str, bytes, Mapping, Set)) or not hasattr(texts, "__iter__"):
         raise TypeError(f"{name} must be a list, tuple or 1-D array of str, got {_describe(texts)}")
     if isinstance(texts, np.ndarray):
         if texts.ndim != 1:
@@ -288,6 +294,18 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
             place = name if scalar else f"{name}[{position}]"
             raise TypeError(f"{place} must be str, got {_describe(text)}")
     return checked
+
+
+def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether transformers gives the model token types: as the settings say, else as the named class does.
+
+    The generic classes (PreTrainedTokenizerFast, TokenizersBackend) give none, whatever their post-processor says.
+    """
+    names = settings.get("model_input_names")
+    if names is not None:
+        return "token_type_ids" in names
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    return not isinstance(name, str) or name.removesuffix("Fast") in _TYPED_CLASSES
 
 
 def _describe(value: object) -> str:
