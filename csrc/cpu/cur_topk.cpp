@@ -442,7 +442,7 @@ private:
             std::nth_element(done.begin(), done.begin() + (k - 1), done.end(), before);
             const float threshold = queries_.relaxed(r, done[k - 1].score / queries_.unit[r]);
             const auto end = std::partition(open.begin() + first, open.end(),
-                                                  [&](const Candidate& c) { return !(c.upper < threshold); });
+                                            [&](const Candidate& c) { return !(c.upper < threshold); });
             rescore(r, open, first, end - open.begin(), done, threads);
         }
         const int64_t given = std::min<int64_t>(g_.k, done.size());
