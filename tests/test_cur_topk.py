@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,32 @@ def test_shards_are_one_index(storage: str, tmp_path: Path) -> None:
     true_ids, true_scores = ops.cur_topk(queries, whole, 64)
     np.testing.assert_array_equal(ids, true_ids)
     np.testing.assert_array_equal(scores, true_scores)
+
+
+@functools.cache
+def sampled(storage: str, misled: bool) -> tuple[np.ndarray, ops.PackedItems, np.ndarray, np.ndarray]:
+    """Queries, items so many that a scan begins with a sample of them, and the answer without the items 3 and 50."""
+    random = np.random.default_rng(13)
+    width = {"float32": 64, "bfloat16": 128, "int8": 256}[storage]  # 4 KB for each tile
+    vectors = random.standard_normal((width, 62_000), np.float32)
+    queries = random.standard_normal((6, width), np.float32)
+    if misled:  # nearly all the best of two queries are in the sample, and of one none is
+        vectors[:, :90] += 2 * queries[0][:, None]
+        vectors[:, 40:80] += 3 * queries[2][:, None]
+        vectors[:, 30_000:30_090] += 2 * queries[1][:, None]
+    items = ops.cur_pack(vectors, storage)
+    return queries, items, *expected(queries, items, 100, [[3, 50]] * 6)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("misled", [False, True])
+def test_a_sample_that_is_not_like_the_items_changes_nothing(storage: str, misled: bool) -> None:
+    queries, items, true_ids, true_scores = sampled(storage, misled)
+    for threads in (1, 2):
+        ids, scores = ops.cur_topk(queries, items, 100, exclude=[3, 50], threads=threads)
+        np.testing.assert_array_equal(ids, true_ids)
+        np.testing.assert_array_equal(scores, true_scores)
 
 
 @pytest.mark.usefixtures("isa")

@@ -197,7 +197,14 @@ int64_t cur_scan(const CurScan& g, int64_t begin, int64_t end) {
 typedef double vd __attribute__((vector_size(64)));
 INLINE double sum_of(vd s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
 
-double cur_exact(Precision storage, const char* tile, int lane, int64_t values, const double* q) {
+double cur_exact(Precision storage, const char* tile, int lane, int64_t values, const double* q, const char* next) {
+    const auto fetch = [&](int64_t bytes) {
+#if defined(__GNUC__)
+        __builtin_prefetch(next + bytes);
+#else
+        (void)bytes;
+#endif
+    };
     typedef int32_t vi8 __attribute__((vector_size(32)));
     typedef uint32_t vu8 __attribute__((vector_size(32)));
     typedef float vf8 __attribute__((vector_size(32)));
@@ -207,6 +214,7 @@ double cur_exact(Precision storage, const char* tile, int lane, int64_t values, 
     if (storage == Precision::kInt8) {
         const char* v = tile + lane * 4;
         for (int64_t i = 0; i < values; i += 8, v += 128) {
+            fetch(i * 16), fetch(i * 16 + 64);
             const uint64_t low = load_as<uint32_t>(v);
             const uint64_t high = i + 4 < values ? load_as<uint32_t>(v + 64) : 0x80808080u;  // zeros, as stored
             const uint64_t both = low | high << 32;
@@ -215,11 +223,14 @@ double cur_exact(Precision storage, const char* tile, int lane, int64_t values, 
         }
     } else if (storage == Precision::kFloat32) {
         const float* v = reinterpret_cast<const float*>(tile) + lane * values;
-        for (int64_t i = 0; i < values; i += 8)
+        for (int64_t i = 0; i < values; i += 8) {
+            if (i % 16 == 0) fetch(i * 4);
             sum += load_as<vd>(q + i) * __builtin_convertvector(load_as<vf8>(v + i), vd);
+        }
     } else {
         const uint16_t* v = reinterpret_cast<const uint16_t*>(tile) + lane * values;
         for (int64_t i = 0; i < values; i += 8) {
+            if (i % 32 == 0) fetch(i * 2);
             const vf8 x = (vf8)(__builtin_convertvector(load_as<vh8>(v + i), vu8) << 16);
             sum += load_as<vd>(q + i) * __builtin_convertvector(x, vd);
         }

@@ -37,11 +37,16 @@ INLINE void find_limits(const CurScan& g, const float* thresholds, int64_t tile,
 }
 
 // Sums (Q, ld) of V tiles with Q queries, in which tile v has the columns [16 v, 16 v + 16). True if some were kept.
-template <int V, bool Scaled>
+// Ahead: two lines from `next` on are fetched with each query.
+template <int V, bool Scaled, bool Ahead>
 INLINE bool filter(const CurScan& g, const Limits<V>& limits, const float* thresholds, const int32_t* sums, int64_t ld,
-                   int64_t tile, int query, int queries) {
+                   int64_t tile, int query, int queries, const char* next) {
     bool any = false;
     for (int r = 0; r < queries; ++r) {
+        if constexpr (Ahead) {
+            _mm_prefetch(next + r * 128, _MM_HINT_T0);
+            _mm_prefetch(next + r * 128 + 64, _MM_HINT_T0);
+        }
         const vf threshold = splat(thresholds[query + r]), room = splat(limits.room[query + r]);
         unsigned passing[V], all = 0;
     UNROLL16 for (int v = 0; v < V; ++v) {
@@ -127,7 +132,7 @@ INLINE bool vnni_block(const CurScan& g, const float* thresholds, int64_t tile) 
             vnni_sums<8, V, true>(g, p, q, sums);
         else
             vnni_sums<8, V, false>(g, p, q, sums);
-        any |= filter<V, Scaled>(g, limits, thresholds, sums, V * VL, tile, query, queries);
+        any |= filter<V, Scaled, false>(g, limits, thresholds, sums, V * VL, tile, query, queries, nullptr);
     }
     return any;
 }
@@ -166,14 +171,14 @@ INLINE bool amx_block(const CurScan& g, const float* thresholds, int64_t tile) {
         _tile_zero(2);
         _tile_zero(3);
         for (int at = 0; at < g.width; at += 64) {
-            const char* next = ahead + at * 2 * kCurTile;
+            const char* next = ahead + at * kCurTile;
             _tile_loadd(6, p + at * kCurTile, 64);
             _tile_loadd(4, q + at, g.ldq);
-            if (query == 0) fetch(next), fetch(next + 512);
+            if (query == 0) fetch(next);
             _tile_dpbsud(0, 4, 6);
             _tile_loadd(7, p + g.tile_bytes + at * kCurTile, 64);
             _tile_dpbsud(1, 4, 7);
-            if (query == 0) fetch(next + 1024), fetch(next + 1536);
+            if (query == 0) fetch(next + 512);
             if (both) {
                 _tile_loadd(5, q + 16 * g.ldq + at, g.ldq);
                 _tile_dpbsud(2, 5, 6);
@@ -187,7 +192,15 @@ INLINE bool amx_block(const CurScan& g, const float* thresholds, int64_t tile) {
             _tile_stored(3, sums + 16 * kRow + VL, kRow * 4);
         }
         const int queries = g.queries - query < kAmxQueries ? g.queries - query : kAmxQueries;
-        any |= filter<kAmxTiles, Scaled>(g, limits, thresholds, sums, kRow, tile, query, queries);
+        if (query == 0) {
+            // The memory is to be busy in the filter too: what it does not fetch of the second half is fetched here.
+            const char* half = ahead + g.width * kCurTile;
+            const char* next = ahead + kAmxTiles * g.tile_bytes - queries * 128;
+            for (; half < next; half += 64) _mm_prefetch(half, _MM_HINT_T0);
+            any |= filter<kAmxTiles, Scaled, true>(g, limits, thresholds, sums, kRow, tile, query, queries, half);
+        } else {
+            any |= filter<kAmxTiles, Scaled, false>(g, limits, thresholds, sums, kRow, tile, query, queries, nullptr);
+        }
     }
     return any;
 }

@@ -19,6 +19,9 @@ constexpr int64_t kChunkBytes = 1 << 18;      // of tiles: what a thread takes a
 constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many queries share a pass
 constexpr int64_t kMostQueries = 256;
 constexpr int64_t kRescored = 64;             // candidates of a task
+constexpr int64_t kBlockTiles = 6;            // a multiple of what any level takes at a time
+constexpr int64_t kSampled = 3;               // of so many chunks the first begins with a part of the sample
+constexpr int64_t kSampledChunks = 64;        // fewer have none
 
 // Small: what fills a reservoir first is cut back to a threshold sooner. It grows to kGrowth times that where more
 // items stay between the bounds.
@@ -57,30 +60,37 @@ public:
     }
     int64_t width() const { return (values_ + 7) / 8 * 8; }  // of a query
 
-    void prefetch(int32_t id) const {
-#if defined(__GNUC__)
-        const auto [shard, at] = place(id);
-        const char* tile = shard->exact + at / kCurTile * bytes_;
-        const int lane = static_cast<int>(at % kCurTile);
-        if (g_.exact_storage == Precision::kInt8) {
-            for (int64_t i = 0; i < values_ / 4; ++i) __builtin_prefetch(tile + i * 64 + lane * 4);
-            return;
-        }
-        const int64_t row = values_ * (g_.exact_storage == Precision::kFloat32 ? 4 : 2);
-        for (int64_t i = 0; i < row; i += 64) __builtin_prefetch(tile + lane * row + i);
-#endif
-    }
+    // How many items on what is fetched now is used: of about as many cache lines as a core has on their way.
+    int64_t ahead() const { return std::clamp<int64_t>(kAheadBytes / (values_ * stride()), 1, 8); }
 
-    // q: (width(),) with zeros in the padding
-    float score(const double* q, int32_t id) const {
+    // q: (width(),) with zeros in the padding; next: an item whose values are fetched meanwhile
+    float score(const double* q, int32_t id, int32_t next) const {
         const auto [shard, at] = place(id);
         const char* tile = shard->exact + at / kCurTile * bytes_;
-        const double product = kernels_.cur_exact(g_.exact_storage, tile, static_cast<int>(at % kCurTile), values_, q);
+        const double product =
+            kernels_.cur_exact(g_.exact_storage, tile, static_cast<int>(at % kCurTile), values_, q, values_at(next));
         const bool scaled = g_.exact_storage == Precision::kInt8 && shard->scale;
         return static_cast<float>(scaled ? product * shard->scale[at] : product);
     }
 
+    void prefetch(int32_t id) const {
+#if defined(__GNUC__)
+        const char* from = values_at(id);
+        for (int64_t i = 0; i < values_ * stride(); i += 64) __builtin_prefetch(from + i);
+#endif
+    }
+
 private:
+    static constexpr int64_t kAheadBytes = 4096;
+    // Bytes of a tile from one value of an item to the next, on average.
+    int64_t stride() const {
+        return g_.exact_storage == Precision::kInt8 ? kCurTile : g_.exact_storage == Precision::kFloat32 ? 4 : 2;
+    }
+    const char* values_at(int32_t id) const {
+        const auto [shard, at] = place(id);
+        const int64_t row = g_.exact_storage == Precision::kInt8 ? 4 : values_ * stride();
+        return shard->exact + at / kCurTile * bytes_ + at % kCurTile * row;
+    }
     std::pair<const CurShard*, int64_t> place(int32_t id) const {
         const size_t s = std::upper_bound(first_.begin(), first_.end(), id) - first_.begin() - 1;
         return {&g_.shards[s], id - first_[s]};
@@ -127,9 +137,10 @@ struct Prepared {
                 double error = 0, rounded = 0;
                 int32_t sum = 0;
                 for (int i = 0; i < g.width; ++i) {
-                    const double value = std::nearbyint(folded[i] / unit[r]);
-                    to[i] = static_cast<int8_t>(value);
-                    error += std::pow(folded[i] / unit[r] - value, 2), rounded += value * value, sum += to[i];
+                    const double exact_value = folded[i] / unit[r];
+                    to[i] = static_cast<int8_t>(std::lrint(exact_value));
+                    const double value = to[i], gone = exact_value - value;
+                    error += gone * gone, rounded += value * value, sum += to[i];
                 }
                 start[r] = -128 * sum;
                 relative = std::sqrt(error) + 8 * 0x1p-24 * std::sqrt(rounded);
@@ -218,7 +229,7 @@ public:
             wanted_.push_back(g.k + excluded(r));
         }
         const int64_t bytes = tile_bytes_of(g.storage, g.width);
-        const int64_t tiles = std::max<int64_t>(kChunkBytes / bytes / 3 * 3, 3);
+        const int64_t tiles = std::max<int64_t>(kChunkBytes / bytes / kBlockTiles * kBlockTiles, kBlockTiles);
         int64_t first = 0;
         for (const CurShard& shard : g.shards) {
             const int64_t end = (shard.count + kCurTile - 1) / kCurTile;
@@ -228,10 +239,13 @@ public:
     }
 
     CurFault run() {
-        const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads_, chunks_.size())));
-        found_.resize(threads);
-        std::atomic<size_t> next{0};
-        run_parallel(threads, threads, [&](int t) { scan(found_[t], next); });
+        found_.resize(std::max<int64_t>(1, std::min<int64_t>(threads_, chunks_.size())));
+        if (!sample()) {
+            scan_all(kWhole);
+        } else {
+            scan_all(kAfterSample);
+            if (!confirmed()) scan_all(kWhole);
+        }
         if (rows_ >= threads_) {
             run_parallel(static_cast<int>(rows_), threads_, [&](int r) { finish(r, 1); });
         } else {
@@ -248,11 +262,82 @@ private:
 
     int64_t excluded(int64_t r) const { return g_.left_out_begin[begin_ + r + 1] - g_.left_out_begin[begin_ + r]; }
 
-    void scan(std::vector<Reservoir>& found, std::atomic<size_t>& next) {
-        found.resize(rows_);
+    enum Part { kSample, kAfterSample, kWhole };
+
+    void scan_all(Part part) {
+        const int threads = static_cast<int>(found_.size());
+        std::atomic<size_t> next{0};
+        run_parallel(threads, threads, [&](int t) { scan(found_[t], next, part); });
+    }
+
+    // Looks at a sample of the items, spread over all of them, and supposes of each query that the wanted best of all
+    // reach what so many of the sample reach that it would be a wonder if they did not. False: no sample is worth it.
+    bool sample() {
+        if (chunks_.size() < kSampledChunks) return false;
+        int64_t tiles = 0, all = 0;
+        for (size_t i = 0; i < chunks_.size(); ++i) {
+            all += chunks_[i].end - chunks_[i].begin;
+            tiles += sample_end(i) - chunks_[i].begin;
+        }
+        ranks_ = wanted_;
+        bool any = false;
+        for (int64_t r = 0; r < rows_; ++r) {
+            const double mean = static_cast<double>(wanted_[r]) * static_cast<double>(tiles) / static_cast<double>(all);
+            const auto rank = static_cast<int64_t>(mean + 4 * std::sqrt(mean) + 4);
+            if (2 * rank < wanted_[r]) ranks_[r] = rank, any = true;
+        }
+        if (!any) return false;
+        scan_all(kSample);
+        for (int64_t r = 0; r < rows_; ++r)
+            if (ranks_[r] < wanted_[r]) raise(r, reached(r, ranks_[r]));
+        for (int64_t r = 0; r < rows_; ++r) supposed_.push_back(thresholds_[r].load());
+        return true;
+    }
+
+    // Whether what was supposed was true. Otherwise forgets all but what each query's best reach.
+    bool confirmed() {
+        bool all = true;
+        std::vector<float> reached_by(rows_);
+        for (int64_t r = 0; r < rows_; ++r) {
+            reached_by[r] = reached(r, wanted_[r]);
+            all &= ranks_[r] == wanted_[r] || reached_by[r] >= supposed_[r];
+        }
+        if (all) return true;
+        for (int64_t r = 0; r < rows_; ++r) thresholds_[r].store(reached_by[r]);
+        for (std::vector<Reservoir>& thread : found_) thread.clear();
+        return false;
+    }
+
+    // The threshold that `rank` items reach of those found, minus infinity if they are fewer.
+    float reached(int64_t r, int64_t rank) const {
+        std::vector<float> lower;
+        for (const std::vector<Reservoir>& thread : found_) {
+            const CurReservoir& view = thread[r].view;
+            lower.insert(lower.end(), view.lower, view.lower + view.count);
+            for (const Scored& s : thread[r].best)
+                lower.push_back(std::nextafter(static_cast<float>(s.score / queries_.unit[r]), -kInfinity));
+        }
+        if (static_cast<int64_t>(lower.size()) < rank) return -kInfinity;
+        const int n = static_cast<int>(lower.size());
+        return queries_.relaxed(r, kernels_.kth_largest(lower.data(), n, static_cast<int>(rank)));
+    }
+
+    int64_t sample_end(size_t i) const {
+        const Chunk& chunk = chunks_[i];
+        return i % kSampled ? chunk.begin : std::min(chunk.begin + kBlockTiles, chunk.end);
+    }
+
+    void scan(std::vector<Reservoir>& found, std::atomic<size_t>& next, Part part) {
+        const std::vector<int64_t>& ranks = part == kSample ? ranks_ : wanted_;
+        if (found.empty()) {
+            found.resize(rows_);
+            for (int64_t r = 0; r < rows_; ++r) found[r].make(limit_of(ranks[r]));
+        }
         std::vector<CurReservoir> views(rows_);
-        for (int64_t r = 0; r < rows_; ++r) found[r].make(limit_of(wanted_[r]));
-        for (int64_t r = 0; r < rows_; ++r) views[r] = found[r].view;
+        for (int64_t r = 0; r < rows_; ++r) {
+            views[r] = found[r].view;
+            if (views[r].limit < limit_of(ranks[r])) found[r].grow(limit_of(ranks[r]), views[r]);
+        }
         CurScan scan{};
         scan.storage = g_.storage;
         scan.tile_bytes = tile_bytes_of(g_.storage, g_.width);
@@ -268,26 +353,29 @@ private:
             scan.first = static_cast<int32_t>(chunk.first);
             for (int64_t r = 0; r < rows_; ++r)
                 views[r].threshold = std::max(views[r].threshold, thresholds_[r].load(std::memory_order_relaxed));
-            for (int64_t at = chunk.begin; at < chunk.end;) {
-                at = kernels_.cur_scan(scan, at, chunk.end);
+            const int64_t end = part == kSample ? sample_end(i) : chunk.end;
+            for (int64_t at = part == kAfterSample ? sample_end(i) : chunk.begin; at < end;) {
+                at = kernels_.cur_scan(scan, at, end);
                 for (int64_t r = 0; r < rows_; ++r)
-                    if (views[r].count > views[r].limit) prune(r, views[r], found[r]);
+                    if (views[r].count > views[r].limit) prune(r, ranks[r], views[r], found[r]);
             }
         }
         for (int64_t r = 0; r < rows_; ++r) found[r].view = views[r];
     }
 
-    void raise(int64_t r, float threshold, CurReservoir& v) {
-        v.threshold = std::max(v.threshold, threshold);
+    void raise(int64_t r, float threshold) {
         float shared = thresholds_[r].load(std::memory_order_relaxed);
-        while (shared < v.threshold && !thresholds_[r].compare_exchange_weak(shared, v.threshold)) {
+        while (shared < threshold && !thresholds_[r].compare_exchange_weak(shared, threshold)) {
         }
     }
+    void raise(int64_t r, float threshold, CurReservoir& v) {
+        v.threshold = std::max(v.threshold, threshold);
+        raise(r, v.threshold);
+    }
 
-    void prune(int64_t r, CurReservoir& v, Reservoir& reservoir) {
+    void prune(int64_t r, int64_t rank, CurReservoir& v, Reservoir& reservoir) {
         std::vector<Scored>& best = reservoir.best;
-        const int wanted = static_cast<int>(wanted_[r]);
-        raise(r, queries_.relaxed(r, kernels_.kth_largest(v.lower, v.count, wanted)), v);
+        raise(r, queries_.relaxed(r, kernels_.kth_largest(v.lower, v.count, static_cast<int>(rank))), v);
         int kept = 0;
         for (int i = 0; i < v.count; ++i) {
             v.upper[kept] = v.upper[i], v.lower[kept] = v.lower[i], v.ids[kept] = v.ids[i];
@@ -295,12 +383,11 @@ private:
         }
         v.count = kept;
         if (kept <= v.limit / 2) return;
-        if (v.limit < kGrowth * limit_of(wanted)) return reservoir.grow(2 * v.limit, v);
+        if (v.limit < kGrowth * limit_of(rank)) return reservoir.grow(2 * v.limit, v);
         if (kept <= v.limit / 4 * 3) return;
-        for (int i = 0; i < kept; ++i) {
-            if (i + 1 < kept) exact_.prefetch(v.ids[i + 1]);
-            best.push_back(rescored(r, {v.upper[i], v.lower[i], v.ids[i]}));
-        }
+        const int ahead = static_cast<int>(exact_.ahead());
+        for (int i = 0; i < kept; ++i)
+            best.push_back(rescored(r, {v.upper[i], v.lower[i], v.ids[i]}, v.ids[std::min(i + ahead, kept - 1)]));
         v.count = 0;
         if (static_cast<int64_t>(best.size()) < wanted_[r]) return;
         std::nth_element(best.begin(), best.begin() + (wanted_[r] - 1), best.end(), before);
@@ -308,8 +395,8 @@ private:
         raise(r, queries_.relaxed(r, best[wanted_[r] - 1].score / queries_.unit[r]), v);
     }
 
-    Scored rescored(int64_t r, const Candidate& c) {
-        const float score = exact_.score(queries_.exact.data() + r * exact_.width(), c.id);
+    Scored rescored(int64_t r, const Candidate& c, int32_t next) {
+        const float score = exact_.score(queries_.exact.data() + r * exact_.width(), c.id, next);
         if (std::isnan(score)) report(CurFault::kNaN, r, c.id);
         const double product = score / queries_.unit[r], room = std::fabs(product) * 0x1p-20 + 1e-30;
         if (g_.rounded && (product > c.upper + room || product < c.lower - room))
@@ -344,22 +431,25 @@ private:
                 std::remove_if(open.begin(), open.end(), [&](const Candidate& c) { return c.upper < threshold; }),
                 open.end());
         }
-        std::sort(open.begin(), open.end(), [](const Candidate& a, const Candidate& b) {
-            return a.upper > b.upper || (a.upper == b.upper && a.id < b.id);
-        });
         // The likeliest first; what the k-th best exact score then rules out is not looked at.
         const int64_t first = std::min<int64_t>(g_.k, open.size());
+        if (first < static_cast<int64_t>(open.size()))
+            std::nth_element(open.begin(), open.begin() + first, open.end(),
+                             [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
         rescore(r, open, 0, first, done, threads);
         const int64_t k = std::min<int64_t>(g_.k, done.size());
         if (k == g_.k && first < static_cast<int64_t>(open.size())) {
             std::nth_element(done.begin(), done.begin() + (k - 1), done.end(), before);
             const float threshold = queries_.relaxed(r, done[k - 1].score / queries_.unit[r]);
-            const auto end = std::partition_point(open.begin() + first, open.end(),
-                                                  [&](const Candidate& c) { return !(c.upper < threshold); });
+            const auto end = std::partition(open.begin() + first, open.end(),
+                                            [&](const Candidate& c) { return !(c.upper < threshold); });
             rescore(r, open, first, end - open.begin(), done, threads);
         }
-        std::partial_sort(done.begin(), done.begin() + std::min<int64_t>(g_.k, done.size()), done.end(), before);
-        for (int64_t i = 0; i < std::min<int64_t>(g_.k, done.size()); ++i) {
+        const int64_t given = std::min<int64_t>(g_.k, done.size());
+        if (given < static_cast<int64_t>(done.size()))
+            std::nth_element(done.begin(), done.begin() + given, done.end(), before);
+        std::sort(done.begin(), done.begin() + given, before);
+        for (int64_t i = 0; i < given; ++i) {
             g_.ids[(begin_ + r) * g_.k + i] = done[i].id;
             g_.scores[(begin_ + r) * g_.k + i] = done[i].score;
         }
@@ -372,10 +462,10 @@ private:
         Scored* out = done.data() + done_before;
         run_parallel(static_cast<int>((end - begin + kRescored - 1) / kRescored), threads, [&](int task) {
             const int64_t from = begin + task * kRescored, to = std::min(from + kRescored, end);
-            for (int64_t i = from; i < to; ++i) {
-                if (i + 1 < to) exact_.prefetch(open[i + 1].id);
-                out[i - begin] = rescored(r, open[i]);
-            }
+            const int64_t ahead = exact_.ahead();
+            for (int64_t i = from; i < std::min(from + ahead, to); ++i) exact_.prefetch(open[i].id);
+            for (int64_t i = from; i < to; ++i)
+                out[i - begin] = rescored(r, open[i], open[std::min(i + ahead, end - 1)].id);
         });
     }
 
@@ -386,7 +476,8 @@ private:
     const int threads_;
     const Prepared queries_;
     const std::unique_ptr<std::atomic<float>[]> thresholds_;  // what some thread has found that all may rely on
-    std::vector<int64_t> wanted_;
+    std::vector<int64_t> wanted_, ranks_;  // ranks_: what `wanted_` is in the sample; the same where none is taken
+    std::vector<float> supposed_;          // thresholds after the sample, which are still to be confirmed
     std::vector<Chunk> chunks_;
     std::vector<std::vector<Reservoir>> found_;  // by thread and query
     CurFault fault_;

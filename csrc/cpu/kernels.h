@@ -253,8 +253,8 @@ struct Kernels {
     // that was not scanned, because a reservoir is beyond its limit.
     int64_t (*cur_scan)(const CurScan&, int64_t begin, int64_t end);
     // q . v of one item of a tile, `values` with its padding; q has zeros up to a multiple of 8. The same bits
-    // everywhere.
-    double (*cur_exact)(Precision, const char* tile, int lane, int64_t values, const double* q);
+    // everywhere. next: where the values of an item begin that are fetched meanwhile.
+    double (*cur_exact)(Precision, const char* tile, int lane, int64_t values, const double* q, const char* next);
     // The k-th largest of n values of which none is NaN, 1 <= k <= n; -0 counts as less than 0.
     float (*kth_largest)(const float* values, int n, int k);
     // Sustained operations for `iterations` rounds of register-only multiply-adds; returns the number of operations.
