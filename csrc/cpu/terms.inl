@@ -4,7 +4,7 @@
 //
 // What is not finite is its own first term, and what would round to infinity is cut instead.
 struct Terms {
-    vu t[3];  // in the words' upper halves; the lower are zeros
+    vu t[3];  // in the words' upper halves; the lower are zeros, of denormals too
 };
 
 INLINE __mmask16 not_finite(vf x) { return _mm512_fpclass_ps_mask((__m512)x, 0x99); }
@@ -17,7 +17,7 @@ __attribute__((noinline)) inline Terms split_edge(vf x) {
     const vu a = (vu)_mm512_mask_mov_epi32((__m512i)near, odd | not_finite((vf)near), (__m512i)(quiet & 0xffff0000));
     const vf r = (vf)_mm512_maskz_sub_ps(~odd, (__m512)x, (__m512)a);
     const vu b = ((vu)r + 0x8000) & 0xffff0000;
-    return {{a, b, (vu)(r - (vf)b)}};
+    return {{a, b, (vu)(r - (vf)b) & 0xffff0000}};
 }
 // Ties go away from zero: that is one addition, and as close as any other way.
 INLINE Terms split(vf x) {
@@ -25,7 +25,7 @@ INLINE Terms split(vf x) {
     if (__builtin_expect(not_finite((vf)a), 0)) return split_edge(x);
     const vf r = x - (vf)a;
     const vu b = ((vu)r + 0x8000) & 0xffff0000;
-    return {{a, b, (vu)(r - (vf)b)}};
+    return {{a, b, (vu)(r - (vf)b) & 0xffff0000}};
 }
 
 // A row in Format::kTerms: three rows of bfloat16, `ld` values apart.
