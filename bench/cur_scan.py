@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from bench.timing import SETTLE
 from fastrerank import ops
 
 Answer = Callable[[NDArray[np.float32]], NDArray[np.int64]]  # queries (B, K) -> ids (B, k)
@@ -159,6 +160,11 @@ def _reader(size: int, options: Options) -> Callable[[], object]:
 
 
 def _timed(call: Callable[[], object]) -> float:
+    """Milliseconds of a call after an untimed one: what the engine before left in a large last-level cache, and its
+    workers that still spin, would favour some engines over others.
+    """
+    time.sleep(SETTLE)
+    call()
     gc.disable()
     begin = time.perf_counter()
     call()
