@@ -53,6 +53,7 @@ class Findings:
         return all(self.recall[name] == 1.0 for name in self.recall if name in EXACT)
 
 
+REPEATS = 3  # timed calls of an engine in each round
 EXACT = ("fastrerank float32", "fastrerank int8, rescored")
 
 
@@ -76,10 +77,10 @@ def run(options: Options, log: Console) -> Findings:
     reader = _reader(tiles * 16 * (padded + 4), options)  # values and norms
     found.read = {"int8": []}
     for _ in range(options.rounds):
-        found.read["int8"].append(_timed(reader))
+        found.read["int8"] += _timed(reader)
         for count in options.queries:
             for name, answer in engines.items():
-                found.times[name][count].append(_timed(lambda answer=answer, count=count: answer(queries[:count])))
+                found.times[name][count] += _timed(lambda answer=answer, count=count: answer(queries[:count]))
     return found
 
 
@@ -159,18 +160,20 @@ def _reader(size: int, options: Options) -> Callable[[], object]:
     return words.sum
 
 
-def _timed(call: Callable[[], object]) -> float:
-    """Milliseconds of a call after an untimed one: what the engine before left in a large last-level cache, and its
-    workers that still spin, would favour some engines over others.
+def _timed(call: Callable[[], object]) -> list[float]:
+    """Milliseconds of REPEATS calls after an untimed one: what the engine before left in a large last-level cache, and
+    its workers that still spin, would favour some engines over others.
     """
     time.sleep(SETTLE)
     call()
+    spent = []
     gc.disable()
-    begin = time.perf_counter()
-    call()
-    spent = time.perf_counter() - begin
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        call()
+        spent.append((time.perf_counter() - begin) * 1e3)
     gc.enable()
-    return spent * 1e3
+    return spent
 
 
 def _host(options: Options) -> dict[str, Any]:

@@ -20,7 +20,7 @@ constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many querie
 constexpr int64_t kMostQueries = 256;
 constexpr int64_t kRescored = 64;             // candidates of a task
 constexpr int64_t kBlockTiles = 6;            // a multiple of what any level takes at a time
-constexpr int64_t kSampled = 3;               // of so many chunks the first begins with a part of the sample
+constexpr int64_t kSampled = 2;               // of so many chunks the first begins with a part of the sample
 constexpr int64_t kSampledChunks = 64;        // fewer have none
 
 // Small: what fills a reservoir first is cut back to a threshold sooner. It grows to kGrowth times that where more
