@@ -222,7 +222,8 @@ void attention_with(const Attention& g) {
         const char* v = static_cast<const char*>(g.v) + column * P::kElement;
         pack_keys(k, g.ldk * P::kElement, g.keys, keys_padded, units, AttentionHead<P>::kVectors * VL,
                   reinterpret_cast<int32_t*>(keys));
-        pack_values<P>(v, g.ldk * P::kElement, g.keys, keys_padded, g.head_dim, AttentionHead<P>::kVectors * VL, values);
+        pack_values<P>(v, g.ldk * P::kElement, g.keys, keys_padded, g.head_dim, AttentionHead<P>::kVectors * VL,
+                       values);
         const AttentionHead<P> head{g,
                                     static_cast<const char*>(g.q) + column * P::kElement,
                                     static_cast<char*>(g.out) + column * bytes_of(g.out_format),

@@ -149,7 +149,8 @@ struct IntervalTile {
         constexpr int NV = P::kVectors, W = P::kVectors * VL;
         const int query = query_begin + at;
         const int first = row_begin + query / g.group, last = row_begin + (query + MR - 1) / g.group;
-        const int lowest = first_key(first) - key_begin, highest = end_key(last) - key_begin;  // neither end of a run moves back
+        // Neither end of a run moves back.
+        const int lowest = first_key(first) - key_begin, highest = end_key(last) - key_begin;
         const int begin = lowest < 0 ? 0 : lowest / W * W;
         const int end = highest > keys ? keys_padded : static_cast<int>(padded(highest));
         if (begin >= end) return;
