@@ -360,19 +360,22 @@ class _Bench:
     ) -> None:  # fmt: skip
         """WRONG is an engine whose rms error against float32 is over twice that of sentence-transformers' default.
 
-        Judged on the larger request: of a few scores the ratio of two rms errors is chance.
+        Twice its error on the larger request. The squared errors of the smaller one's n scores are some of all N, whose
+        sum is at most N times the square of the bound: so sqrt(N / n) times it is allowed there.
         """
-        for size, pairs in whole.items():
+        for size, pairs in reversed(whole.items()):
             with failing_as(EngineError, engine.name):
                 logits = engine.scores(pairs).astype(np.float64)
             rms = float(np.sqrt(np.mean((logits - reference[:size]) ** 2)))
             row.check[f"rms at {size}"] = rms
-        if engine.name == gpu_engines.RIVALS[0].name:
-            result.bound = 2 * rms
-        if not rms <= result.bound:  # false for NaN
-            row.state = "WRONG"
-            row.detail = f"rms error {rms:.2e} on {size} documents, at most {result.bound:.2e} allowed"
-        row.check |= agreement(logits, reference)
+            if size == max(whole):
+                row.check |= agreement(logits, reference)
+                if engine.name == gpu_engines.RIVALS[0].name:
+                    result.bound = 2 * rms
+            allowed = result.bound * (max(whole) / size) ** 0.5
+            if not rms <= allowed:  # false for NaN
+                row.state = "WRONG"
+                row.detail = f"rms error {rms:.2e} on {size} documents, at most {allowed:.2e} allowed"
         graphs = getattr(getattr(getattr(engine, "encoder", None), "_runner", None), "graphs", None)
         if graphs is not None:
             row.graphs = sorted(graphs._graphs)

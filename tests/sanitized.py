@@ -56,22 +56,12 @@ def mass() -> None:
 
 
 def labels() -> None:
+    import test_label_logits as tests
     import torch
 
-    from fastrerank import ops
-
-    generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows, count, width, norm in ((5, 2, 1024, "rms"), (3, 26, 100, "layer"), (2, 90, 37, None)):
-            hidden, weight = (torch.randn((n, width), generator=generator).to(dtype) for n in (rows, count))
-            gamma = torch.rand(width, generator=generator) if norm else None
-            expected = ops.label_logits(hidden, weight, norm=norm, norm_weight=gamma)
-            there = None if gamma is None else gamma.cuda()
-            logits, order = ops.label_logits(
-                hidden.cuda(), weight.cuda(), norm=norm, norm_weight=there, return_order=True
-            )
-            torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4)
-            assert torch.equal(order.long(), (-logits).argsort(dim=1, stable=True))
+        for name in ("rms, two labels", "layer, both vectors, head bias", "many labels"):
+            tests.check(tests.tensors(tests.CASES[name], dtype, device="cuda"))
 
 
 def cur() -> None:

@@ -13,7 +13,7 @@ from fastrerank.ops import _cur_cuda  # noqa: E402
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(not ops.cuda_info()["built"], reason="this installation was built without nvcc"),
+    pytest.mark.skipif(not ops.cuda_info()["built"], reason="this installation was built without the CUDA kernels"),
 ]
 KINDS = [("bfloat16", None), ("int8", "item"), ("int8", "anchor")]
 

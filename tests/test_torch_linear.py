@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
@@ -166,27 +167,45 @@ class Gated(torch.nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Compared:
+    """A layer before and after it became one call, against its float64 copy, over several sizes together."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.errors: list[list[Any]] = [[], []]  # ours, torch's
+
+    def add(self, make: Callable[[], torch.nn.Module], width: int, fuse: Callable[[torch.nn.Module], None]) -> None:
+        """`fuse` makes the layer one call on packed products."""
+        plain, exact = make().to(self.dtype), make().double()
+        exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
+        x = torch.randn(1, 131, width).to(self.dtype)
+        with torch.inference_mode():
+            expected, torchs = exact(x.double()), plain(x)
+            fuse(plain)
+            ours = plain(x)
+            alone = torch.cat([plain(x[:, i : i + 1]) for i in range(131)], 1)
+        assert ours.dtype == self.dtype
+        assert torch.equal(ours, alone)
+        for kind, result in enumerate((ours, torchs)):
+            self.errors[kind].append((result - expected).ravel())
+
+    def check(self) -> None:
+        ours, plain = (torch.cat(parts).square().mean().sqrt() for parts in self.errors)
+        assert ours <= 2 * plain
+
+
 @pytest.mark.parametrize("act", [torch.nn.SiLU(), torch.nn.GELU(), torch.nn.GELU(approximate="tanh")], ids=str)
 def test_a_gated_layer_in_one_call_errs_no_more_than_torch(dtype: Any, act: Any) -> None:
     torch.manual_seed(0)
-    errors: list[list[Any]] = [[], []]
+    compared = Compared(dtype)
+
+    def fuse(layer: torch.nn.Module) -> None:
+        pack_linears(layer)
+        assert fuse_gated(layer)
+
     for inputs, inner, bias in [(32, 64, False), (40, 50, True), (64, 200, False), (7, 5, False)]:
-        plain = Gated(inputs, inner, act, bias).to(dtype)
-        exact = Gated(inputs, inner, act, bias).double()
-        exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
-        x = torch.randn(1, 131, inputs).to(dtype)
-        with torch.inference_mode():
-            expected, torchs = exact(x.double()), plain(x)
-            pack_linears(plain)
-            assert fuse_gated(plain)
-            ours = plain(x)
-            alone = torch.cat([plain(x[:, i : i + 1]) for i in range(131)], 1)
-        assert ours.dtype == dtype
-        assert torch.equal(ours, alone)
-        for kind, result in enumerate((ours, torchs)):
-            errors[kind].append((result - expected).ravel())
-    ours_rms, plain_rms = (torch.cat(parts).square().mean().sqrt() for parts in errors)
-    assert ours_rms <= 2 * plain_rms
+        compared.add(functools.partial(Gated, inputs, inner, act, bias), inputs, fuse)
+    compared.check()
 
 
 @pytest.mark.parametrize("act", [torch.nn.Softplus(), torch.nn.Tanh()], ids=str)
@@ -240,29 +259,34 @@ LAYOUTS = [None, ("ffn", "activation", "ffn_output"), ("lin1", "activation", "li
 @pytest.mark.parametrize("act", [torch.nn.GELU(), torch.nn.functional.gelu, torch.nn.ReLU()], ids=str)
 def test_a_feed_forward_layer_in_one_call_errs_no_more_than_torch(dtype: Any, act: Any) -> None:
     torch.manual_seed(0)
-    errors: list[list[Any]] = [[], []]
+    compared = Compared(dtype)
+
+    def fuse(layer: torch.nn.Module) -> None:
+        pack_linears(layer)
+        fuse_feed_forwards(layer)
+        assert len(_replaced(layer)) == 2  # up hands its input on, down computes the three
+
     for names, (inputs, inner) in product(LAYOUTS, [(32, 64), (40, 50), (7, 5)]):
-        plain = Layer(inputs, inner, act, names).to(dtype)
-        exact = Layer(inputs, inner, act, names).double()
-        exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
-        x = torch.randn(1, 131, inputs).to(dtype)
+        compared.add(functools.partial(Layer, inputs, inner, act, names), inputs, fuse)
+    compared.check()
+
+
+def _replaced(layer: torch.nn.Module) -> list[str]:
+    return [name for name, part in layer.named_modules() if "forward" in vars(part)]
+
+
+@pytest.mark.parametrize("act", [torch.nn.GELU(), torch.nn.functional.gelu], ids=str)
+def test_a_feed_forward_layer_is_put_back(dtype: Any, act: Any) -> None:
+    for names in LAYOUTS:
+        layer, x = Layer(32, 64, act, names).to(dtype), torch.randn(1, 131, 32).to(dtype)
         with torch.inference_mode():
-            expected, torchs = exact(x.double()), plain(x)
-            pack_linears(plain)
-            apart = plain(x)
-            put_back = fuse_feed_forwards(plain)
-            ours = plain(x)
-            alone = torch.cat([plain(x[:, i : i + 1]) for i in range(131)], 1)
-            calls = [name for name, part in plain.named_modules() if "forward" in vars(part)]
-            assert len(calls) == 2  # up hands its input on, down computes the three
+            pack_linears(layer)
+            apart = layer(x)
+            put_back = fuse_feed_forwards(layer)
+            assert _replaced(layer)
             put_back()
-            assert torch.equal(plain(x), apart)
-        assert ours.dtype == dtype
-        assert torch.equal(ours, alone)
-        for kind, result in enumerate((ours, torchs)):
-            errors[kind].append((result - expected).ravel())
-    ours_rms, plain_rms = (torch.cat(parts).square().mean().sqrt() for parts in errors)
-    assert ours_rms <= 2 * plain_rms
+            assert not _replaced(layer)
+            assert torch.equal(layer(x), apart)
 
 
 def test_a_feed_forward_layer_of_another_formula_is_left_alone() -> None:
@@ -271,7 +295,7 @@ def test_a_feed_forward_layer_of_another_formula_is_left_alone() -> None:
         fuse_feed_forwards(layer)  # nothing is packed yet
         pack_linears(layer)
         fuse_feed_forwards(layer)
-        assert not [name for name, part in layer.named_modules() if "forward" in vars(part)]
+        assert not _replaced(layer)
 
 
 def _child(linear: PackedLinear, x: torch.Tensor, expected: torch.Tensor) -> None:

@@ -138,7 +138,10 @@ def cuda_info() -> dict[str, Any]:
     Only "built" and "problem" where they are not built.
     """
     if importlib.util.find_spec("fastrerank._cuda") is None:
-        return {"built": False, "problem": "this installation was built without nvcc"}
+        return {
+            "built": False,
+            "problem": "this installation was built without them (no nvcc was found, or FASTRERANK_CUDA=OFF)",
+        }
     cuda = importlib.import_module("fastrerank._cuda")
     version = int(cuda.runtime)
     return {

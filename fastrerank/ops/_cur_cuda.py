@@ -258,7 +258,7 @@ def checked_shards(items: Any) -> list[CudaItems]:
         )
     if shards[0].device.type == "cuda" and not ops.cuda_info()["built"]:
         raise RuntimeError(
-            "the CUDA kernels are not in this installation, which was built without nvcc: install with "
+            "the CUDA kernels are not in this installation, which was built without them: install with "
             "FASTRERANK_CUDA=ON where nvcc is, or pass queries and items on the CPU"
         )
     return list(shards)
