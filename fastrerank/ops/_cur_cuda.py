@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastrerank import ops
 from fastrerank.ops._cur import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
@@ -242,6 +242,12 @@ def checked_queries(queries: torch.Tensor, items: Sequence[CudaItems]) -> torch.
     return queries
 
 
+@functools.cache
+def _built() -> bool:
+    # ops.cuda_info asks the driver about every device, which takes longer than a scan.
+    return importlib.util.find_spec("fastrerank._cuda") is not None
+
+
 def checked_shards(items: Any) -> list[CudaItems]:
     """`items` as a list of CudaItems of one kind on one device. Raises TypeError, ValueError, RuntimeError."""
     shards = [items] if isinstance(items, CudaItems) else items
@@ -256,7 +262,7 @@ def checked_shards(items: Any) -> list[CudaItems]:
         raise ValueError(
             f"items must be of one storage, width and kind of scales and on one device, got {sorted(map(str, kinds))}"
         )
-    if shards[0].device.type == "cuda" and not ops.cuda_info()["built"]:
+    if shards[0].device.type == "cuda" and not _built():
         raise RuntimeError(
             "the CUDA kernels are not in this installation, which was built without them: install with "
             "FASTRERANK_CUDA=ON where nvcc is, or pass queries and items on the CPU"
