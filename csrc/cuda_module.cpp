@@ -105,19 +105,53 @@ double bandwidth(int device, int64_t bytes, int rounds) {
     return static_cast<double>(bytes) / (best * 1e-3);
 }
 
-// Asynchronous on `stream` of the current device; device pointers as integers (scale: 0 for none).
-void launch_cur_scan(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t count, uintptr_t scale, int32_t first,
-                     int stored_width, uintptr_t query, int k, uintptr_t best, int blocks, uintptr_t ids,
-                     uintptr_t scores, uintptr_t stream) {
-    if (k < 1 || k > kCurMostK) throw std::invalid_argument("k must be 1 .. " + std::to_string(kCurMostK));
-    if (blocks < 1) throw std::invalid_argument("blocks must be at least 1");
-    const CurScan g{int8,         reinterpret_cast<const char*>(tiles),  tile_bytes,
-                    count,        reinterpret_cast<const float*>(scale), first,
-                    stored_width, reinterpret_cast<const void*>(query),  k};
+size_t cur_scratch_bytes(bool int8, int64_t count, int stored_width, int rows, int k, int wanted, int processors) {
+    CurTopk g{};
+    g.int8 = int8, g.count = count, g.stored_width = stored_width, g.rows = rows, g.k = k, g.wanted = wanted;
+    g.processors = processors;
+    return cur_scratch(g);
+}
+
+// Asynchronous on `stream` of `device`; device pointers as integers (scale, anchor: 0 for none).
+void launch_cur_topk(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t count, uintptr_t scale, uintptr_t anchor,
+                     int width, int stored_width, double reach, uintptr_t queries, int rows, int k, int wanted,
+                     int processors, uintptr_t scratch, uintptr_t ids, uintptr_t scores, int device,
+                     uintptr_t stream) {
+    if (k < 1 || k > wanted || wanted > kCurMostK)
+        throw std::invalid_argument("k and wanted must be 1 <= k <= wanted <= " + std::to_string(kCurMostK));
+    if (rows < 1 || processors < 1) throw std::invalid_argument("rows and processors must be at least 1");
+    const CurTopk g{int8,
+                    reinterpret_cast<const char*>(tiles),
+                    tile_bytes,
+                    count,
+                    reinterpret_cast<const float*>(scale),
+                    reinterpret_cast<const float*>(anchor),
+                    width,
+                    stored_width,
+                    reach,
+                    reinterpret_cast<const float*>(queries),
+                    rows,
+                    k,
+                    wanted,
+                    processors};
     const py::gil_scoped_release release;
-    check(cur_scan(g, reinterpret_cast<uint64_t*>(best), blocks, reinterpret_cast<int32_t*>(ids),
+    const OnDevice on(device);
+    check(cur_topk(g, reinterpret_cast<void*>(scratch), reinterpret_cast<int64_t*>(ids),
                    reinterpret_cast<float*>(scores), reinterpret_cast<cudaStream_t>(stream)),
-          "launching cur_scan");
+          "launching cur_topk");
+}
+
+// Waits for what launch_cur_topk began on `stream`, and reads the first `rows` words of its scratch.
+std::vector<int32_t> cur_status(uintptr_t scratch, int rows, int device, uintptr_t given) {
+    std::vector<int32_t> status(rows);
+    const py::gil_scoped_release release;
+    const OnDevice on(device);
+    const auto stream = reinterpret_cast<cudaStream_t>(given);
+    check(cudaMemcpyAsync(status.data(), reinterpret_cast<const void*>(scratch), rows * sizeof(int32_t),
+                          cudaMemcpyDeviceToHost, stream),
+          "copying what cur_topk says");
+    check(cudaStreamSynchronize(stream), "cur_topk");
+    return status;
 }
 
 }  // namespace
@@ -128,9 +162,13 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("runtime") = CUDART_VERSION;
     m.def("status", &status, "Why no device can be used; empty where one can.");
     m.def("devices", &devices, "A dict for each device; empty where there is no driver.");
-    m.def("cur_scan", &launch_cur_scan, py::arg("int8"), py::arg("tiles"), py::arg("tile_bytes"), py::arg("count"),
-          py::arg("scale"), py::arg("first"), py::arg("stored_width"), py::arg("query"), py::arg("k"), py::arg("best"),
-          py::arg("blocks"), py::arg("ids"), py::arg("scores"), py::arg("stream"));
+    m.def("cur_scratch", &cur_scratch_bytes, py::arg("int8"), py::arg("count"), py::arg("stored_width"),
+          py::arg("rows"), py::arg("k"), py::arg("wanted"), py::arg("processors"));
+    m.def("cur_topk", &launch_cur_topk, py::arg("int8"), py::arg("tiles"), py::arg("tile_bytes"), py::arg("count"),
+          py::arg("scale"), py::arg("anchor"), py::arg("width"), py::arg("stored_width"), py::arg("reach"),
+          py::arg("queries"), py::arg("rows"), py::arg("k"), py::arg("wanted"), py::arg("processors"),
+          py::arg("scratch"), py::arg("ids"), py::arg("scores"), py::arg("device"), py::arg("stream"));
+    m.def("cur_status", &cur_status, py::arg("scratch"), py::arg("rows"), py::arg("device"), py::arg("stream"));
     m.attr("cur_most_k") = kCurMostK;
     m.def("bandwidth", &bandwidth, py::arg("device"), py::arg("bytes"), py::arg("rounds"));
 }

@@ -11,17 +11,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cur_rounding import rounded
 
 from fastrerank import ops
 from fastrerank.ops import reference
@@ -33,40 +33,96 @@ COMPILER = shutil.which("g++")
 SANITIZERS = {"none": "", "address": "address,undefined", "thread": "thread"}
 # Which barrier is left out, by what follows it: two accesses are then not ordered any more.
 BARRIERS = {
-    "behind a batch": "\n        const int filled = count;",
-    "before the next batch": "\n        if (filled + kBatch",
+    "behind what a block begins with": "\n\n    constexpr int kApart",
+    "before its first bests are looked at": "\n            if (thread < groups * live)",
+    "before the bound is read": "\n#pragma unroll\n    for (int q = 0; q < Q; ++q) {\n        bar[q]",
     "of the merge": "\n    merge_lists",
 }
+STATE = np.dtype([("floor", "u8"), ("published", "u4"), ("shift", "i4"), ("unit", "f8"), ("error", "f8")])
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 
 
 @dataclass(frozen=True)
-class Scan:
-    """One call of cur_scan; `products`: what the kernel computes of the items, in their order."""
+class Search:
+    """One call of cur_topk, and the float64 scores of its items."""
 
     items: ops.PackedItems
-    query: npt.NDArray[np.int8] | npt.NDArray[np.float32]
-    products: npt.NDArray[np.float32]
+    queries: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float64]
     k: int
-    blocks: int
-    first: int = 0
+    wanted: int
+    processors: int
+
+    @property
+    def reach(self) -> float:
+        """Equals the largest norm of an item."""
+        vectors = self.items.vectors().astype(np.float64)
+        if self.items.scales == "anchor":
+            vectors /= self.items.scale
+        return float(np.linalg.norm(vectors, axis=0).max(initial=0.0)) * (1 + 2.0**-20)
+
+    @property
+    def exact(self) -> npt.NDArray[np.float64]:
+        """Equals the queries that are rounded: float64, scales of anchors multiplied in."""
+        queries = self.queries.astype(np.float64)
+        return queries * self.items.scale.reshape(1, -1) if self.items.scales == "anchor" else queries
+
+    @property
+    def padded(self) -> int:
+        """Equals the values of a rounded query, padding included."""
+        least = 256 if self.items.storage == "int8" else 64
+        return -(-self.items.K // least) * least
 
     def bytes(self, seeds: int = 1, missing: int = 0) -> bytes:
         """Equals what `run` reads, for runs with so many seeds; `missing` tiles are not there."""
         items, data = self.items, self.items.data[: len(self.items.data) - missing].tobytes()
-        scale = items.scale.tobytes() if items.scale is not None and items.scales == "item" else b""
-        numbers = (items.storage == "int8", len(data), items.data.shape[1], items.N, len(scale) > 0, self.first)
-        return described((*numbers, len(self.query), self.k, self.blocks, seeds), data, scale, self.query.tobytes())
+        scale = items.scale.tobytes() if items.scale is not None else b""
+        each, size = items.scales == "item", {"int8": 1, "bfloat16": 2}[items.storage]
+        numbers = (
+            items.storage == "int8", len(data), items.data.shape[1], items.N, each, not each and len(scale) > 0,
+            items.K, (items.data.shape[1] - 64) // 16 // size, len(self.queries), self.k, self.wanted, self.processors,
+            seeds,
+        )  # fmt: skip
+        return described(numbers, self.reach, data, scale, self.queries.tobytes())
 
 
-def described(numbers: tuple[int, ...], *memory: bytes) -> bytes:
-    """Equals a scan as `run` reads it: the numbers that it names, tiles, scales and the query."""
-    return np.array(numbers, np.int64).tobytes() + b"".join(memory)
+def described(numbers: tuple[int, ...], reach: float, *memory: bytes) -> bytes:
+    """Equals a search as `run` reads it: the numbers that it names, tiles, scales and queries."""
+    return np.array(numbers, np.int64).tobytes() + np.float64(reach).tobytes() + b"".join(memory)
 
 
-def scan(storage: str, width: int, count: int, k: int, blocks: int, first: int = 0, kind: str = "normal") -> Scan:
+@dataclass(frozen=True)
+class Found:
+    """What `run` shows of a search with one seed."""
+
+    status: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    states: npt.NDArray[Any]
+    rounded: npt.NDArray[Any]
+    entries: npt.NDArray[np.uint64]
+
+    @classmethod
+    def read(cls, output: bytes, begin: int, one: Search) -> tuple[Found, int]:
+        """Equals what stands at `begin`, and where it ends."""
+        rows, kind = len(one.queries), np.int8 if one.items.storage == "int8" else np.float32
+        parts = []
+        for dtype, columns in (
+            (np.int32, 0), (np.int64, one.k), (np.float32, one.k), (STATE, 0), (kind, one.padded),
+            (np.uint64, one.wanted),
+        ):  # fmt: skip
+            count = rows * max(columns, 1)
+            array = np.frombuffer(output, dtype, count, begin)
+            parts.append(array.reshape(rows, columns) if columns else array)
+            begin += count * array.itemsize
+        return cls(*parts), begin
+
+
+def search(
+    storage: str, width: int, count: int, k: int, processors: int, *, kind: str = "normal", rows: int = 1, more: int = 0
+) -> Search:
     """Items of small integers, so that bfloat16 holds them and float32 their sums, in any order."""
-    random = np.random.default_rng([width, count, k, blocks])
+    random = np.random.default_rng([width, count, k, processors])
     values = random.integers(-9, 10, (width, count)).astype(np.float32)
     values[:, count // 2 :: 3] = values[:, :1]  # equal items, which come by id
     if kind == "ascending":
@@ -74,34 +130,37 @@ def scan(storage: str, width: int, count: int, k: int, blocks: int, first: int =
         values[0] = np.arange(count) // 3
     if kind == "infinite":
         values[0, ::7], values[0, 1::7] = np.inf, -np.inf
-    query = random.integers(-9, 10, width).astype(np.float32)
-    query[0] = 3
+    queries = random.integers(-9, 10, (rows, width)).astype(np.float32)
+    queries[:, 0] = 127  # rounding takes nothing away
+    if kind == "any":
+        values, queries = (random.normal(size=x.shape).astype(np.float32) for x in (values, queries))
     if storage == "bfloat16":
         items = ops.cur_pack(values, storage)
-        products = (query.astype(np.float64) @ items.vectors()).astype(np.float32)
-        return Scan(items, _padded(query, -(-width // 16) * 16), products, k, blocks, first)
-    values[:, -1] = 127  # anchors' scales: 1
-    items = ops.cur_pack(values, "int8", scales=storage.split()[1])
-    assert items.scale is not None
-    whole = np.rint(items.vectors() / items.scale)
-    sums = (query.astype(np.float64) @ whole).astype(np.float32)
-    products = sums * items.scale if items.scales == "item" else sums
-    return Scan(items, _padded(query.astype(np.int8), -(-width // 4) * 4), products, k, blocks, first)
+    else:
+        if kind != "any":
+            values[:, -1] = 127  # anchors' scales: 1
+        items = ops.cur_pack(values, "int8", scales=storage.split()[1])
+    vectors = items.vectors().astype(np.float64)
+    if items.scales == "item":
+        vectors = np.rint(vectors / items.scale) * items.scale.astype(np.float64)
+    elif items.scales == "anchor":
+        vectors = np.rint(vectors / items.scale) * items.scale.astype(np.float64)
+    return Search(items, queries, queries.astype(np.float64) @ vectors, k, k + more, processors)
 
 
-def _padded(query: npt.NDArray[np.generic], width: int) -> npt.NDArray[np.generic]:
-    return np.concatenate([query, np.zeros(width - len(query), query.dtype)])
-
-
-SCANS = [
-    *(scan(kind, 20, count, k, blocks)
+SEARCHES = [
+    *(search(kind, 20, count, k, processors)
       for kind in ("int8 item", "int8 anchor", "bfloat16")
-      for count, k, blocks in ((1, 1, 1), (15, 4, 2), (1024, 64, 3), (3001, 7, 2), (3001, 1024, 3), (40, 50, 4))),
-    scan("int8 item", 1, 5000, 300, 2, kind="ascending"),  # nearly every item passes: reservoirs run full
-    scan("bfloat16", 33, 5000, 300, 2, first=(1 << 31) - 5000, kind="ascending"),
-    scan("bfloat16", 17, 900, 300, 5, kind="infinite"),
-    scan("int8 anchor", 7, 9000, 2112, 2),
+      for count, k, processors in ((1, 1, 1), (15, 4, 2), (1024, 64, 3), (9001, 7, 2), (9001, 1024, 2), (40, 50, 1))),
+    search("int8 item", 1, 9000, 300, 1, kind="ascending"),  # nearly every item passes: reservoirs run full
+    search("bfloat16", 33, 9000, 300, 1, kind="ascending"),
+    search("bfloat16", 17, 900, 300, 2, kind="infinite"),
+    search("int8 anchor", 7, 9000, 2112, 1),
+    search("int8 item", 270, 1100, 5, 1, rows=6, kind="any", more=60),  # rows that share a scan, and two that are left
+    search("int8 anchor", 37, 9001, 20, 2, rows=3, kind="any", more=84),
+    search("bfloat16", 70, 5000, 9, 1, rows=2, kind="any", more=70),
 ]  # fmt: skip
+RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23])  # of the first kind, a full reservoir, rows together
 
 
 @pytest.fixture(scope="session")
@@ -128,10 +187,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(emulated::shared);", source
         )
         source, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulated::launch(\1, \2)(", source, flags=re.DOTALL)
-        assert launches == 2
-        place.with_name("cur_scan.cpp").write_text(source)
+        assert launches == 5
+        place.with_name("cur_scan.cpp").write_text(f'{source}\n#include "run.cpp"\n')
         checks = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"] if sanitizer != "none" else []
-        sources = [str(place.with_name("cur_scan.cpp")), str(SHIM / "run.cpp"), str(fibers(sanitizer))]
+        sources = [str(place.with_name("cur_scan.cpp")), str(fibers(sanitizer))]
         _run([str(COMPILER), *flags, *checks, *sources, "-o", str(place)])
         return place
 
@@ -149,25 +208,70 @@ def _run(command: list[str], expected: bool = True) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_scan_and_merge_give_the_reference_in_any_order_of_threads(
+def test_kernels_give_the_reference_in_any_order_of_threads(
     program: Callable[..., Path], sanitizer: str, tmp_path: Path
 ) -> None:
-    scans = (SCANS[14], SCANS[18]) if sanitizer == "thread" else SCANS  # the first and a full reservoir
+    searches = RACING if sanitizer == "thread" else SEARCHES
     seeds = 3 if sanitizer == "none" else 1
-    (tmp_path / "scans").write_bytes(b"".join(one.bytes(seeds) for one in scans))
-    output = _run([str(program(sanitizer)), str(tmp_path / "scans")]).stdout
+    (tmp_path / "searches").write_bytes(b"".join(one.bytes(seeds) for one in searches))
+    output = _run([str(program(sanitizer)), str(tmp_path / "searches")]).stdout
     begin = 0
-    for one in scans:
-        true_ids, true_scores = reference.cur_topk(np.ones((1, 1)), one.products[None].astype(np.float64), one.k)
-        missing = one.k - len(true_ids[0])
-        ids = np.concatenate([true_ids[0] + one.first, np.full(missing, -1)])
-        scores = np.concatenate([true_scores[0], np.full(missing, -np.inf)])
+    for one in searches:
         for _ in range(seeds):
-            found = output[begin : begin + 8 * one.k]
-            np.testing.assert_array_equal(np.frombuffer(found[: 4 * one.k], np.int32), ids, str(one))
-            np.testing.assert_array_equal(np.frombuffer(found[4 * one.k :], np.float32), scores, str(one))
-            begin += 8 * one.k
+            found, begin = Found.read(output, begin, one)
+            check(one, found)
     assert begin == len(output)
+
+
+def check(one: Search, found: Found) -> None:
+    """Results, the rounded queries with their bounds, and that what the scan found is what it should."""
+    words, units, errors = rounded(one.exact, one.items.storage, one.padded, one.reach)
+    np.testing.assert_array_equal(found.rounded, words, str(one))
+    np.testing.assert_allclose(found.states["unit"], units, rtol=2.0**-50)
+    np.testing.assert_allclose(found.states["error"], errors, rtol=2.0**-40)
+    if one.items.storage == "int8":
+        np.testing.assert_array_equal(found.states["shift"], 128 * words.sum(axis=1, dtype=np.int64))
+    for row, scores in enumerate(one.scores):
+        true_ids, true_scores = (
+            x[0] for x in reference.cur_topk(np.ones((1, 1)), scores[None].astype(np.float32).astype(np.float64), one.k)
+        )
+        missing = one.k - len(true_ids)
+        np.testing.assert_array_equal(found.ids[row], np.concatenate([true_ids, np.full(missing, -1)]), str(one))
+        expected = np.concatenate([true_scores, np.full(missing, -np.inf)])
+        np.testing.assert_allclose(found.scores[row], expected, rtol=2.0**-23, err_msg=str(one))
+        # Every item that was left out is below the last that was found, within the bound of both.
+        ids = 0xFFFFFFFF - (found.entries[row] & 0xFFFFFFFF).astype(np.int64)
+        there = found.entries[row] != 0
+        assert len(set(ids[there])) == there.sum() == min(one.wanted, one.items.N)
+        assert (np.diff(found.entries[row].astype(object)) <= 0).all()
+        left_out = np.delete(scores, ids[there])
+        if len(left_out) and np.isfinite(errors[row]):
+            assert left_out.max() <= scores[ids[there]].min() + 2 * errors[row]
+            sure = true_scores[-1] > scores[ids[there][-1]] + 2.1 * errors[row] + 1e-6 * abs(true_scores[-1])
+            assert found.status[row] == 0 or not sure
+            if one.wanted == one.k:
+                assert found.status[row] == 1
+        elif not len(left_out):
+            assert found.status[row] == 0
+
+
+def test_what_a_status_says(program: Callable[..., Path], tmp_path: Path) -> None:
+    """Queries that are not finite, one whose answer is certain, and items that a rounded query cannot tell apart."""
+    fine = search("int8 item", 8, 3000, 50, 1, rows=3, kind="any", more=114)
+    fine.queries[0, 3], fine.queries[2, 7] = np.nan, -np.inf
+    vectors = np.zeros((8, 3000), np.float32)
+    vectors[0] = 1
+    vectors[1, ::-1] = np.arange(3000) % 128 / 127
+    alike = Search(
+        ops.cur_pack(vectors, "int8"), np.array([[100, 0.3, 0, 0, 0, 0, 0, 0]], np.float32), np.empty((1, 0)), 50, 164, 1
+    )
+    (tmp_path / "searches").write_bytes(fine.bytes() + alike.bytes())
+    output = _run([str(program("address")), str(tmp_path / "searches")]).stdout
+    found, begin = Found.read(output, 0, fine)
+    assert found.status[[0, 2]].tolist() == [4, 4] or (found.status[[0, 2]] & 4 == 4).all()
+    assert found.status[1] == 0
+    found, _ = Found.read(output, begin, alike)
+    assert found.status.tolist() == [1]
 
 
 def test_cur_topk_of_tensors_on_the_emulated_kernels(
@@ -179,47 +283,54 @@ def test_cur_topk_of_tensors_on_the_emulated_kernels(
 
     run = program("none")
 
-    def cur_scan(
-        int8: bool, tiles: int, tile_bytes: int, count: int, scale: int, first: int, width: int, query: int, k: int,
-        best: int, blocks: int, ids: int, scores: int, stream: int,
+    def cur_topk(
+        int8: bool, tiles: int, tile_bytes: int, count: int, scale: int, anchor: int, width: int, wide: int,
+        reach: float, queries: int, rows: int, k: int, wanted: int, processors: int, scratch: int, ids: int,
+        scores: int, device: int, stream: int,
     ) -> None:  # fmt: skip
-        """As fastrerank._cuda.cur_scan, of pointers to host memory."""
-        assert best
-        assert stream == 7
+        """As fastrerank._cuda.cur_topk, of pointers to host memory."""
+        assert (device, stream) == (0, 7)
         data = ctypes.string_at(tiles, -(-count // 16) * tile_bytes)
-        scales = ctypes.string_at(scale, 4 * count) if scale else b""
-        numbers = (int8, len(data), tile_bytes, count, bool(scale), first, width, k, blocks, 1)
-        (tmp_path / "scan").write_bytes(
-            described(numbers, data, scales, ctypes.string_at(query, width * (4 - 3 * int8)))
-        )
-        output = _run([str(run), str(tmp_path / "scan")]).stdout
-        assert len(output) == 8 * k
-        ctypes.memmove(ids, output, 4 * k)
-        ctypes.memmove(scores, output[4 * k :], 4 * k)
+        scales = ctypes.string_at(scale or anchor, 4 * (count if scale else width)) if scale or anchor else b""
+        numbers = (
+            int8, len(data), tile_bytes, count, bool(scale), bool(anchor), width, wide, rows, k, wanted, processors, 1,
+        )  # fmt: skip
+        given = ctypes.string_at(queries, rows * width * 4)
+        (tmp_path / "search").write_bytes(described(numbers, reach, data, scales, given))
+        output = _run([str(run), str(tmp_path / "search")]).stdout
+        for place, begin, size in (
+            (scratch, 0, 4 * rows), (ids, 4 * rows, 8 * rows * k), (scores, (4 + 8 * k) * rows, 4 * rows * k),
+        ):  # fmt: skip
+            ctypes.memmove(place, output[begin : begin + size], size)
 
-    monkeypatch.setitem(sys.modules, "fastrerank._cuda", SimpleNamespace(cur_scan=cur_scan))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=1))
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    def cur_status(scratch: int, rows: int, device: int, stream: int) -> list[int]:
+        assert (device, stream) == (0, 7)
+        return np.frombuffer(ctypes.string_at(scratch, 4 * rows), np.int32).tolist()
+
+    made = SimpleNamespace(cur_topk=cur_topk, cur_status=cur_status, cur_scratch=lambda *given: 4 * given[3])
+    monkeypatch.setattr(_cur_cuda, "_kernels", lambda: made)
+    monkeypatch.setattr(_cur_cuda, "_processors", lambda _: 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
     random = np.random.default_rng(5)
     queries, vectors = (random.normal(size=shape).astype(np.float32) for shape in ((2, 37), (37, 3001)))
     for storage, scales in (("bfloat16", None), ("int8", "item"), ("int8", "anchor")):
         items = ops.cur_pack(vectors, storage, scales=scales)
         there = _cur_cuda._moved(items, torch.device("cpu"))
-        ids, scores = ops.cur_topk(torch.from_numpy(queries), [there, there], 20, exclude=[3000, 3001])
-        true_ids, true_scores = ops.cur_topk(queries, [items, items], 20, exclude=[3000, 3001])
-        np.testing.assert_array_equal(ids.numpy(), true_ids)
-        np.testing.assert_allclose(scores.numpy(), true_scores, rtol=2.0**-23)
+        for shards, k, exclude in ((1, 20, None), (2, 20, [3000, 3001]), (1, 1000, None)):
+            ids, scores = ops.cur_topk(torch.from_numpy(queries), [there] * shards, k, exclude=exclude)
+            true_ids, true_scores = ops.cur_topk(queries, [items] * shards, k, exclude=exclude)
+            np.testing.assert_array_equal(ids.numpy(), true_ids)
+            np.testing.assert_allclose(scores.numpy(), true_scores, rtol=2.0**-23)
 
 
 def test_a_tile_that_is_not_there_is_found(program: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "scans").write_bytes(scan("bfloat16", 20, 100, 5, 1).bytes(missing=1))
+    (tmp_path / "scans").write_bytes(search("bfloat16", 20, 100, 5, 1).bytes(missing=1))
     done = _run([str(program("address")), str(tmp_path / "scans")], expected=False)
     assert b"heap-buffer-overflow" in done.stderr
 
 
 def test_a_barrier_that_is_not_there_is_found(program: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "scans").write_bytes(scan("int8 item", 20, 5000, 300, 2, kind="ascending").bytes())
+    (tmp_path / "scans").write_bytes(search("int8 item", 20, 9000, 300, 1, kind="ascending").bytes())
 
     program("thread")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cur_rounding import rounded
 
 torch = pytest.importorskip("torch")
 
@@ -13,17 +14,27 @@ from fastrerank import _cpu, ops  # noqa: E402
 from fastrerank.ops import _cur_cuda, reference  # noqa: E402
 
 
-def scan_in_torch(query: Any, items: Any, k: int) -> tuple[Any, Any]:
-    """What the kernel computes: sums of int8 or float32 products, chosen as its blocks choose."""
+def scan_in_torch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:
+    """What the kernels compute: sums of int8 or float32 products, chosen as blocks choose, and their exact scores."""
+    exact = _cur_cuda._exact(queries, items)
+    given, units, errors = rounded(exact.numpy(), items.storage, items.K, items.reach)
+    wanted, found, status = _cur_cuda._wider(k), [], []
     rows = items.vectors(torch.arange(items.N))
-    if items.scale is not None and items.scales == "item":
-        scale = items.scale.double()
-        sums = (rows / scale[:, None]).round() @ query[: items.K].double()
-        products = sums.float() * items.scale
-    else:
-        products = (rows @ query[: items.K].double()).float()
-    ids, best = _cpu.reservoir_topk(products.tolist(), k, 64, 3)
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(best)
+    for row, query in enumerate(given):
+        vector = torch.from_numpy(query).double()
+        if items.scale is not None and items.scales == "item":
+            sums = (rows / items.scale.double()[:, None]).round() @ vector
+            products = sums.float() * items.scale
+        else:
+            products = (rows @ vector).float()
+        ids, best = _cpu.reservoir_topk(products.tolist(), wanted, 64, 3)
+        scores = _cur_cuda._scores(exact[row : row + 1], items, torch.tensor(ids))[0]
+        found.append(_cur_cuda._keys_of(scores, torch.tensor(ids)).sort(descending=True).values[:k])
+        least = best[-1] * units[row] + errors[row]
+        certain = float(_cur_cuda._scores_of(found[-1])[-1]) > least + abs(least) * 2.0**-22 + 2.0**-146
+        status.append(4 if not queries[row].isfinite().all() else 0 if certain else 1)
+    keys = torch.stack(found)
+    return _cur_cuda._ids_of(keys), _cur_cuda._scores_of(keys), lambda: status
 
 
 @pytest.fixture
@@ -31,9 +42,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The k of every scan that is made."""
     made: list[int] = []
 
-    def launch(query: Any, items: Any, k: int) -> tuple[Any, Any]:
-        made.append(k)
-        return scan_in_torch(query, items, k)
+    def launch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:
+        made.append(_cur_cuda._wider(k))
+        return scan_in_torch(queries, items, k)
 
     monkeypatch.setattr(_cur_cuda, "_launch", launch)
     return made
@@ -97,6 +108,17 @@ def test_queries_that_a_block_has_no_room_for(scans: list[int], monkeypatch: pyt
         results.append(ops.cur_topk(torch.ones((1, 40)), placed(items), 7)[0])
     assert scans == [78]
     assert torch.equal(*results)
+
+
+def test_a_query_that_is_not_finite_is_found_behind_the_scan(scans: list[int]) -> None:
+    items = placed(ops.cur_pack(np.random.default_rng(3).normal(size=(4, 500)).astype(np.float32), "int8"))
+    queries = torch.ones((3, 4))
+    queries[1, 2] = torch.inf
+    with pytest.raises(ValueError, match="got inf in query 1, column 2"):
+        ops.cur_topk(queries, items, 3)
+    assert scans == [70]
+    assert ops.cur_topk(queries[:0], items, 3)[0].shape == (0, 3)
+    assert ops.cur_topk(queries[:1], items, 3, exclude=list(range(500)))[1].shape == (1, 0)
 
 
 def test_keys_order_as_scores_and_ids_do() -> None:

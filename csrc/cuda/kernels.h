@@ -15,23 +15,31 @@ cudaError_t fill(uint32_t* words, int64_t n, cudaStream_t stream);
 constexpr int kReadBlocks = 4096;
 cudaError_t read(const uint32_t* words, int64_t n, uint32_t* sums, cudaStream_t stream);
 
-// The k best of one query's products with packed items, k <= kCurMostK: by product descending, then by id ascending.
-// int8: the product is the integer sum times the item's scale, in float32. bfloat16: float32 sums in one fixed order.
+// The k best of B queries' exact scores with packed items, as ops/_cur.py lays them out. Queries are rounded to what a
+// scan reads; the `wanted` best of its products get exact scores, sums in float64, and decide. Results are right where
+// status is 0: no other item can reach the k-th.
 constexpr int kCurMostK = 2112;
-struct CurScan {
+struct CurTopk {
     bool int8;            // else bfloat16
-    const char* tiles;    // as ops/_cur.py lays them out, 16-byte aligned
+    const char* tiles;    // 16-byte aligned
     int64_t tile_bytes, count;
-    const float* scale;   // (count,) or null, int8 only
-    int32_t first;        // id of the first item
-    int stored_width;     // values of an item, padding included
-    const void* query;    // (stored_width,) int8 or float32, zero in the padding; 4-byte aligned
-    int k;
+    const float* scale;   // (count,) or null: of items, int8 only
+    const float* anchor;  // (width,) or null: of anchors, int8 only
+    int width;            // values of an item
+    int stored_width;     // padding included
+    double reach;         // no item's norm is larger, its scale multiplied in
+    const float* queries;  // (rows, width)
+    int rows;
+    int k, wanted;        // 1 <= k <= wanted <= kCurMostK
+    int processors;       // multiprocessors of the device
 };
-// Bytes of shared memory that a block takes: a reservoir and the query.
-size_t cur_scan_shared(const CurScan& g);
-// best: (blocks, k) of scratch. ids, scores: (k,), -1 and -infinity where there are fewer items.
-cudaError_t cur_scan(const CurScan& g, uint64_t* best, int blocks, int32_t* ids, float* scores, cudaStream_t stream);
+// Bits of a query's status.
+constexpr int32_t kCurUncertain = 1, kCurNan = 2, kCurNotFinite = 4;  // what may be left out, a score, the query
+
+// Bytes of scratch, aligned to 256, whose first words are the statuses (rows,); it is in use until those are there.
+size_t cur_scratch(const CurTopk& g);
+// ids, scores: (rows, k), -1 and -infinity where there are fewer items.
+cudaError_t cur_topk(const CurTopk& g, void* scratch, int64_t* ids, float* scores, cudaStream_t stream);
 
 // Whether this build holds machine code, or PTX to compile, for the current device.
 bool has_code();

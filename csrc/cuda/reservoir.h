@@ -47,21 +47,25 @@ FASTRERANK_BOTH float score_of(Entry e) {
 // (size, stride) with size = 2, 4, .. n and stride = size / 2, .. 1, and a barrier between two.
 FASTRERANK_BOTH void sort_step(Entry* entries, int n, int size, int stride, int lane, int lanes) {
     for (int i = lane; i < n / 2; i += lanes) {
-        const int low = i / stride * stride * 2 + i % stride, high = low + stride;
+        const int low = 2 * i - (i & (stride - 1)), high = low + stride;
         const bool descending = (low & size) == 0;
         const Entry a = entries[low], b = entries[high];
         if ((a < b) == descending) entries[low] = b, entries[high] = a;
     }
 }
 
-// The least power of two that holds k kept entries and a batch of new ones.
-FASTRERANK_BOTH int reservoir_size(int k, int batch) {
-    int n = 2;
-    while (n < k + batch) n *= 2;
-    return n;
+// The least power of two that is at least n, and at least 2.
+FASTRERANK_BOTH int power_of_two(int n) {
+    int power = 2;
+    while (power < n) power *= 2;
+    return power;
 }
 
-// Barrier is called between steps; the first `count` entries are filled, the rest is not.
+// Room for k kept entries and a batch of new ones.
+FASTRERANK_BOTH int reservoir_size(int k, int batch) { return power_of_two(k + batch); }
+
+// Sorts n entries, a power of two, of which the first `count` are filled: the rest becomes kNoEntry. Barrier is called
+// between steps, and after the last.
 template <class Barrier>
 FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int lanes, Barrier barrier) {
     for (int i = count + lane; i < n; i += lanes) entries[i] = kNoEntry;
@@ -73,14 +77,46 @@ FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int la
         }
 }
 
-// The k best of `lists` descending lists of k entries, into reservoir[0 .. k) with kNoEntry after the last. Lists are
-// read by columns: their first entries decide nearly everything, and no column matters after one that adds nothing.
+// The k best of `lists` descending lists of k entries, into reservoir[0 .. k) with kNoEntry after the last. At least k
+// entries reach the k-th of as many first ones of all lists; all that do go into the reservoir. Where it has no room
+// for them, lists are read by columns: no column matters after one that adds nothing.
 // Lanes: `lane` of `count`, barrier(), add(int*), which returns the number before, and any(bool) of all lanes, which is
 // a barrier too. filled, threshold: 0 and kNoEntry, where all lanes see them; size: reservoir_size(k, lanes.count).
 template <class Lanes>
 FASTRERANK_BOTH void merge_lists(const Entry* best, int lists, int k, Entry* reservoir, int size, int* filled,
                                  Entry* threshold, Lanes lanes) {
     const auto barrier = [&] { lanes.barrier(); };
+    const int columns = (k + lists - 1) / lists, firsts = lists * columns;
+    if (firsts <= size) {
+        for (int i = lanes.lane; i < firsts; i += lanes.count)
+            reservoir[i] = best[static_cast<int64_t>(i / columns) * k + i % columns];
+        cut_back(reservoir, power_of_two(firsts), firsts, lanes.lane, lanes.count, barrier);
+        const Entry least = reservoir[k - 1] > 1 ? reservoir[k - 1] : 1;
+        lanes.barrier();
+        bool room = true;
+        for (int list = lanes.lane; list < lists; list += lanes.count) {
+            const Entry* own = best + static_cast<int64_t>(list) * k;
+            bool more = true;
+            for (int begin = 0; begin < k && more; begin += 4) {
+                Entry next[4];  // one wait for memory
+                for (int j = 0; j < 4; ++j) next[j] = begin + j < k ? own[begin + j] : kNoEntry;
+                for (int j = 0; j < 4 && more; ++j) {
+                    more = next[j] >= least;
+                    if (!more) break;
+                    const int place = lanes.add(filled);
+                    room = more = place < size;
+                    if (room) reservoir[place] = next[j];
+                }
+            }
+            if (!room) break;
+        }
+        if (!lanes.any(!room)) {
+            const int n = *filled;
+            return cut_back(reservoir, power_of_two(n > k ? n : k), n, lanes.lane, lanes.count, barrier);
+        }
+        if (lanes.lane == 0) *filled = 0;
+        lanes.barrier();
+    }
     bool found = true;
     for (int column = 0; column < k && found; ++column) {
         found = false;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
 _MOST_K = 1024  # _wider of it is what the kernel takes at most, csrc/cuda/kernels.h
 _MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
-_BLOCKS_PER_MULTIPROCESSOR = 4
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
 _HUGE = 2.0**120
 
@@ -85,14 +84,25 @@ def _moved(items: PackedItems, place: torch.device) -> CudaItems:
 
 
 def cur_topk_cuda(
-    queries: Any, items: Any, k: int, exclude: list[np.ndarray[Any, Any]], keep: int
+    queries: torch.Tensor, items: Sequence[CudaItems], k: int, exclude: list[np.ndarray[Any, Any]], keep: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.cur_topk` of checked arguments; `keep` columns, `exclude` the ids that each query leaves out."""
+    if keep < 1 or not len(queries):
+        check_finite(queries)
+        empty = torch.empty((len(queries), max(keep, 0)), dtype=torch.float32, device=queries.device)
+        return empty.long(), empty
     most = k + max(map(len, exclude), default=0)
-    keys = torch.cat([_keys(queries, shard, first, most) for first, shard in _numbered(items)], dim=1)
-    for row, ids in enumerate(exclude):
-        if len(ids):
-            gone = torch.isin(_ids_of(keys[row]), torch.from_numpy(ids).to(keys.device))
+    shards = [(0, items[0])] if len(items) == 1 else _numbered(items)
+    begun = [_launch(queries, shard, most) if _scans(shard, most) else None for _, shard in shards]
+    found = [_found(queries, shard, first, most, one) for (first, shard), one in zip(shards, begun, strict=True)]
+    if len(found) == 1 and most == k:
+        return found[0]
+    keys = torch.cat(
+        [_keys_of(scores, ids + first) for (first, _), (ids, scores) in zip(shards, found, strict=True)], dim=1
+    )
+    for row, left_out in enumerate(exclude):
+        if len(left_out):
+            gone = torch.isin(_ids_of(keys[row]), torch.from_numpy(left_out).to(keys.device))
             keys[row] = torch.where(gone, _NO_KEY, keys[row])
     best = keys.topk(keep, dim=1).values
     there = best != _NO_KEY
@@ -126,33 +136,16 @@ def _scores_of(keys: torch.Tensor) -> torch.Tensor:
     return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int().view(torch.float32)
 
 
-def _keys(queries: torch.Tensor, items: CudaItems, first: int, k: int) -> torch.Tensor:
-    """Keys (B, min(k, N)) of the best items of one shard, descending."""
-    exact = queries.double()
-    if items.scale is not None and items.scales == "anchor":
-        exact = exact * items.scale.double().reshape(1, -1)
-    wanted = _wider(k)
+def _scans(items: CudaItems, k: int) -> bool:
+    """Whether a scan with a rounded query finds the k best; otherwise the scores of all are made."""
     shared = items.stored_width * (1 if items.storage == "int8" else 4)
-    if items.storage == "float32" or k > _MOST_K or shared > _MOST_SHARED or wanted >= items.N or items.reach > _HUGE:
-        return _by_scores(exact, items, first, k, 0)
-    rounded, units, errors = _rounded(exact.cpu().numpy(), items)
-    given = torch.from_numpy(rounded).to(items.device)
-    rows = []
-    for row, (unit, error) in enumerate(zip(units, errors, strict=True)):
-        ids, products = _launch(given[row], items, wanted)
-        query, ids = exact[row : row + 1], ids.long()
-        scores = _scores(query, items, ids)
-        keys = _keys_of(scores[0], first + ids).sort(descending=True).values
-        # One wait for the device: the scan has run until then.
-        last, kth, wrong = torch.stack([products[-1], _scores_of(keys[k - 1]), scores.isnan().any().float()]).tolist()
-        if wrong:
-            raise _nan(scores, ids, first, row)
-        # Every other item's score is at most the last product's and the error; half a step of float32 rounding is
-        # covered.
-        least = last * unit + error
-        least += abs(least) * 2.0**-22 + 2.0**-146
-        rows.append(keys[:k] if kth > least else _by_scores(query, items, first, k, row)[0])
-    return torch.stack(rows)
+    return (
+        items.storage != "float32"
+        and k <= _MOST_K
+        and shared <= _MOST_SHARED
+        and _wider(k) < items.N
+        and items.reach <= _HUGE
+    )
 
 
 def _wider(k: int) -> int:
@@ -160,45 +153,71 @@ def _wider(k: int) -> int:
     return 2 * k + 64
 
 
-def _rounded(
-    queries: npt.NDArray[np.float64], items: CudaItems
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Queries (B, stored width) as the kernel reads them, and units: an item's score is within `errors` (B,) of
-    `units` (B,) times its product."""
-    largest = np.abs(queries).max(axis=1, initial=0.0)
-    largest[largest == 0] = 1
-    if items.storage == "int8":
-        units = largest / 127
-        inside = queries / units[:, None]
-        values = np.rint(inside)
-        # |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and float32 products of sums and scales.
-        error = np.linalg.norm(inside - values, axis=1) + 8 * 2.0**-24 * np.linalg.norm(values, axis=1)
-    else:
-        units = 2.0 ** np.floor(np.log2(largest))  # |q| is brought near 1, so that nothing overflows
-        values = queries / units[:, None]
-        error = (items.K + 16) * 2.0**-24 * np.linalg.norm(values, axis=1)
-    given = np.zeros((len(queries), items.stored_width), np.int8 if items.storage == "int8" else np.float32)
-    given[:, : items.K] = values
-    tiny = items.K * 2.0**-123  # what is below the smallest normal number
-    return given, units, units * (error * items.reach + tiny) * 1.0001
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _launch(query: torch.Tensor, items: CudaItems, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's ids (k,) int32 and products (k,) float32, on the current stream."""
-    kernels = importlib.import_module("fastrerank._cuda")
-    device = items.device
-    blocks = _BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    scratch = torch.empty(blocks * k, dtype=torch.int64, device=device)
-    ids = torch.empty(k, dtype=torch.int32, device=device)
-    products = torch.empty(k, dtype=torch.float32, device=device)
-    scale = items.scale.data_ptr() if items.scale is not None and items.scales == "item" else 0
-    with torch.cuda.device(device):
-        kernels.cur_scan(
-            items.storage == "int8", items.data.data_ptr(), items.data.shape[1], items.N, scale, 0,
-            items.stored_width, query.data_ptr(), k, scratch.data_ptr(), blocks, ids.data_ptr(), products.data_ptr(),
-            torch.cuda.current_stream(device).cuda_stream,
-        )  # fmt: skip
-    return ids, products
+# ids (B, k) int64 and scores (B, k) float32, and what waits for them: a status of each query.
+_Begun = tuple[torch.Tensor, torch.Tensor, Callable[[], list[int]]]
+_NOT_FINITE = 4  # of a status, csrc/cuda/kernels.h; 0: the best are found
+
+
+def _launch(queries: torch.Tensor, items: CudaItems, k: int) -> _Begun:
+    """Begins the search for the k best on the current stream, and waits for nothing."""
+    kernels, device, int8 = _kernels(), queries.device, items.storage == "int8"
+    rows, wanted, processors, wide = len(queries), _wider(k), _processors(device), items.stored_width
+    ids = torch.empty((rows, k), dtype=torch.int64, device=device)
+    scores = torch.empty((rows, k), dtype=torch.float32, device=device)
+    size = kernels.cur_scratch(int8, items.N, wide, rows, k, wanted, processors)
+    scratch = torch.empty(size, dtype=torch.uint8, device=device)
+    scale = 0 if items.scale is None else items.scale.data_ptr()
+    each = items.scales == "item"
+    stream = torch.cuda.current_stream(device).cuda_stream
+    kernels.cur_topk(
+        int8, items.data.data_ptr(), items.data.shape[1], items.N, scale if each else 0, 0 if each else scale,
+        items.K, wide, items.reach, queries.data_ptr(), rows, k, wanted, processors, scratch.data_ptr(),
+        ids.data_ptr(), scores.data_ptr(), device.index or 0, stream,
+    )  # fmt: skip
+
+    def status() -> list[int]:
+        # Scratch and queries are in use until then, and this keeps them.
+        assert len(queries) == rows
+        return list(kernels.cur_status(scratch.data_ptr(), rows, device.index or 0, stream))
+
+    return ids, scores, status
+
+
+@functools.cache
+def _kernels() -> Any:
+    return importlib.import_module("fastrerank._cuda")
+
+
+def _found(
+    queries: torch.Tensor, items: CudaItems, first: int, k: int, begun: _Begun | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and scores (B, min(k, N)) of the best items of one shard."""
+    if begun is None:
+        check_finite(queries)
+        keys = _by_scores(_exact(queries, items), items, first, k, 0)
+        return _ids_of(keys), _scores_of(keys)
+    ids, scores, wait = begun
+    status = wait()
+    if any(status):
+        if any(one & _NOT_FINITE for one in status):
+            check_finite(queries)
+        for row in (row for row, one in enumerate(status) if one):
+            keys = _by_scores(_exact(queries[row : row + 1], items), items, first, k, row)[0]
+            ids[row], scores[row] = _ids_of(keys), _scores_of(keys)
+    return ids, scores
+
+
+def _exact(queries: torch.Tensor, items: CudaItems) -> torch.Tensor:
+    """Queries (B, K) in float64, scales of anchors multiplied in."""
+    exact = queries.double()
+    if items.scale is not None and items.scales == "anchor":
+        exact = exact * items.scale.double().reshape(1, -1)
+    return exact
 
 
 def _scores(queries: torch.Tensor, items: CudaItems, ids: torch.Tensor) -> torch.Tensor:
@@ -221,7 +240,7 @@ def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row:
         scores = _scores(queries, items, ids)
         if bool(scores.isnan().any()):
             raise _nan(scores, ids, first, row)
-        keys = _keys_of(scores, first + ids)
+        keys = _keys_of(scores, ids)
         keys = keys if best is None else torch.cat([best, keys], dim=1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
     assert best is not None
@@ -229,17 +248,21 @@ def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row:
 
 
 def checked_queries(queries: torch.Tensor, items: Sequence[CudaItems]) -> torch.Tensor:
-    """`queries` as they must be for these items. Raises TypeError, ValueError."""
+    """`queries` as they must be for these items, contiguous; `check_finite` is left. Raises TypeError, ValueError."""
     if queries.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {queries.dtype}")
     if queries.ndim != 2 or queries.shape[1] != items[0].K:
         raise ValueError(f"queries must be (B, {items[0].K}), the items' width, got shape {tuple(queries.shape)}")
     if queries.device != items[0].device:
         raise ValueError(f"queries must be on {items[0].device}, where the items are, got {queries.device}")
+    return queries.contiguous()
+
+
+def check_finite(queries: torch.Tensor) -> None:
+    """Raises ValueError; waits for the device, so that a scan looks itself."""
     if not bool(queries.isfinite().all()):
         row, column = (int(x[0]) for x in (~queries.isfinite()).nonzero(as_tuple=True))
         raise ValueError(f"queries must be finite, got {float(queries[row, column])} in query {row}, column {column}")
-    return queries
 
 
 @functools.cache
@@ -257,10 +280,11 @@ def checked_shards(items: Any) -> list[CudaItems]:
             f"items must be on the queries' device, got {got}: PackedItems.to(device) brings them there, or pass "
             "queries as a NumPy array"
         )
-    kinds = {(s.storage, s.K, s.scales, str(s.device)) for s in shards}
+    kinds = {(s.storage, s.K, s.scales, s.device) for s in shards} if len(shards) > 1 else set()
     if len(kinds) > 1:
         raise ValueError(
-            f"items must be of one storage, width and kind of scales and on one device, got {sorted(map(str, kinds))}"
+            "items must be of one storage, width and kind of scales and on one device, got "
+            f"{sorted(map(str, kinds))}"
         )
     if shards[0].device.type == "cuda" and not _built():
         raise RuntimeError(

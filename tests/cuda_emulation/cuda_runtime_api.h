@@ -16,6 +16,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 namespace emulated {
 
@@ -34,6 +37,8 @@ void seed(unsigned number);
 void run(int blocks, int threads, size_t bytes, const std::function<void()>& body);
 // Waits for all threads of the block; whether any of them says so.
 bool meet(bool says);
+// Waits for all threads of the warp; what the one says whose number in it differs by these bits.
+uint64_t exchange(uint64_t says, int bits);
 // Lets other threads run first, now and then.
 void pause();
 
@@ -61,12 +66,31 @@ auto launch(void (*kernel)(Parameters...), int blocks, int threads, size_t bytes
 
 inline void __syncthreads() { emulated::meet(false); }
 inline int __syncthreads_or(int says) { return emulated::meet(says != 0); }
-inline int atomicAdd(int* place, int step) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+    uint64_t word = 0;
+    std::memcpy(&word, &value, sizeof value);
+    word = emulated::exchange(word, bits);
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+}
+template <class T>
+T atomicAdd(T* place, T step) {
     emulated::pause();
-    const int before = __atomic_fetch_add(place, step, __ATOMIC_RELAXED);
+    const T before = __atomic_fetch_add(place, step, __ATOMIC_RELAXED);
     emulated::pause();
     return before;
 }
+inline int atomicOr(int* place, int bits) { return __atomic_fetch_or(place, bits, __ATOMIC_RELAXED); }
+inline unsigned long long atomicMin(unsigned long long* place, unsigned long long value) {
+    emulated::pause();
+    unsigned long long before = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (value < before &&
+           !__atomic_compare_exchange_n(place, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return before;
+}
+inline void __threadfence() {}
 template <class T>
 T __ldcs(const T* place) {
     return *place;
@@ -75,17 +99,13 @@ template <class T>
 T __ldg(const T* place) {
     return *place;
 }
-inline int __dp4a(int a, int b, int sum) {
-    for (int shift = 0; shift < 32; shift += 8)
-        sum += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
-    return sum;
-}
 inline float __uint_as_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::max;
 using std::min;
 
 inline cudaError_t cudaGetLastError() {

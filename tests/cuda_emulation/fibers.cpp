@@ -34,7 +34,7 @@ struct Fiber {
     bool begun = false;
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool done = false, says = false;
-    int barriers = 0;  // how many it has come to
+    int barriers = 0, exchanges = 0;  // how many it has come to
     void* sanitizer = nullptr;
 };
 
@@ -46,6 +46,9 @@ struct List {
     int size = 0, numbers[1024];
     void add(int number) { numbers[size++] = number; }
 } ready, waiting;
+// Threads of a warp that have come to an exchange, and what they say, by turns: nobody is two exchanges ahead.
+List exchanging[1024 / 32];
+uint64_t said[2][1024];
 int running = 0;
 bool any_said = false;
 const std::function<void()>* kernel = nullptr;
@@ -108,6 +111,7 @@ void start() {
 void run_block(int threads) {
     fibers = std::vector<Fiber>(threads);
     ready.size = waiting.size = 0;
+    for (List& warp : exchanging) warp.size = 0;
 #if FOR_THREAD
     scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
@@ -124,7 +128,7 @@ void run_block(int threads) {
     for (int done = 0; done < threads;) {
         if (!ready.size) {
             if (waiting.size < threads) {
-                std::fputs("some threads of a block wait at a barrier that others never reach\n", stderr);
+                std::fputs("some threads of a block wait for others that never come\n", stderr);
                 std::abort();
             }
             any_said = std::any_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.says; });
@@ -158,6 +162,19 @@ bool meet(bool says) {
     __tsan_acquire(places + own.barriers % 2);
 #endif
     return any_said;
+}
+
+uint64_t exchange(uint64_t says, int bits) {
+    const int turn = fibers[running].exchanges++ % 2, other = running ^ bits;
+    said[turn][running] = says;
+    List& warp = exchanging[running / 32];
+    warp.add(running);
+    if (warp.size == 32) {
+        for (int i = 0; i < 32; ++i) ready.add(warp.numbers[i]);
+        warp.size = 0;
+    }
+    leave();
+    return said[turn][other];
 }
 
 void pause() {
