@@ -115,8 +115,7 @@ size_t cur_scratch_bytes(bool int8, int64_t count, int stored_width, int rows, i
 // Asynchronous on `stream` of `device`; device pointers as integers (scale, anchor: 0 for none).
 void launch_cur_topk(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t count, uintptr_t scale, uintptr_t anchor,
                      int width, int stored_width, double reach, uintptr_t queries, int rows, int k, int wanted,
-                     int processors, uintptr_t scratch, uintptr_t ids, uintptr_t scores, int device,
-                     uintptr_t stream) {
+                     int processors, uintptr_t scratch, uintptr_t ids, uintptr_t scores, int device, uintptr_t stream) {
     if (k < 1 || k > wanted || wanted > kCurMostK)
         throw std::invalid_argument("k and wanted must be 1 <= k <= wanted <= " + std::to_string(kCurMostK));
     if (rows < 1 || processors < 1) throw std::invalid_argument("rows and processors must be at least 1");

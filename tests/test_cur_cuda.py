@@ -49,5 +49,5 @@ def test_the_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:
         pytest.skip(f"this nvcc does not know sm_{arch}")
     assert done.returncode == 0, done.stderr[-2000:]
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout + done.stderr)
-    assert len(spills) == 3  # int8, bfloat16, merge
+    assert len(spills) == 8  # rounding; int8, of four queries, bfloat16; merge; int8, bfloat16; the end
     assert all(pair == ("0", "0") for pair in spills), spills

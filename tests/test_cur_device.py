@@ -16,7 +16,8 @@ from fastrerank.ops import _cur_cuda, reference  # noqa: E402
 
 def scan_in_torch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:
     """What the kernels compute: sums of int8 or float32 products, chosen as blocks choose, and their exact scores."""
-    exact = _cur_cuda._exact(queries, items)
+    finite = queries.isfinite().all(dim=1)
+    exact = _cur_cuda._exact(torch.where(finite[:, None], queries, 0), items)
     given, units, errors = rounded(exact.numpy(), items.storage, items.K, items.reach)
     wanted, found, status = _cur_cuda._wider(k), [], []
     rows = items.vectors(torch.arange(items.N))
@@ -32,7 +33,7 @@ def scan_in_torch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:
         found.append(_cur_cuda._keys_of(scores, torch.tensor(ids)).sort(descending=True).values[:k])
         least = best[-1] * units[row] + errors[row]
         certain = float(_cur_cuda._scores_of(found[-1])[-1]) > least + abs(least) * 2.0**-22 + 2.0**-146
-        status.append(4 if not queries[row].isfinite().all() else 0 if certain else 1)
+        status.append(0 if certain and finite[row] else 1 if finite[row] else 4)
     keys = torch.stack(found)
     return _cur_cuda._ids_of(keys), _cur_cuda._scores_of(keys), lambda: status
 

@@ -38,23 +38,56 @@ def test_equals_the_cpu(width: int, count: int, k: int, storage: str, scales: st
     check_equals_the_cpu(width, count, k, storage, scales)
 
 
+@pytest.mark.parametrize(("storage", "scales"), KINDS)
+@pytest.mark.parametrize(
+    ("rows", "width", "k"), [(1, 300, 100), (4, 256, 100), (7, 37, 100), (33, 256, 1024), (5, 33, 9)]
+)
+def test_queries_that_share_scans(rows: int, width: int, k: int, storage: str, scales: str | None) -> None:
+    check_equals_the_cpu(width, 300_017, k, storage, scales, rows)
+
+
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
 def test_integer_products_in_every_order(order: str) -> None:
-    """The kernel alone: its sums are integers, and its order is total."""
-    count, k = 100_000, 700
-    line = {"ascending": np.arange(count), "descending": -np.arange(count), "equal": np.zeros(count)}[
-        order
-    ] % 251 - 120.0
+    """The kernels alone, whose order is total, of a query that rounding takes nothing from."""
+    count, k = 1_000_000, 700
+    line = {"ascending": np.arange(count), "descending": -np.arange(count), "equal": np.zeros(count)}[order]
+    line = line % 251 - 120.0 if order == "equal" else np.floor(line % count / (count / 254)) - 127
     vectors = np.stack([line, np.full(count, 127.0)]).astype(np.float32)
     vectors[:, 0] = 127
     items = ops.cur_pack(vectors, "int8", scales="anchor")
     values = np.rint(items.vectors() / items.scale).astype(np.int64)
-    query = np.array([100, -3, 0, 0], np.int8)
-    ids, products = _cur_cuda._launch(torch.from_numpy(query).cuda(), items.to("cuda"), k)
-    sums = query[:2].astype(np.int64) @ values
+    query = np.array([127, -3], np.float32)
+    ids, scores, status = _cur_cuda._launch(torch.from_numpy(query[None]).cuda(), items.to("cuda"), k)
+    assert status() in ([0], [1])
+    sums = query.astype(np.int64) @ values
     best = np.lexsort((np.arange(count), -sums))[:k]
-    np.testing.assert_array_equal(ids.cpu().numpy(), best)
-    np.testing.assert_array_equal(products.cpu().numpy(), sums[best])
+    np.testing.assert_array_equal(ids[0].cpu().numpy(), best)
+    np.testing.assert_array_equal(scores[0].cpu().numpy(), sums[best])
+
+
+def test_a_query_that_is_not_finite_is_found() -> None:
+    items = ops.cur_pack(np.random.default_rng(0).normal(size=(64, 5000)).astype(np.float32), "int8").to("cuda")
+    queries = torch.ones((3, 64), device="cuda")
+    queries[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="got nan in query 1, column 2"):
+        ops.cur_topk(queries, items, 10)
+    assert ops.cur_topk(queries[::2, ::1], items, 10)[0].shape == (2, 10)  # with strides
+
+
+def test_a_graph_holds_the_kernels() -> None:
+    random = np.random.default_rng(1)
+    items = ops.cur_pack(random.normal(size=(64, 300_000)).astype(np.float32), "int8").to("cuda")
+    queries = torch.from_numpy(random.normal(size=(5, 64)).astype(np.float32)).cuda()
+    ids, scores = ops.cur_topk(queries, items, 100)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = _cur_cuda._launch(queries, items, 100)
+    for _ in range(3):
+        held[0].zero_()
+        graph.replay()
+        assert held[2]() == [0] * 5
+        assert torch.equal(held[0], ids)
+        assert torch.equal(held[1], scores)
 
 
 def test_other_streams_and_repeated_calls_give_the_same() -> None:

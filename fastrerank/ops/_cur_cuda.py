@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastrerank.ops._cur import TILE, PackedItems
@@ -283,8 +282,7 @@ def checked_shards(items: Any) -> list[CudaItems]:
     kinds = {(s.storage, s.K, s.scales, s.device) for s in shards} if len(shards) > 1 else set()
     if len(kinds) > 1:
         raise ValueError(
-            "items must be of one storage, width and kind of scales and on one device, got "
-            f"{sorted(map(str, kinds))}"
+            f"items must be of one storage, width and kind of scales and on one device, got {sorted(map(str, kinds))}"
         )
     if shards[0].device.type == "cuda" and not _built():
         raise RuntimeError(
