@@ -119,6 +119,20 @@ __device__ __forceinline__ Entry published_bound(State* state, int k) {
     return atomicMin(reinterpret_cast<unsigned long long*>(&state->floor), ~0ull) - 1;
 }
 
+// Drops what is below a bound that was not there when it came; returns how many stay, which is *count then too.
+__device__ __forceinline__ int keep_from(Entry* entries, int filled, Entry bound, int* count) {
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (thread == 0) *count = 0;
+    for (int begin = 0; begin < filled; begin += kThreads) {
+        const Entry e = begin + thread < filled ? entries[begin + thread] : kNoEntry;
+        __syncthreads();  // no place beyond those that were read is written
+        if (e != kNoEntry && e >= bound) entries[atomicAdd(count, 1)] = e;
+    }
+    __syncthreads();
+    return *count;
+}
+
 // `blocks` blocks scan for Q queries. Each keeps the scores of its first batch back and publishes the best of its
 // `groups` (0, 1, 2, 4 or 8) parts: so a bound is there before anything has to be chosen, and few items pass it.
 template <bool Int8, int Q>
@@ -260,7 +274,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(Q))
     __syncthreads();
     for (int q = 0; q < live; ++q) {
         Entry* reservoir = shared + q * size;
-        const int filled = count[q];
+        int filled = count[q];
+        if (filled > kThreads) filled = keep_from(reservoir, filled, bound[turn][q], &count[q]);
         cut_back(reservoir, power_of_two(filled), filled, thread, kThreads, BlockBarrier());
         Entry* list = s.lists + (static_cast<int64_t>(first_row + q - begin_row) * blocks + block) * g.wanted;
         for (int i = thread; i < g.wanted; i += kThreads) list[i] = i < filled ? reservoir[i] : kNoEntry;
