@@ -52,7 +52,7 @@ def tables(findings: Findings) -> list[Table]:
             "Floors: states, label rows, logits and order moved once at the copy rate; products at the matmul rate.",
         ),
         _kernels(
-            findings, findings.cur, "Scan of packed items: one query's best k",
+            findings, findings.cur, "Scan of packed items: the best k of queries",
             "Floors: int8 values and scales read once at the copy rate, for the rivals too, which read bfloat16.",
             "Error: share of the exact best that is missing. A call of ours waits for its result.",
         ),

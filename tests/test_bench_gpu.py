@@ -84,7 +84,7 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
         ("ops.attention_mass", "ok"), ("torch, float32", "ok"),
     }  # fmt: skip
     assert {one["way"]: one["state"] for one in found["cur"]} == {
-        "ops.cur_topk": "not here", "kernels alone": "not here", "torch mv + topk, bfloat16": "ok",
+        "ops.cur_topk": "not here", "kernels alone": "not here", "torch products + topk, bfloat16": "ok",
         "torch in two passes, bfloat16": "ok",
     }  # fmt: skip
     assert {one["state"] for one in found["label_logits"]} == {"ok"}
