@@ -1,4 +1,4 @@
-"""The CUDA scan of packed items on a CPU: csrc/cuda/cur_scan.cu, compiled by g++ with tests/cuda_emulation.
+"""The CUDA scan of packed items on a CPU: csrc/cuda/cur_topk.cu, compiled by g++ with tests/cuda_emulation.
 
 Blocks and barriers are real, threads run in an order that a seed draws. What compute-sanitizer would say on a device
 (memcheck, racecheck), g++'s sanitizers say here: of memory between threads too, because each is a fiber to them.
@@ -27,7 +27,7 @@ from fastrerank import ops
 from fastrerank.ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = (ROOT / "csrc" / "cuda" / "cur_scan.cu").read_text()
+SOURCE = (ROOT / "csrc" / "cuda" / "cur_topk.cu").read_text()
 SHIM = ROOT / "tests" / "cuda_emulation"
 COMPILER = shutil.which("g++")
 SANITIZERS = {"none": "", "address": "address,undefined", "thread": "thread"}
@@ -187,9 +187,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         )
         source, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulated::launch(\1, \2)(", source, flags=re.DOTALL)
         assert launches == 5
-        place.with_name("cur_scan.cpp").write_text(f'{source}\n#include "run.cpp"\n')
+        place.with_name("cur_topk.cpp").write_text(f'{source}\n#include "run.cpp"\n')
         checks = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"] if sanitizer != "none" else []
-        sources = [str(place.with_name("cur_scan.cpp")), str(fibers(sanitizer))]
+        sources = [str(place.with_name("cur_topk.cpp")), str(fibers(sanitizer))]
         _run([str(COMPILER), *flags, *checks, *sources, "-o", str(place)])
         return place
 

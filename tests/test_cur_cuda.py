@@ -42,7 +42,7 @@ def test_the_selection_is_the_references(values: list[float], k: int, batch: int
 def test_the_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:
     command = [
         str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{SOURCES}", "-cubin",
-        "-o", str(tmp_path / "x.cubin"), str(SOURCES / "cuda" / "cur_scan.cu"),
+        "-o", str(tmp_path / "x.cubin"), str(SOURCES / "cuda" / "cur_topk.cu"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if f"Value 'sm_{arch}' is not defined" in done.stderr:
