@@ -105,19 +105,42 @@ double bandwidth(int device, int64_t bytes, int rounds) {
     return static_cast<double>(bytes) / (best * 1e-3);
 }
 
-// Asynchronous on `stream` of the current device; device pointers as integers (scale: 0 for none).
-void launch_cur_scan(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t count, uintptr_t scale, int32_t first,
-                     int stored_width, uintptr_t query, int k, uintptr_t best, int blocks, uintptr_t ids,
-                     uintptr_t scores, uintptr_t stream) {
-    if (k < 1 || k > kCurMostK) throw std::invalid_argument("k must be 1 .. " + std::to_string(kCurMostK));
-    if (blocks < 1) throw std::invalid_argument("blocks must be at least 1");
-    const CurScan g{int8,         reinterpret_cast<const char*>(tiles),  tile_bytes,
-                    count,        reinterpret_cast<const float*>(scale), first,
-                    stored_width, reinterpret_cast<const void*>(query),  k};
+int64_t scratch_of_cur_topk(bool int8, int stored_width, int rows, int wanted, int blocks) {
+    CurTopk g{};
+    g.int8 = int8, g.stored_width = stored_width, g.rows = rows, g.wanted = wanted, g.blocks = blocks;
+    return cur_topk_scratch(g);
+}
+
+// Asynchronous on `stream` of the current device; device pointers as integers (scale, anchors: 0 for none).
+void launch_cur_topk(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t count, uintptr_t scale, uintptr_t anchors,
+                     int32_t first, int width, int stored_width, double reach, uintptr_t queries, int rows, int k,
+                     int wanted, int blocks, uintptr_t scratch, uintptr_t ids, uintptr_t scores, uintptr_t status,
+                     uintptr_t stream) {
+    if (wanted < 1 || wanted > kCurMostWanted)
+        throw std::invalid_argument("wanted must be 1 .. " + std::to_string(kCurMostWanted));
+    if (k < 1 || k > wanted) throw std::invalid_argument("k must be 1 .. wanted, " + std::to_string(wanted));
+    if (rows < 1 || blocks < 1 || count < 1) throw std::invalid_argument("rows, blocks and count must be at least 1");
+    const CurTopk g{int8,
+                    reinterpret_cast<const char*>(tiles),
+                    tile_bytes,
+                    count,
+                    reinterpret_cast<const float*>(scale),
+                    reinterpret_cast<const float*>(anchors),
+                    first,
+                    width,
+                    stored_width,
+                    reach,
+                    reinterpret_cast<const float*>(queries),
+                    rows,
+                    k,
+                    wanted,
+                    blocks,
+                    reinterpret_cast<char*>(scratch),
+                    reinterpret_cast<int64_t*>(ids),
+                    reinterpret_cast<float*>(scores),
+                    reinterpret_cast<int32_t*>(status)};
     const py::gil_scoped_release release;
-    check(cur_scan(g, reinterpret_cast<uint64_t*>(best), blocks, reinterpret_cast<int32_t*>(ids),
-                   reinterpret_cast<float*>(scores), reinterpret_cast<cudaStream_t>(stream)),
-          "launching cur_scan");
+    check(cur_topk(g, reinterpret_cast<cudaStream_t>(stream)), "launching cur_topk");
 }
 
 }  // namespace
@@ -128,9 +151,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("runtime") = CUDART_VERSION;
     m.def("status", &status, "Why no device can be used; empty where one can.");
     m.def("devices", &devices, "A dict for each device; empty where there is no driver.");
-    m.def("cur_scan", &launch_cur_scan, py::arg("int8"), py::arg("tiles"), py::arg("tile_bytes"), py::arg("count"),
-          py::arg("scale"), py::arg("first"), py::arg("stored_width"), py::arg("query"), py::arg("k"), py::arg("best"),
-          py::arg("blocks"), py::arg("ids"), py::arg("scores"), py::arg("stream"));
-    m.attr("cur_most_k") = kCurMostK;
+    m.def("cur_topk_scratch", &scratch_of_cur_topk, py::arg("int8"), py::arg("stored_width"), py::arg("rows"),
+          py::arg("wanted"), py::arg("blocks"));
+    m.def("cur_topk", &launch_cur_topk, py::arg("int8"), py::arg("tiles"), py::arg("tile_bytes"), py::arg("count"),
+          py::arg("scale"), py::arg("anchors"), py::arg("first"), py::arg("width"), py::arg("stored_width"),
+          py::arg("reach"), py::arg("queries"), py::arg("rows"), py::arg("k"), py::arg("wanted"), py::arg("blocks"),
+          py::arg("scratch"), py::arg("ids"), py::arg("scores"), py::arg("status"), py::arg("stream"));
+    m.attr("cur_most_wanted") = kCurMostWanted;
     m.def("bandwidth", &bandwidth, py::arg("device"), py::arg("bytes"), py::arg("rounds"));
 }

@@ -7,21 +7,28 @@ def status() -> str: ...
 def devices() -> list[dict[str, Any]]: ...
 def bandwidth(device: int, bytes: int, rounds: int) -> float: ...
 
-cur_most_k: int
+cur_most_wanted: int
 
-def cur_scan(
+def cur_topk_scratch(int8: bool, stored_width: int, rows: int, wanted: int, blocks: int) -> int: ...
+def cur_topk(
     int8: bool,
     tiles: int,
     tile_bytes: int,
     count: int,
     scale: int,
+    anchors: int,
     first: int,
+    width: int,
     stored_width: int,
-    query: int,
+    reach: float,
+    queries: int,
+    rows: int,
     k: int,
-    best: int,
+    wanted: int,
     blocks: int,
+    scratch: int,
     ids: int,
     scores: int,
+    status: int,
     stream: int,
 ) -> None: ...

@@ -1,4 +1,4 @@
-"""ops.cur_topk for tensors: all but the kernel's launch, with a scan in torch in its place."""
+"""ops.cur_topk for tensors: all but the kernels, with torch in their place."""
 
 from __future__ import annotations
 
@@ -13,27 +13,50 @@ from fastrerank import _cpu, ops  # noqa: E402
 from fastrerank.ops import _cur_cuda, reference  # noqa: E402
 
 
-def scan_in_torch(query: Any, items: Any, k: int) -> tuple[Any, Any]:
-    """What the kernel computes: sums of int8 or float32 products, chosen as its blocks choose."""
-    rows = items.vectors(torch.arange(items.N))
-    if items.scale is not None and items.scales == "item":
-        scale = items.scale.double()
-        sums = (rows / scale[:, None]).round() @ query[: items.K].double()
-        products = sums.float() * items.scale
+def rounded(query: np.ndarray[Any, Any], items: Any) -> tuple[np.ndarray[Any, Any], float, float]:
+    """A query (K,) as the kernels round it, and its unit: a score is within the last of unit times its product."""
+    largest = np.abs(query).max(initial=0.0) or 1.0
+    if items.storage == "int8":
+        unit = largest / 127
+        values = np.rint(query / unit)
+        error = np.linalg.norm(query / unit - values) + 8 * 2.0**-24 * np.linalg.norm(values)
     else:
-        products = (rows @ query[: items.K].double()).float()
-    ids, best = _cpu.reservoir_topk(products.tolist(), k, 64, 3)
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(best)
+        unit = 2.0 ** np.floor(np.log2(largest))
+        values = query / unit
+        error = (items.K + 16) * 2.0**-24 * np.linalg.norm(values)
+    return values, unit, unit * (error * items.reach + items.K * 2.0**-123) * 1.0001
+
+
+def kernels_in_torch(queries: Any, items: Any, first: int, k: int, wanted: int) -> tuple[Any, Any, Any]:
+    """What the kernels compute: products of int8 or float32, chosen as blocks choose, and float64 scores of these."""
+    exact, rows = _cur_cuda._exact(queries, items), items.vectors(torch.arange(items.N))
+    ids, scores, status = [], [], []
+    for query in exact:
+        values, unit, error = rounded(query.numpy(), items)
+        if not np.isfinite(values).all():
+            ids, scores, status = [*ids, torch.zeros(k).long()], [*scores, torch.zeros(k)], [*status, 3]
+            continue
+        products = (rows @ torch.from_numpy(values)).float()
+        if items.storage == "int8" and items.scales == "item":
+            scale = items.scale.double()
+            products = ((rows / scale[:, None]).round() @ torch.from_numpy(values)).float() * items.scale
+        found, best = _cpu.reservoir_topk(products.tolist(), wanted, 64, 3)
+        found = torch.tensor(found)
+        keys = _cur_cuda._keys_of((rows[found] @ query).float(), first + found).sort(descending=True).values[:k]
+        ids, scores = [*ids, _cur_cuda._ids_of(keys)], [*scores, _cur_cuda._scores_of(keys)]
+        least = best[-1] * unit + error
+        status.append(0 if scores[-1][-1] > least + abs(least) * 2.0**-22 + 2.0**-146 else 1)
+    return torch.stack(ids), torch.stack(scores), torch.tensor(status)
 
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The k of every scan that is made."""
+    """How many items every launch wants."""
     made: list[int] = []
 
-    def launch(query: Any, items: Any, k: int) -> tuple[Any, Any]:
-        made.append(k)
-        return scan_in_torch(query, items, k)
+    def launch(queries: Any, items: Any, first: int, k: int, wanted: int) -> tuple[Any, Any, Any]:
+        made.append(wanted)
+        return kernels_in_torch(queries, items, first, k, wanted)
 
     monkeypatch.setattr(_cur_cuda, "_launch", launch)
     return made

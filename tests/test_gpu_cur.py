@@ -39,22 +39,31 @@ def test_equals_the_cpu(width: int, count: int, k: int, storage: str, scales: st
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
-def test_integer_products_in_every_order(order: str) -> None:
-    """The kernel alone: its sums are integers, and its order is total."""
-    count, k = 100_000, 700
+@pytest.mark.parametrize("k", [7, 700])
+def test_integer_products_in_every_order(order: str, k: int) -> None:
+    """A query that rounding leaves as it is: the best products are the best scores, and equal ones come by id."""
+    count = 1_100_000
     line = {"ascending": np.arange(count), "descending": -np.arange(count), "equal": np.zeros(count)}[
         order
     ] % 251 - 120.0
     vectors = np.stack([line, np.full(count, 127.0)]).astype(np.float32)
     vectors[:, 0] = 127
     items = ops.cur_pack(vectors, "int8", scales="anchor")
-    values = np.rint(items.vectors() / items.scale).astype(np.int64)
-    query = np.array([100, -3, 0, 0], np.int8)
-    ids, products = _cur_cuda._launch(torch.from_numpy(query).cuda(), items.to("cuda"), k)
-    sums = query[:2].astype(np.int64) @ values
+    values = np.rint(items.vectors()).astype(np.int64)
+    query = np.array([127, -3], np.float32)
+    ids, scores, _ = _cur_cuda._launch(torch.from_numpy(query)[None].cuda(), items.to("cuda"), 0, k, 2 * k + 64)
+    sums = query.astype(np.int64) @ values
     best = np.lexsort((np.arange(count), -sums))[:k]
-    np.testing.assert_array_equal(ids.cpu().numpy(), best)
-    np.testing.assert_array_equal(products.cpu().numpy(), sums[best])
+    np.testing.assert_array_equal(ids[0].cpu().numpy(), best)
+    np.testing.assert_array_equal(scores[0].cpu().numpy(), sums[best])
+
+
+def test_what_is_not_finite_is_named() -> None:
+    items = ops.cur_pack(np.random.default_rng(0).normal(size=(8, 5000)).astype(np.float32), "int8").to("cuda")
+    queries = torch.ones((3, 8), device="cuda")
+    queries[2, 5] = torch.inf
+    with pytest.raises(ValueError, match="got inf in query 2, column 5"):
+        ops.cur_topk(queries, items, 10)
 
 
 def test_other_streams_and_repeated_calls_give_the_same() -> None:

@@ -15,23 +15,34 @@ cudaError_t fill(uint32_t* words, int64_t n, cudaStream_t stream);
 constexpr int kReadBlocks = 4096;
 cudaError_t read(const uint32_t* words, int64_t n, uint32_t* sums, cudaStream_t stream);
 
-// The k best of one query's products with packed items, k <= kCurMostK: by product descending, then by id ascending.
-// int8: the product is the integer sum times the item's scale, in float32. bfloat16: float32 sums in one fixed order.
-constexpr int kCurMostK = 2112;
-struct CurScan {
-    bool int8;            // else bfloat16
-    const char* tiles;    // as ops/_cur.py lays them out, 16-byte aligned
+// The k best of each query's scores with packed items, exactly: by score descending, then by id ascending. A scan of
+// products of a rounded query, of which it keeps the `wanted` best, and float64 scores of these. The scan's products
+// are, for int8, the integer sum times the item's scale in float32; for bfloat16 float32 sums in one fixed order.
+constexpr int kCurMostWanted = 2112;
+struct CurTopk {
+    bool int8;             // else bfloat16
+    const char* tiles;     // as ops/_cur.py lays them out, 16-byte aligned
     int64_t tile_bytes, count;
-    const float* scale;   // (count,) or null, int8 only
-    int32_t first;        // id of the first item
-    int stored_width;     // values of an item, padding included
-    const void* query;    // (stored_width,) int8 or float32, zero in the padding; 4-byte aligned
-    int k;
+    const float* scale;    // (count,) of items, or null; int8 only
+    const float* anchors;  // (width,) scales of anchors, or null; int8 only
+    int32_t first;         // id of the first item
+    int width;             // values of an item and of a query
+    int stored_width;      // the same with padding: a multiple of 4 (int8) or 16 (bfloat16)
+    double reach;          // no item's norm is larger, its scale multiplied in
+    const float* queries;  // (rows, width)
+    int rows, k, wanted;   // 1 <= k <= wanted <= kCurMostWanted
+    int blocks;            // of the scan, at most
+    char* scratch;         // cur_topk_scratch(g) bytes, 16-byte aligned
+    int64_t* ids;          // (rows, k), -1 where there are fewer items
+    float* scores;         // (rows, k), -infinity where there are fewer items
+    int32_t* status;       // (rows,) of CurStatus
 };
-// Bytes of shared memory that a block takes: a reservoir and the query.
-size_t cur_scan_shared(const CurScan& g);
-// best: (blocks, k) of scratch. ids, scores: (k,), -1 and -infinity where there are fewer items.
-cudaError_t cur_scan(const CurScan& g, uint64_t* best, int blocks, int32_t* ids, float* scores, cudaStream_t stream);
+// What became of a row. kCurUncertain: rounding may hide an item that was not among the wanted.
+enum CurStatus { kCurExact = 0, kCurUncertain = 1, kCurNan = 2, kCurQueryNotFinite = 3 };
+int64_t cur_topk_scratch(const CurTopk& g);
+// Bytes of shared memory that a block of the scan takes: a reservoir and the query.
+size_t cur_scan_shared(const CurTopk& g);
+cudaError_t cur_topk(const CurTopk& g, cudaStream_t stream);
 
 // Whether this build holds machine code, or PTX to compile, for the current device.
 bool has_code();

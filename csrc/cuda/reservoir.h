@@ -54,12 +54,15 @@ FASTRERANK_BOTH void sort_step(Entry* entries, int n, int size, int stride, int 
     }
 }
 
-// The least power of two that holds k kept entries and a batch of new ones.
-FASTRERANK_BOTH int reservoir_size(int k, int batch) {
+// The least power of two that holds `count` entries, and two at least.
+FASTRERANK_BOTH int sorted_size(int count) {
     int n = 2;
-    while (n < k + batch) n *= 2;
+    while (n < count) n *= 2;
     return n;
 }
+
+// The least power of two that holds k kept entries and a batch of new ones.
+FASTRERANK_BOTH int reservoir_size(int k, int batch) { return sorted_size(k + batch); }
 
 // Barrier is called between steps; the first `count` entries are filled, the rest is not.
 template <class Barrier>
@@ -92,7 +95,9 @@ FASTRERANK_BOTH void merge_lists(const Entry* best, int lists, int k, Entry* res
             found |= lanes.any(passes);
             const int n = *filled;
             lanes.barrier();
-            if (n + lanes.count <= size) continue;
+            // Behind the first entries of all lists, the k-th best of these keeps nearly everything else out.
+            const bool first = column == 0 && begin + lanes.count >= lists && n >= k;
+            if (n + lanes.count <= size && !first) continue;
             cut_back(reservoir, size, n, lanes.lane, lanes.count, barrier);
             if (lanes.lane == 0) *filled = n < k ? n : k, *threshold = n < k ? kNoEntry : reservoir[k - 1];
             lanes.barrier();

@@ -1,14 +1,14 @@
-"""Exact top-k of products with packed items on a CUDA device: a rough scan, and exact scores of what it may leave."""
+"""Exact top-k of products with packed items on a CUDA device: csrc/cuda/cur_topk.cu, or the scores of all items."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastrerank import ops
@@ -16,7 +16,9 @@ from fastrerank.ops._cur import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
-_MOST_K = 1024  # _wider of it is what the kernel takes at most, csrc/cuda/kernels.h
+_MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cuda/kernels.h
+# What the kernels say of a row, csrc/cuda/kernels.h.
+_EXACT, _UNCERTAIN, _NAN, _NOT_FINITE = range(4)
 _MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
 _BLOCKS_PER_MULTIPROCESSOR = 4
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
@@ -89,11 +91,15 @@ def cur_topk_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.cur_topk` of checked arguments; `keep` columns, `exclude` the ids that each query leaves out."""
     most = k + max(map(len, exclude), default=0)
-    keys = torch.cat([_keys(queries, shard, first, most) for first, shard in _numbered(items)], dim=1)
-    for row, ids in enumerate(exclude):
-        if len(ids):
-            gone = torch.isin(_ids_of(keys[row]), torch.from_numpy(ids).to(keys.device))
-            keys[row] = torch.where(gone, _NO_KEY, keys[row])
+    shards = _numbered(items)
+    if len(shards) == 1 and most == k:
+        ids, scores = _best(queries, shards[0][1], 0, k)
+        return ids[:, :keep], scores[:, :keep]
+    keys = torch.cat([_keys_of(*_best(queries, shard, first, most)[::-1]) for first, shard in shards], dim=1)
+    for row, gone in enumerate(exclude):
+        if len(gone):
+            left_out = torch.isin(_ids_of(keys[row]), torch.from_numpy(gone).to(keys.device))
+            keys[row] = torch.where(left_out, _NO_KEY, keys[row])
     best = keys.topk(keep, dim=1).values
     there = best != _NO_KEY
     return (
@@ -126,33 +132,23 @@ def _scores_of(keys: torch.Tensor) -> torch.Tensor:
     return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int().view(torch.float32)
 
 
-def _keys(queries: torch.Tensor, items: CudaItems, first: int, k: int) -> torch.Tensor:
-    """Keys (B, min(k, N)) of the best items of one shard, descending."""
-    exact = queries.double()
-    if items.scale is not None and items.scales == "anchor":
-        exact = exact * items.scale.double().reshape(1, -1)
+def _best(queries: torch.Tensor, items: CudaItems, first: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int64 and scores float32 (B, min(k, N)) of the best items of one shard, by score, then by id."""
     wanted = _wider(k)
     shared = items.stored_width * (1 if items.storage == "int8" else 4)
     if items.storage == "float32" or k > _MOST_K or shared > _MOST_SHARED or wanted >= items.N or items.reach > _HUGE:
-        return _by_scores(exact, items, first, k, 0)
-    rounded, units, errors = _rounded(exact.cpu().numpy(), items)
-    given = torch.from_numpy(rounded).to(items.device)
-    rows = []
-    for row, (unit, error) in enumerate(zip(units, errors, strict=True)):
-        ids, products = _launch(given[row], items, wanted)
-        query, ids = exact[row : row + 1], ids.long()
-        scores = _scores(query, items, ids)
-        keys = _keys_of(scores[0], first + ids).sort(descending=True).values
-        # One wait for the device: the scan has run until then.
-        last, kth, wrong = torch.stack([products[-1], _scores_of(keys[k - 1]), scores.isnan().any().float()]).tolist()
-        if wrong:
-            raise _nan(scores, ids, first, row)
-        # Every other item's score is at most the last product's and the error; half a step of float32 rounding is
-        # covered.
-        least = last * unit + error
-        least += abs(least) * 2.0**-22 + 2.0**-146
-        rows.append(keys[:k] if kth > least else _by_scores(query, items, first, k, row)[0])
-    return torch.stack(rows)
+        if not bool(queries.isfinite().all()):
+            raise _not_finite(queries)
+        keys = _by_scores(_exact(queries, items), items, first, k, 0)
+        return _ids_of(keys), _scores_of(keys)
+    ids, scores, status = _launch(queries.contiguous(), items, first, k, wanted)
+    for row, found in enumerate(status.tolist()):  # waits for the device, once for all queries
+        if found == _NOT_FINITE:
+            raise _not_finite(queries)
+        if found != _EXACT:  # a score that is NaN is named there
+            keys = _by_scores(_exact(queries[row : row + 1], items), items, first, k, row)
+            ids[row], scores[row] = _ids_of(keys[0]), _scores_of(keys[0])
+    return ids, scores
 
 
 def _wider(k: int) -> int:
@@ -160,45 +156,43 @@ def _wider(k: int) -> int:
     return 2 * k + 64
 
 
-def _rounded(
-    queries: npt.NDArray[np.float64], items: CudaItems
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Queries (B, stored width) as the kernel reads them, and units: an item's score is within `errors` (B,) of
-    `units` (B,) times its product."""
-    largest = np.abs(queries).max(axis=1, initial=0.0)
-    largest[largest == 0] = 1
-    if items.storage == "int8":
-        units = largest / 127
-        inside = queries / units[:, None]
-        values = np.rint(inside)
-        # |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and float32 products of sums and scales.
-        error = np.linalg.norm(inside - values, axis=1) + 8 * 2.0**-24 * np.linalg.norm(values, axis=1)
-    else:
-        units = 2.0 ** np.floor(np.log2(largest))  # |q| is brought near 1, so that nothing overflows
-        values = queries / units[:, None]
-        error = (items.K + 16) * 2.0**-24 * np.linalg.norm(values, axis=1)
-    given = np.zeros((len(queries), items.stored_width), np.int8 if items.storage == "int8" else np.float32)
-    given[:, : items.K] = values
-    tiny = items.K * 2.0**-123  # what is below the smallest normal number
-    return given, units, units * (error * items.reach + tiny) * 1.0001
+def _exact(queries: torch.Tensor, items: CudaItems) -> torch.Tensor:
+    """float64 (B, K), scales of anchors multiplied in."""
+    exact = queries.double()
+    if items.scale is not None and items.scales == "anchor":
+        exact = exact * items.scale.double().reshape(1, -1)
+    return exact
 
 
-def _launch(query: torch.Tensor, items: CudaItems, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's ids (k,) int32 and products (k,) float32, on the current stream."""
+def _launch(
+    queries: torch.Tensor, items: CudaItems, first: int, k: int, wanted: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids int64 (B, k), scores float32 (B, k) and status int32 (B,) of the kernels, on the current stream."""
     kernels = importlib.import_module("fastrerank._cuda")
-    device = items.device
-    blocks = _BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    scratch = torch.empty(blocks * k, dtype=torch.int64, device=device)
-    ids = torch.empty(k, dtype=torch.int32, device=device)
-    products = torch.empty(k, dtype=torch.float32, device=device)
-    scale = items.scale.data_ptr() if items.scale is not None and items.scales == "item" else 0
+    device, rows = items.device, len(queries)
+    blocks = _BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(device)
+    ids = torch.empty((rows, k), dtype=torch.int64, device=device)
+    scores = torch.empty((rows, k), dtype=torch.float32, device=device)
+    status = torch.empty(rows, dtype=torch.int32, device=device)
+    if not rows:
+        return ids, scores, status
+    size = kernels.cur_topk_scratch(items.storage == "int8", items.stored_width, rows, wanted, blocks)
+    scratch = torch.empty(size, dtype=torch.uint8, device=device)
+    scale = 0 if items.scale is None else items.scale.data_ptr()
     with torch.cuda.device(device):
-        kernels.cur_scan(
-            items.storage == "int8", items.data.data_ptr(), items.data.shape[1], items.N, scale, 0,
-            items.stored_width, query.data_ptr(), k, scratch.data_ptr(), blocks, ids.data_ptr(), products.data_ptr(),
-            torch.cuda.current_stream(device).cuda_stream,
+        kernels.cur_topk(
+            items.storage == "int8", items.data.data_ptr(), items.data.shape[1], items.N,
+            scale if items.scales == "item" else 0, scale if items.scales == "anchor" else 0, first, items.K,
+            items.stored_width, items.reach, queries.data_ptr(), rows, k, wanted, blocks, scratch.data_ptr(),
+            ids.data_ptr(), scores.data_ptr(), status.data_ptr(), torch.cuda.current_stream(device).cuda_stream,
         )  # fmt: skip
-    return ids, products
+    return ids, scores, status
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def _scores(queries: torch.Tensor, items: CudaItems, ids: torch.Tensor) -> torch.Tensor:
@@ -229,17 +223,19 @@ def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row:
 
 
 def checked_queries(queries: torch.Tensor, items: Sequence[CudaItems]) -> torch.Tensor:
-    """`queries` as they must be for these items. Raises TypeError, ValueError."""
+    """`queries` if they fit these items; whether they are finite is seen later. Raises TypeError, ValueError."""
     if queries.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {queries.dtype}")
     if queries.ndim != 2 or queries.shape[1] != items[0].K:
         raise ValueError(f"queries must be (B, {items[0].K}), the items' width, got shape {tuple(queries.shape)}")
     if queries.device != items[0].device:
         raise ValueError(f"queries must be on {items[0].device}, where the items are, got {queries.device}")
-    if not bool(queries.isfinite().all()):
-        row, column = (int(x[0]) for x in (~queries.isfinite()).nonzero(as_tuple=True))
-        raise ValueError(f"queries must be finite, got {float(queries[row, column])} in query {row}, column {column}")
     return queries
+
+
+def _not_finite(queries: torch.Tensor) -> ValueError:
+    row, column = (int(x[0]) for x in (~queries.isfinite()).nonzero(as_tuple=True))
+    return ValueError(f"queries must be finite, got {float(queries[row, column])} in query {row}, column {column}")
 
 
 def checked_shards(items: Any) -> list[CudaItems]:

@@ -1,4 +1,4 @@
-// Enough of CUDA C++ for g++ to compile csrc/cuda/cur_scan.cu and run its kernels on a CPU: one block after the other,
+// Enough of CUDA C++ for g++ to compile csrc/cuda/cur_topk.cu and run its kernels on a CPU: one block after the other,
 // its threads as fibers that run from barrier to barrier, see fibers.cpp.
 #pragma once
 #include <algorithm>
@@ -67,6 +67,15 @@ inline int atomicAdd(int* place, int step) {
     emulated::pause();
     return before;
 }
+inline void atomicMin(unsigned long long* place, unsigned long long value) {
+    emulated::pause();
+    unsigned long long before = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (value < before &&
+           !__atomic_compare_exchange_n(place, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    emulated::pause();
+}
+inline void __threadfence() {}
 template <class T>
 T __ldcs(const T* place) {
     return *place;
@@ -86,7 +95,11 @@ inline float __uint_as_float(uint32_t bits) {
     return x;
 }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+using std::fabs;
+using std::ilogb;
+using std::ldexp;
 using std::min;
+using std::rint;
 
 inline cudaError_t cudaGetLastError() {
     const cudaError_t last = emulated::error;
