@@ -26,7 +26,10 @@ LABELS = (
     (26, 4096, "layer"),
     (90, 896, "rms"),
 )
+ROTARY = ((64, 64, 4, "bfloat16"), (128, 128, 4, "bfloat16"), (80, 32, 1, "float32"), (96, 96, 2, "float32"))
 HEAD_SIZES = (32, 48, 64, 80, 96, 128, 160, 192, 256)
+ELEMENTWISE = ("rotary",)  # passes over rows without products
+DTYPES = ("bfloat16", "float16", "float32")
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 # Compiles the configurations that it is given and prints what came out. A process of its own, because the kernels of
@@ -38,7 +41,7 @@ import torch
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastrerank.ops.triton import attention, attention_mass, label_logits
+from fastrerank.ops.triton import attention, attention_mass, label_logits, rotary
 
 tools = Path(triton.backends.nvidia.__file__).parent / "bin"
 
@@ -73,6 +76,12 @@ def label_logits_of(arch, dtype, labels, width, norm):
     kinds |= {"eps": "fp32", "scale": "fp32", "softcap": "fp32"}
     return label_logits.kernel, fixed, kinds, ("H", "_row"), {"num_warps": chosen.warps}
 
+def rotary_of(arch, dtype, head_dim, rotated, heads, angles):
+    fixed = {"D": head_dim, "R": rotated, "BT": rotary.tokens_of(rotated), "HEADS": heads,
+             "BR": triton.next_power_of_2(rotated // 2), "BD": triton.next_power_of_2(max(1, head_dim - rotated))}
+    kinds = {"Q": "*", "K": "*", "OUT": "*", **dict.fromkeys(("COS", "SIN"), "*fp32" if angles == "float32" else "*")}
+    return rotary.kernel, fixed, kinds, ("_row", "_head"), {"num_warps": rotary.WARPS}
+
 for op, arch, dtype, *case in json.loads(sys.argv[1]):
     kernel, fixed, kinds, multiples, options = globals()[op + "_of"](arch, dtype, *case)
     element = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
@@ -98,7 +107,8 @@ for op, arch, dtype, *case in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What every configuration compiled to, by ("attention" or "attention_mass", arch, dtype, head size, softcap),
-    ("gather", arch, dtype, key heads) or ("label_logits", arch, dtype, labels, h, norm)."""
+    ("gather", arch, dtype, key heads), ("label_logits", arch, dtype, labels, h, norm) or
+    ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
     wanted: list[tuple[Any, ...]] = [
         *(("attention", arch, "bfloat16", d, False) for arch in ARCHS for d in HEAD_SIZES),
         *(("attention", 89, "bfloat16", d, False) for d in (64, 128, 256)),
@@ -109,6 +119,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], 
         *(("attention_mass", arch, "float16", d, True) for arch in ARCHS for d in (64, 256)),
         *(("gather", arch, "float32", 8) for arch in ARCHS),
         *(("label_logits", arch, "bfloat16", *case) for arch in ARCHS for case in LABELS),
+        *(("rotary", arch, dtype, *case) for arch in ARCHS for dtype in DTYPES for case in ROTARY),
         *(("label_logits", arch, dtype, 26, 4096, "rms") for arch in ARCHS for dtype in ("float32", "float16")),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -141,7 +152,9 @@ def test_shared_memory_is_within_the_limit(compiled) -> None:
 def test_products_of_16_bit_inputs_run_on_tensor_cores(compiled) -> None:
     for configuration, result in compiled.items():
         op, arch, dtype, *_ = configuration
-        if op in ("label_logits", "gather") or dtype == "float32":  # IEEE, which tensor cores do not offer
+        if (
+            op in ("label_logits", "gather", *ELEMENTWISE) or dtype == "float32"
+        ):  # IEEE, which tensor cores do not offer
             assert not re.search(r"tf32|mma", result["ptx"]), configuration
         else:
             assert TENSOR_CORES[arch] in result["ptx"], configuration
@@ -150,6 +163,8 @@ def test_products_of_16_bit_inputs_run_on_tensor_cores(compiled) -> None:
 # Bytes of stack per thread that a configuration may take. A few words at the tiles that fill the registers; float32
 # products, which have no tensor cores, keep both operands of a head in registers.
 def allowed(op: str, dtype: str, head_dim: int) -> int:
+    if op in ELEMENTWISE:
+        return 0
     if op == "label_logits":
         return 8  # the frame of a call to the square root's rare case, where 60 registers are in use
     if op == "attention_mass":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim"]
+__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim", "rotary"]
 
 
 def attention(
@@ -177,3 +177,27 @@ def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDAr
     """
     best = [(query @ tokens[begin:end].T).max(axis=1) for begin, end in pairwise(offsets)]
     return np.array([similarities.mean() for similarities in best], query.dtype)
+
+
+def rotary(
+    q: npt.NDArray[Any], k: npt.NDArray[Any], cos: npt.NDArray[Any], sin: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Queries and keys turned by their positions, in the first R columns of a head: column c with column c + R / 2.
+
+    Args:
+        q: (1, H, T, D). k: (1, Hkv, T, D). cos, sin: (1, T, R), R even and at most D.
+
+    Returns arrays like q and k.
+
+    Example:
+        >>> rotary(np.array([[[[3.0, 4.0]]]]), np.ones((1, 1, 1, 2)), np.zeros((1, 1, 2)), np.ones((1, 1, 2)))[0]
+        array([[[[-4.,  3.]]]])
+    """
+    turned = []
+    for x in (q, k):
+        out, half = x.copy(), cos.shape[-1] // 2
+        for c in range(half):
+            out[..., c] = x[..., c] * cos[..., c] - x[..., half + c] * sin[..., c]
+            out[..., half + c] = x[..., half + c] * cos[..., half + c] + x[..., c] * sin[..., half + c]
+        turned.append(out)
+    return turned[0], turned[1]
