@@ -1,0 +1,107 @@
+"""A Hugging Face model's layers on fused GPU kernels, as far as they are proved to compute the same."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastrerank.engine.torch_probe import when_equal
+from fastrerank.ops._rotary import rotary
+
+__all__ = ["fuse_on_gpu", "fuse_rotary"]
+
+log = logging.getLogger("fastrerank")
+
+Undo = Callable[[], None]
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def fuse_on_gpu(runner: Any) -> None:
+    """Put a packed model's rotary embeddings on one kernel, unless it then computes something else.
+
+    What is replaced is proved by itself on random values; what the whole model makes of it, on a few tokens.
+    """
+    name = type(runner.backbone).__name__
+    steps: tuple[tuple[str, Callable[[torch.nn.Module], Undo]], ...] = (("rotary embedding", fuse_rotary),)
+    for what, step in steps:
+        if problem := when_equal(runner, functools.partial(step, runner.backbone)):
+            log.info("%s keeps its own %s: %s", name, what, problem)
+
+
+def fuse_rotary(model: torch.nn.Module) -> Undo:
+    """Make layers that call `apply_rotary_pos_emb` call our kernel where it is the rotation by halves; what undoes it.
+
+    Only the layer's own forward sees another function under that name: no global of transformers' changes.
+    """
+    place = next(model.parameters()).device
+    made: dict[Any, Any] = {}
+    changed: list[torch.nn.Module] = []
+    for module in model.modules():
+        forward = type(module).forward
+        if "forward" in vars(module) or not isinstance(forward, types.FunctionType):
+            continue
+        theirs = forward.__globals__.get(_ROTARY)
+        if _ROTARY not in forward.__code__.co_names or not callable(theirs):
+            continue
+        if forward not in made:
+            made[forward] = _calling(forward, theirs, place)
+        if made[forward] is not None:
+            module.forward = types.MethodType(made[forward], module)
+            changed.append(module)
+
+    def put_back() -> None:
+        for module in changed:
+            del module.forward
+
+    return put_back
+
+
+def _calling(forward: types.FunctionType, theirs: Callable[..., Any], place: torch.device) -> Any:
+    """`forward` with our rotary embedding in place of `theirs`; None where that computes something else."""
+    whole, partly = (_rotates_halves(theirs, rotated, place) for rotated in (16, 8))
+    if not whole:
+        return None
+
+    def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Heads in another dimension, batches of several rows and broadcast angles are left to the model's function.
+        usual = (not args and (not kwargs or kwargs == {"unsqueeze_dim": 1})) or args == (1,)
+        if (
+            usual
+            and q.ndim == 4
+            and q.shape[0] == 1
+            and cos.shape[:-1] == (1, q.shape[2])
+            and (cos.shape[-1] == q.shape[-1] or (partly and cos.shape[-1] < q.shape[-1]))
+            and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+        ):
+            return rotary(q, k, cos, sin)
+        return theirs(q, k, cos, sin, *args, **kwargs)
+
+    # Without a module's name torch.compile looks names up in these globals, and not in the module of that name.
+    scope = {**forward.__globals__, _ROTARY: apply}
+    del scope["__name__"]
+    copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def _rotates_halves(function: Callable[..., Any], rotated: int, place: torch.device) -> bool:
+    """Whether `function` turns the first `rotated` of 16 columns by halves, tried on random values."""
+    random = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 5, 16), (1, 2, 5, 16), (1, 5, rotated), (1, 5, rotated))
+    q, k, cos, sin = (torch.randn(shape, generator=random).to(place) for shape in shapes)
+    try:
+        found = function(q, k, cos, sin)
+    except RuntimeError:  # shapes that the function does not take
+        return False
+    for x, turned in zip((q, k), found, strict=True):
+        first, second = x[..., :rotated].chunk(2, -1)
+        expected = x.clone()
+        expected[..., :rotated] = x[..., :rotated] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        if turned.shape != x.shape or not torch.allclose(turned, expected, rtol=1e-5, atol=1e-5):
+            return False
+    return True

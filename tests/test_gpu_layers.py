@@ -1,0 +1,97 @@
+"""Models on the fused GPU layers, which Triton's interpreter runs where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("triton")
+import torch
+import torch_families as families
+
+from fastrerank.engine import gpu_layers
+from fastrerank.engine.torch_backbone import PackedBackbone
+from fastrerank.engine.torch_probe import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
+LENGTHS = (3, 12, 1)
+
+
+def packed(family: str) -> PackedBackbone:
+    model: Any = families.build(family)
+    return PackedBackbone(getattr(model, model.base_model_prefix).to(DEVICE))
+
+
+def states(runner: PackedBackbone, family: str) -> torch.Tensor:
+    ids, types, offsets = families.documents(family, LENGTHS)
+    with torch.inference_mode():
+        ids = np.minimum(ids, runner.backbone.config.vocab_size - 1)
+        return runner.rows(ids, types, offsets, np.arange(len(LENGTHS)), "tokens")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("modernbert", 4), ("llama", 3), ("qwen2", 3), ("qwen3", 3), ("gemma2", 3), ("bert", 0)],
+)
+def test_a_model_computes_the_same_with_our_rotary_embedding(
+    monkeypatch: pytest.MonkeyPatch, family: str, layers: int
+) -> None:
+    calls = []
+    ours = gpu_layers.rotary
+    monkeypatch.setattr(gpu_layers, "rotary", lambda *x: calls.append(1) or ours(*x))
+    runner = packed(family)
+    expected = states(runner, family)
+    put_back = gpu_layers.fuse_rotary(runner.backbone)
+    found = states(runner, family)
+    assert len(calls) == layers
+    assert relative_error(found.double(), expected.double()) < 2e-6
+    other = families.build(family)  # other models of the class are as they were
+    assert not any("forward" in vars(module) for module in other.modules())
+    put_back()
+    assert torch.equal(states(runner, family), expected)
+    assert len(calls) == layers
+
+
+def test_another_rotation_is_left_alone() -> None:
+    import decoders
+
+    model = decoders.build("cohere")  # turns neighbouring columns
+    gpu_layers.fuse_rotary(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_part_of_a_head_turns() -> None:
+    import decoders
+
+    runner = PackedBackbone(decoders.build("gpt-neox").gpt_neox.to(DEVICE))
+    expected = states(runner, "llama")
+    gpu_layers.fuse_rotary(runner.backbone)
+    assert relative_error(states(runner, "llama").double(), expected.double()) < 2e-6
+
+
+def test_what_differs_is_put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    ours = gpu_layers.rotary
+    monkeypatch.setattr(gpu_layers, "rotary", lambda q, k, cos, sin: ours(q, k, sin, cos))
+    runner = packed("llama")
+    expected = states(runner, "llama")
+    with caplog.at_level("INFO", "fastrerank"):
+        gpu_layers.fuse_on_gpu(runner)
+    assert "keeps its own rotary embedding: results differ" in caplog.text
+    assert torch.equal(states(runner, "llama"), expected)
+
+
+def test_compiled_a_layer_is_one_graph() -> None:
+    runner = packed("llama")
+    attention = runner.backbone.layers[0].self_attn
+    attention.config._attn_implementation = "eager"
+    x = torch.randn(1, 5, 32, device=DEVICE)
+    angles = tuple(torch.randn(1, 5, 8, device=DEVICE) for _ in range(2))
+    with torch.inference_mode():
+        expected = attention(x, angles, None)[0]
+        gpu_layers.fuse_rotary(runner.backbone)
+        found = torch.compile(attention, backend="eager", fullgraph=True)(x, angles, None)[0]
+    assert relative_error(found.double(), expected.double()) < 2e-6
