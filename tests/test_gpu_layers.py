@@ -56,6 +56,24 @@ def test_a_model_computes_the_same_with_our_rotary_embedding(
     assert len(calls) == layers
 
 
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("modernbert", 8), ("llama", 6), ("qwen3", 12), ("gemma2", 12), ("bert", 7), ("xlm-roberta", 7)],
+)
+def test_a_model_computes_the_same_with_our_norms(monkeypatch: pytest.MonkeyPatch, family: str, count: int) -> None:
+    calls = []
+    ours = gpu_layers.norm_rows
+    monkeypatch.setattr(gpu_layers, "norm_rows", lambda *x: calls.append(1) or ours(*x))
+    runner = packed(family)
+    expected = states(runner, family)
+    put_back = gpu_layers.fuse_norms(runner.backbone)
+    found = states(runner, family)
+    assert count <= len(calls) <= count + 1  # the last one may stand in the head
+    assert relative_error(found.double(), expected.double()) < 2e-6
+    put_back()
+    assert torch.equal(states(runner, family), expected)
+
+
 def test_another_rotation_is_left_alone() -> None:
     import decoders
 
@@ -81,7 +99,8 @@ def test_what_differs_is_put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     with caplog.at_level("INFO", "fastrerank"):
         gpu_layers.fuse_on_gpu(runner)
     assert "keeps its own rotary embedding: results differ" in caplog.text
-    assert torch.equal(states(runner, "llama"), expected)
+    assert not any("forward" in vars(layer.self_attn) for layer in runner.backbone.layers)
+    assert relative_error(states(runner, "llama").double(), expected.double()) < 2e-6
 
 
 def test_compiled_a_layer_is_one_graph() -> None:

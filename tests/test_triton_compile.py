@@ -27,8 +27,10 @@ LABELS = (
     (90, 896, "rms"),
 )
 ROTARY = ((64, 64, 4, "bfloat16"), (128, 128, 4, "bfloat16"), (80, 32, 1, "float32"), (96, 96, 2, "float32"))
+NORMED = ((64, False, False), (128, False, False), (768, True, True), (1024, True, True), (4096, False, False),
+          (8192, True, True))  # fmt: skip
 HEAD_SIZES = (32, 48, 64, 80, 96, 128, 160, 192, 256)
-ELEMENTWISE = ("rotary",)  # passes over rows without products
+ELEMENTWISE = ("norm_rows", "rotary")  # passes over rows without products
 DTYPES = ("bfloat16", "float16", "float32")
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -41,7 +43,7 @@ import torch
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastrerank.ops.triton import attention, attention_mass, label_logits, rotary
+from fastrerank.ops.triton import attention, attention_mass, label_logits, norm_rows, rotary
 
 tools = Path(triton.backends.nvidia.__file__).parent / "bin"
 
@@ -82,6 +84,14 @@ def rotary_of(arch, dtype, head_dim, rotated, heads, angles):
     kinds = {"Q": "*", "K": "*", "OUT": "*", **dict.fromkeys(("COS", "SIN"), "*fp32" if angles == "float32" else "*")}
     return rotary.kernel, fixed, kinds, ("_row", "_head"), {"num_warps": rotary.WARPS}
 
+def norm_rows_of(arch, dtype, width, layer, residual):
+    chosen = norm_rows.tile(width)
+    fixed = {"W": width, "LAYER": layer, "WITH_RESIDUAL": residual, "WITH_BETA": layer, "BM": chosen.rows,
+             "BW": chosen.columns}
+    kinds = {**dict.fromkeys(("X", "RESIDUAL", "GAMMA", "BETA", "OUT"), "*"), "eps": "fp32"}
+    multiples = ("_row", "residual_outer", "residual_inner")
+    return norm_rows.kernel, fixed, kinds, multiples, {"num_warps": chosen.warps}
+
 for op, arch, dtype, *case in json.loads(sys.argv[1]):
     kernel, fixed, kinds, multiples, options = globals()[op + "_of"](arch, dtype, *case)
     element = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
@@ -107,8 +117,8 @@ for op, arch, dtype, *case in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What every configuration compiled to, by ("attention" or "attention_mass", arch, dtype, head size, softcap),
-    ("gather", arch, dtype, key heads), ("label_logits", arch, dtype, labels, h, norm) or
-    ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
+    ("gather", arch, dtype, key heads), ("label_logits", arch, dtype, labels, h, norm),
+    ("norm_rows", arch, dtype, width, mean and bias, residual) or ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
     wanted: list[tuple[Any, ...]] = [
         *(("attention", arch, "bfloat16", d, False) for arch in ARCHS for d in HEAD_SIZES),
         *(("attention", 89, "bfloat16", d, False) for d in (64, 128, 256)),
@@ -120,6 +130,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], 
         *(("gather", arch, "float32", 8) for arch in ARCHS),
         *(("label_logits", arch, "bfloat16", *case) for arch in ARCHS for case in LABELS),
         *(("rotary", arch, dtype, *case) for arch in ARCHS for dtype in DTYPES for case in ROTARY),
+        *(("norm_rows", arch, "bfloat16", *case) for arch in ARCHS for case in NORMED),
+        *(("norm_rows", arch, "float32", *case) for arch in ARCHS for case in NORMED[::2]),
         *(("label_logits", arch, dtype, 26, 4096, "rms") for arch in ARCHS for dtype in ("float32", "float16")),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -86,7 +86,7 @@ class PackedDecoder(PackedBackbone):
 
 
 def fuse_layers(packed: PackedBackbone) -> None:
-    """Fuse a decoder's layers: on a GPU what `fuse_on_gpu` fuses; on a CPU norms and feed-forward layers, in few rows."""
+    """Fuse a decoder's layers: what `fuse_on_gpu` fuses, or on a CPU norms and, over few rows, feed-forward layers."""
     if packed.device.type != "cpu":
         fuse_on_gpu(packed)
         return

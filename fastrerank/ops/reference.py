@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim", "rotary"]
+__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim", "norm_rows", "rotary"]
 
 
 def attention(
@@ -177,6 +177,29 @@ def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDAr
     """
     best = [(query @ tokens[begin:end].T).max(axis=1) for begin, end in pairwise(offsets)]
     return np.array([similarities.mean() for similarities in best], query.dtype)
+
+
+def norm_rows(
+    x: npt.NDArray[Any], norm: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None, eps: float,
+    residual: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:  # fmt: skip
+    """Norm of x + residual over the last dimension.
+
+    Args:
+        x: (..., W). norm: "rms" divides a row by the root of its mean square plus eps, "layer" also takes the mean off
+            first. weight: (W,). bias: (W,) or None. residual: like x, or None.
+
+    Returns an array like x.
+
+    Example:
+        >>> norm_rows(np.array([[3.0, 4.0]]), "rms", np.ones(2), None, 0.0)
+        array([[0.84852814, 1.13137085]])
+    """
+    y = x if residual is None else x + residual
+    if norm == "layer":
+        y = y - y.mean(axis=-1, keepdims=True)
+    y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+    return y if bias is None else y + bias
 
 
 def rotary(

@@ -18,7 +18,7 @@ VALUES = 1024  # of one half of a head's columns that a program takes in one ste
 
 def tokens_of(rotated: int) -> int:
     """Return how many tokens a program takes where `rotated` columns of a head turn."""
-    return max(1, VALUES // triton.next_power_of_2(rotated // 2))
+    return max(1, VALUES // int(triton.next_power_of_2(rotated // 2)))
 
 
 def heads_of(heads: int, kv_heads: int) -> int:
