@@ -118,7 +118,8 @@ for op, arch, dtype, *case in json.loads(sys.argv[1]):
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What every configuration compiled to, by ("attention" or "attention_mass", arch, dtype, head size, softcap),
     ("gather", arch, dtype, key heads), ("label_logits", arch, dtype, labels, h, norm),
-    ("norm_rows", arch, dtype, width, mean and bias, residual) or ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
+    ("norm_rows", arch, dtype, width, mean and bias, residual) or
+    ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
     wanted: list[tuple[Any, ...]] = [
         *(("attention", arch, "bfloat16", d, False) for arch in ARCHS for d in HEAD_SIZES),
         *(("attention", 89, "bfloat16", d, False) for d in (64, 128, 256)),
