@@ -74,6 +74,26 @@ def test_a_model_computes_the_same_with_our_norms(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(states(runner, family), expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "count"), [("modernbert", 4), ("llama", 3), ("qwen3", 3), ("gemma2", 3), ("bert", 0)]
+)
+def test_a_model_computes_the_same_with_our_gates(monkeypatch: pytest.MonkeyPatch, family: str, count: int) -> None:
+    calls = []
+    ours = gpu_layers.gated
+    runner = packed(family)
+    expected = states(runner, family)
+    held = sum(p.untyped_storage().nbytes() for p in runner.backbone.parameters())
+    put_back = gpu_layers.fuse_gated_layers(runner.backbone)
+    monkeypatch.setattr(gpu_layers, "gated", lambda *x: calls.append(1) or ours(*x))
+    found = states(runner, family)
+    assert len(calls) == count
+    assert relative_error(found.double(), expected.double()) < 2e-6
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in runner.backbone.parameters()}
+    assert sum(storages.values()) == held  # nothing twice
+    put_back()
+    assert torch.equal(states(runner, family), expected)
+
+
 def test_another_rotation_is_left_alone() -> None:
     import decoders
 

@@ -29,8 +29,9 @@ LABELS = (
 ROTARY = ((64, 64, 4, "bfloat16"), (128, 128, 4, "bfloat16"), (80, 32, 1, "float32"), (96, 96, 2, "float32"))
 NORMED = ((64, False, False), (128, False, False), (768, True, True), (1024, True, True), (4096, False, False),
           (8192, True, True))  # fmt: skip
+GATED = ((1152, "gelu"), (3072, "silu"), (14336, "gelu_tanh"), (512, "relu"))
 HEAD_SIZES = (32, 48, 64, 80, 96, 128, 160, 192, 256)
-ELEMENTWISE = ("norm_rows", "rotary")  # passes over rows without products
+ELEMENTWISE = ("gated", "norm_rows", "rotary")  # passes over rows without products
 DTYPES = ("bfloat16", "float16", "float32")
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -43,7 +44,7 @@ import torch
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastrerank.ops.triton import attention, attention_mass, label_logits, norm_rows, rotary
+from fastrerank.ops.triton import attention, attention_mass, gated, label_logits, norm_rows, rotary
 
 tools = Path(triton.backends.nvidia.__file__).parent / "bin"
 
@@ -92,6 +93,11 @@ def norm_rows_of(arch, dtype, width, layer, residual):
     multiples = ("_row", "residual_outer", "residual_inner")
     return norm_rows.kernel, fixed, kinds, multiples, {"num_warps": chosen.warps}
 
+def gated_of(arch, dtype, inner, activation):
+    block = gated.block_of(inner)
+    fixed = {"ACT": gated.ACTIVATIONS[activation], "BLOCK": block}
+    return gated.kernel, fixed, {"X": "*", "OUT": "*"}, ("inner", "_row"), {"num_warps": block // 256}
+
 for op, arch, dtype, *case in json.loads(sys.argv[1]):
     kernel, fixed, kinds, multiples, options = globals()[op + "_of"](arch, dtype, *case)
     element = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
@@ -118,7 +124,7 @@ for op, arch, dtype, *case in json.loads(sys.argv[1]):
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What every configuration compiled to, by ("attention" or "attention_mass", arch, dtype, head size, softcap),
     ("gather", arch, dtype, key heads), ("label_logits", arch, dtype, labels, h, norm),
-    ("norm_rows", arch, dtype, width, mean and bias, residual) or
+    ("gated", arch, dtype, columns, activation), ("norm_rows", arch, dtype, width, mean and bias, residual) or
     ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
     wanted: list[tuple[Any, ...]] = [
         *(("attention", arch, "bfloat16", d, False) for arch in ARCHS for d in HEAD_SIZES),
@@ -133,6 +139,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], 
         *(("rotary", arch, dtype, *case) for arch in ARCHS for dtype in DTYPES for case in ROTARY),
         *(("norm_rows", arch, "bfloat16", *case) for arch in ARCHS for case in NORMED),
         *(("norm_rows", arch, "float32", *case) for arch in ARCHS for case in NORMED[::2]),
+        *(("gated", arch, dtype, *case) for arch in ARCHS for dtype in ("bfloat16", "float32") for case in GATED),
         *(("label_logits", arch, dtype, 26, 4096, "rms") for arch in ARCHS for dtype in ("float32", "float16")),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -11,20 +11,28 @@ from typing import Any
 import torch
 
 from fastrerank.engine.row_norms import read_norm
-from fastrerank.engine.torch_probe import when_equal
+from fastrerank.engine.torch_linear import activation_of
+from fastrerank.engine.torch_probe import relative_error, when_equal
+from fastrerank.ops._gated import gated
 from fastrerank.ops._norm_rows import norm_rows
 from fastrerank.ops._rotary import rotary
 
-__all__ = ["fuse_norms", "fuse_on_gpu", "fuse_rotary"]
+__all__ = ["fuse_gated_layers", "fuse_norms", "fuse_on_gpu", "fuse_rotary"]
 
 log = logging.getLogger("fastrerank")
 
 Undo = Callable[[], None]
+# Where a feed-forward layer down(act(a(x)) * b(x)) keeps its parts; a and b may be one product already.
+_GATED = (
+    (("gate_proj", "up_proj"), "act_fn", "down_proj"),  # Llama and its many relatives
+    (("gate_up_proj",), "activation_fn", "down_proj"),  # Phi-3
+    (("Wi",), "act", "Wo"),  # ModernBERT
+)
 _ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse_on_gpu(runner: Any) -> None:
-    """Put a packed model's rotary embeddings and norms on one kernel each, unless it then computes something else.
+    """Put a packed model's rotary embeddings, norms and gates on one kernel each, unless it then computes something else.
 
     What is replaced is proved by itself on random values; what the whole model makes of it, on a few tokens.
     """
@@ -32,6 +40,7 @@ def fuse_on_gpu(runner: Any) -> None:
     steps: tuple[tuple[str, Callable[[torch.nn.Module], Undo]], ...] = (
         ("rotary embedding", fuse_rotary),
         ("norms", fuse_norms),
+        ("gated feed-forward layers", fuse_gated_layers),
     )
     for what, step in steps:
         if problem := when_equal(runner, functools.partial(step, runner.backbone)):
@@ -154,3 +163,84 @@ def _as_stored(vector: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor 
         return None
     stored = vector.to(dtype).contiguous()
     return stored if torch.equal(stored.float(), vector) else vector.float().contiguous()
+
+
+def fuse_gated_layers(model: torch.nn.Module) -> Undo:
+    """Make gated feed-forward layers two products and one pass between them; returns what undoes it.
+
+    The products of gate and factor become one, on weights that lie in memory together; the layers' own parameters are
+    views of these, so that nothing is held twice and what is put back computes as before.
+    """
+    changed: list[torch.nn.Module] = []
+    with torch.no_grad():
+        for layer in model.modules():
+            for names, act, down in _GATED:
+                if "forward" not in vars(layer) and _fuse_gated(layer, names, act, down):
+                    changed.append(layer)
+    if changed and next(model.parameters()).is_cuda:
+        torch.cuda.empty_cache()  # what held the weights before is in pieces that hardly anything fits into
+
+    def put_back() -> None:
+        for layer in changed:
+            del layer.forward
+
+    return put_back
+
+
+def _fuse_gated(layer: torch.nn.Module, names: tuple[str, ...], act: str, down: str) -> bool:
+    """Fuse one layer with its parts under these names, if a random input proves that it is one; whether it is."""
+    parts = [getattr(layer, name, None) for name in names]
+    function, last = getattr(layer, act, None), getattr(layer, down, None)
+    if not callable(function) or not isinstance(last, torch.nn.Module):
+        return False
+    if not all(type(part) is torch.nn.Linear for part in parts) or not _alike(parts):
+        return False
+    activation = activation_of(function)
+    if activation is None:
+        return False
+    weight = parts[0].weight
+    random = torch.Generator().manual_seed(0)
+    sample = torch.randn((1, 3, weight.shape[1]), generator=random).to(weight.device, weight.dtype)
+    expected = layer(sample)
+    linear = torch.nn.functional.linear
+    product = torch.cat([linear(sample, part.weight, part.bias) for part in parts], -1)
+    if not torch.is_tensor(expected) or product.shape[-1] % 2 or not _close(last(gated(product, activation)), expected):
+        return False
+    weights, bias = _together(parts)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = last(gated(linear(x, weights, bias), activation))
+        return result
+
+    layer.forward = forward  # type: ignore[method-assign]
+    return True
+
+
+def _alike(parts: list[Any]) -> bool:
+    """Whether linear layers can be one product: inputs, dtype, device, and all with a bias or all without."""
+    kinds = {(part.in_features, part.weight.dtype, part.weight.device, part.bias is None) for part in parts}
+    return len(kinds) == 1 and len({id(part.weight) for part in parts}) == len(parts)
+
+
+def _together(parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of linear layers below each other; the layers' own become views of them."""
+    if len(parts) == 1:
+        return parts[0].weight.detach(), None if parts[0].bias is None else parts[0].bias.detach()
+    joined = []
+    for name in ("weight", "bias"):
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            joined.append(None)
+            continue
+        with torch.inference_mode(False), torch.no_grad():  # parameters cannot become tensors of inference mode
+            whole = torch.cat([tensor.detach() for tensor in tensors])
+            for tensor, rows in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+                tensor.data = rows
+        joined.append(whole)
+    weight, bias = joined
+    assert weight is not None
+    return weight, bias
+
+
+def _close(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    return ours.shape == expected.shape and relative_error(ours.double(), expected.double()) <= 0.02

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim", "norm_rows", "rotary"]
+__all__ = ["attention", "attention_mass", "cur_topk", "gated", "label_logits", "max_sim", "norm_rows", "rotary"]
 
 
 def attention(
@@ -123,6 +124,30 @@ def cur_topk(
     for i, order in enumerate(rows):
         ids[i, : len(order)], scores[i, : len(order)] = order, products[i, order]
     return ids, scores
+
+
+def gated(x: npt.NDArray[Any], activation: str) -> npt.NDArray[Any]:
+    """The activation of a row's first half times its second half.
+
+    Args:
+        x: (..., 2 W). activation: "silu", "gelu" (by the error function), "gelu_tanh" or "relu".
+
+    Returns (..., W) in x's dtype.
+
+    Example:
+        >>> gated(np.array([[2.0, -1.0, 3.0, 4.0]]), "relu")
+        array([[6., 0.]])
+    """
+    a, b = np.split(x, 2, axis=-1)
+    if activation == "silu":
+        a = a / (1 + np.exp(-a))
+    elif activation == "gelu":
+        a = 0.5 * a * (1 + np.vectorize(math.erf, otypes=[a.dtype])(a / math.sqrt(2)))
+    elif activation == "gelu_tanh":
+        a = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+    else:
+        a = np.maximum(a, 0)
+    return a * b
 
 
 def label_logits(
