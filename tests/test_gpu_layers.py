@@ -94,6 +94,57 @@ def test_a_model_computes_the_same_with_our_gates(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(states(runner, family), expected)
 
 
+@pytest.mark.parametrize(("family", "count"), [("bert", 6), ("xlm-roberta", 6), ("electra", 6), ("llama", 0)])
+def test_a_model_computes_the_same_with_sums_in_its_norms(family: str, count: int) -> None:
+    runner = packed(family)
+    expected = states(runner, family)
+    put_back = gpu_layers.fuse_sums(runner.backbone)
+    assert sum("forward" in vars(module) for module in runner.backbone.modules()) == count
+    found = states(runner, family)
+    assert relative_error(found.double(), expected.double()) < 2e-6
+    put_back()
+    assert torch.equal(states(runner, family), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("bert", 3), ("xlm-roberta", 3), ("llama", 3), ("qwen2", 3), ("qwen3", 3), ("modernbert", 0)]
+)
+def test_a_model_computes_the_same_with_merged_projections(family: str, count: int) -> None:
+    runner = packed(family)
+    expected = states(runner, family)
+    held = sum(p.untyped_storage().nbytes() for p in runner.backbone.parameters())
+    gpu_layers.fuse_rotary(runner.backbone)
+    turned = states(runner, family)
+    put_back = gpu_layers.merge_projections(runner.backbone)
+    linears = [m for m in runner.backbone.modules() if isinstance(m, torch.nn.Linear)]
+    assert sum("forward" in vars(linear) for linear in linears) == 3 * count
+    assert relative_error(states(runner, family).double(), expected.double()) < 2e-6
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in runner.backbone.parameters()}
+    assert sum(storages.values()) == held  # nothing twice
+    put_back()
+    assert torch.equal(states(runner, family), turned)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: str
+) -> None:
+    import decoders
+
+    from fastrerank.engine import decoder
+    from fastrerank.engine.causal import CausalScorer
+
+    prompts = [np.array([5, 9, 3, 7, 2, 8]), np.array([5, 9, 3, 1]), np.array([4])]
+    monkeypatch.setattr(decoder, "fuse_layers", lambda _: None)
+    expected = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, [3, 5])[0]
+    monkeypatch.setattr(decoder, "fuse_layers", gpu_layers.fuse_on_gpu)
+    monkeypatch.setattr("fastrerank.engine.causal.packs", lambda _: False)  # torch's linear layers, as on a GPU
+    with caplog.at_level("INFO", "fastrerank"):
+        found = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, [3, 5])[0]
+    assert "keeps its own" not in caplog.text
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_another_rotation_is_left_alone() -> None:
     import decoders
 
@@ -119,7 +170,6 @@ def test_what_differs_is_put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     with caplog.at_level("INFO", "fastrerank"):
         gpu_layers.fuse_on_gpu(runner)
     assert "keeps its own rotary embedding: results differ" in caplog.text
-    assert not any("forward" in vars(layer.self_attn) for layer in runner.backbone.layers)
     assert relative_error(states(runner, "llama").double(), expected.double()) < 2e-6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import types
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from fastrerank.ops._gated import gated
 from fastrerank.ops._norm_rows import norm_rows
 from fastrerank.ops._rotary import rotary
 
-__all__ = ["fuse_gated_layers", "fuse_norms", "fuse_on_gpu", "fuse_rotary"]
+__all__ = ["fuse_gated_layers", "fuse_norms", "fuse_on_gpu", "fuse_rotary", "fuse_sums", "merge_projections"]
 
 log = logging.getLogger("fastrerank")
 
@@ -28,19 +29,22 @@ _GATED = (
     (("gate_up_proj",), "activation_fn", "down_proj"),  # Phi-3
     (("Wi",), "act", "Wo"),  # ModernBERT
 )
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse_on_gpu(runner: Any) -> None:
-    """Put a packed model's rotary embeddings, norms and gates on one kernel each, unless it then computes something else.
+    """Put a packed model's passes between products on few kernels, unless it then computes something else.
 
     What is replaced is proved by itself on random values; what the whole model makes of it, on a few tokens.
     """
     name = type(runner.backbone).__name__
     steps: tuple[tuple[str, Callable[[torch.nn.Module], Undo]], ...] = (
         ("rotary embedding", fuse_rotary),
+        ("sums before norms", fuse_sums),
         ("norms", fuse_norms),
         ("gated feed-forward layers", fuse_gated_layers),
+        ("queries', keys' and values' products", merge_projections),
     )
     for what, step in steps:
         if problem := when_equal(runner, functools.partial(step, runner.backbone)):
@@ -165,6 +169,100 @@ def _as_stored(vector: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor 
     return stored if torch.equal(stored.float(), vector) else vector.float().contiguous()
 
 
+def fuse_sums(model: torch.nn.Module) -> Undo:
+    """Make BERT's blocks LayerNorm(dense(x) + residual) add and norm in one pass; returns what undoes it.
+
+    The sum is float32, not rounded in between.
+    """
+    changed: list[torch.nn.Module] = []
+    with torch.no_grad():
+        for layer in model.modules():
+            if "forward" not in vars(layer) and (fused := _sum_of(layer)) is not None:
+                layer.forward = fused
+                changed.append(layer)
+
+    def put_back() -> None:
+        for layer in changed:
+            del layer.forward
+
+    return put_back
+
+
+def _sum_of(layer: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
+    dense, norm = getattr(layer, "dense", None), getattr(layer, "LayerNorm", None)
+    if type(dense) is not torch.nn.Linear or not isinstance(norm, torch.nn.Module):
+        return None
+    if list(inspect.signature(type(layer).forward).parameters) != ["self", "hidden_states", "input_tensor"]:
+        return None
+    normed = _norm_of(norm)
+    if normed is None or norm.weight.shape != (dense.out_features,):
+        return None
+
+    def forward(hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return normed(dense(hidden_states), input_tensor)
+
+    random = torch.Generator().manual_seed(0)
+    place, dtype = dense.weight.device, dense.weight.dtype
+    x, residual = (
+        torch.randn((1, 3, n), generator=random).to(place, dtype) for n in (dense.in_features, dense.out_features)
+    )
+    return forward if _close(forward(x, residual), layer(x, residual)) else None
+
+
+def merge_projections(model: torch.nn.Module) -> Undo:
+    """Make queries', keys' and values' projections one product; returns what undoes it.
+
+    An attention layer is handed the product in place of its hidden states, and its projections take their columns of
+    it: nothing is kept between calls. The layers' own parameters are views of the joined weights. Projections that
+    compute something else than a linear layer, as a pruned last layer's, are left alone.
+    """
+    undo: list[Undo] = []
+    for module in model.modules():
+        for names in _PROJECTIONS:
+            parts = [getattr(module, name, None) for name in names]
+            parameters = list(inspect.signature(type(module).forward).parameters)
+            if not all(type(part) is torch.nn.Linear and "forward" not in vars(part) for part in parts):
+                continue
+            if _alike(parts) and parameters[1:2] == ["hidden_states"]:
+                undo.append(_merge(module, parts))
+    if undo and next(model.parameters()).is_cuda:
+        torch.cuda.empty_cache()
+
+    def put_back() -> None:
+        for step in undo:
+            step()
+
+    return put_back
+
+
+def _merge(module: torch.nn.Module, parts: list[Any]) -> Undo:
+    weight, bias = _together(parts)
+    whole, before = module.forward, vars(module).get("forward")
+    begin = 0
+    for part in parts:
+        part.forward = functools.partial(_columns, begin=begin, end=begin + part.out_features)
+        begin += part.out_features
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return whole(torch.nn.functional.linear(hidden_states, weight, bias), *args, **kwargs)
+
+    module.forward = forward
+
+    def put_back() -> None:
+        for part in parts:
+            del part.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    return put_back
+
+
+def _columns(product: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    return product[..., begin:end]
+
+
 def fuse_gated_layers(model: torch.nn.Module) -> Undo:
     """Make gated feed-forward layers two products and one pass between them; returns what undoes it.
 
@@ -189,7 +287,7 @@ def fuse_gated_layers(model: torch.nn.Module) -> Undo:
 
 def _fuse_gated(layer: torch.nn.Module, names: tuple[str, ...], act: str, down: str) -> bool:
     """Fuse one layer with its parts under these names, if a random input proves that it is one; whether it is."""
-    parts = [getattr(layer, name, None) for name in names]
+    parts: list[Any] = [getattr(layer, name, None) for name in names]
     function, last = getattr(layer, act, None), getattr(layer, down, None)
     if not callable(function) or not isinstance(last, torch.nn.Module):
         return False
@@ -212,7 +310,7 @@ def _fuse_gated(layer: torch.nn.Module, names: tuple[str, ...], act: str, down: 
         result: torch.Tensor = last(gated(linear(x, weights, bias), activation))
         return result
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     return True
 
 
@@ -226,7 +324,7 @@ def _together(parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights and biases of linear layers below each other; the layers' own become views of them."""
     if len(parts) == 1:
         return parts[0].weight.detach(), None if parts[0].bias is None else parts[0].bias.detach()
-    joined = []
+    joined: list[torch.Tensor | None] = []
     for name in ("weight", "bias"):
         tensors = [getattr(part, name) for part in parts]
         if tensors[0] is None:

@@ -55,10 +55,7 @@ def _run(
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as (A, B, W), its rows where they are if they can be; both of an op's tensors get the same A and B."""
-    if x.ndim == 4:
-        rows = x[0] if x.shape[0] == 1 else x.flatten(0, 1)
-    else:
-        rows = x.reshape(-1, 1, x.shape[-1])
+    rows = x.flatten(0, -3) if x.ndim == 4 else x.reshape(-1, 1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
