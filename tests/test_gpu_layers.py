@@ -145,6 +145,25 @@ def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_masses_stay_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import decoders
+
+    from fastrerank.engine import attention_scorer
+    from fastrerank.engine.reading import Reading
+
+    reading = Reading.of(np.arange(3, 15), np.array([20, 21, 22]), np.array([20, 30]), 1, 9)
+    monkeypatch.setattr(attention_scorer, "packs", lambda _: False)  # torch's linear layers, as on a GPU
+    masses = []
+    for fuse in (lambda _: None, gpu_layers.fuse_on_gpu):
+        monkeypatch.setattr(attention_scorer, "fuse_layers", fuse)
+        model = decoders.build("qwen3").model
+        with caplog.at_level("INFO", "fastrerank"):
+            scorer = attention_scorer.AttentionScorer.from_model(model, [(0, 1), (1, 2)], device=DEVICE)
+        masses.append(scorer.masses(reading)[0])
+    assert "keeps its own" not in caplog.text
+    np.testing.assert_allclose(masses[1], masses[0], rtol=1e-4, atol=1e-6)
+
+
 def test_another_rotation_is_left_alone() -> None:
     import decoders
 

@@ -147,7 +147,8 @@ def gated(x: npt.NDArray[Any], activation: str) -> npt.NDArray[Any]:
         a = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
     else:
         a = np.maximum(a, 0)
-    return a * b
+    product: npt.NDArray[Any] = a * b
+    return product
 
 
 def label_logits(
@@ -220,7 +221,7 @@ def norm_rows(
         >>> norm_rows(np.array([[3.0, 4.0]]), "rms", np.ones(2), None, 0.0)
         array([[0.84852814, 1.13137085]])
     """
-    y = x if residual is None else x + residual
+    y: npt.NDArray[Any] = x if residual is None else x + residual
     if norm == "layer":
         y = y - y.mean(axis=-1, keepdims=True)
     y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
