@@ -193,13 +193,15 @@ def test_what_differs_is_put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
 
 def test_compiled_a_layer_is_one_graph() -> None:
-    runner = packed("llama")
-    attention = runner.backbone.layers[0].self_attn
-    attention.config._attn_implementation = "eager"
+    runner = packed("qwen3")
+    layer = runner.backbone.layers[0]
+    layer.self_attn.config._attn_implementation = "eager"
     x = torch.randn(1, 5, 32, device=DEVICE)
     angles = tuple(torch.randn(1, 5, 8, device=DEVICE) for _ in range(2))
     with torch.inference_mode():
-        expected = attention(x, angles, None)[0]
-        gpu_layers.fuse_rotary(runner.backbone)
-        found = torch.compile(attention, backend="eager", fullgraph=True)(x, angles, None)[0]
+        expected = layer(x, position_embeddings=angles)
+        for fuse in (gpu_layers.fuse_rotary, gpu_layers.fuse_norms, gpu_layers.fuse_gated_layers,
+                     gpu_layers.merge_projections):  # fmt: skip
+            fuse(runner.backbone)
+        found = torch.compile(layer, backend="eager", fullgraph=True)(x, position_embeddings=angles)
     assert relative_error(found.double(), expected.double()) < 2e-6
