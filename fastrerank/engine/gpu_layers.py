@@ -114,7 +114,9 @@ def _rotates_halves(function: Callable[..., Any], rotated: int, place: torch.dev
     q, k, cos, sin = (torch.randn(shape, generator=random).to(place) for shape in shapes)
     try:
         found = function(q, k, cos, sin)
-    except RuntimeError:  # shapes that the function does not take
+    except Exception:  # shapes or arguments that a function of this name does not take
+        return False
+    if not isinstance(found, tuple) or len(found) != 2 or not all(torch.is_tensor(x) for x in found):
         return False
     for x, turned in zip((q, k), found, strict=True):
         first, second = x[..., :rotated].chunk(2, -1)
