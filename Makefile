@@ -39,7 +39,7 @@ test-gpu: export PATH := $(PATH):/usr/local/cuda/bin
 test-gpu:
 	$(PYTHON) -m pip -q --disable-pip-version-check install --no-index --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -m gpu --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
-		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py \
+		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py tests/test_rotary.py tests/test_norm_rows.py tests/test_gated.py tests/test_gpu_layers.py \
 		tests/test_seq2seq.py tests/test_gpu_cur.py tests/test_gpu_sanitizer.py
 
 clean:

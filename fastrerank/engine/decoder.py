@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastrerank.engine.gpu_layers import fuse_on_gpu
 from fastrerank.engine.packing import PackedBatch
 from fastrerank.engine.row_norms import fuse_norm, read_norm
 from fastrerank.engine.torch_backbone import PackedBackbone, Row, running
@@ -84,8 +85,9 @@ class PackedDecoder(PackedBackbone):
 
 
 def fuse_layers(packed: PackedBackbone) -> None:
-    """On a CPU, make norms and feed-forward layers of a decoder single passes, these over few rows at a time."""
+    """Fuse a decoder's layers: what `fuse_on_gpu` fuses, or on a CPU norms and, over few rows, feed-forward layers."""
     if packed.device.type != "cpu":
+        fuse_on_gpu(packed)
         return
     release_after_reading(packed.backbone.get_input_embeddings())
     for module in packed.backbone.modules():
