@@ -26,8 +26,7 @@ from bench.llm_engines import left_padded, tokenise_as_predict
 from bench.timing import EngineError, agreement, interleave
 
 Scores = NDArray[np.float32]
-SIZES = (100, 1000)
-_WIDE = 2048  # a model from this width on has requests of the first size only: the second takes it half a minute
+SIZES = (100,)  # a thousand take a model of 8 billion parameters half a minute
 TINY_SIZES = (12, 30)
 BATCHES = (8, 16, 32, 64, 128)
 TINY_BATCHES = (8, 16)
@@ -191,7 +190,7 @@ def measure(
     """Equals one model's result: every engine checked against float32, then timed in interleaved rounds."""
     shape = llm_models.tiny(llm_models.SHAPES[name]) if tiny else llm_models.SHAPES[name]
     model = llm_models.build(shape, cache, folder, DTYPE, weights=False)
-    sizes = TINY_SIZES if tiny else SIZES if shape.settings["hidden_size"] < _WIDE else SIZES[:1]
+    sizes = TINY_SIZES if tiny else SIZES
     most = model.workload(folder, max(sizes))
     whole = {size: most.head(size) for size in sizes}
     result = result or LlmResult("", "", {}, {})

@@ -36,7 +36,8 @@ BARRIERS = {
     "behind a batch": "\n        const int filled = count;",
     "before the next batch": "\n        if (filled + kBatch <= size) return;",
     "of the merge": "\n    merge_lists",
-    "before the scores": "\n    const float* query = g.queries + static_cast<int64_t>(number)",
+    "before the scores": "\n    for (int i = lane; i < g.wanted; i += kFinishThreads) {",
+    "before places that were read": "  // entries go to places that have been read",
     "of what groups say": "\n                if (lane % part < step",
 }
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
@@ -56,14 +57,16 @@ class Scan:
     @property
     def scores(self) -> npt.NDArray[np.float32]:
         """Equals all scores, (B, N), summed as the kernel does."""
-        vectors = self.items.vectors().astype(np.float64)
+        vectors, queries = self.items.vectors().astype(np.float64), self.queries.astype(np.float64)
+        scale = np.ones((1, 1)) if self.items.scale is None else self.items.scale.astype(np.float64)
         if self.items.scale is not None:
-            scale = self.items.scale.astype(np.float64)
-            vectors = np.rint(vectors / np.where(scale > 0, scale, 1)) * scale
-        total = np.zeros((len(self.queries), self.items.N))
-        for query, row in zip(self.queries.astype(np.float64).T, vectors, strict=True):
+            vectors = np.rint(vectors / np.where(scale > 0, scale, 1))
+        if self.items.scales == "anchor":
+            queries *= scale[:, 0]
+        total = np.zeros((len(queries), self.items.N))
+        for query, row in zip(queries.T, vectors, strict=True):
             total += query[:, None] * row
-        return total.astype(np.float32)
+        return (total * scale if self.items.scales == "item" else total).astype(np.float32)
 
     def bytes(self, seeds: int = 1, missing: int = 0) -> bytes:
         """Equals what `run` reads, for runs with so many seeds; `missing` tiles are not there."""
@@ -272,7 +275,7 @@ def test_a_barrier_that_is_not_there_is_found(program: Callable[..., Path], tmp_
     program("thread")
 
     def findings(behind: str) -> bytes:
-        assert SOURCE.count(f"__syncthreads();{behind}") == 1
+        assert SOURCE.count(f"__syncthreads();{behind}") == 1, behind
         without = SOURCE.replace(f"__syncthreads();{behind}", behind)
         done = _run([str(program("thread", without)), str(tmp_path / "scans")], expected=None)
         return done.stderr

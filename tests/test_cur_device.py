@@ -115,7 +115,7 @@ def test_queries_that_a_block_has_no_room_for(scans: list[int], monkeypatch: pyt
     vectors = np.random.default_rng(3).normal(size=(40, 500)).astype(np.float32)
     items = ops.cur_pack(vectors, "bfloat16")
     results = []
-    for room in (4 * 48, 4 * 48 - 1):  # 40 values are stored as 48, float32 in the query
+    for room in (8 * 48, 8 * 48 - 1):  # 40 values are stored as 48, float64 in the query
         monkeypatch.setattr(_cur_cuda, "_MOST_SHARED", room)
         results.append(ops.cur_topk(torch.ones((1, 40)), placed(items), 7)[0])
     assert scans == [78]

@@ -222,9 +222,21 @@ __global__ void __launch_bounds__(kThreads, 4)
     make_room();
     if (holds) append(held[lane], blockIdx.x);
     __syncthreads();
-    const int filled = count, sorted = sorted_size(filled > g.wanted ? filled : g.wanted);
+    // What came before the threshold and lies below it need not be sorted.
+    const int filled = count;
+    const Entry least = threshold;
     __syncthreads();
-    cut_back(shared, sorted, filled, lane, kThreads, BlockBarrier());
+    if (lane == 0) count = 0;
+    for (int begin = 0; begin < filled; begin += kThreads) {
+        const Entry e = begin + lane < filled ? shared[begin + lane] : kNoEntry;
+        __syncthreads();  // entries go to places that have been read
+        if (e != kNoEntry && e >= least) shared[atomicAdd(&count, 1)] = e;
+        __syncthreads();
+    }
+    __syncthreads();
+    const int kept = count;
+    __syncthreads();
+    cut_back(shared, sorted_size(kept > g.wanted ? kept : g.wanted), kept, lane, kThreads, BlockBarrier());
     for (int i = lane; i < g.wanted; i += kThreads) best[static_cast<int64_t>(blockIdx.x) * g.wanted + i] = shared[i];
 }
 
@@ -235,29 +247,29 @@ struct BlockLanes {
     __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x); }
 };
 
-// An item's score in float64, rounded once: products of its stored values, its scale multiplied in, in their order.
+// An item's score in float64, rounded once: products of `query` (in float64, scales of anchors multiplied in) with its
+// stored values in their order; its scale last.
 template <bool Int8>
-__device__ float exact_score(const CurTopk& g, const float* query, int64_t item) {
+__device__ float exact_score(const CurTopk& g, const double* query, int64_t item) {
     const char* tile = g.tiles + item / kTile * g.tile_bytes;
     const int slot = static_cast<int>(item % kTile);
-    const double scale = g.scale ? static_cast<double>(g.scale[item]) : 1.0;
     double sum = 0;
     if constexpr (Int8) {
-#pragma unroll 8
-        for (int i = 0; i < g.stored_width / 4; ++i) {
-            const uint32_t four = *reinterpret_cast<const uint32_t*>(tile + i * 4 * kTile + slot * 4) ^ 0x80808080u;
+        const int words = g.stored_width / 4;
+        const uint32_t* fours = reinterpret_cast<const uint32_t*>(tile) + slot;
+#pragma unroll 16
+        for (int i = 0; i < words; ++i) {
+            const uint32_t four = fours[i * kTile] ^ 0x80808080u;
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                if (i * 4 + j < g.width)
-                    sum += exact_value(g, query, i * 4 + j) * (static_cast<int8_t>(four >> (8 * j)) * scale);
+            for (int j = 0; j < 4; ++j) sum += query[i * 4 + j] * static_cast<int8_t>(four >> (8 * j));
         }
+        return static_cast<float>(g.scale ? sum * static_cast<double>(g.scale[item]) : sum);
     } else {
         const uint16_t* values = reinterpret_cast<const uint16_t*>(tile) + static_cast<int64_t>(slot) * g.stored_width;
-#pragma unroll 8
-        for (int i = 0; i < g.width; ++i)
-            sum += exact_value(g, query, i) * __uint_as_float(static_cast<uint32_t>(values[i]) << 16);
+#pragma unroll 16
+        for (int i = 0; i < g.width; ++i) sum += query[i] * __uint_as_float(static_cast<uint32_t>(values[i]) << 16);
+        return static_cast<float>(sum);
     }
-    return static_cast<float>(sum);
 }
 
 // One block: of the blocks' bests the `wanted` best, their scores, the k best of these.
@@ -272,9 +284,11 @@ __global__ void __launch_bounds__(kFinishThreads)
     __syncthreads();
     merge_lists(best, blocks, g.wanted, shared, reservoir_size(g.wanted, kFinishThreads), &filled, &threshold,
                 BlockLanes{lane, kFinishThreads});
+    double* query = reinterpret_cast<double*>(shared + reservoir_size(g.wanted, kFinishThreads));
+    for (int i = lane; i < g.stored_width; i += kFinishThreads)
+        query[i] = i < g.width ? exact_value(g, g.queries + static_cast<int64_t>(number) * g.width, i) : 0;
     const Entry last = shared[g.wanted - 1];
     __syncthreads();
-    const float* query = g.queries + static_cast<int64_t>(number) * g.width;
     for (int i = lane; i < g.wanted; i += kFinishThreads) {
         if (shared[i] == kNoEntry) continue;
         const int32_t id = id_of(shared[i]);
@@ -310,6 +324,14 @@ struct Places {
     }
 };
 
+// Bytes of shared memory that a block of the scan takes: a reservoir and the query.
+size_t scan_shared(const CurTopk& g) {
+    const int batch = kThreads * (g.int8 ? 4 : 1);
+    // Rounded up: the compiler reads a query's last words 16 bytes at a time.
+    const size_t query = (static_cast<size_t>(g.stored_width) * (g.int8 ? 1 : 4) + 15) / 16 * 16;
+    return reservoir_size(g.wanted, batch) * sizeof(Entry) + query;
+}
+
 template <bool Int8>
 cudaError_t launch(const CurTopk& g, cudaStream_t stream) {
     constexpr int kBatch = kThreads * (Int8 ? 4 : 1);
@@ -327,15 +349,18 @@ cudaError_t launch(const CurTopk& g, cudaStream_t stream) {
     const auto prepare = prepare_kernel<Int8>;
     const auto scan = scan_kernel<Int8>;
     const auto finish = finish_kernel<Int8>;
-    const size_t shared = cur_scan_shared(g);
+    const size_t shared = scan_shared(g);
     const cudaError_t error =
         cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
+    const size_t merged = reservoir_size(g.wanted, kFinishThreads) * sizeof(Entry) + g.stored_width * sizeof(double);
+    const cudaError_t more =
+        cudaFuncSetAttribute(finish, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(merged));
+    if (more != cudaSuccess) return more;
     prepare<<<g.rows, kThreads, 0, stream>>>(g, rounded, rows);
     for (int row = 0; row < g.rows; ++row) {
         const char* query = rounded + static_cast<int64_t>(row) * g.stored_width * (Int8 ? 1 : 4);
         scan<<<blocks, kThreads, shared, stream>>>(g, query, rows + row, groups, best);
-        const size_t merged = reservoir_size(g.wanted, kFinishThreads) * sizeof(Entry);
         finish<<<1, kFinishThreads, merged, stream>>>(g, row, rows + row, best, blocks);
     }
     return cudaGetLastError();
@@ -344,13 +369,6 @@ cudaError_t launch(const CurTopk& g, cudaStream_t stream) {
 }  // namespace
 
 int64_t cur_topk_scratch(const CurTopk& g) { return Places(g).end; }
-
-size_t cur_scan_shared(const CurTopk& g) {
-    const int batch = kThreads * (g.int8 ? 4 : 1);
-    // Rounded up: the compiler reads a query's last words 16 bytes at a time.
-    const size_t query = (static_cast<size_t>(g.stored_width) * (g.int8 ? 1 : 4) + 15) / 16 * 16;
-    return reservoir_size(g.wanted, batch) * sizeof(Entry) + query;
-}
 
 cudaError_t cur_topk(const CurTopk& g, cudaStream_t stream) {
     return g.int8 ? launch<true>(g, stream) : launch<false>(g, stream);

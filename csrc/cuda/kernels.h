@@ -40,8 +40,6 @@ struct CurTopk {
 // What became of a row. kCurUncertain: rounding may hide an item that was not among the wanted.
 enum CurStatus { kCurExact = 0, kCurUncertain = 1, kCurNan = 2, kCurQueryNotFinite = 3 };
 int64_t cur_topk_scratch(const CurTopk& g);
-// Bytes of shared memory that a block of the scan takes: a reservoir and the query.
-size_t cur_scan_shared(const CurTopk& g);
 cudaError_t cur_topk(const CurTopk& g, cudaStream_t stream);
 
 // Whether this build holds machine code, or PTX to compile, for the current device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastrerank import ops
 from fastrerank.ops._cur import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
@@ -19,7 +19,7 @@ __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 _MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cuda/kernels.h
 # What the kernels say of a row, csrc/cuda/kernels.h.
 _EXACT, _UNCERTAIN, _NAN, _NOT_FINITE = range(4)
-_MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
+_MOST_SHARED = 1 << 16  # bytes of a query in float64: beside a block's reservoir, what every GPU has room for
 _BLOCKS_PER_MULTIPROCESSOR = 4
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
 _HUGE = 2.0**120
@@ -94,7 +94,7 @@ def cur_topk_cuda(
     shards = _numbered(items)
     if len(shards) == 1 and most == k:
         ids, scores = _best(queries, shards[0][1], 0, k)
-        return ids[:, :keep], scores[:, :keep]
+        return (ids, scores) if keep == ids.shape[1] else (ids[:, :keep], scores[:, :keep])
     keys = torch.cat([_keys_of(*_best(queries, shard, first, most)[::-1]) for first, shard in shards], dim=1)
     for row, gone in enumerate(exclude):
         if len(gone):
@@ -135,7 +135,7 @@ def _scores_of(keys: torch.Tensor) -> torch.Tensor:
 def _best(queries: torch.Tensor, items: CudaItems, first: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 and scores float32 (B, min(k, N)) of the best items of one shard, by score, then by id."""
     wanted = _wider(k)
-    shared = items.stored_width * (1 if items.storage == "int8" else 4)
+    shared = 8 * items.stored_width
     if items.storage == "float32" or k > _MOST_K or shared > _MOST_SHARED or wanted >= items.N or items.reach > _HUGE:
         if not bool(queries.isfinite().all()):
             raise _not_finite(queries)
@@ -187,6 +187,11 @@ def _launch(
             ids.data_ptr(), scores.data_ptr(), status.data_ptr(), torch.cuda.current_stream(device).cuda_stream,
         )  # fmt: skip
     return ids, scores, status
+
+
+@functools.cache
+def _built() -> bool:
+    return importlib.util.find_spec("fastrerank._cuda") is not None
 
 
 @functools.cache
@@ -252,7 +257,7 @@ def checked_shards(items: Any) -> list[CudaItems]:
         raise ValueError(
             f"items must be of one storage, width and kind of scales and on one device, got {sorted(map(str, kinds))}"
         )
-    if shards[0].device.type == "cuda" and not ops.cuda_info()["built"]:
+    if shards[0].device.type == "cuda" and not _built():
         raise RuntimeError(
             "the CUDA kernels are not in this installation, which was built without them: install with "
             "FASTRERANK_CUDA=ON where nvcc is, or pass queries and items on the CPU"
