@@ -166,10 +166,10 @@ def test_wrong_and_failing_engines_are_not_timed(cache: Path, monkeypatch: pytes
 
 
 def test_a_scan_that_misses_the_best_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_cur_device import scan_in_torch
+    from test_cur_device import kernels_in_torch
 
     monkeypatch.setattr(gpu_cur, "_missing", lambda _: "")
-    monkeypatch.setattr(gpu_cur._cur_cuda, "_launch", scan_in_torch)
+    monkeypatch.setattr(gpu_cur._cur_cuda, "_launch", kernels_in_torch)
     found = gpu.run(options(cache, parts=("cur",), models=()), Log())
     assert {one.state for one in found.cur} == {"ok"}
     assert found.cur[0].error == found.cur[1].error == 0

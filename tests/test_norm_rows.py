@@ -121,7 +121,7 @@ def test_no_rows() -> None:
         (0, torch.zeros(2, 20000), "x must be"),
         (1, "batch", "norm must be"),
         (2, torch.zeros(9), "weight must be"),
-        (3, torch.zeros(16)[::2], "bias must be"),
+        (3, torch.zeros(16, device=DEVICE)[::2], "bias must be"),
         (5, torch.zeros(3, 8), "residual must be"),
         (5, torch.zeros(2, 8, dtype=torch.float16), "residual must be"),
     ],
