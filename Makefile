@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean test-gpu
+.PHONY: demo test lint bench clean build-gpu test-gpu
 
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
@@ -34,12 +34,14 @@ bench: $(VENV)/.bench $(VENV)/.installed $(VENV)/.weights
 
 # No package index and no .venv: torch, transformers, triton, pytest and hypothesis are those of PYTHON, and so are
 # scikit-build-core and pybind11. pytest-xdist shares the compilations out where it is installed.
-test-gpu: export FASTRERANK_CUDA := ON
-test-gpu: export PATH := $(PATH):/usr/local/cuda/bin
-test-gpu:
+build-gpu test-gpu: export FASTRERANK_CUDA := ON
+build-gpu test-gpu: export PATH := $(PATH):/usr/local/cuda/bin
+build-gpu:
 	$(PYTHON) -m pip -q --disable-pip-version-check install --no-index --no-deps --no-build-isolation --editable .
+
+test-gpu: build-gpu
 	$(PYTHON) -m pytest -m gpu --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
-		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py \
+		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py tests/test_rotary.py tests/test_norm_rows.py tests/test_gated.py tests/test_gpu_layers.py \
 		tests/test_seq2seq.py tests/test_gpu_cur.py tests/test_gpu_sanitizer.py
 
 clean:

@@ -249,6 +249,7 @@ class _Bench:
             self._say(f"scan of {case.name}")
             self.findings.cases.append({"name": case.name, "flop": case.flop, "bytes": case.bytes})
             self.findings.cur += gpu_cur.measure(case, self._device, 3 * self._options.rounds)
+            self._save(self.findings)
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -209,7 +209,7 @@ def use_varlen(encoder: TorchEncoder, varlen: Callable[..., torch.Tensor]) -> No
     """Exchanges the attention of a packed encoder without graphs: document ends go to the device once per batch."""
     from transformers import AttentionInterface
 
-    from fastrerank.engine.torch_backbone import upload
+    from fastrerank.engine.upload import upload
 
     runner, bounds = encoder._runner, _Bounds()
     hidden = runner.hidden

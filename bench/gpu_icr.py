@@ -90,9 +90,16 @@ def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _:
     engines["two-pass"] = _shared(TwoPass, body(), "bench-two-pass")
     for name, chosen in (("fastrerank", None), ("fastrerank-core", core_heads(layers, heads))):
         engines[name] = AttentionScorer.from_model(body(), chosen, dtype="bfloat16", device=options.device)
-    for count in TINY_SIZES if options.tiny else SIZES:
+    each, vocabulary = TINY_EACH if options.tiny else EACH, shape.settings["vocab_size"] // 2
+    sizes = TINY_SIZES if options.tiny else SIZES
+    prompts = {count: random_prompt(count * each, vocabulary, seed=count) for count in sizes}
+    log.print("[dim]reference in float32[/dim]", highlight=False)
+    two = engines["two-pass"]
+    with _InFloat32(two._model):
+        expected = {count: two.scores(prompt) for count, prompt in prompts.items()}
+    for count, prompt in prompts.items():
         log.print(f"[dim]{count} documents[/dim]", highlight=False)
-        _size(found, engines, count, shape.settings["vocab_size"] // 2, options, device)
+        _size(found, engines, count, prompt, expected[count], options, device)
         save(found)
     return found
 
@@ -105,19 +112,16 @@ def _shared(kind: type[Any], model: Any, attention: str) -> Any:
 
 
 def _size(
-    found: Findings, engines: dict[str, Any], count: int, vocabulary: int, options: Options, device: torch.device
-) -> None:
-    prompt = random_prompt(count * (TINY_EACH if options.tiny else EACH), vocabulary, seed=count)
+    found: Findings, engines: dict[str, Any], count: int, prompt: Any, expected: Any, options: Options,
+    device: torch.device,
+) -> None:  # fmt: skip
     reading = reading_of(prompt)
 
     def call(name: str) -> Any:
         engine = engines[name]
         return engine.masses(reading)[0] if name.startswith("fastrerank") else engine.scores(prompt)
 
-    two = engines["two-pass"]
-    with _InFloat32(two._model):
-        expected = two.scores(prompt)
-    bound = FACTOR * _error(two.scores(prompt), expected)
+    bound = FACTOR * _error(engines["two-pass"].scores(prompt), expected)
     found.bounds[count] = bound
     calls: dict[str, Callable[[], float]] = {}
     for name in engines:

@@ -1,4 +1,4 @@
-"""Everything that a GPU should show, in one command and within a time: tests, then the comparisons one by one.
+"""Everything that a GPU should show, in one command and within a time: the comparisons one by one, and the tests.
 
 Each step is a process of its own, which is ended when its time is up; what it wrote until then counts. One JSON file
 holds what is known after every step, so that a run that is cut off keeps what it had.
@@ -51,17 +51,18 @@ def steps(device: str, rounds: int, data: Path | None, *, tiny: bool) -> list[St
     more = ("--rounds", str(rounds), *(("--tiny",) if tiny else ()), "--json", "{json}")
     texts = ("--data", str(data)) if data else ()
     every = (*bench, "all", *more, *texts)
-    build = ("make", "test-gpu", f"PYTHON={sys.executable}")
+    python = f"PYTHON={sys.executable}"
     found = [
-        Step("tests", build, 270.0),
-        Step("cur", (*every, "--parts", "ceilings,cur"), 75.0),
+        Step("build", ("make", "build-gpu", python), 120.0),
+        Step("cur", (*every, "--parts", "ceilings,cur"), 60.0),
+        Step("icr", (*bench, "icr", *more), 120.0),
+        Step("llm", (*every, "--parts", "ceilings,llm"), 160.0),
         Step("engines", (*every, "--no-compile", "--parts", "ceilings,engines,latency,profile"), 150.0),
         Step("kernels", (*every, "--parts", "ceilings,attention,attention_mass,label_logits"), 100.0),
-        Step("icr", (*bench, "icr", *more), 90.0),
-        Step("llm", (*every, "--parts", "ceilings,llm"), 120.0),
+        Step("tests", ("make", "test-gpu", python), 270.0),
         Step("compiled", (*every, "--only", "minilm,xlmr-large", "--parts", "ceilings,engines"), 120.0),
     ]
-    return [step for step in found if device == "cuda" or step.name not in ("tests", "icr")]
+    return [step for step in found if device == "cuda" or step.name not in ("build", "tests", "icr")]
 
 
 def run(todo: Sequence[Step], seconds: float, file: Path, log: Any) -> list[Outcome]:

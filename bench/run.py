@@ -398,12 +398,12 @@ def unattended(
     context: typer.Context,
     seconds: Annotated[float, typer.Option(min=30, help="all steps end within so many seconds")] = 570.0,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds of each comparison")] = 7,
-    only: Annotated[str | None, typer.Option(help="steps: tests,cur,engines,kernels,icr,llm,compiled")] = None,
+    only: Annotated[str | None, typer.Option(help="steps: build,cur,icr,llm,engines,kernels,tests,compiled")] = None,
     tiny: Annotated[bool, typer.Option(help="tiny shapes, which a CPU runs too: does the command work?")] = False,
     data: Annotated[Path | None, typer.Option(help="folder with the DL19 file; without it, synthetic text")] = None,
     json_file: Annotated[Path, typer.Option("--json", help="written anew after each step")] = RESULTS / "gpu-run.json",
 ) -> None:
-    """On a GPU: `make test-gpu`, then every comparison, each in a process of its own, ended when its time is up."""
+    """On a GPU: every comparison and `make test-gpu`, each in a process of its own, ended when its time is up."""
     from rich.console import Console
 
     from bench import gpu_unattended as bench

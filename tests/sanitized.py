@@ -1,7 +1,8 @@
 """Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/sanitized.py WHAT`.
 
 WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "labels"
-(ops.label_logits), "cur" (ops.cur_topk) or "planted", a kernel that writes beyond its tensor: what a checker must find.
+(ops.label_logits), "glue" (rotary, norm_rows and gated), "cur" (ops.cur_topk) or "planted", a kernel that writes beyond
+its tensor: what a checker must find.
 Results are checked too.
 """
 
@@ -64,6 +65,22 @@ def labels() -> None:
             tests.check(tests.tensors(tests.CASES[name], dtype, device="cuda"))
 
 
+def glue() -> None:
+    import test_gated as gates
+    import test_norm_rows as norms
+    import test_rotary as rotations
+    import torch
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for case in rotations.CASES.values():
+            rotations.check(rotations.tensors(case, dtype))
+        for name in norms.CASES:
+            norms.check(norms.tensors(name, dtype))
+        for activation in gates.PLAIN:
+            gates.check(gates.rows((3, 2 * 1152), dtype), activation)
+            gates.check(gates.rows((2, 5, 2 * 17), dtype), activation)
+
+
 def cur() -> None:
     import test_gpu_cur as tests
 
@@ -87,5 +104,7 @@ def planted() -> None:
 
 
 if __name__ == "__main__":
-    {"cuda": cuda, "triton": triton, "mass": mass, "labels": labels, "cur": cur, "planted": planted}[sys.argv[1]]()
+    {"cuda": cuda, "triton": triton, "mass": mass, "labels": labels, "glue": glue, "cur": cur, "planted": planted}[
+        sys.argv[1]
+    ]()
     print(f"{sys.argv[1]}: done")

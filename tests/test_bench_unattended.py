@@ -52,8 +52,8 @@ def test_no_step_begins_when_the_time_is_up(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["steps"][0]["found"] is None
 
 
-def test_the_tests_come_first_and_each_step_names_its_file() -> None:
+def test_the_build_comes_first_and_each_comparison_names_its_file() -> None:
     todo = gpu_unattended.steps("cuda", 7, None, tiny=False)
-    assert todo[0].command[:2] == ("make", "test-gpu")
-    assert all("{json}" in one.command for one in todo[1:])
-    assert not {"tests", "icr"} & {one.name for one in gpu_unattended.steps("cpu", 1, None, tiny=True)}
+    assert todo[0].command[:2] == ("make", "build-gpu")
+    assert all(("{json}" in one.command) != (one.command[0] == "make") for one in todo)
+    assert not {"build", "tests", "icr"} & {one.name for one in gpu_unattended.steps("cpu", 1, None, tiny=True)}

@@ -107,7 +107,7 @@ def test_replayed_graphs_equal_eager_forwards(tmp_path: Path, family: str, dtype
 @needs_cuda
 def test_a_replay_gives_the_bits_of_the_same_padded_forward(tmp_path: Path) -> None:
     from fastrerank.engine.packing import pack_documents
-    from fastrerank.engine.torch_backbone import upload
+    from fastrerank.engine.upload import upload
 
     families.save(tmp_path, "modernbert")
     runner = encoder(tmp_path, head=Head("tokens"), dtype="bfloat16")._runner

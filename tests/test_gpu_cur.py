@@ -47,9 +47,10 @@ def test_queries_that_share_scans(rows: int, width: int, k: int, storage: str, s
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
-def test_integer_products_in_every_order(order: str) -> None:
+@pytest.mark.parametrize("k", [7, 700])
+def test_integer_products_in_every_order(order: str, k: int) -> None:
     """The kernels alone, whose order is total, of a query that rounding takes nothing from."""
-    count, k = 1_000_000, 700
+    count = 1_100_000
     line = {"ascending": np.arange(count), "descending": -np.arange(count), "equal": np.zeros(count)}[order]
     line = line % 251 - 120.0 if order == "equal" else np.floor(line % count / (count / 254)) - 127
     vectors = np.stack([line, np.full(count, 127.0)]).astype(np.float32)

@@ -43,7 +43,7 @@ def sanitized(tool: str, what: str) -> tuple[int, str]:
     return done.returncode, output if len(output) <= 4000 else f"{output[:2500]}\n[...]\n{output[-1500:]}"
 
 
-@pytest.mark.parametrize("what", ["cuda", "triton", "mass", "labels", "cur"])
+@pytest.mark.parametrize("what", ["cuda", "triton", "mass", "labels", "glue", "cur"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernels_are_clean(tool: str, what: str) -> None:
     if what in ("cuda", "cur") and not ops.cuda_info()["built"]:

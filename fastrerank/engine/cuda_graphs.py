@@ -17,12 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastrerank.engine.upload import upload
+
 __all__ = ["BUCKETS", "CudaGraphs", "bucket_of", "capture"]
 
 # Powers of two and their halves between, where launches cost more than rows: at most a third of a graph's rows are
-# padding. From 8192 tokens, where rows begin to cost more, in steps of 512: at most 6 %. Above the last, a forward's
-# work covers its launches.
-BUCKETS = (*(size for power in range(6, 13) for size in (1 << power, 3 << (power - 1))), *range(8192, 32769, 512))
+# padding. From 4096 tokens, where rows begin to cost more, in steps of 256 and then 512: at most 6 %, 3 % from 8192 on.
+# Above the last, a forward's work covers its launches.
+BUCKETS = (
+    *(size for power in range(6, 12) for size in (1 << power, 3 << (power - 1))),
+    *range(4096, 16384, 256),
+    *range(16384, 32769, 512),
+)
 
 log = logging.getLogger("fastrerank")
 
@@ -41,7 +47,7 @@ def bucket_of(tokens: int) -> int | None:
 
     Example:
         >>> bucket_of(1), bucket_of(97), bucket_of(8193), bucket_of(32769)
-        (64, 128, 8704, None)
+        (64, 128, 8448, None)
     """
     place = int(np.searchsorted(BUCKETS, tokens))
     return BUCKETS[place] if place < len(BUCKETS) else None
@@ -99,8 +105,6 @@ class CudaGraphs:
     @contextmanager
     def replay(self, table: npt.NDArray[np.int32]) -> Iterator[torch.Tensor]:
         """Give the states of a table, as wide as a bucket; they are valid, and others wait, until the context ends."""
-        from fastrerank.engine.torch_backbone import upload
-
         with self._lock:
             if self._read is not None:
                 self._read.wait()

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastrerank.engine.gpu_layers import fuse_on_gpu
 from fastrerank.engine.packing import PackedBatch
 from fastrerank.engine.row_norms import fuse_norm, read_norm
-from fastrerank.engine.torch_backbone import PackedBackbone, Row, running, upload
+from fastrerank.engine.torch_backbone import PackedBackbone, Row, running
 from fastrerank.engine.torch_linear import fuse_gated
 from fastrerank.engine.torch_loading import release_after_reading
-from fastrerank.ops import attention
+from fastrerank.engine.upload import upload
 
 __all__ = ["WHOLE", "ChosenRows", "KeysKept", "PackedDecoder", "find_layers", "find_norm", "fuse_layers", "prune"]
 
@@ -77,16 +78,16 @@ class PackedDecoder(PackedBackbone):
             batch = batch.padded_to(-(-len(batch) // WHOLE) * WHOLE)
             rows = np.resize(rows, -(-count // WHOLE) * WHOLE)
         table = upload(self.table(batch), self.device)
-        prefixed = bool((batch.phi > batch.plo).any())
         chosen = upload(rows, self.device)
         if self.prunes:
-            return self.forward(ChosenRows(table, self.windows, prefixed, chosen))[:count]
-        return self.forward(Row(table, self.windows, prefixed))[chosen[:count]]
+            return self.forward(ChosenRows(table, self.windows, batch.alone, chosen))[:count]
+        return self.forward(Row(table, self.windows, batch.alone))[chosen[:count]]
 
 
 def fuse_layers(packed: PackedBackbone) -> None:
-    """On a CPU, make norms and feed-forward layers of a decoder single passes, these over few rows at a time."""
+    """Fuse a decoder's layers: what `fuse_on_gpu` fuses, or on a CPU norms and, over few rows, feed-forward layers."""
     if packed.device.type != "cpu":
+        fuse_on_gpu(packed)
         return
     release_after_reading(packed.backbone.get_input_embeddings())
     for module in packed.backbone.modules():
@@ -106,8 +107,8 @@ class KeysKept(Exception):
 class ChosenRows(Row):
     """A packed row of whose last layer only some rows are wanted."""
 
-    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], prefixed: bool, chosen: torch.Tensor) -> None:
-        super().__init__(table, windows, prefixed)
+    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], alone: int, chosen: torch.Tensor) -> None:
+        super().__init__(table, windows, alone)
         self.chosen = chosen
         self.keys_only = False
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -121,9 +122,8 @@ class ChosenRows(Row):
             raise KeysKept
         if self.kept is None:
             return super().answer(query, key, value, window, scale, softcap)
-        lo, hi, plo, phi = self.intervals(window)[:, self.chosen]
-        prefix = (plo, phi) if self.prefixed else (None, None)
-        return attention(query[0].transpose(0, 1), *self.kept, lo, hi, *prefix, scale=scale, softcap=softcap)[None]
+        q = query[0].transpose(0, 1)
+        return self.attend(q, *self.kept, window, scale, softcap, rows=self.chosen)[0][None]
 
 
 def prune(layer: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,17 @@ class PackedBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def alone(self) -> int:
+        """Rows at the beginning of which none has a prefix.
+
+        Example:
+            >>> pack([Segment(np.arange(2)), Segment(np.arange(3), prefix=0)]).alone
+            2
+        """
+        prefixed = self.phi > self.plo
+        return int(prefixed.argmax()) if prefixed.any() else len(self)
+
     def windowed(self, size: int) -> tuple[Vector, Vector, Vector, Vector]:
         """Return (lo, hi, plo, phi) of rows that see only keys at positions nearer than `size`: |i - j| < size.
 
@@ -92,9 +104,14 @@ class PackedBatch:
         missing = rows - len(self)
         if missing < 0:
             raise ValueError(f"rows must be at least the batch's {len(self)}, got {rows}")
+
+        def longer(vector: npt.NDArray[Any], value: int = 0) -> npt.NDArray[Any]:
+            out = np.full(rows, value, vector.dtype)
+            out[: len(vector)] = vector
+            return out
+
         names = ("types", "positions", "lo", "hi", "plo", "phi")
-        changes = {name: np.pad(getattr(self, name), (0, missing)) for name in names}
-        return replace(self, ids=np.pad(self.ids, (0, missing), constant_values=pad_id), **changes)
+        return replace(self, ids=longer(self.ids, pad_id), **{name: longer(getattr(self, name)) for name in names})
 
 
 def pack(segments: Sequence[Segment]) -> PackedBatch:
@@ -176,6 +193,8 @@ def split_lengths(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDA
         raise ValueError(f"budget must be at least 1 token, got {budget}")
     if not len(lengths):
         return []
+    if lengths.sum() <= budget:
+        return [np.arange(len(lengths))]
     count = -(-int(lengths.sum()) // budget)
     batches: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastrerank.engine.torch_backbone import Read, upload
+from fastrerank.engine.torch_backbone import Read
+from fastrerank.engine.upload import upload
 
 __all__ = ["PaddedBackbone", "PaddedModel"]
 

@@ -20,8 +20,8 @@ import torch
 from fastrerank import ops
 from fastrerank.engine.decoder import WHOLE, ChosenRows, KeysKept, find_layers
 from fastrerank.engine.packing import PackedBatch, Segment, pack
-from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, running, upload
-from fastrerank.ops import attention
+from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, running
+from fastrerank.engine.upload import upload
 
 __all__ = ["Kept", "Reading", "narrow", "read", "release_unused"]
 
@@ -108,10 +108,10 @@ class _ReadRows(ChosenRows):
     """
 
     def __init__(
-        self, table: torch.Tensor, windows: tuple[int, ...], prefixed: bool, chosen: torch.Tensor, count: int,
+        self, table: torch.Tensor, windows: tuple[int, ...], alone: int, chosen: torch.Tensor, count: int,
         layers: frozenset[int], take: Callable[..., None], *, before: Kept | None = None, keep: Kept | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(table, windows, prefixed, chosen)
+        super().__init__(table, windows, alone, chosen)
         self.count, self.layers, self.take = count, layers, take
         self.before, self.keep = before, keep
         self.last = max(layers)
@@ -134,7 +134,7 @@ class _ReadRows(ChosenRows):
             raise KeysKept
         if self.kept is not None:
             k, rows = self.kept[0], self.chosen[: self.count]
-            _, lse = self._attend(q[: self.count], k, k, rows, window, scale, softcap)
+            _, lse = self.attend(q[: self.count], k, k, window, scale, softcap, rows=rows, return_lse=True)
             self.take(self.layer, q[: self.count], k, lse, window, scale, softcap)
             raise _AllRead
         self.layer += 1
@@ -147,24 +147,14 @@ class _ReadRows(ChosenRows):
         if not self.count and self.layer == self.last:
             raise _AllRead
         if self.layer not in self.layers or not self.count:
-            lo, hi, plo, phi = self.intervals(window)
-            prefix = (plo, phi) if self.prefixed else (None, None)
-            return attention(q, k, v, lo, hi, *prefix, scale=scale, softcap=softcap)[None]
-        out, lse = self._attend(q, k, v, None, window, scale, softcap)
+            return self.attend(q, k, v, window, scale, softcap)[0][None]
+        out, lse = self.attend(q, k, v, window, scale, softcap, return_lse=True)
+        assert lse is not None
         rows = self.chosen[: self.count]
         self.take(self.layer, q[rows], k, lse[rows], window, scale, softcap)
         if self.layer == self.last:
             raise _AllRead
         return out[None]
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None, window: int | None,
-        scale: float | None, softcap: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        spans = self.intervals(window)
-        lo, hi, plo, phi = spans if rows is None else spans[:, rows]
-        prefix = (plo, phi) if self.prefixed else (None, None)
-        return attention(q, k, v, lo, hi, *prefix, scale=scale, softcap=softcap, return_lse=True)
 
     def _behind(self, new: torch.Tensor, kept: Sequence[torch.Tensor] | None) -> torch.Tensor:
         return new if kept is None else torch.cat([kept[self.layer], new])
@@ -224,7 +214,7 @@ def read(
             )
 
     row = _ReadRows(
-        table, runner.windows, bool((batch.phi > batch.plo).any()), upload(chosen, device), count, frozenset(heads),
+        table, runner.windows, max(0, batch.alone - skipped), upload(chosen, device), count, frozenset(heads),
         take, before=before, keep=keep,
     )  # fmt: skip
     try:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from fastrerank.engine.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
 from fastrerank.engine.packing import PackedBatch, Segment, pack, pack_documents
+from fastrerank.engine.upload import upload
 from fastrerank.ops import attention
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "answering",
     "causality",
     "running",
-    "upload",
     "why_not_packed",
 ]
 
@@ -51,13 +51,21 @@ class CannotPack(RuntimeError):
     """The model computes something that packed rows do not; says what. Loading then takes another way, or refuses."""
 
 
-class Row:
-    """A packed row's numbers on a device: int32 (7 + 4 W, T) as `PackedBackbone.table` lays them out."""
+# Rows without a prefix, at a batch's beginning, that get a launch of their own on a GPU. Their kernel is simpler; above
+# all, a tile of rows of which some see a prefix and some a long context before it finds no block of keys that all see.
+_ALONE = 1024
 
-    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], prefixed: bool) -> None:
+
+class Row:
+    """A packed row's numbers on a device: int32 (7 + 4 W, T) as `PackedBackbone.table` lays them out.
+
+    `alone`: rows at the beginning of which none has a prefix.
+    """
+
+    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], alone: int) -> None:
         self.table = table
         self.windows = windows
-        self.prefixed = prefixed
+        self.alone = alone
 
     def inputs(self) -> torch.Tensor:
         """Return int64 (3, 1, T): token ids, token types, position ids."""
@@ -68,10 +76,35 @@ class Row:
         softcap: float,
     ) -> torch.Tensor:  # fmt: skip
         """Return attention (1, T, H, D) of query (1, H, T, D), key and value (1, Hkv, T, D)."""
-        lo, hi, plo, phi = self.intervals(window)
-        prefix = (plo, phi) if self.prefixed else (None, None)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return attention(q, k, v, lo, hi, *prefix, scale=scale, softcap=softcap)[None]
+        return self.attend(q, k, v, window, scale, softcap)[0][None]
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float | None,
+        softcap: float, *, rows: torch.Tensor | None = None, return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Return (out, lse) of `ops.attention`, for all rows or (q has these only) for `rows`; lse where asked for."""
+        spans, count = self.intervals(window), self.table.shape[1]
+
+        def some(
+            q: torch.Tensor, spans: torch.Tensor, prefixed: bool, out: torch.Tensor | None = None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            lo, hi, *prefix = spans if prefixed else spans[:2]
+            plo, phi = prefix or (None, None)
+            if return_lse:
+                return attention(q, k, v, lo, hi, plo, phi, scale=scale, softcap=softcap, out=out, return_lse=True)
+            return attention(q, k, v, lo, hi, plo, phi, scale=scale, softcap=softcap, out=out), None
+
+        if rows is not None:
+            return some(q, spans[:, rows], self.alone < count)
+        if not (q.is_cuda and _ALONE <= self.alone < count):
+            return some(q, spans, self.alone < count)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        parts = [
+            some(q[part], spans[:, part], prefixed, out[part])
+            for part, prefixed in ((slice(None, self.alone), False), (slice(self.alone, None), True))
+        ]
+        return out, torch.cat([lse for _, lse in parts if lse is not None]) if return_lse else None
 
     def intervals(self, window: int | None) -> torch.Tensor:
         """Return int32 (4, T): lo, hi, plo, phi of layers that see no further than `window` positions."""
@@ -81,14 +114,6 @@ class Row:
             raise CannotPack(f"a layer has a window of {window}, which no part of the model announces")
         begin = 7 + 4 * self.windows.index(window)
         return self.table[begin : begin + 4]
-
-
-def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return the array as a tensor on `device`; to a GPU from pinned memory, without waiting."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def running() -> Row | None:
@@ -219,10 +244,10 @@ class PackedBackbone:
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Return the last hidden states (T, hidden) of a packed batch."""
-        return self._run(upload(self.table(batch), self.device), bool((batch.phi > batch.plo).any()))
+        return self._run(upload(self.table(batch), self.device), batch.alone)
 
-    def _run(self, table: torch.Tensor, prefixed: bool = False) -> torch.Tensor:
-        return self.forward(Row(table, self.windows, prefixed))
+    def _run(self, table: torch.Tensor, alone: int | None = None) -> torch.Tensor:
+        return self.forward(Row(table, self.windows, table.shape[1] if alone is None else alone))
 
     def forward(self, row: Row) -> torch.Tensor:
         """Return what the backbone makes of a row's tokens, (rows, hidden)."""

@@ -14,6 +14,7 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint, position_limit
+from fastrerank.engine.gpu_layers import fuse_on_gpu
 from fastrerank.engine.heads import Head
 from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
 from fastrerank.engine.packing import split_equal, split_lengths, split_padded
@@ -107,6 +108,8 @@ class TorchEncoder:
         if place.type == "cpu" and packs(getattr(torch, dtype)):
             with torch.inference_mode(), place_on(num_threads, place):
                 pack_when_equal(runner, dtype)
+        if place.type == "cuda" and runner.packed:
+            fuse_on_gpu(runner)
         reason = "; ".join(part for part in (reason, found) if part)
         if packed and not runner.packed:
             raise ValueError(f"engine='torch' cannot run {checkpoint.path} packed: {reason}; engine='padded' runs it")

@@ -12,7 +12,7 @@ import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.engine.torch_loading import release
 
-__all__ = ["PackedLinear", "fuse_feed_forwards", "fuse_gated", "pack_linears", "packs"]
+__all__ = ["PackedLinear", "activation_of", "fuse_feed_forwards", "fuse_gated", "pack_linears", "packs"]
 
 # What a feed-forward layer's activation computes, told by trying.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -117,7 +117,7 @@ def fuse_gated(layer: torch.nn.Module) -> bool:
     whole = layer.forward
     sample = _sample(gate)
     with torch.inference_mode():
-        activation = _activation_of(act)
+        activation = activation_of(act)
         if activation is None:
             return False
         fused = _FeedForward(gate, up, down, activation)
@@ -143,7 +143,7 @@ def fuse_feed_forwards(model: torch.nn.Module) -> Callable[[], None]:
                 continue
             sample = _sample(up)
             with torch.inference_mode():
-                activation = _activation_of(act)
+                activation = activation_of(act)
                 if activation is None or up.out_features != down.in_features or up.dtype != down.dtype:
                     continue
                 fused = _FeedForward(up, None, down, activation)
@@ -178,7 +178,7 @@ def _sample(layer: PackedLinear) -> torch.Tensor:
     return torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.dtype)
 
 
-def _activation_of(act: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+def activation_of(act: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
     """Return the kernels' name of what `act` computes, None where they have none."""
     tried = torch.linspace(-4, 4, 64)
     return next((n for n, known in _ACTIVATIONS.items() if torch.allclose(known(tried), act(tried), atol=1e-6)), None)

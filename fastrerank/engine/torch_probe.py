@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastrerank.engine.padded import PaddedBackbone, PaddedModel
+from fastrerank.engine.placing import place_on
 from fastrerank.engine.torch_backbone import CannotPack, PackedBackbone, why_not_packed
 from fastrerank.engine.torch_linear import fuse_feed_forwards, pack_linears
 
-__all__ = ["AGREES", "choose_runner", "pack_when_equal", "relative_error"]
+__all__ = ["AGREES", "choose_runner", "pack_when_equal", "relative_error", "when_equal"]
 
 log = logging.getLogger("fastrerank")
 
@@ -93,6 +95,33 @@ def pack_when_equal(runner: Any, dtype: str) -> None:
     if found := problem():
         log.info("%s keeps its feed-forward layers in parts: %s", name, found)
         put_back()
+
+
+def when_equal(runner: Any, change: Callable[[], Callable[[], None]]) -> str:
+    """Change a packed model, unless it then computes something else; returns what keeps it as it was, or "".
+
+    `change` returns what undoes it.
+    """
+    documents = _Documents(runner.backbone)
+    bound = AGREES[str(next(runner.backbone.parameters()).dtype).removeprefix("torch.")]
+
+    def states() -> torch.Tensor:
+        return torch.cat([documents.states(runner, [number]) for number in range(3)])
+
+    with torch.inference_mode(), place_on(None, runner.device):
+        try:
+            expected = states()
+        except Exception as error:  # a model may want tokens that random text lacks
+            return f"the model cannot be tried on random tokens ({type(error).__name__}: {error})"
+        put_back = change()
+        try:
+            error_ = relative_error(states(), expected)
+            problem = "" if error_ <= bound else f"results differ by {error_:.2g}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+    if problem:
+        put_back()
+    return problem
 
 
 def _join(reason: str | None, more: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import fastrerank._cpu as _cpu
 
-__all__ = ["DTYPES", "choose_backend", "said"]
+__all__ = ["DTYPES", "choose_backend", "on_device", "said"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKENDS = ("cpp", "triton")
@@ -34,6 +35,20 @@ def choose_backend(device: torch.device, wanted: str | None, name: str) -> str:
             'backend "triton" takes CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got CPU tensors'
         )
     return wanted or "cpp"
+
+
+_HERE = contextlib.nullcontext()
+
+
+def on_device(tensor: torch.Tensor, name: str) -> contextlib.AbstractContextManager[object]:
+    """Make a CUDA tensor's device the current one, for a Triton kernel; it mostly is, and then this costs nothing.
+
+    Raises ValueError where no Triton kernel runs; `name` is the argument.
+    """
+    if tensor.is_cuda:
+        return _HERE if tensor.device.index == torch.cuda.current_device() else torch.cuda.device(tensor.device)
+    choose_backend(tensor.device, "triton", name)
+    return _HERE
 
 
 def said(value: object) -> str:

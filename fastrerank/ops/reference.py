@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "cur_topk", "label_logits", "max_sim"]
+__all__ = ["attention", "attention_mass", "cur_topk", "gated", "label_logits", "max_sim", "norm_rows", "rotary"]
 
 
 def attention(
@@ -125,6 +126,31 @@ def cur_topk(
     return ids, scores
 
 
+def gated(x: npt.NDArray[Any], activation: str) -> npt.NDArray[Any]:
+    """The activation of a row's first half times its second half.
+
+    Args:
+        x: (..., 2 W). activation: "silu", "gelu" (by the error function), "gelu_tanh" or "relu".
+
+    Returns (..., W) in x's dtype.
+
+    Example:
+        >>> gated(np.array([[2.0, -1.0, 3.0, 4.0]]), "relu")
+        array([[6., 0.]])
+    """
+    a, b = np.split(x, 2, axis=-1)
+    if activation == "silu":
+        a = a / (1 + np.exp(-a))
+    elif activation == "gelu":
+        a = 0.5 * a * (1 + np.vectorize(math.erf, otypes=[a.dtype])(a / math.sqrt(2)))
+    elif activation == "gelu_tanh":
+        a = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+    else:
+        a = np.maximum(a, 0)
+    product: npt.NDArray[Any] = a * b
+    return product
+
+
 def label_logits(
     hidden: npt.NDArray[Any], weight: npt.NDArray[Any], *, norm: str | None = None,
     norm_weight: npt.NDArray[Any] | None = None, norm_bias: npt.NDArray[Any] | None = None, eps: float = 1e-6,
@@ -177,3 +203,50 @@ def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDAr
     """
     best = [(query @ tokens[begin:end].T).max(axis=1) for begin, end in pairwise(offsets)]
     return np.array([similarities.mean() for similarities in best], query.dtype)
+
+
+def norm_rows(
+    x: npt.NDArray[Any], norm: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None, eps: float,
+    residual: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:  # fmt: skip
+    """Norm of x + residual over the last dimension.
+
+    Args:
+        x: (..., W). norm: "rms" divides a row by the root of its mean square plus eps, "layer" also takes the mean off
+            first. weight: (W,). bias: (W,) or None. residual: like x, or None.
+
+    Returns an array like x.
+
+    Example:
+        >>> norm_rows(np.array([[3.0, 4.0]]), "rms", np.ones(2), None, 0.0)
+        array([[0.84852814, 1.13137085]])
+    """
+    y: npt.NDArray[Any] = x if residual is None else x + residual
+    if norm == "layer":
+        y = y - y.mean(axis=-1, keepdims=True)
+    y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+    return y if bias is None else y + bias
+
+
+def rotary(
+    q: npt.NDArray[Any], k: npt.NDArray[Any], cos: npt.NDArray[Any], sin: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Queries and keys turned by their positions, in the first R columns of a head: column c with column c + R / 2.
+
+    Args:
+        q: (1, H, T, D). k: (1, Hkv, T, D). cos, sin: (1, T, R), R even and at most D.
+
+    Returns arrays like q and k.
+
+    Example:
+        >>> rotary(np.array([[[[3.0, 4.0]]]]), np.ones((1, 1, 1, 2)), np.zeros((1, 1, 2)), np.ones((1, 1, 2)))[0]
+        array([[[[-4.,  3.]]]])
+    """
+    turned = []
+    for x in (q, k):
+        out, half = x.copy(), cos.shape[-1] // 2
+        for c in range(half):
+            out[..., c] = x[..., c] * cos[..., c] - x[..., half + c] * sin[..., c]
+            out[..., half + c] = x[..., half + c] * cos[..., half + c] + x[..., c] * sin[..., half + c]
+        turned.append(out)
+    return turned[0], turned[1]

@@ -1,0 +1,93 @@
+"""The Python face of `norm_rows`, which the engine puts into Hugging Face models on GPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from fastrerank.ops._tensors import DTYPES, on_device, said
+
+__all__ = ["norm_rows"]
+
+_WIDEST = 16384
+
+
+def norm_rows(
+    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Like `torch.nn.functional.rms_norm` or `layer_norm` of x + residual over the last dimension, in float32.
+
+    The sum with `residual` is not rounded to 16 bits before it is normed, nor are normed values before they are
+    weighted. What is read and written is two times x, and `residual`: 34 MB for 8,310 rows of 1024 in bfloat16.
+
+    Args:
+        x: (..., W) float32, float16 or bfloat16, W at most 16384. Rows of up to 4 dimensions that begin with a 1 may
+            lie anywhere, contiguous in themselves; others are copied unless they are views of evenly spaced rows.
+        norm: "rms": x * rsqrt(mean(x^2) + eps) * weight; "layer": the same on x - mean(x). `bias` is added, if any.
+        weight, bias: contiguous (W,) in any of these dtypes. Gemma's norms multiply by 1 + w: pass that.
+        residual: None, or what is added first, in x's shape and dtype.
+
+    Returns a contiguous tensor of x's shape and dtype. Takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
+    Raises ValueError naming the argument.
+
+    Example:
+        >>> norm_rows(torch.tensor([[3.0, 4.0]]), "rms", torch.ones(2), None, 0.0)     # doctest: +SKIP
+        tensor([[0.8485, 1.1314]])
+    """
+    run = torch.ops.fastrerank.norm_rows if torch.compiler.is_compiling() else _run
+    result: torch.Tensor = run(x, norm, weight, bias, eps, residual)
+    return result
+
+
+def _run(
+    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    from fastrerank.ops.triton.norm_rows import norm_rows as launch
+
+    _check(x, norm, weight, bias, residual)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        with on_device(x, "x"):
+            launch(_rows(x), norm == "layer", weight, bias, eps, None if residual is None else _rows(residual), out)
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as (A, B, W), its rows where they are if they can be; both of an op's tensors get the same A and B."""
+    rows = x.flatten(0, -3) if x.ndim == 4 else x.reshape(-1, 1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _check(
+    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    if x.dtype not in DTYPES or x.ndim < 1 or not 1 <= x.shape[-1] <= _WIDEST:
+        raise ValueError(f"x must be float32, float16 or bfloat16 (..., W) with W of 1 to {_WIDEST}, got {said(x)}")
+    if norm not in ("rms", "layer"):
+        raise ValueError(f'norm must be "rms" or "layer", got {norm!r}')
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != x.shape[-1:] or vector.dtype not in DTYPES or not vector.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float32, float16 or bfloat16 of shape ({x.shape[-1]},), got {said(vector)}"
+            )
+        if vector.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {vector.device}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(f"residual must be {said(x)} on {x.device} like x, got {said(residual)} on {residual.device}")
+
+
+def _fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
+_library = torch.library.Library("fastrerank", "FRAGMENT")
+_library.define(
+    "norm_rows(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.impl("norm_rows", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fastrerank::norm_rows", _fake, lib=_library)
