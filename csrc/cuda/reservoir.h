@@ -78,7 +78,7 @@ FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int la
 }
 
 // The k best of `lists` descending lists of k entries, into reservoir[0 .. k) with kNoEntry after the last. At least k
-// entries reach the k-th of as many first ones of all lists; all that do go into the reservoir. Where it has no room
+// entries reach the k-th of the first few of all lists; all that do go into the reservoir. Where it has no room
 // for them, lists are read by columns: no column matters after one that adds nothing.
 // Lanes: `lane` of `count`, barrier(), add(int*), which returns the number before, and any(bool) of all lanes, which is
 // a barrier too. filled, threshold: 0 and kNoEntry, where all lanes see them; size: reservoir_size(k, lanes.count).
@@ -86,7 +86,9 @@ template <class Lanes>
 FASTRERANK_BOTH void merge_lists(const Entry* best, int lists, int k, Entry* reservoir, int size, int* filled,
                                  Entry* threshold, Lanes lanes) {
     const auto barrier = [&] { lanes.barrier(); };
-    const int columns = (k + lists - 1) / lists, firsts = lists * columns;
+    // A third more than k: the last of just k would be the worst of all lists, which too many entries reach.
+    const int enough = (4 * k + 3 * lists - 1) / (3 * lists), columns = enough < k ? enough : k;
+    const int firsts = lists * columns;
     if (firsts <= size) {
         for (int i = lanes.lane; i < firsts; i += lanes.count)
             reservoir[i] = best[static_cast<int64_t>(i / columns) * k + i % columns];
