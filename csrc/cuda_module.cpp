@@ -157,6 +157,5 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("scale"), py::arg("anchors"), py::arg("first"), py::arg("width"), py::arg("stored_width"),
           py::arg("reach"), py::arg("queries"), py::arg("rows"), py::arg("k"), py::arg("wanted"), py::arg("blocks"),
           py::arg("scratch"), py::arg("ids"), py::arg("scores"), py::arg("status"), py::arg("stream"));
-    m.attr("cur_most_wanted") = kCurMostWanted;
     m.def("bandwidth", &bandwidth, py::arg("device"), py::arg("bytes"), py::arg("rounds"));
 }

@@ -17,8 +17,8 @@ from fastrerank.ops._cur import TILE, PackedItems
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
 _MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cuda/kernels.h
-# What the kernels say of a row, csrc/cuda/kernels.h.
-_EXACT, _UNCERTAIN, _NAN, _NOT_FINITE = range(4)
+# What the kernels say of a row, csrc/cuda/kernels.h; what lies between is left to the scores of all items.
+_EXACT, _NOT_FINITE = 0, 3
 _MOST_SHARED = 1 << 16  # bytes of a query in float64: beside a block's reservoir, what every GPU has room for
 _BLOCKS_PER_MULTIPROCESSOR = 4
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
