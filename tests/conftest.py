@@ -31,6 +31,16 @@ if importlib.util.find_spec("torch"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch has not initialised holds NaN, integers their largest value."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(params=ops.cpu_info()["supported"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction-set level of this CPU in turn; models loaded in the test are packed for it."""
