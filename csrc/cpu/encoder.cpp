@@ -161,7 +161,8 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     const EncoderConfig& g = config_;
     const bool terms = l.input == Format::kTerms;
     // A row of terms is an odd number of lines: a tile's rows, read twice, then share no set of the first-level cache.
-    const int64_t width = padded(g.hidden), wide = terms ? (g.intermediate + 31) / 32 * 32 | 32 : padded(g.intermediate);
+    const int64_t width = padded(g.hidden),
+                  wide = terms ? (g.intermediate + 31) / 32 * 32 | 32 : padded(g.intermediate);
     const bool rounded = l.input != Format::kF32 && !terms;
     const bool direct = l.input == Format::kBF16 || terms;  // the epilogue stores what the next product reads
     const char* x = c.input + begin * width * bytes_of(l.input);
