@@ -21,7 +21,7 @@ demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test $(VENV)/.installed $(VENV)/.weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .
