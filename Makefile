@@ -20,8 +20,9 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
 
+# Two processes, and a file's tests in one of them: they share what takes long to make.
 test: $(VENV)/.test $(VENV)/.installed $(VENV)/.weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .

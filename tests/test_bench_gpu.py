@@ -23,7 +23,7 @@ NAMES = tuple(gpu_models.SHAPES)
 def options(cache: Path, **changes: Any) -> gpu.Options:
     given: dict[str, Any] = {
         "device": "cpu", "tiny": True, "rounds": 1, "parts": gpu.PARTS, "models": NAMES, "llms": (), "compile": False,
-        "seconds": 60.0, "data": (cache / "nowhere",), "cache": cache, "command": "python -m bench.run all",
+        "seconds": float("inf"), "data": (cache / "nowhere",), "cache": cache, "command": "python -m bench.run all",
     }  # fmt: skip
     return gpu.Options(**(given | changes))
 
@@ -75,7 +75,7 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
         rows = {row["name"]: row for row in model["rows"]}
         assert rows.pop("fastrerank-varlen")["state"] == "not here"
         assert {row["state"] for row in rows.values()} == {"ok"}
-        assert all(len(row["seconds"][size]) == 2 for row in rows.values() for size in ("6", "40"))
+        assert all(len(row["seconds"][size]) == 2 for row in rows.values() for size in ("6", "16"))
         assert model["profile"]["kinds"]["matmul"] > 0
         assert f"**{model['name']}: from token ids to scores**" in done.output
     states = {one["way"]: one["state"] for one in found["attention"]}
