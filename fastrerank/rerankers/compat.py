@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-__all__ = ["call_max_length", "check_same_device", "init_options", "predict_options"]
+__all__ = ["check_same_device", "init_options", "predict_options", "processing_options"]
 
 _RENAMED = {
     "model_name": "model_name_or_path",
@@ -17,9 +17,9 @@ _POSITIONAL = ("num_labels", "max_length", "activation_fn", "device")
 _DICTIONARIES: dict[str, dict[str, str]] = {
     "model_kwargs": {"torch_dtype": "dtype", "dtype": "dtype"},
     "automodel_args": {"torch_dtype": "dtype", "dtype": "dtype"},
-    "processor_kwargs": {"model_max_length": "max_length"},
-    "tokenizer_kwargs": {"model_max_length": "max_length"},
-    "tokenizer_args": {"model_max_length": "max_length"},
+    "processor_kwargs": {"model_max_length": "max_length", "chat_template": "chat_template"},
+    "tokenizer_kwargs": {"model_max_length": "max_length", "chat_template": "chat_template"},
+    "tokenizer_args": {"model_max_length": "max_length", "chat_template": "chat_template"},
     "config_kwargs": {"num_labels": "num_labels"},
     "config_args": {"num_labels": "num_labels"},
 }
@@ -98,19 +98,21 @@ def predict_options(
     return inputs, activation_fn
 
 
-def call_max_length(options: dict[str, Any]) -> int | None:
-    """Take `processing_kwargs` out of a call's options and return the `max_length` of its texts, None without one.
+def processing_options(options: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """Take `processing_kwargs` out of a call's options: the `max_length` of its texts, its chat template's arguments.
 
     Raises ValueError for an entry that would change scores and that does not exist here.
     """
     asked = options.pop("processing_kwargs", None) or {}
     text = dict(asked.get("text") or {})
     limit: int | None = text.pop("max_length", None)
-    others = [f"{name!r}" for name in asked if name != "text"]
+    others = [f"{name!r}" for name in asked if name not in ("text", "chat_template")]
     others += [f"'text'[{name!r}]" for name, value in text.items() if name != "padding" and value not in (True, None)]
     if others:
-        raise ValueError(f"processing_kwargs can set 'text'['max_length'] only, got {', '.join(others)}")
-    return limit
+        raise ValueError(
+            f"processing_kwargs can set 'text'['max_length'] and 'chat_template' only, got {', '.join(others)}"
+        )
+    return limit, dict(asked.get("chat_template") or {})
 
 
 def check_same_device(asked: Any, device: str | list[str]) -> None:

@@ -19,7 +19,8 @@ from fastrerank.engine.heads import module_head
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
-from fastrerank.rerankers.compat import call_max_length, check_same_device, init_options, predict_options
+from fastrerank.rerankers.compat import check_same_device, init_options, predict_options, processing_options
+from fastrerank.text.chat_pairs import ChatPairs
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 __all__ = ["CrossEncoder"]
@@ -46,7 +47,10 @@ class CrossEncoder(Reranker):
         engine: "native" (CPU kernels), "torch" (any Hugging Face model, packed without padding) or "padded" (any, in
             padded batches); None: native on a CPU if the family is native, else torch, else padded, said in the log.
         memory_limit: bytes, or a fraction of the device's memory, that a torch engine may come to; None for 0.9.
-        prompts, default_prompt_name: texts by name that `prompt_name` puts before the query.
+        prompts, default_prompt_name: texts by name that `prompt_name` puts before the query, or into a system turn
+            where a chat template renders the pairs.
+        chat_template: source of a chat template for the roles "query" and "document", in place of the checkpoint's; ""
+            joins pairs as the tokenizer does; None: the checkpoint's, where it has one (docs/numerics.md).
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
         legacy, options: positional and keyword arguments of older sentence-transformers releases.
 
@@ -71,12 +75,13 @@ class CrossEncoder(Reranker):
         trust_remote_code: bool = False, revision: str | None = None, local_files_only: bool = False,
         token: bool | str | None = None, cache_folder: str | None = None, num_threads: int | None = None,
         engine: str | None = None, memory_limit: float | None = None, prompts: dict[str, str] | None = None,
-        default_prompt_name: str | None = None, **options: Any,
+        default_prompt_name: str | None = None, chat_template: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
             "model_name_or_path": model_name_or_path, "device": device, "dtype": dtype, "max_length": max_length,
             "activation_fn": activation_fn, "num_labels": num_labels, "cache_folder": cache_folder,
+            "chat_template": chat_template,
         }  # fmt: skip
         given = init_options(given, legacy, options)
         if given["model_name_or_path"] is None:
@@ -103,6 +108,8 @@ class CrossEncoder(Reranker):
             )
         limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
+        self._chat = ChatPairs.load(checkpoint, chat_template=given["chat_template"])
+        self._saved_text = (checkpoint.sentence_config().get("processing_kwargs") or {}).get("text") or {}
         self.activation_fn = given["activation_fn"]
         if self.activation_fn is None:
             saved = checkpoint.activation() or ("sigmoid" if self.num_labels == 1 else "identity")
@@ -191,7 +198,7 @@ class CrossEncoder(Reranker):
             apply_softmax: over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
             options: `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size` of other releases, and
-                `processing_kwargs={"text": {"max_length": 256}}`, for this call.
+                `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}`, for this call.
 
         Returns float32 (N,), or (N, num_labels) for several labels; without the first axis for one pair.
         Raises TypeError naming the position of what is not a pair of str, ValueError for batch_size < 1.
@@ -200,16 +207,15 @@ class CrossEncoder(Reranker):
             >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
             array([0.91, 0.03], dtype=float32)
         """
-        max_length = call_max_length(options)
+        max_length, chat_options = processing_options(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
         pairs, single = _as_pairs(inputs)
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         prefix = self._prompt(prompt, prompt_name)
+        tokenize = self._pair_list(prefix, max_length, chat_options)
         with self._call() as usage:
-            if prefix:
-                pairs = [(prefix + query, text) for query, text in pairs]
-            (logits,) = self._finite([self._logits(pairs, usage, bool(show_progress_bar), max_length=max_length)])
+            (logits,) = self._finite([self._forward(tokenize, pairs, usage, bool(show_progress_bar))])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
             scores = activations.softmax(scores)
@@ -238,7 +244,8 @@ class CrossEncoder(Reranker):
         texts = check_texts(documents, "documents")
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         with self._call() as usage:
-            logits = self._one_query(prefix + checked, texts, usage, bool(show_progress_bar))
+            pairs = [(checked, text) for text in texts]
+            logits = self._forward(self._pair_list(prefix), pairs, usage, bool(show_progress_bar))[:, 0]
             self._finite([logits])
         scores = self._activate(logits[:, None], function)
         return ranked(order(scores, logits), scores, texts if return_documents else None, top_k)
@@ -247,24 +254,26 @@ class CrossEncoder(Reranker):
         self._need_one_label("score")
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
         lengths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        flat = self._logits(pairs, usage, lengths=lengths)[:, 0]
+        flat = self._forward(self._pair_list(self._prompt(None, None)), pairs, usage, lengths=lengths)[:, 0]
         bounds = np.cumsum([0, *map(len, documents)])
         total = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         usage.query_tokens = [int(total[end] - total[begin]) for begin, end in pairwise(bounds)]
         return [flat[begin:end] for begin, end in pairwise(bounds)]
 
-    def _one_query(self, query: str, texts: list[str], usage: Usage, progress: bool) -> Scores:
-        return self._forward(lambda part: self._tokenizer.pairs(query, part), texts, usage, progress)[:, 0]
-
-    def _logits(
-        self, pairs: list[tuple[str, str]], usage: Usage, progress: bool = False,
-        lengths: list[npt.NDArray[np.int64]] | None = None, max_length: int | None = None,
-    ) -> npt.NDArray[np.float32]:  # fmt: skip
-        tokenize = partial(self._tokenizer.pair_list, max_length=max_length)
-        return self._forward(tokenize, pairs, usage, progress, lengths)
+    def _pair_list(
+        self, prompt: str, max_length: int | None = None, chat_options: dict[str, Any] | None = None
+    ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
+        """What packs pairs: the chat template (the prompt is a system turn) or the tokenizer (it precedes the query)."""
+        limit = self._saved_text.get("max_length") if max_length is None else max_length
+        limit = self._tokenizer.max_length if limit is None else self._tokenizer.checked_max_length(limit)
+        if self._chat is not None:
+            return partial(self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options)
+        if not prompt:
+            return partial(self._tokenizer.pair_list, max_length=limit)
+        return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit)
 
     def _forward(
-        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool,
+        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool = False,
         lengths: list[npt.NDArray[np.int64]] | None = None,
     ) -> npt.NDArray[np.float32]:  # fmt: skip
         """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it.

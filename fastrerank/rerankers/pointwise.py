@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, read_json
+from fastrerank.checkpoint import Checkpoint
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
+from fastrerank.text.chat_pairs import chat_template_of, pair_template
 from fastrerank.text.prompt_tokenizer import Prompt
-from fastrerank.text.prompts import Message, Template
+from fastrerank.text.prompts import Template
 
 __all__ = ["PointwiseReranker"]
 
@@ -77,7 +77,11 @@ class PointwiseReranker(LLMReranker):
                     "'erank', does a written integer score"
                 )
             return replace(template, readout="generate")
-        return _as_saved(checkpoint, template) if template.name == "sentence-transformers" else template
+        if template.name != "sentence-transformers":
+            return template
+        name, prompts = checkpoint.st_config.get("default_prompt_name"), checkpoint.st_config.get("prompts") or {}
+        source = chat_template_of(checkpoint.transformer_path)
+        return pair_template(checkpoint, source, prompt=prompts.get(name) or "")
 
     def _limit(self, checkpoint: Checkpoint, max_length: int | None) -> int | None:
         if self.readout == "logits":
@@ -151,16 +155,3 @@ class PointwiseReranker(LLMReranker):
             expected: Scores = (weights @ np.array([float(label) for label in self.template.labels])).astype(np.float32)
             return np.asarray(expected / weights.sum(1), np.float32)
         return np.asarray(logits[:, 0] - logits[:, 1], np.float32)
-
-
-def _as_saved(checkpoint: Checkpoint, template: Template) -> Template:
-    """The template with the system prompt and the chat template's arguments that sentence-transformers saved."""
-    saved = read_json(checkpoint.transformer_path / "sentence_bert_config.json").get("processing_kwargs") or {}
-    chat = {**template.chat_options, **(saved.get("chat_template") or {})}
-    chat.pop("restore_suffix", None)  # of sentence-transformers itself; what follows the document is never cut here
-    name, prompts = checkpoint.st_config.get("default_prompt_name"), checkpoint.st_config.get("prompts") or {}
-    system = prompts.get(name) or ""
-    if not system:
-        return replace(template, chat_options=MappingProxyType(chat))
-    turns = (Message("system", "{instruction}"), *template.messages)
-    return replace(template, messages=turns, instruction=system, chat_options=MappingProxyType(chat))
