@@ -16,7 +16,7 @@ from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
-from fastrerank.text.chat_pairs import chat_template_of, pair_template
+from fastrerank.text.chat_pairs import chat_tokenizer, joined_template, pair_template
 from fastrerank.text.prompt_tokenizer import Prompt
 from fastrerank.text.prompts import Template
 
@@ -80,8 +80,10 @@ class PointwiseReranker(LLMReranker):
         if template.name != "sentence-transformers":
             return template
         name, prompts = checkpoint.st_config.get("default_prompt_name"), checkpoint.st_config.get("prompts") or {}
-        source = chat_template_of(checkpoint.transformer_path)
-        return pair_template(checkpoint, source, prompt=prompts.get(name) or "")
+        prompt, tokenizer = prompts.get(name) or "", chat_tokenizer(checkpoint)
+        if tokenizer is None:
+            return joined_template(prompt)
+        return pair_template(checkpoint, tokenizer.chat_template, prompt=prompt)
 
     def _limit(self, checkpoint: Checkpoint, max_length: int | None) -> int | None:
         if self.readout == "logits":

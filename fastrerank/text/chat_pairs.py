@@ -18,7 +18,7 @@ from fastrerank.text.prompts import Message, Template
 from fastrerank.text.shapes import contents, options
 from fastrerank.text.tokenizer import TokenBatch
 
-__all__ = ["ChatPairs", "chat_template_of", "pair_template", "takes_messages"]
+__all__ = ["ChatPairs", "chat_template_of", "chat_tokenizer", "joined_template", "pair_template", "takes_messages"]
 
 log = logging.getLogger("fastrerank")
 
@@ -88,6 +88,48 @@ def pair_template(
     )  # fmt: skip
 
 
+def joined_template(prompt: str = "") -> Template:
+    """A pair as the tokenizer joins it, the prompt before the query."""
+    template = Template.load("sentence-transformers")
+    return replace(
+        template, messages=(), pair=("{instruction}{query}", "{document}"), instruction=prompt, special_tokens="auto",
+        chat_options=MappingProxyType({}),
+    )  # fmt: skip
+
+
+def chat_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None) -> Any | None:
+    """The tokenizer whose chat template takes a checkpoint's pairs; None where the tokenizer joins them.
+
+    Args: as in `ChatPairs.load`.
+
+    A template that drops the query or the document, or refuses their roles, is not used, which the log says at WARNING.
+    Raises ImportError without transformers.
+    """
+    source = chat_template_of(checkpoint.transformer_path) if chat_template is None else chat_template or None
+    if not (chat_template or takes_messages(checkpoint, source)):
+        return None
+    try:
+        import jinja2  # noqa: F401
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"{checkpoint.path} puts pairs through its chat template, which needs {error.name}: pip install "
+            "'fastrerank[torch]'; CrossEncoder(..., chat_template='') joins them as the tokenizer does"
+        ) from None
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(checkpoint.transformer_path), trust_remote_code=checkpoint.trust_remote_code
+    )
+    tokenizer.chat_template = source
+    problem = _refusal(tokenizer, pair_template(checkpoint, source))
+    if problem:
+        log.warning(
+            "%s: pairs are joined by the tokenizer, as its chat template cannot take the roles query and document (%s)",
+            checkpoint.path, problem,
+        )  # fmt: skip
+        return None
+    return tokenizer
+
+
 class ChatPairs:
     """(query, document) pairs as the ids of the prompt that a chat template makes of them.
 
@@ -110,33 +152,10 @@ class ChatPairs:
             checkpoint: opened checkpoint.
             chat_template: source of a chat template in place of the checkpoint's; "" for none.
 
-        A template that drops the query or the document, or refuses their roles, is not used, which the log says at
-        WARNING. Raises ValueError where the template prints a document twice or changes a text, ImportError without
-        transformers.
+        Raises ValueError where the template prints a document twice or changes a text; else as `chat_tokenizer`.
         """
-        source = chat_template_of(checkpoint.transformer_path) if chat_template is None else chat_template or None
-        if not (chat_template or takes_messages(checkpoint, source)):
-            return None
-        try:
-            import jinja2  # noqa: F401
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ImportError(
-                f"{checkpoint.path} puts pairs through its chat template, which needs {error.name}: "
-                "pip install 'fastrerank[torch]'; chat_template='' joins them as the tokenizer does"
-            ) from None
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(checkpoint.transformer_path), trust_remote_code=checkpoint.trust_remote_code
-        )
-        tokenizer.chat_template = source
-        problem = _refusal(tokenizer, pair_template(checkpoint, source))
-        if problem:
-            log.warning(
-                "%s: pairs are joined by the tokenizer, as its chat template cannot take the roles query and document "
-                "(%s)", checkpoint.path, problem,
-            )  # fmt: skip
-            return None
-        return cls(checkpoint, tokenizer)
+        tokenizer = chat_tokenizer(checkpoint, chat_template)
+        return None if tokenizer is None else cls(checkpoint, tokenizer)
 
     def pair_list(
         self, pairs: Sequence[tuple[str, str]], max_length: int | None = None, *, prompt: str = "",
