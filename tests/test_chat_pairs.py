@@ -256,7 +256,8 @@ def test_named_templates(checkpoint: Callable[..., Path], tmp_path: Path) -> Non
 
 
 def test_prefixes_shared_or_not(checkpoint: Callable[..., Path]) -> None:
-    for chat in (RERANKER, None):
+    # The last of them ends in the padding token, which classifiers pass over.
+    for chat in (RERANKER, None, prompt_tokenizers.CHATML.replace("<|im_end|>\n", "<|endoftext|>")):
         folder = checkpoint("qwen3", "qwen", chat)
         expected = theirs_of(folder).predict([(QUERY, text) for text in TEXTS], activation_fn=torch.nn.Identity())
         shared, alone = PointwiseReranker(folder), PointwiseReranker(folder, share_prefixes=False)
@@ -265,6 +266,7 @@ def test_prefixes_shared_or_not(checkpoint: Callable[..., Path]) -> None:
         assert_equal(scores, expected)
         assert np.array_equal(alone.score(QUERY, TEXTS), scores)
         assert alone.last_usage["prefix_tokens"] == 0
+        assert_equal(CrossEncoder(folder).score(QUERY, TEXTS), expected)
 
 
 def test_an_encoder_with_a_chat_template(tiny: Callable[..., Path], tmp_path: Path) -> None:

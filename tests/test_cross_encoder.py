@@ -198,7 +198,7 @@ def test_max_length_of_a_call_and_of_those_that_follow(both: tuple[Any, CrossEnc
     pairs = [(query, text) for query, text in PAIRS if len(text) > 200]  # the query is no longer than what is left
     assert np.abs(ours.predict(pairs) - ours.predict(pairs, processing_kwargs=short)).max() > BOUND
     np.testing.assert_array_equal(shortened, CrossEncoder(tiny("bert"), max_length=12).predict(PAIRS))
-    with pytest.raises(ValueError, match=r"'text'\['max_length'\] only, got 'image', 'text'\['truncation'\]"):
+    with pytest.raises(ValueError, match=r"'chat_template' only, got 'image', 'text'\['truncation'\]"):
         ours.predict(PAIRS, processing_kwargs={"image": {}, "text": {"truncation": "do_not_truncate"}})
     ours.max_length = 12
     assert ours.max_seq_length == 12

@@ -263,7 +263,7 @@ class CrossEncoder(Reranker):
     def _pair_list(
         self, prompt: str, max_length: int | None = None, chat_options: dict[str, Any] | None = None
     ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
-        """What packs pairs: the chat template with the prompt as system turn, else the tokenizer with it before queries."""
+        """What packs pairs: a chat template, the prompt in a system turn, or the tokenizer, the prompt before the query."""
         limit = self._saved_text.get("max_length") if max_length is None else max_length
         limit = self._tokenizer.max_length if limit is None else self._tokenizer.checked_max_length(limit)
         if self._chat is not None:

@@ -27,8 +27,8 @@ class PointwiseReranker(LLMReranker):
     """Scores each document by the first token that a language model would say about it.
 
     Qwen3-Reranker (also converted to a sequence classifier), mxbai-rerank-v2, bge-reranker-v2-gemma and
-    -minicpm-layerwise, monoT5, RankT5, RankLLaMA and other scalar heads, sentence-transformers' LogitScore checkpoints,
-    and any instruction-tuned model by a plain question (template "relevance"). Prompts of one query begin alike: that
+    -minicpm-layerwise, monoT5, RankT5, RankLLaMA, sentence-transformers' LogitScore checkpoints and classifiers with one
+    label (the pair as its CrossEncoder reads it), and any instruction-tuned model by a plain question (template "relevance"). Prompts of one query begin alike: that
     part passes through the network once. `score` is float32 and raw: logit(yes) - logit(no) where there are two labels,
     the logit where there is one, and the expected value where labels are numbers.
 
