@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["check_same_device", "init_options", "predict_options", "processing_options"]
+from fastrerank.checkpoint import Checkpoint
+
+__all__ = ["Config", "Device", "check_same_device", "init_options", "predict_options", "processing_options"]
 
 _RENAMED = {
     "model_name": "model_name_or_path",
@@ -99,13 +102,14 @@ def predict_options(
 
 
 def processing_options(options: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """Take `processing_kwargs` out of a call's options: the `max_length` of its texts, its chat template's arguments.
+    """Take a call's `max_length` and the arguments of its chat template out of its options.
 
     Raises ValueError for an entry that would change scores and that does not exist here.
     """
     asked = options.pop("processing_kwargs", None) or {}
     text = dict(asked.get("text") or {})
-    limit: int | None = text.pop("max_length", None)
+    limit: int | None = options.pop("max_length", None)
+    limit = text.pop("max_length", limit)
     others = [f"{name!r}" for name in asked if name not in ("text", "chat_template")]
     others += [f"'text'[{name!r}]" for name, value in text.items() if name != "padding" and value not in (True, None)]
     if others:
@@ -125,6 +129,48 @@ def check_same_device(asked: Any, device: str | list[str]) -> None:
 
     if names(asked) != names(device):
         raise ValueError(f"device must be None or {device!r}: the model was loaded there, got {asked!r}")
+
+
+class Device(str):
+    """The name of a device, with the attributes of a `torch.device` that callers read; equal to that device too."""
+
+    __slots__ = ()
+
+    @property
+    def type(self) -> str:
+        return self.partition(":")[0]
+
+    @property
+    def index(self) -> int | None:  # type: ignore[override]  # str.index finds substrings
+        number = self.partition(":")[2]
+        return int(number) if number else None
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, str(other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+class Config(SimpleNamespace):
+    """config.json as attributes, under the names that transformers' configurations have."""
+
+    def __init__(self, checkpoint: Checkpoint, num_labels: int) -> None:
+        stored = dict(checkpoint.config)
+        labels = {int(number): name for number, name in (stored.get("id2label") or {}).items()}
+        if len(labels) != num_labels:
+            labels = {number: f"LABEL_{number}" for number in range(num_labels)}
+        stored |= {
+            "num_labels": num_labels, "id2label": labels, "name_or_path": str(checkpoint.path),
+            "label2id": {name: number for number, name in labels.items()}, "_name_or_path": str(checkpoint.path),
+        }  # fmt: skip
+        super().__init__(**stored)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that config.json says, and what was derived from it."""
+        return dict(vars(self))
 
 
 def _deprecated(old: str, new: str) -> None:

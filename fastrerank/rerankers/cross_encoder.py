@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +15,18 @@ import numpy.typing as npt
 
 from fastrerank.checkpoint import open_checkpoint
 from fastrerank.engine.heads import module_head
-from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
+from fastrerank.engine.select import Encoder, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
-from fastrerank.rerankers.compat import check_same_device, init_options, predict_options, processing_options
+from fastrerank.rerankers.compat import (
+    Config,
+    Device,
+    check_same_device,
+    init_options,
+    predict_options,
+    processing_options,
+)
+from fastrerank.rerankers.recognise import logit_score
 from fastrerank.text.chat_pairs import ChatPairs
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
@@ -34,7 +41,7 @@ class CrossEncoder(Reranker):
 
     Args:
         model_name_or_path: hub id or local folder of a sequence classification checkpoint, or of a
-            sentence-transformers cross-encoder made of modules.
+            sentence-transformers cross-encoder made of modules (with Dense, or a language model with LogitScore).
         device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
         dtype: "float32" (equals the reference), "bfloat16", "int8" (native engine only), "float16" (torch engines
             only); "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations are float32 in all of them.
@@ -94,11 +101,15 @@ class CrossEncoder(Reranker):
         )  # fmt: skip
         self.checkpoint = checkpoint
         chosen = plan(checkpoint.config, engine, given["device"], given["dtype"])
-        self.device, self.dtype = chosen.device, chosen.dtype
+        self.device = Device(chosen.device) if isinstance(chosen.device, str) else chosen.device
+        self.dtype = chosen.dtype
         modular = any(module.type == "Dense" for module in checkpoint.modules)
         head = module_head(checkpoint.modules) if modular else None
-        self.engine: Encoder = load_encoder(
-            checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
+        labels = logit_score(checkpoint)
+        self.engine: Encoder = (
+            load_encoder(checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit)
+            if labels is None
+            else load_label_encoder(checkpoint, labels, chosen, num_threads=num_threads, memory_limit=memory_limit)
         )
         self.num_labels = self.engine.width
         if given["num_labels"] not in (None, self.num_labels):
@@ -118,7 +129,11 @@ class CrossEncoder(Reranker):
         stored = checkpoint.st_config.get("prompts") or {}
         self.prompts: dict[str, str] = {**stored, **(prompts or {})}
         self.default_prompt_name = default_prompt_name or checkpoint.st_config.get("default_prompt_name")
-        self.config = SimpleNamespace(**{**checkpoint.config, "num_labels": self.num_labels})
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ValueError(
+                f"default_prompt_name must be one of prompts, {list(self.prompts)}, got {self.default_prompt_name!r}"
+            )
+        self.config = Config(checkpoint, self.num_labels)
 
     @property
     def tokenizer(self) -> Any:
@@ -153,9 +168,33 @@ class CrossEncoder(Reranker):
         """Same as `activation_fn`."""
         return self.activation_fn
 
+    @property
+    def modalities(self) -> list[str]:
+        """What pairs are read as: ["text"], and "message" where a chat template renders them."""
+        return ["text"] if self._chat is None else ["text", "message"]
+
+    def supports(self, modality: Any) -> bool:
+        """Whether `modality` is one of `modalities`."""
+        return modality in self.modalities
+
+    @property
+    def training(self) -> bool:
+        """False: there is no training mode."""
+        return False
+
+    def train(self, mode: bool = True) -> CrossEncoder:
+        """Return self if `mode` is False; raise ValueError for True: there is no training mode."""
+        if mode:
+            raise ValueError("train() cannot switch to training: fastrerank only runs models")
+        return self
+
     def eval(self) -> CrossEncoder:
         """Return self: there is no training mode."""
         return self
+
+    def cpu(self) -> CrossEncoder:
+        """Same as `to("cpu")`."""
+        return self.to("cpu")
 
     def to(self, device: Any) -> CrossEncoder:
         """Return self if `device` is where the model is; raise ValueError for any other."""
@@ -197,8 +236,9 @@ class CrossEncoder(Reranker):
             activation_fn: replaces the model's for this call.
             apply_softmax: over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
-            options: `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size` of other releases, and
-                `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}`, for this call.
+            options: `max_length`, or `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}` for
+                this call; `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size`: of other
+                releases.
 
         Returns float32 (N,), or (N, num_labels) for several labels; without the first axis for one pair.
         Raises TypeError naming the position of what is not a pair of str, ValueError for batch_size < 1.
@@ -263,7 +303,7 @@ class CrossEncoder(Reranker):
     def _pair_list(
         self, prompt: str, max_length: int | None = None, chat_options: dict[str, Any] | None = None
     ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
-        """What packs pairs: a chat template, the prompt in a system turn, or the tokenizer, the prompt before the query."""
+        """What packs pairs: the chat template with the prompt as a turn, or the tokenizer with it before queries."""
         limit = self._saved_text.get("max_length") if max_length is None else max_length
         limit = self._tokenizer.max_length if limit is None else self._tokenizer.checked_max_length(limit)
         if self._chat is not None:

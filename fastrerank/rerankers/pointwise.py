@@ -27,10 +27,11 @@ class PointwiseReranker(LLMReranker):
     """Scores each document by the first token that a language model would say about it.
 
     Qwen3-Reranker (also converted to a sequence classifier), mxbai-rerank-v2, bge-reranker-v2-gemma and
-    -minicpm-layerwise, monoT5, RankT5, RankLLaMA, sentence-transformers' LogitScore checkpoints and classifiers with one
-    label (the pair as its CrossEncoder reads it), and any instruction-tuned model by a plain question (template "relevance"). Prompts of one query begin alike: that
-    part passes through the network once. `score` is float32 and raw: logit(yes) - logit(no) where there are two labels,
-    the logit where there is one, and the expected value where labels are numbers.
+    -minicpm-layerwise, monoT5, RankT5, RankLLaMA, sentence-transformers' LogitScore checkpoints and classifiers of one
+    label (pairs as its CrossEncoder reads them), and any instruction-tuned model by a plain question (template
+    "relevance"). Prompts of one query begin alike: that part passes through the network once. `score` is float32 and
+    raw: logit(yes) - logit(no) where there are two labels, the logit where there is one, and the expected value where
+    labels are numbers.
 
     ERank's published score is another: the model reasons and writes an integer, and the score is that integer times the
     probability of its last token. readout="generation" computes it; a text without an integer scores 0 and is counted
