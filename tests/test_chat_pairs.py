@@ -22,7 +22,7 @@ import transformers
 import fastrerank
 from fastrerank import CrossEncoder
 from fastrerank.rerankers.pointwise import PointwiseReranker
-from fastrerank.text.chat_pairs import chat_template_of
+from fastrerank.text.files import chat_template_of
 
 QUERY = "how long do fleas live?"
 TEXTS = [

@@ -320,6 +320,27 @@ def test_attributes_equal_sentence_transformers(tiny: Tiny, labels: int) -> None
         ours.train()
 
 
+def test_the_tokenizer_counts_and_limits(both: tuple[Any, CrossEncoder], tiny: Tiny) -> None:
+    theirs, ours = both[0].tokenizer, both[1].tokenizer
+    assert ours.tokenize(QUERY) == theirs.tokenize(QUERY)
+    for given in ((QUERY,), (QUERY, TEXTS[0]), ([QUERY, "owl"],), ([QUERY, "owl"], TEXTS[:2])):
+        for specials in (True, False):
+            mine, other = ours(*given, add_special_tokens=specials), theirs(*given, add_special_tokens=specials)
+            assert mine["input_ids"] == other["input_ids"]
+            assert mine["attention_mask"] == other["attention_mask"]
+    assert len(ours) == len(theirs)
+    assert ours.model_max_length == theirs.model_max_length
+    assert ours.token_to_id("owl") == theirs.convert_tokens_to_ids("owl")
+    with pytest.raises(TypeError, match="padding"):
+        ours(QUERY, padding=True)
+    model = CrossEncoder(tiny("bert"))
+    with pytest.raises(AttributeError, match="pad_token cannot be set"):
+        model.tokenizer.pad_token = "owl"
+    model.tokenizer.model_max_length = 12
+    assert model.max_length == 12
+    np.testing.assert_array_equal(model.predict(PAIRS), CrossEncoder(tiny("bert"), max_length=12).predict(PAIRS))
+
+
 def test_calls_that_sentence_transformers_knows(both: tuple[Any, CrossEncoder], tiny: Tiny) -> None:
     theirs, ours = both
     pairs = [("owl", text) for text in TEXTS if len(text) > 100]

@@ -7,8 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastrerank.checkpoint import Checkpoint
+from fastrerank.text.tokenizer import Tokenizer
 
-__all__ = ["Config", "Device", "check_same_device", "init_options", "predict_options", "processing_options"]
+__all__ = [
+    "Config",
+    "Device",
+    "SharedTokenizer",
+    "check_same_device",
+    "init_options",
+    "predict_options",
+    "processing_options",
+]
 
 _RENAMED = {
     "model_name": "model_name_or_path",
@@ -152,6 +161,48 @@ class Device(str):
         return not self == other
 
     __hash__ = str.__hash__
+
+
+class SharedTokenizer:
+    """A `tokenizers.Tokenizer`, with what callers of transformers' tokenizers use to count tokens and to limit them.
+
+    All methods and attributes of the former are there; `tokenize`, `len()`, `model_max_length` and the call, without
+    padding, cutting or tensors, are the latter's. Nothing but `model_max_length` can be set: all threads share it.
+    """
+
+    _own: Tokenizer
+
+    def __init__(self, own: Tokenizer) -> None:
+        object.__setattr__(self, "_own", own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own.tokenizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "model_max_length":
+            raise AttributeError(f"{name} cannot be set, only model_max_length: all threads share the tokenizer")
+        self._own.max_length = self._own.checked_max_length(value)
+
+    @property
+    def model_max_length(self) -> int | None:
+        """Same as the model's `max_length`."""
+        return self._own.max_length
+
+    def __len__(self) -> int:
+        return self._own.tokenizer.get_vocab_size()
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of a text, without special tokens."""
+        return list(self._own.tokenizer.encode(text, add_special_tokens=False).tokens)
+
+    def __call__(self, text: Any, text_pair: Any = None, *, add_special_tokens: bool = True) -> dict[str, list[Any]]:
+        """Return {"input_ids", "attention_mask"} of a text or a pair, or lists of them for lists of texts."""
+        if isinstance(text, str):
+            one = self._own.tokenizer.encode(text, text_pair, add_special_tokens=add_special_tokens)
+            return {"input_ids": one.ids, "attention_mask": one.attention_mask}
+        some = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
+        found = self._own.tokenizer.encode_batch(some, add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in found], "attention_mask": [one.attention_mask for one in found]}
 
 
 class Config(SimpleNamespace):

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import open_checkpoint
+from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.heads import module_head
 from fastrerank.engine.select import Encoder, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
@@ -21,14 +21,18 @@ from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, orde
 from fastrerank.rerankers.compat import (
     Config,
     Device,
+    SharedTokenizer,
     check_same_device,
     init_options,
     predict_options,
     processing_options,
 )
 from fastrerank.rerankers.recognise import logit_score
-from fastrerank.text.chat_pairs import ChatPairs
+from fastrerank.text.files import chat_template_of, takes_messages
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
+
+if TYPE_CHECKING:
+    from fastrerank.text.chat_pairs import ChatPairs
 
 __all__ = ["CrossEncoder"]
 
@@ -119,7 +123,7 @@ class CrossEncoder(Reranker):
             )
         limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
-        self._chat = ChatPairs.load(checkpoint, chat_template=given["chat_template"])
+        self._chat = _chat_pairs(checkpoint, given["chat_template"])
         self._saved_text = (checkpoint.sentence_config().get("processing_kwargs") or {}).get("text") or {}
         self.activation_fn = given["activation_fn"]
         if self.activation_fn is None:
@@ -137,8 +141,8 @@ class CrossEncoder(Reranker):
 
     @property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`. Set nothing on it: it is shared by all threads."""
-        return self._tokenizer.tokenizer
+        """The `tokenizers.Tokenizer`, with a part of transformers' interface: see `SharedTokenizer`."""
+        return SharedTokenizer(self._tokenizer)
 
     @property
     def model(self) -> Encoder:
@@ -350,6 +354,16 @@ class CrossEncoder(Reranker):
     def _need_one_label(self, what: str) -> None:
         if self.num_labels != 1:
             raise ValueError(f"{what}() needs a model with one label, this one has {self.num_labels}; use predict()")
+
+
+def _chat_pairs(checkpoint: Checkpoint, chat_template: str | None) -> ChatPairs | None:
+    """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
+    source = chat_template_of(checkpoint.transformer_path) if chat_template is None else chat_template or None
+    if not (chat_template or takes_messages(checkpoint, source)):
+        return None
+    from fastrerank.text.chat_pairs import ChatPairs
+
+    return ChatPairs.load(checkpoint, chat_template=chat_template)
 
 
 def _check_batch_size(batch_size: int) -> None:

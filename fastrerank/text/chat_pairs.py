@@ -6,23 +6,21 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from fastrerank.checkpoint import Checkpoint, read_json
+from fastrerank.checkpoint import Checkpoint
+from fastrerank.text.files import ChatTemplate, chat_template_of, takes_messages
 from fastrerank.text.prompt_tokenizer import PromptTokenizer
 from fastrerank.text.prompts import Message, Template
 from fastrerank.text.shapes import contents, options
 from fastrerank.text.tokenizer import TokenBatch
 
-__all__ = ["ChatPairs", "chat_template_of", "chat_tokenizer", "joined_template", "pair_template", "takes_messages"]
+__all__ = ["ChatPairs", "chat_tokenizer", "joined_template", "pair_template"]
 
 log = logging.getLogger("fastrerank")
-
-ChatTemplate = str | dict[str, str]
 
 # Model types whose chat templates take plain text although their source looks otherwise, and what a source looks like
 # that takes lists of parts.
@@ -33,29 +31,6 @@ _PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
 # Prompts are laid out once per system text; calls that name ever new ones must not hold on to them all.
 _KEPT_PROMPTS = 4
 _CACHE_BYTES = 16 << 20
-
-
-def chat_template_of(folder: Path) -> ChatTemplate | None:
-    """The chat template that transformers finds in a checkpoint folder, several by their names; None without one."""
-    stored = read_json(folder / "tokenizer_config.json").get("chat_template")
-    named = {one["name"]: one["template"] for one in stored} if isinstance(stored, list) else {}
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        named["default"] = file.read_text(encoding="utf-8")
-    elif isinstance(stored, str):
-        named["default"] = stored
-    named |= {one.stem: one.read_text(encoding="utf-8") for one in folder.glob("additional_chat_templates/*.jinja")}
-    return named["default"] if list(named) == ["default"] else named or None
-
-
-def takes_messages(checkpoint: Checkpoint, template: ChatTemplate | None) -> bool:
-    """Whether sentence-transformers renders this checkpoint's pairs by `template`: as was saved, else if there is one.
-
-    Pairs of a folder that it saved before it knew messages are joined, whatever template the tokenizer has.
-    """
-    if checkpoint.modules:
-        return template is not None and "message" in (checkpoint.sentence_config().get("modality_config") or {})
-    return template is not None
 
 
 def pair_template(
