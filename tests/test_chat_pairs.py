@@ -82,6 +82,7 @@ def _save(folder: Path, family: str, style: str, chat: str | None, labels: int) 
     tokenizer.chat_template = chat
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or "<|end_of_text|>"
+    (folder / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(folder)
     name, settings = decoders._SETTINGS[family]
     changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 600, "pad_token_id": tokenizer.pad_token_id}
@@ -128,6 +129,11 @@ def test_long_documents_lose_what_sentence_transformers_cuts(checkpoint: Callabl
     assert ours.last_usage["truncated"] == 2
     assert not ours.last_usage["query_truncated"]
     assert ours.last_usage["tokens"] <= 3 * 101
+    if name == "loop":  # more tokens than the config has positions
+        pairs.append((QUERY, "Owls hunt mice at night. " * 120))
+        ours = CrossEncoder(folder, max_length=900)
+        assert_equal(ours.predict(pairs), theirs_of(folder, max_length=900).predict(pairs))
+        assert ours.last_usage["tokens"] > 900
     theirs, ours = theirs_of(folder), CrossEncoder(folder)
     short = {"text": {"max_length": 95}, "chat_template": {"add_generation_prompt": True}}
     scores = ours.predict(pairs, processing_kwargs=short)
@@ -163,7 +169,7 @@ def test_a_query_that_does_not_fit_leaves_room_for_documents(checkpoint: Callabl
     assert np.isfinite(scores).all()
     assert len(set(scores.tolist())) == 3
     assert ours.last_usage["query_truncated"]
-    assert 30 < ours.last_usage["tokens"] / 3 <= 60
+    assert 30 < ours.last_usage["query_tokens"][0] / 3 <= 60
     with pytest.raises(ValueError, match=r"max_length=9 leaves no room for text: it must be at least \d+"):
         ours.predict(PAIRS, processing_kwargs={"text": {"max_length": 9}})
 
@@ -266,7 +272,12 @@ def test_prefixes_shared_or_not(checkpoint: Callable[..., Path]) -> None:
         assert_equal(scores, expected)
         assert np.array_equal(alone.score(QUERY, TEXTS), scores)
         assert alone.last_usage["prefix_tokens"] == 0
-        assert_equal(CrossEncoder(folder).score(QUERY, TEXTS), expected)
+        cross_encoder, whole = CrossEncoder(folder), CrossEncoder(folder, engine="torch")
+        assert_equal(whole.score(QUERY, TEXTS), expected)
+        assert_equal(cross_encoder.score(QUERY, TEXTS), expected)
+        used, all_tokens = cross_encoder.last_usage, whole.last_usage["tokens"]
+        assert [used["tokens"] < all_tokens, used["prefix_tokens"] > 0] == [chat is not None] * 2
+        assert used["query_tokens"] == whole.last_usage["query_tokens"] == [all_tokens]
 
 
 def test_an_encoder_with_a_chat_template(tiny: Callable[..., Path], tmp_path: Path) -> None:

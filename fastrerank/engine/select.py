@@ -203,14 +203,15 @@ def load_encoder(
 
 
 def load_label_encoder(
-    checkpoint: Checkpoint, labels: Sequence[int], chosen: Plan, *, num_threads: int | None = None,
+    checkpoint: Checkpoint, labels: Sequence[int] | None, chosen: Plan, *, num_threads: int | None = None,
     memory_limit: float | None = None,
 ) -> Encoder:  # fmt: skip
-    """Load a language model that scores by the logits of `labels`, one or two token ids; several devices share calls.
+    """Load a decoder that shares what documents begin with; several devices share each call's documents.
 
-    Raises ValueError if the model's logits cannot be computed, and ImportError where torch is missing.
+    `labels` are one or two token ids of a language model; None: it is a classifier. Raises ValueError if the model is
+    no decoder or its logits cannot be computed, and ImportError where torch is missing.
     """
-    _torch(f"{checkpoint.path}, a language model,")
+    _torch(f"{checkpoint.path}, a decoder,")
     if chosen.engine == "padded":
         raise ValueError(f"engine must be None or 'torch' for {checkpoint.path}, a language model, got 'padded'")
     from fastrerank.engine.label_encoder import LabelEncoder

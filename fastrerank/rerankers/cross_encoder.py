@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.heads import module_head
-from fastrerank.engine.select import Encoder, load_encoder, load_label_encoder, plan, warm_up
+from fastrerank.engine.heads import Head, module_head
+from fastrerank.engine.select import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
 from fastrerank.rerankers.compat import (
@@ -27,7 +28,7 @@ from fastrerank.rerankers.compat import (
     predict_options,
     processing_options,
 )
-from fastrerank.rerankers.recognise import logit_score
+from fastrerank.rerankers.recognise import is_classifier, logit_score
 from fastrerank.text.files import chat_template_of, takes_messages
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from fastrerank.text.chat_pairs import ChatPairs
 
 __all__ = ["CrossEncoder"]
+
+log = logging.getLogger("fastrerank")
 
 # Pairs tokenised and scored in one forward: bounds the memory of token ids and is the progress bar's step.
 BLOCK_PAIRS = 1024
@@ -109,11 +112,9 @@ class CrossEncoder(Reranker):
         self.dtype = chosen.dtype
         modular = any(module.type == "Dense" for module in checkpoint.modules)
         head = module_head(checkpoint.modules) if modular else None
-        labels = logit_score(checkpoint)
-        self.engine: Encoder = (
-            load_encoder(checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit)
-            if labels is None
-            else load_label_encoder(checkpoint, labels, chosen, num_threads=num_threads, memory_limit=memory_limit)
+        self._chat = _chat_pairs(checkpoint, given["chat_template"])
+        self.engine = _load_engine(
+            checkpoint, head, chosen, self._chat is not None, num_threads=num_threads, memory_limit=memory_limit
         )
         self.num_labels = self.engine.width
         if given["num_labels"] not in (None, self.num_labels):
@@ -123,7 +124,6 @@ class CrossEncoder(Reranker):
             )
         limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
-        self._chat = _chat_pairs(checkpoint, given["chat_template"])
         self._saved_text = (checkpoint.sentence_config().get("processing_kwargs") or {}).get("text") or {}
         self.activation_fn = given["activation_fn"]
         if self.activation_fn is None:
@@ -329,11 +329,14 @@ class CrossEncoder(Reranker):
         for _ in _steps(len(items), progress):
             with usage.stage("tokenize"):  # where there are several blocks, the time that compute waits for tokens
                 batch = next(batches)
-            usage.count(batch)
             if lengths is not None:
                 lengths.append(np.diff(batch.offsets))
             with usage.stage("compute"):
-                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets))
+                given = batch.ids, batch.type_ids, batch.offsets
+                counted = getattr(self.engine, "counted", None)  # of engines that compute common beginnings once
+                values, cost = (self.engine.forward(*given), None) if counted is None else counted(*given)
+            usage.count(batch, cost)
+            blocks.append(values)
         return np.concatenate(blocks)
 
     def _activate(self, logits: npt.NDArray[np.float32], function: activations.Activation) -> Scores:
@@ -354,6 +357,19 @@ class CrossEncoder(Reranker):
     def _need_one_label(self, what: str) -> None:
         if self.num_labels != 1:
             raise ValueError(f"{what}() needs a model with one label, this one has {self.num_labels}; use predict()")
+
+
+def _load_engine(checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: bool, **options: Any) -> Encoder:
+    """The engine of a plan: where prompts begin alike and a decoder reads them, one that computes that once."""
+    labels = logit_score(checkpoint)
+    if labels is not None:
+        return load_label_encoder(checkpoint, labels, chosen, **options)
+    if chat and head is None and chosen.engine is None and is_classifier(checkpoint):
+        try:
+            return load_label_encoder(checkpoint, None, chosen, **options)
+        except ValueError as error:  # what is wrong with the checkpoint itself is said again below
+            log.info("%s: prompts share no prefixes: %s", checkpoint.path, error)
+    return load_encoder(checkpoint, head, chosen, **options)
 
 
 def _chat_pairs(checkpoint: Checkpoint, chat_template: str | None) -> ChatPairs | None:
