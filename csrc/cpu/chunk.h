@@ -7,6 +7,9 @@
 
 namespace fastrerank::cpu {
 
+// Rows of a part of a chunk come in multiples of this, which every level's row tile divides.
+constexpr int kPartRows = 24;
+
 // Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
 struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,

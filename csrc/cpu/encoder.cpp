@@ -21,7 +21,7 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
         // Terms of weights are made anew for every block of rows.
-        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 160);
+        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 256);
     }
     for (int i = 0; i < config.layers; ++i) {
         Layer& l = layers_[i];
@@ -159,8 +159,9 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
 
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
     const EncoderConfig& g = config_;
-    const int64_t width = padded(g.hidden), wide = padded(g.intermediate);
     const bool terms = l.input == Format::kTerms;
+    // A row of terms is an odd number of lines: a tile's rows, read twice, then share no set of the first-level cache.
+    const int64_t width = padded(g.hidden), wide = terms ? (g.intermediate + 31) / 32 * 32 | 32 : padded(g.intermediate);
     const bool rounded = l.input != Format::kF32 && !terms;
     const bool direct = l.input == Format::kBF16 || terms;  // the epilogue stores what the next product reads
     const char* x = c.input + begin * width * bytes_of(l.input);
@@ -235,8 +236,11 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
             Workspace::need(c.w->q, c.rows, columns * bytes_of(l.attention)));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.rows);
     attend(c, index);
-    for (int r = 0; r < c.rows; r += block_rows_) {
-        const int rows = std::min(block_rows_, c.rows - r);
+    // About equal blocks: a last one of few rows would pay for all weights.
+    const int blocks = std::max((c.rows + block_rows_ - 1) / block_rows_, 1), unit = k_.tiles ? 32 : kPartRows;
+    const int block = ((c.rows + blocks - 1) / blocks + unit - 1) / unit * unit;
+    for (int r = 0; r < c.rows; r += block) {
+        const int rows = std::min(block, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
                    Activation::kIdentity, false, nullptr, x, x, width, Format::kF32, l.input == Format::kTerms});

@@ -10,8 +10,6 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Rows of a part of a chunk come in multiples of this, which every level's row tile divides.
-constexpr int kPartRows = 24;
 // What the meetings of a chunk's parts cost, in tokens of one thread: two a layer, each some 10 us.
 constexpr int64_t kMeetings = 32;
 
