@@ -238,7 +238,7 @@ def test_a_template_without_the_roles_is_not_used(
     caplog.clear()
     assert np.array_equal(CrossEncoder(folder, chat_template="").predict(PAIRS), scores)
     assert not caplog.text
-    with pytest.raises(ValueError, match="chat_template must print .*: it drops the query and the document"):
+    with pytest.raises(ValueError, match=r"chat_template must print .*: it drops the query and the document"):
         CrossEncoder(folder, chat_template=INSTRUCT)
     # The remedy that sentence-transformers names.
     given = {"processor_kwargs": {"chat_template": RERANKER}}

@@ -77,8 +77,8 @@ def chat_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None) -> 
 
     Args: as in `ChatPairs.load`.
 
-    A checkpoint's template that drops the query or the document, or refuses their roles, is not used, which the log says
-    at WARNING; a given one raises ValueError. Raises ImportError without transformers.
+    A checkpoint's template that drops the query or the document, or refuses their roles, is not used, which the log
+    says at WARNING; a given one raises ValueError. Raises ImportError without transformers.
     """
     source = chat_template_of(checkpoint.transformer_path) if chat_template is None else chat_template or None
     if not (chat_template or takes_messages(checkpoint, source)):
