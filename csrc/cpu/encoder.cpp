@@ -21,7 +21,7 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
         // Terms of weights are made anew for every block of rows.
-        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 256);
+        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 320);
     }
     for (int i = 0; i < config.layers; ++i) {
         Layer& l = layers_[i];
@@ -29,6 +29,7 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
         l.precision = precise ? Precision::kBFloat16 : config.precision;
         l.input = k_.input_format(l.precision);
         l.attention = k_.attention_format[static_cast<int>(l.precision)];
+        l.parts.resize((config.intermediate + inner_part(l) - 1) / inner_part(l));
     }
 }
 
@@ -157,37 +158,40 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
         {&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32, false});
 }
 
+// x += the feed-forward of `rows` rows from `begin` on, whose input c.input holds.
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
     const EncoderConfig& g = config_;
     const bool terms = l.input == Format::kTerms;
     // A row of terms is an odd number of lines: a tile's rows, read twice, then share no set of the first-level cache.
-    const int64_t width = padded(g.hidden),
-                  wide = terms ? (g.intermediate + 31) / 32 * 32 | 32 : padded(g.intermediate);
+    const int64_t width = padded(g.hidden), part = padded(inner_part(l)),
+                  wide = terms ? (part + 31) / 32 * 32 | 32 : part;
     const bool rounded = l.input != Format::kF32 && !terms;
     const bool direct = l.input == Format::kBF16 || terms;  // the epilogue stores what the next product reads
     const char* x = c.input + begin * width * bytes_of(l.input);
-    float* gate = nullptr;
-    if (g.gated) {
-        gate = Workspace::need<float>(c.w->gate, block_rows_, wide);
-        k_.linear({&l.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr, nullptr,
-                   gate, wide, Format::kF32, terms});
-    }
     const int64_t widest = std::max<int64_t>(wide, g.heads * g.head_dim) * std::max<int64_t>(4, bytes_of(l.input));
     float* h = reinterpret_cast<float*>(Workspace::need(c.w->wide, block_rows_, widest));
     RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, block_rows_);
-    k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
-               direct ? l.input : Format::kF32, terms});
-    const void* down_input = h;
-    if (l.input == Format::kU8) {
-        char* q = Workspace::need(c.w->wide_input, block_rows_, wide);
-        k_.convert(h, wide, rows, g.intermediate,
-                   {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), l.input});
-        down_input = q;
-        if (!l.strip_columns.empty()) add_strip(c, l, h, begin, rows);
-    }
     float* y = c.x + begin * width;
-    k_.linear({&l.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
-               Format::kF32, terms});
+    for (const FeedForward& f : l.parts) {
+        float* gate = nullptr;
+        if (g.gated) {
+            gate = Workspace::need<float>(c.w->gate, block_rows_, wide);
+            k_.linear({&f.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr,
+                       nullptr, gate, wide, Format::kF32, terms});
+        }
+        k_.linear({&f.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
+                   direct ? l.input : Format::kF32, terms});
+        const void* down_input = h;
+        if (l.input == Format::kU8) {
+            char* q = Workspace::need(c.w->wide_input, block_rows_, wide);
+            k_.convert(h, wide, rows, g.intermediate,
+                       {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), l.input});
+            down_input = q;
+            if (!l.strip_columns.empty()) add_strip(c, l, h, begin, rows);
+        }
+        k_.linear({&f.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
+                   Format::kF32, terms});
+    }
 }
 
 // The rows of the layer's input that the products of `reader` will read, in a buffer other than `busy`.

@@ -52,7 +52,7 @@ class VectorReranker(Reranker):
         self.engine: Encoder = load_encoder(
             checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
         )
-        # A query is a few tokens among its documents' thousands, so its precision costs a second copy of the weights and
+        # A query is a few tokens among its documents' thousands: its precision costs a second copy of the weights and
         # hardly any time.
         self.query_engine: Encoder = self.engine
         if chosen.dtype == "int8":
