@@ -45,7 +45,7 @@ class Options:
     @property
     def sizes(self) -> tuple[int, int]:
         """Equals the documents of a small request, whose launches count, and of a usual one."""
-        return (6, 16) if self.tiny else (20, 100)
+        return (6, 40) if self.tiny else (20, 100)
 
 
 @dataclass

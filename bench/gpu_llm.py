@@ -27,9 +27,9 @@ from bench.timing import EngineError, agreement, interleave
 
 Scores = NDArray[np.float32]
 SIZES = (100,)  # a thousand take a model of 8 billion parameters half a minute
-TINY_SIZES = (6, 16)
+TINY_SIZES = (12, 30)
 BATCHES = (8, 16, 32, 64, 128)
-TINY_BATCHES = (4, 8)
+TINY_BATCHES = (8, 16)
 
 
 class LlmEngine(ABC):
