@@ -29,7 +29,7 @@ from fastrerank.rerankers.compat import (
     processing_options,
 )
 from fastrerank.rerankers.recognise import is_classifier, logit_score
-from fastrerank.text.files import chat_template_of, takes_messages
+from fastrerank.text.files import template_of_pairs
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 if TYPE_CHECKING:
@@ -374,8 +374,7 @@ def _load_engine(checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: 
 
 def _chat_pairs(checkpoint: Checkpoint, chat_template: str | None) -> ChatPairs | None:
     """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
-    source = chat_template_of(checkpoint.transformer_path) if chat_template is None else chat_template or None
-    if not (chat_template or takes_messages(checkpoint, source)):
+    if template_of_pairs(checkpoint, chat_template) is None:
         return None
     from fastrerank.text.chat_pairs import ChatPairs
 

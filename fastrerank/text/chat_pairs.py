@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastrerank.checkpoint import Checkpoint
-from fastrerank.text.files import ChatTemplate, chat_template_of, takes_messages
+from fastrerank.text.files import ChatTemplate, template_of_pairs
 from fastrerank.text.prompt_tokenizer import PromptTokenizer
 from fastrerank.text.prompts import Message, Template
 from fastrerank.text.shapes import contents, options
@@ -80,8 +80,8 @@ def chat_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None) -> 
     A checkpoint's template that drops the query or the document, or refuses their roles, is not used, which the log
     says at WARNING; a given one raises ValueError. Raises ImportError without transformers.
     """
-    source = chat_template_of(checkpoint.transformer_path) if chat_template is None else chat_template or None
-    if not (chat_template or takes_messages(checkpoint, source)):
+    source = template_of_pairs(checkpoint, chat_template)
+    if source is None:
         return None
     try:
         import jinja2  # noqa: F401

@@ -11,7 +11,7 @@ from fastrerank.checkpoint import Checkpoint, read_json
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["ChatTemplate", "chat_template_of", "load_tokenizer", "takes_messages"]
+__all__ = ["ChatTemplate", "chat_template_of", "load_tokenizer", "template_of_pairs"]
 
 ChatTemplate = str | dict[str, str]
 
@@ -52,14 +52,17 @@ def chat_template_of(folder: Path) -> ChatTemplate | None:
     return named["default"] if list(named) == ["default"] else named or None
 
 
-def takes_messages(checkpoint: Checkpoint, template: ChatTemplate | None) -> bool:
-    """Whether sentence-transformers renders this checkpoint's pairs by `template`: as was saved, else if there is one.
+def template_of_pairs(checkpoint: Checkpoint, given: str | None = None) -> ChatTemplate | None:
+    """The chat template by which sentence-transformers renders this checkpoint's pairs; None where it joins them.
 
-    Pairs of a folder that it saved before it knew messages are joined, whatever template the tokenizer has.
+    Pairs of a folder that it saved before it knew messages are joined, whatever template the tokenizer has. `given` is
+    a template in place of the checkpoint's, which always renders; "" always joins.
     """
-    if checkpoint.modules:
-        return template is not None and "message" in (checkpoint.sentence_config().get("modality_config") or {})
-    return template is not None
+    if given is not None:
+        return given or None
+    if checkpoint.modules and "message" not in (checkpoint.sentence_config().get("modality_config") or {}):
+        return None
+    return chat_template_of(checkpoint.transformer_path)
 
 
 def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
