@@ -20,8 +20,9 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
 
+# Two processes, and a file's tests in one of them: they share what takes long to make.
 test: $(VENV)/.test $(VENV)/.installed $(VENV)/.weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -42,7 +43,7 @@ build-gpu:
 test-gpu: build-gpu
 	$(PYTHON) -m pytest -m gpu --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
 		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py tests/test_rotary.py tests/test_norm_rows.py tests/test_gated.py tests/test_gpu_layers.py \
-		tests/test_seq2seq.py tests/test_gpu_cur.py tests/test_gpu_sanitizer.py
+		tests/test_seq2seq.py tests/test_gpu_cur.py tests/test_upload.py tests/test_gpu_sanitizer.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

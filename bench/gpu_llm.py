@@ -309,10 +309,10 @@ def _reference(model: llm_models.LlmModel, device: torch.device, pairs: Pairs) -
 
 
 def _settle(device: torch.device) -> int:
-    """Frees what nobody holds, begins a new peak, and returns the bytes that are held; 0 on a CPU."""
-    gc.collect()
+    """Frees what nobody holds, begins a new peak, and returns the bytes that are held; on a CPU nothing, and 0."""
     if device.type != "cuda":
         return 0
+    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

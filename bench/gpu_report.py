@@ -54,7 +54,7 @@ def tables(findings: Findings) -> list[Table]:
         _kernels(
             findings, findings.cur, "Scan of packed items: the best k of queries",
             "Floors: int8 values and scales read once at the copy rate, for the rivals too, which read bfloat16.",
-            "Error: share of the exact best that is missing. A call of ours waits for its result.",
+            "Error: share of the exact best that is missing. ops.cur_topk waits for the answer, its kernels do not.",
         ),
     ]  # fmt: skip
     for model in findings.models:

@@ -168,6 +168,5 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("queries"), py::arg("rows"), py::arg("k"), py::arg("wanted"), py::arg("processors"),
           py::arg("scratch"), py::arg("ids"), py::arg("scores"), py::arg("device"), py::arg("stream"));
     m.def("cur_status", &cur_status, py::arg("scratch"), py::arg("rows"), py::arg("device"), py::arg("stream"));
-    m.attr("cur_most_k") = kCurMostK;
     m.def("bandwidth", &bandwidth, py::arg("device"), py::arg("bytes"), py::arg("rounds"));
 }

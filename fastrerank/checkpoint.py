@@ -87,6 +87,12 @@ class Checkpoint:
     max_seq_length: int | None = None
     trust_remote_code: bool = False
 
+    def sentence_config(self) -> dict[str, Any]:
+        """What sentence-transformers saved about its Transformer module; {} for a plain transformers folder."""
+        if not self.modules:
+            return {}
+        return next(filter(None, (read_json(self.transformer_path / name) for name in _SENTENCE_CONFIGS)), {})
+
     def tensors(self) -> Tensors:
         """Open the transformer's weights, memory-mapped.
 

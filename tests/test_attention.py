@@ -60,7 +60,7 @@ def triton_attention(monkeypatch: pytest.MonkeyPatch, rows: int = 16, keys: int 
     import fastrerank.ops.triton.attention as module
 
     if not GPU:
-        monkeypatch.setattr(module, "tile", lambda *_: module.Tile(rows, keys, 4, 2))
+        monkeypatch.setattr(module, "tile", lambda *_, **__: module.Tile(rows, keys, 4, 2))
     return lambda *args, **options: ops.attention(*args, backend="triton", **options)
 
 

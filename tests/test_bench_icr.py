@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,19 @@ import torch
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from bench import gpu_icr, icr_engines
+from bench import gpu_icr, icr_engines, timing
 from bench.run import app
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines' processes are forked from one that has imported what they need: eight times that takes half a minute."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*icr_engines.FastRerank.modules])
+    monkeypatch.setattr(timing.multiprocessing, "get_context", lambda _: context)
+
+
+@pytest.mark.usefixtures("forked")
 def test_cpu(tmp_path: Path, data_folder: Path) -> None:
     found = tmp_path / "icr.json"
     command = ["icr", "--tiny", "--dtype", "float32", "--rounds", "1", "--no-memory", "--threads", "1"]

@@ -198,7 +198,7 @@ def test_max_length_of_a_call_and_of_those_that_follow(both: tuple[Any, CrossEnc
     pairs = [(query, text) for query, text in PAIRS if len(text) > 200]  # the query is no longer than what is left
     assert np.abs(ours.predict(pairs) - ours.predict(pairs, processing_kwargs=short)).max() > BOUND
     np.testing.assert_array_equal(shortened, CrossEncoder(tiny("bert"), max_length=12).predict(PAIRS))
-    with pytest.raises(ValueError, match=r"'text'\['max_length'\] only, got 'image', 'text'\['truncation'\]"):
+    with pytest.raises(ValueError, match=r"'chat_template' only, got 'image', 'text'\['truncation'\]"):
         ours.predict(PAIRS, processing_kwargs={"image": {}, "text": {"truncation": "do_not_truncate"}})
     ours.max_length = 12
     assert ours.max_seq_length == 12
@@ -298,3 +298,60 @@ def test_cross_encoders_made_of_modules(tiny: Tiny, tmp_path: Path, pooling: str
     assert np.abs(ours.score(QUERY, TEXTS) - expected).max() <= BOUND * max(1, np.abs(expected).max())
     assert np.abs(ours.predict(PAIRS) - theirs.predict(PAIRS)).max() <= BOUND
     assert isinstance(fastrerank.load(tmp_path), CrossEncoder)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_attributes_equal_sentence_transformers(tiny: Tiny, labels: int) -> None:
+    theirs, ours = _theirs(tiny("bert", labels=labels)), CrossEncoder(tiny("bert", labels=labels))
+    assert ours.device == theirs.device
+    assert theirs.device == ours.device
+    assert (str(ours.device), ours.device.type, ours.device.index) == ("cpu", "cpu", None)
+    assert ours.device != torch.device("cuda")
+    assert torch.zeros(1, device=ours.device).device.type == "cpu"
+    for name in ("num_labels", "id2label", "label2id", "name_or_path", "model_type", "hidden_size", "pad_token_id"):
+        assert getattr(ours.config, name) == getattr(theirs.config, name)
+    assert ours.config.to_dict()["vocab_size"] == theirs.config.vocab_size
+    assert ours.modalities == theirs.modalities
+    for modality in ("text", "message", "image"):
+        assert ours.supports(modality) == theirs.supports(modality)
+    assert ours.cpu() is ours.train(False) is ours
+    assert ours.training is False
+    with pytest.raises(ValueError, match="only runs models"):
+        ours.train()
+
+
+def test_the_tokenizer_counts_and_limits(both: tuple[Any, CrossEncoder], tiny: Tiny) -> None:
+    theirs, ours = both[0].tokenizer, both[1].tokenizer
+    assert ours.tokenize(QUERY) == theirs.tokenize(QUERY)
+    for given in ((QUERY,), (QUERY, TEXTS[0]), ([QUERY, "owl"],), ([QUERY, "owl"], TEXTS[:2])):
+        for specials in (True, False):
+            mine, other = ours(*given, add_special_tokens=specials), theirs(*given, add_special_tokens=specials)
+            assert mine["input_ids"] == other["input_ids"]
+            assert mine["attention_mask"] == other["attention_mask"]
+    assert len(ours) == len(theirs)
+    assert ours.model_max_length == theirs.model_max_length
+    assert ours.token_to_id("owl") == theirs.convert_tokens_to_ids("owl")
+    with pytest.raises(TypeError, match="padding"):
+        ours(QUERY, padding=True)
+    model = CrossEncoder(tiny("bert"))
+    with pytest.raises(AttributeError, match="pad_token cannot be set"):
+        model.tokenizer.pad_token = "owl"
+    model.tokenizer.model_max_length = 12
+    assert model.max_length == 12
+    np.testing.assert_array_equal(model.predict(PAIRS), CrossEncoder(tiny("bert"), max_length=12).predict(PAIRS))
+
+
+def test_calls_that_sentence_transformers_knows(both: tuple[Any, CrossEncoder], tiny: Tiny) -> None:
+    theirs, ours = both
+    pairs = [("owl", text) for text in TEXTS if len(text) > 100]
+    for options in ({"max_length": 20}, {"max_length": 20, "processing_kwargs": {"text": {"max_length": 30}}}):
+        assert np.abs(ours.predict(pairs, **options) - theirs.predict(pairs, **options)).max() <= BOUND
+    assert (ours.predict(pairs, max_length=20) != ours.predict(pairs)).all()
+    for kind in (CrossEncoder, sentence_transformers.CrossEncoder):
+        with pytest.raises(ValueError, match="absent"):
+            kind(str(tiny("bert")), default_prompt_name="absent")
+    prompts: Any = {"prompts": {"search": "what is "}, "default_prompt_name": "search"}
+    expected = sentence_transformers.CrossEncoder(str(tiny("bert")), device="cpu", **prompts).predict(
+        PAIRS, activation_fn=torch.nn.Identity()
+    )
+    assert np.abs(CrossEncoder(tiny("bert"), **prompts).score(QUERY, TEXTS) - expected).max() <= BOUND * 2

@@ -37,6 +37,15 @@ def test_the_selection_is_the_references(values: list[float], k: int, batch: int
     np.testing.assert_array_equal(np.array(scores, np.float32), true_scores[0])
 
 
+def test_the_kernels_take_as_many_as_python_wants_and_its_statuses_are_theirs() -> None:
+    pytest.importorskip("torch")
+    from fastrerank.ops import _cur_cuda
+
+    header = (SOURCES / "cuda" / "kernels.h").read_text()
+    assert f"kCurMostK = {_cur_cuda._wider(_cur_cuda._MOST_K)};" in header
+    assert f"kCurNotFinite = {_cur_cuda._NOT_FINITE};" in header
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_the_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:

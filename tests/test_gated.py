@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,17 +22,7 @@ PLAIN: dict[str, Any] = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "relu": torch.relu,
 }
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that torch has not initialised holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 
 def rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -67,7 +56,8 @@ def test_extreme_values_are_torchs() -> None:
     x = torch.tensor([[-80.0, 80.0, torch.nan, 0.0, 1e30, -1e30, *[1.0] * 6]], device=DEVICE)
     for activation, plain in PLAIN.items():
         expected = plain(x[:, :6]) * x[:, 6:]
-        assert torch.allclose(gated(x, activation), expected, atol=1e-30, equal_nan=True), activation
+        # what e^-80 leaves is nothing; elsewhere a quotient and two products round
+        assert torch.allclose(gated(x, activation), expected, rtol=2.0**-22, atol=1e-30, equal_nan=True), activation
 
 
 def test_no_rows_and_wrong_arguments() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import torch_families as families
 
 from fastrerank.engine import gpu_layers
 from fastrerank.engine.torch_backbone import PackedBackbone
-from fastrerank.engine.torch_probe import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
@@ -33,6 +33,22 @@ def states(runner: PackedBackbone, family: str) -> torch.Tensor:
         return runner.rows(ids, types, offsets, np.arange(len(LENGTHS)), "tokens")
 
 
+def exact(family: str) -> np.ndarray:
+    """The token vectors of the same model in float64, by its own attention."""
+    ids, types, offsets = families.documents(family, LENGTHS)
+    model: Any = families.build(family).double()
+    ids = np.minimum(ids, model.config.vocab_size - 1)
+    vectors = families.run(model, ids, types, offsets)[1]
+    assert vectors is not None
+    return vectors
+
+
+def errs_no_more(found: Any, before: Any, right: np.ndarray) -> None:
+    """Twice the error that the model had before its layers were fused is allowed."""
+    rms = [float(np.sqrt(np.mean((np.asarray(x, np.float64) - right) ** 2))) for x in (found, before)]
+    assert rms[0] <= 2 * rms[1], f"rms error {rms[0]:.3g}, before {rms[1]:.3g}"
+
+
 @pytest.mark.parametrize(
     ("family", "layers"),
     [("modernbert", 4), ("llama", 3), ("qwen2", 3), ("qwen3", 3), ("gemma2", 3), ("bert", 0)],
@@ -48,7 +64,7 @@ def test_a_model_computes_the_same_with_our_rotary_embedding(
     put_back = gpu_layers.fuse_rotary(runner.backbone)
     found = states(runner, family)
     assert len(calls) == layers
-    assert relative_error(found.double(), expected.double()) < 2e-6
+    errs_no_more(found.cpu(), expected.cpu(), exact(family))
     other = families.build(family)  # other models of the class are as they were
     assert not any("forward" in vars(module) for module in other.modules())
     put_back()
@@ -69,7 +85,7 @@ def test_a_model_computes_the_same_with_our_norms(monkeypatch: pytest.MonkeyPatc
     put_back = gpu_layers.fuse_norms(runner.backbone)
     found = states(runner, family)
     assert count <= len(calls) <= count + 1  # the last one may stand in the head
-    assert relative_error(found.double(), expected.double()) < 2e-6
+    errs_no_more(found.cpu(), expected.cpu(), exact(family))
     put_back()
     assert torch.equal(states(runner, family), expected)
 
@@ -87,7 +103,7 @@ def test_a_model_computes_the_same_with_our_gates(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu_layers, "gated", lambda *x: calls.append(1) or ours(*x))
     found = states(runner, family)
     assert len(calls) == count
-    assert relative_error(found.double(), expected.double()) < 2e-6
+    errs_no_more(found.cpu(), expected.cpu(), exact(family))
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in runner.backbone.parameters()}
     assert sum(storages.values()) == held  # nothing twice
     put_back()
@@ -101,7 +117,7 @@ def test_a_model_computes_the_same_with_sums_in_its_norms(family: str, count: in
     put_back = gpu_layers.fuse_sums(runner.backbone)
     assert sum("forward" in vars(module) for module in runner.backbone.modules()) == count
     found = states(runner, family)
-    assert relative_error(found.double(), expected.double()) < 2e-6
+    errs_no_more(found.cpu(), expected.cpu(), exact(family))
     put_back()
     assert torch.equal(states(runner, family), expected)
 
@@ -118,7 +134,7 @@ def test_a_model_computes_the_same_with_merged_projections(family: str, count: i
     put_back = gpu_layers.merge_projections(runner.backbone)
     linears = [m for m in runner.backbone.modules() if isinstance(m, torch.nn.Linear)]
     assert sum("forward" in vars(linear) for linear in linears) == 3 * count
-    assert relative_error(states(runner, family).double(), expected.double()) < 2e-6
+    errs_no_more(states(runner, family).cpu(), expected.cpu(), exact(family))
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in runner.backbone.parameters()}
     assert sum(storages.values()) == held  # nothing twice
     put_back()
@@ -134,15 +150,15 @@ def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
     from fastrerank.engine import decoder
     from fastrerank.engine.causal import CausalScorer
 
-    prompts = [np.array([5, 9, 3, 7, 2, 8]), np.array([5, 9, 3, 1]), np.array([4])]
+    prompts, labels = decoders.prompts(), np.arange(3, 35)
     monkeypatch.setattr(decoder, "fuse_layers", lambda _: None)
-    expected = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, [3, 5])[0]
+    expected = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, labels)[0]
     monkeypatch.setattr(decoder, "fuse_layers", gpu_layers.fuse_on_gpu)
     monkeypatch.setattr("fastrerank.engine.causal.packs", lambda _: False)  # torch's linear layers, as on a GPU
     with caplog.at_level("INFO", "fastrerank"):
-        found = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, [3, 5])[0]
+        found = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, labels)[0]
     assert "keeps its own" not in caplog.text
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    errs_no_more(found, expected, decoders.full_logits(decoders.build(family).double(), prompts, labels))
 
 
 def test_attention_masses_stay_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -161,7 +177,8 @@ def test_attention_masses_stay_the_same(monkeypatch: pytest.MonkeyPatch, caplog:
             scorer = attention_scorer.AttentionScorer.from_model(model, [(0, 1), (1, 2)], device=DEVICE)
         masses.append(scorer.masses(reading)[0])
     assert "keeps its own" not in caplog.text
-    np.testing.assert_allclose(masses[1], masses[0], rtol=1e-4, atol=1e-6)
+    # the bound of attention masses against transformers' own: 1e-5 of the largest
+    assert np.abs(masses[1] - masses[0]).max() <= 1e-5 * np.abs(masses[0]).max()
 
 
 def test_another_rotation_is_left_alone() -> None:
@@ -176,9 +193,14 @@ def test_part_of_a_head_turns() -> None:
     import decoders
 
     runner = PackedBackbone(decoders.build("gpt-neox").gpt_neox.to(DEVICE))
+    ids, _, offsets = families.documents("llama", LENGTHS)
+    ids = np.minimum(ids, runner.backbone.config.vocab_size - 1)
+    model = decoders.build("gpt-neox").gpt_neox.double()
+    with torch.inference_mode():
+        alone = [model(torch.from_numpy(part)[None])[0][0].numpy() for part in np.split(ids, offsets[1:-1])]
     expected = states(runner, "llama")
     gpu_layers.fuse_rotary(runner.backbone)
-    assert relative_error(states(runner, "llama").double(), expected.double()) < 2e-6
+    errs_no_more(states(runner, "llama").cpu(), expected.cpu(), np.concatenate(alone))
 
 
 def test_what_differs_is_put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,7 +211,7 @@ def test_what_differs_is_put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     with caplog.at_level("INFO", "fastrerank"):
         gpu_layers.fuse_on_gpu(runner)
     assert "keeps its own rotary embedding: results differ" in caplog.text
-    assert relative_error(states(runner, "llama").double(), expected.double()) < 2e-6
+    errs_no_more(states(runner, "llama").cpu(), expected.cpu(), exact("llama"))
 
 
 def test_compiled_a_layer_is_one_graph() -> None:
@@ -200,8 +222,9 @@ def test_compiled_a_layer_is_one_graph() -> None:
     angles = tuple(torch.randn(1, 5, 8, device=DEVICE) for _ in range(2))
     with torch.inference_mode():
         expected = layer(x, position_embeddings=angles)
+        right = copy.deepcopy(layer).double()(x.double(), position_embeddings=tuple(y.double() for y in angles))
         for fuse in (gpu_layers.fuse_rotary, gpu_layers.fuse_norms, gpu_layers.fuse_gated_layers,
                      gpu_layers.merge_projections):  # fmt: skip
             fuse(runner.backbone)
         found = torch.compile(layer, backend="eager", fullgraph=True)(x, position_embeddings=angles)
-    assert relative_error(found.double(), expected.double()) < 2e-6
+    errs_no_more(found.cpu(), expected.cpu(), right.cpu().numpy())

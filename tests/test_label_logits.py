@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -82,16 +82,6 @@ def exact(given: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         for name, value in given.items()
     }
     return reference.label_logits(**arrays)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that torch has not initialised holds NaN, integers their largest value."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def check(given: dict[str, Any], **options: Any) -> None:

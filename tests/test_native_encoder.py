@@ -73,6 +73,24 @@ def test_error_against_float64_is_no_worse_than_torchs(tiny: Tiny, family: str, 
     assert rms(logits - exact_logits) <= factor * rms(plain_logits - exact_logits)
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("isa")
+def test_feed_forwards_that_are_wider_than_what_is_read_at_once(tmp_path: Path, family: str, stored: str) -> None:
+    # On tiles a float32 feed-forward comes in parts of at most 384 columns: of 288, 288 and 274, with a gate or not.
+    config = factory.build(family).config
+    config.intermediate_size = 850
+    kind = type(factory.build(family))
+    factory.randomised(kind(config)).to(getattr(torch, stored)).save_pretrained(tmp_path)
+    factory.save_tokenizer(tmp_path, family)
+    documents = reference.documents(family)
+    plain, exact = (
+        reference.run(kind.from_pretrained(tmp_path, dtype=torch.float32).to(dtype), family, *documents)[1]
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert rms(encoder(tmp_path).forward(*documents) - exact) <= 2 * rms(plain - exact)
+
+
 @pytest.mark.parametrize("family", factory.FAMILIES)
 def test_int8_error_is_that_of_its_stated_quantisation(isa: str, tiny: Tiny, family: str) -> None:
     # The same quantisation simulated in float64 has an error of its own. Ours may differ from it where a value near

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter cuts bfloat16 off where GPUs round it.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 # Shape of x, norm, whether there is a bias, whether a residual
 CASES = {
@@ -31,16 +30,6 @@ CASES = {
     "one row": ((100,), "rms", True, False),
     "wide": ((3, 9000), "layer", True, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that torch has not initialised holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def tensors(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) -> list[Any]:

@@ -85,11 +85,16 @@ def test_shared_objects_need_only_the_system(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def cuda_wheel(tmp_path_factory) -> Path:
-    """A wheel with the CUDA kernels, unpacked; nvcc is found as CMake finds it, no GPU is needed."""
+    """A wheel with the CUDA kernels, unpacked; nvcc is found as CMake finds it, no GPU is needed.
+
+    The CPU's kernels are those of `wheel` and not compiled again. The tree's own build folder stays as it is.
+    """
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     folder = tmp_path_factory.mktemp("cuda")
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cuda="AUTO")
+    alone = ["--config-setting=build.targets=_cuda", "--config-setting=install.components=cuda"]
+    alone.append(f"--config-setting=build-dir={folder / 'build'}")
+    run(sys.executable, "-m", "build", "--wheel", *alone, "--outdir", folder, ROOT, cuda="AUTO")
     (found,) = folder.glob("*.whl")
     zipfile.ZipFile(found).extractall(folder / "unpacked")
     return folder / "unpacked"

@@ -215,14 +215,33 @@ def test_logit_score_checkpoints_equal_sentence_transformers(
     theirs[0].processing_kwargs = kwargs
     theirs.save_pretrained(str(tmp_path / "saved"))
     theirs = st.CrossEncoder(str(tmp_path / "saved"), device="cpu", local_files_only=True)
-    expected = theirs.predict(
-        [(QUERY, text) for text in DOCUMENTS if "<|" not in text], activation_fn=torch.nn.Identity()
-    )
+    pairs = [(QUERY, text) for text in DOCUMENTS if "<|" not in text]
+    expected = theirs.predict(pairs, activation_fn=torch.nn.Identity())
     assert np.ptp(expected) > 0.05
     reranker = fastrerank.load(tmp_path / "saved")
     assert isinstance(reranker, PointwiseReranker)
-    ours = reranker.score(QUERY, [text for text in DOCUMENTS if "<|" not in text])
+    ours = reranker.score(QUERY, [text for _, text in pairs])
     assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
+    cross_encoder = fastrerank.CrossEncoder(tmp_path / "saved")
+    assert np.abs(cross_encoder.predict(pairs) - theirs.predict(pairs)).max() <= 2e-5
+    assert np.array_equal(cross_encoder.score(QUERY, [text for _, text in pairs]), ours)
+    with pytest.raises(ValueError, match="engine must be None or 'torch'"):
+        fastrerank.CrossEncoder(tmp_path / "saved", engine="padded")
+    if generation_prompt:
+        return
+    # Saved without a message modality: the pair is joined, the prompt before the query.
+    file = tmp_path / "saved" / "sentence_bert_config.json"
+    settings = json.loads(file.read_text())
+    del settings["modality_config"], settings["module_output_name"]
+    file.write_text(json.dumps(settings))
+    theirs = st.CrossEncoder(str(tmp_path / "saved"), device="cpu", local_files_only=True)
+    joined = theirs.predict(pairs, activation_fn=torch.nn.Identity())
+    assert np.abs(joined - expected).max() > 0.01
+    for ours in (
+        fastrerank.load(tmp_path / "saved").score(QUERY, [text for _, text in pairs]),
+        fastrerank.CrossEncoder(tmp_path / "saved").predict(pairs, activation_fn="identity"),
+    ):
+        assert np.abs(ours - joined).max() <= 2e-5 * np.abs(joined).max()
 
 
 def test_layerwise_checkpoints_are_recognised(tmp_path: Path) -> None:

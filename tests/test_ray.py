@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import threading
 import time
@@ -33,10 +34,15 @@ Job = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A local Ray with room for two workers and the replicas."""
+    """A local Ray with room for two workers and the replicas; its server's door may take a minute to open.
+
+    Ray Serve kills a proxy that is not ready in 5 s, which a process on a busy machine needs for its imports alone.
+    """
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="warning")
     yield
     ray.shutdown()
+    del os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]
 
 
 @pytest.fixture(scope="module")

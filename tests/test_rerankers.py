@@ -24,7 +24,7 @@ import tiny as factory
 import torch
 
 import fastrerank
-from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker
+from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker, ops
 from fastrerank.engine.native import DTYPES
 
 Tiny = Callable[..., Path]
@@ -119,6 +119,21 @@ def test_max_sim_of_minilm_in_low_precision(
     model = LateInteractionReranker(minilm, dtype=dtype)
     scores = np.concatenate([model.score(query, texts) for query, texts in queries])
     assert np.sqrt(np.mean((scores - exact) ** 2)) <= np.sqrt(np.mean((rounded - exact) ** 2))
+
+
+@pytest.mark.parametrize("kind", [LateInteractionReranker, EmbeddingReranker])
+def test_int8_reads_documents_in_int8_and_queries_in_bfloat16(tiny: Tiny, kind: Any) -> None:
+    def vectors(engine: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        batch = model._tokenizer.singles(texts)
+        vectors = engine.forward(batch.ids, batch.type_ids, batch.offsets)
+        return vectors, batch.offsets if len(vectors) == batch.offsets[-1] else np.arange(len(texts) + 1)
+
+    model, precise = kind(tiny("bert"), dtype="int8"), kind(tiny("bert"), dtype="bfloat16")
+    (query, _), (documents, offsets) = vectors(precise.engine, [QUERY]), vectors(model.engine, TEXTS)
+    np.testing.assert_array_equal(model.score(QUERY, TEXTS), ops.max_sim(query, documents, offsets))
+    assert (query != vectors(model.engine, [QUERY])[0]).any()
+    assert (documents != vectors(precise.engine, TEXTS)[0]).any()
+    assert precise.query_engine is precise.engine
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

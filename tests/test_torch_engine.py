@@ -201,7 +201,7 @@ def stretched(folder: Path, rope_type: str) -> tuple[Path, Callable[[], Any]]:
         model = transformers.LlamaForSequenceClassification(
             transformers.LlamaConfig(**settings, rope_parameters=dict(rope))
         )
-        factory._randomise(model, 0)
+        factory.randomised(model)
         return model.eval()
 
     make().save_pretrained(folder)

@@ -79,11 +79,11 @@ def build(family: str, labels: int = 1, seed: int = 0) -> torch.nn.Module:
     config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, num_labels=labels, **settings)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForSequenceClassification")(config)
-    _randomise(model, seed)
-    return model.eval()
+    return randomised(model, seed)
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> None:
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The model with random weights that spread its scores, in evaluation mode."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -93,6 +93,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(noise * (0.5 if embedding else 1.5 * parameter.shape[1] ** -0.5))
             else:
                 parameter.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+    return model.eval()
 
 
 def save(

@@ -63,7 +63,7 @@ def build(family: str, labels: int = 3, seed: int = 0) -> torch.nn.Module:
     config = getattr(transformers, f"{name}Config")(vocab_size=tiny.VOCABULARY, num_labels=labels, **settings)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForSequenceClassification")(config)
-    tiny._randomise(model, seed)
+    tiny.randomised(model, seed)
     return model.eval()
 
 

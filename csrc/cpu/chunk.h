@@ -7,6 +7,15 @@
 
 namespace fastrerank::cpu {
 
+// Rows of a part of a chunk come in multiples of this, which every level's row tile divides.
+constexpr int kPartRows = 24;
+
+// Values from one row of a product's inputs to the next. A row of terms is an odd number of lines: then the rows of a
+// tile, which all rows of a block of columns read again, spread over all sets of the first-level cache.
+constexpr int64_t row_stride(Format f, int64_t columns) {
+    return f == Format::kTerms ? (columns + 31) / 32 * 32 | 32 : columns;
+}
+
 // Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
 struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,

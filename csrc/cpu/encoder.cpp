@@ -21,7 +21,7 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
         // Terms of weights are made anew for every block of rows.
-        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 160);
+        if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 320);
     }
     for (int i = 0; i < config.layers; ++i) {
         Layer& l = layers_[i];
@@ -29,6 +29,7 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
         l.precision = precise ? Precision::kBFloat16 : config.precision;
         l.input = k_.input_format(l.precision);
         l.attention = k_.attention_format[static_cast<int>(l.precision)];
+        l.parts.resize((config.intermediate + inner_part(l) - 1) / inner_part(l));
     }
 }
 
@@ -73,9 +74,9 @@ void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, c
                    char* input) const {
     const int64_t width = padded(config_.hidden);
     float* x = c.x + begin * width;
-    const int64_t at = begin * width * static_cast<int64_t>(bytes_of(reader.input));
+    const int64_t ld = row_stride(reader.input, width), at = begin * ld * static_cast<int64_t>(bytes_of(reader.input));
     const bool factors = reader.input == Format::kU8;
-    Stored first{input + at, width, c.input_scale + begin, nullptr, reader.input}, values{};
+    Stored first{input + at, ld, c.input_scale + begin, nullptr, reader.input}, values{};
     if (input == reinterpret_cast<char*>(c.x)) first.q = nullptr;
     if (factors && !attention && !reader.up_factor.empty()) first.factor = reader.up_factor.data();
     if (factors && attention && !reader.v_factor.empty())
@@ -101,11 +102,11 @@ void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, c
 // Queries, keys or values in the attention's format; with a rotary table they pass through float32.
 void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope,
                       char* out) const {
-    const int64_t width = padded(config_.hidden), columns = config_.heads * config_.head_dim;
+    const int64_t columns = config_.heads * config_.head_dim, ld = row_stride(l.input, padded(config_.hidden));
     const size_t element = bytes_of(l.input);
     const bool terms = l.input == Format::kTerms;
     if (rope < 0) {
-        k_.linear({&w.view, x, scale, width, c.rows, Activation::kIdentity, false, nullptr, nullptr, out, columns,
+        k_.linear({&w.view, x, scale, ld, c.rows, Activation::kIdentity, false, nullptr, nullptr, out, columns,
                    l.attention, terms});
         return;
     }
@@ -113,8 +114,8 @@ void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char
     float* wide = Workspace::need<float>(c.w->wide, block_rows_, std::max(columns, padded(config_.intermediate)));
     for (int r = 0; r < c.rows; r += block_rows_) {
         const int rows = std::min(block_rows_, c.rows - r);
-        k_.linear({&w.view, x + r * width * element, scale + r, width, rows, Activation::kIdentity, false, nullptr,
-                   nullptr, wide, columns, Format::kF32, terms});
+        k_.linear({&w.view, x + r * ld * element, scale + r, ld, rows, Activation::kIdentity, false, nullptr, nullptr,
+                   wide, columns, Format::kF32, terms});
         k_.rope(wide, columns, c.positions + r, table.cos.data(), table.sin.data(), rows, config_.heads,
                 config_.head_dim, table.half, out + r * columns * bytes_of(l.attention), columns, l.attention);
     }
@@ -128,11 +129,12 @@ void Encoder::attend(Chunk& c, int index) const {
     const size_t element = bytes_of(l.attention), input = bytes_of(l.input);
     const int longest = *std::max_element(c.keys.begin(), c.keys.end());
     char* scratch = Workspace::need(c.w->scratch, k_.attention_scratch(l.attention, longest, g.head_dim));
-    char* context = Workspace::need(c.w->context, c.rows, columns * input);
+    const int64_t ld = row_stride(l.input, columns);
+    char* context = Workspace::need(c.w->context, c.rows, ld * input);
     const bool converted = l.input == Format::kU8 || l.input == Format::kTerms;
     float* f32 = converted ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
-        char* target = context + c.row[d] * columns * input;
+        char* target = context + c.row[d] * ld * input;
         k_.attention({c.w->q.get() + c.row[d] * columns * element, c.k + c.key_row[d] * columns * element,
                       c.v + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d], c.keys[d],
                       c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
@@ -140,7 +142,7 @@ void Encoder::attend(Chunk& c, int index) const {
                       scratch});
         if (converted)
             k_.convert(f32, columns, c.queries[d], static_cast<int>(columns),
-                       {target, columns, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, l.input});
+                       {target, ld, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, l.input});
     }
 }
 
@@ -157,41 +159,45 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
         {&l.strip.view, x, nullptr, ld, rows, Activation::kIdentity, false, nullptr, y, y, width, Format::kF32, false});
 }
 
+// x += the feed-forward of `rows` rows from `begin` on, whose input c.input holds.
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
     const EncoderConfig& g = config_;
-    const int64_t width = padded(g.hidden), wide = padded(g.intermediate);
     const bool terms = l.input == Format::kTerms;
+    const int64_t width = padded(g.hidden), ld = row_stride(l.input, width),
+                  wide = row_stride(l.input, padded(inner_part(l)));
     const bool rounded = l.input != Format::kF32 && !terms;
     const bool direct = l.input == Format::kBF16 || terms;  // the epilogue stores what the next product reads
-    const char* x = c.input + begin * width * bytes_of(l.input);
-    float* gate = nullptr;
-    if (g.gated) {
-        gate = Workspace::need<float>(c.w->gate, block_rows_, wide);
-        k_.linear({&l.gate.view, x, c.input_scale + begin, width, rows, Activation::kIdentity, false, nullptr, nullptr,
-                   gate, wide, Format::kF32, terms});
-    }
+    const char* x = c.input + begin * ld * bytes_of(l.input);
     const int64_t widest = std::max<int64_t>(wide, g.heads * g.head_dim) * std::max<int64_t>(4, bytes_of(l.input));
     float* h = reinterpret_cast<float*>(Workspace::need(c.w->wide, block_rows_, widest));
     RowScale* scale = Workspace::need<RowScale>(c.w->down_scale, block_rows_);
-    k_.linear({&l.up.view, x, c.input_scale + begin, width, rows, g.activation, rounded, gate, nullptr, h, wide,
-               direct ? l.input : Format::kF32, terms});
-    const void* down_input = h;
-    if (l.input == Format::kU8) {
-        char* q = Workspace::need(c.w->wide_input, block_rows_, wide);
-        k_.convert(h, wide, rows, g.intermediate,
-                   {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), l.input});
-        down_input = q;
-        if (!l.strip_columns.empty()) add_strip(c, l, h, begin, rows);
-    }
     float* y = c.x + begin * width;
-    k_.linear({&l.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
-               Format::kF32, terms});
+    for (const FeedForward& f : l.parts) {
+        float* gate = nullptr;
+        if (g.gated) {
+            gate = Workspace::need<float>(c.w->gate, block_rows_, wide);
+            k_.linear({&f.gate.view, x, c.input_scale + begin, ld, rows, Activation::kIdentity, false, nullptr, nullptr,
+                       gate, wide, Format::kF32, terms});
+        }
+        k_.linear({&f.up.view, x, c.input_scale + begin, ld, rows, g.activation, rounded, gate, nullptr, h, wide,
+                   direct ? l.input : Format::kF32, terms});
+        const void* down_input = h;
+        if (l.input == Format::kU8) {
+            char* q = Workspace::need(c.w->wide_input, block_rows_, wide);
+            k_.convert(h, wide, rows, g.intermediate,
+                       {q, wide, scale, l.down_factor.empty() ? nullptr : l.down_factor.data(), l.input});
+            down_input = q;
+            if (!l.strip_columns.empty()) add_strip(c, l, h, begin, rows);
+        }
+        k_.linear({&f.down.view, down_input, scale, wide, rows, Activation::kIdentity, false, nullptr, y, y, width,
+                   Format::kF32, terms});
+    }
 }
 
 // The rows of the layer's input that the products of `reader` will read, in a buffer other than `busy`.
 char* Encoder::input_of(Chunk& c, const Layer& reader, const char* busy) const {
     if (reader.input == Format::kF32 && !config_.pre_norm) return reinterpret_cast<char*>(c.x);
-    const int64_t bytes = padded(config_.hidden) * bytes_of(reader.input);
+    const int64_t bytes = row_stride(reader.input, padded(config_.hidden)) * bytes_of(reader.input);
     Bytes& buffer = busy && busy == c.w->input.get() ? c.w->other_input : c.w->input;
     return Workspace::need(buffer, c.tokens, bytes);
 }
@@ -209,14 +215,14 @@ void Encoder::keys_and_values(Chunk& c, int index) const {
 
 // Keeps only the row that the head reads; it moves to the front, and row d >= d documents before it.
 void Encoder::prune(Chunk& c, int index, Readout readout) const {
-    const int64_t width = padded(config_.hidden), input = bytes_of(layers_[index].input);
+    const Format format = layers_[index].input;
+    const int64_t width = padded(config_.hidden), row = row_stride(format, width) * bytes_of(format);
     for (size_t d = 0; d < c.document.size(); ++d) {
         if (readout == Readout::kLast) c.start[d] = c.keys[d] - 1;
         const int from = c.key_row[d] + c.start[d], to = static_cast<int>(d);
         c.positions[to] = c.positions[from];
         std::memmove(c.x + to * width, c.x + from * width, width * sizeof(float));
-        if (c.input != reinterpret_cast<char*>(c.x))
-            std::memmove(c.input + to * width * input, c.input + from * width * input, width * input);
+        if (c.input != reinterpret_cast<char*>(c.x)) std::memmove(c.input + to * row, c.input + from * row, row);
         c.input_scale[to] = c.input_scale[from];
         c.row[d] = to;
         c.queries[d] = 1;
@@ -229,17 +235,20 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
     const EncoderConfig& g = config_;
     const Layer& l = layers_[index];
     const Layer* next = index + 1 < g.layers ? &layers_[index + 1] : nullptr;
-    const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
+    const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim, ld = row_stride(l.input, columns);
     const size_t input = bytes_of(l.input);
     project(c, l, l.q, c.input, c.input_scale, g.rope[index],
             Workspace::need(c.w->q, c.rows, columns * bytes_of(l.attention)));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.rows);
     attend(c, index);
-    for (int r = 0; r < c.rows; r += block_rows_) {
-        const int rows = std::min(block_rows_, c.rows - r);
+    // About equal blocks: a last one of few rows would pay for all weights.
+    const int blocks = std::max((c.rows + block_rows_ - 1) / block_rows_, 1), unit = k_.tiles ? 32 : kPartRows;
+    const int block = ((c.rows + blocks - 1) / blocks + unit - 1) / unit * unit;
+    for (int r = 0; r < c.rows; r += block) {
+        const int rows = std::min(block, c.rows - r);
         float* x = c.x + r * width;
-        k_.linear({&l.o.view, c.w->context.get() + r * columns * input, context_scale + r, columns, rows,
-                   Activation::kIdentity, false, nullptr, x, x, width, Format::kF32, l.input == Format::kTerms});
+        k_.linear({&l.o.view, c.w->context.get() + r * ld * input, context_scale + r, ld, rows, Activation::kIdentity,
+                   false, nullptr, x, x, width, Format::kF32, l.input == Format::kTerms});
         norm(c, g.pre_norm ? l.output_norm : l.attention_norm, r, rows, !g.pre_norm, l, false, c.input);
         feed_forward(c, l, r, rows);
         if (!g.pre_norm) norm(c, l.output_norm, r, rows, true, next ? *next : l, next != nullptr, target);

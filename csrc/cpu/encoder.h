@@ -61,10 +61,16 @@ struct Norm {
     bool has_beta = false;
 };
 
+// Some of the feed-forward's inner columns: rows of up and gate, inputs of down.
+struct FeedForward {
+    OwnedMatrix up, gate, down;
+};
+
 struct Layer {
     Precision precision;
     Format input, attention;  // what the products read; how q, k and v are stored
-    OwnedMatrix q, k, v, o, up, gate, down;
+    OwnedMatrix q, k, v, o;
+    std::vector<FeedForward> parts;  // of inner_part() columns each
     Norm attention_norm, output_norm;
     // int8 only. What the inputs of v, of up and gate, and of down are multiplied by before they are rounded, padded;
     // empty: nothing. The weights came divided by it.
@@ -123,6 +129,7 @@ public:
 private:
     struct Chunk;
     struct Workspace;
+    int inner_part(const Layer& l) const;
     OwnedMatrix make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
                             const float* bias, const std::string& what) const;
     void check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const;

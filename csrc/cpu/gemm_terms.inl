@@ -11,6 +11,8 @@ struct TileTerms : F32 {
 };
 constexpr int kTermsInputs = 384, kTermsSteps = kTermsInputs / 32;
 constexpr int kTermsTile = kTileRows * kTileBytes;
+constexpr int kWaitingSums = 64;  // 256 KiB
+static_assert(kWaitingSums >= kMostRows / kBlock);
 
 struct alignas(64) SplitWeights {
     char line[kTermsSteps * 3 * 2 * kTermsTile];  // [step][term][vector][pair of inputs][column][2]
@@ -140,11 +142,14 @@ __attribute__((noinline)) vf fused_sums(const Linear& g, int row, int n) {
     return sum;
 }
 
+// Block by block of inputs, all rows and as many panels as `waiting` holds the sums of: so a block of a deep row is read
+// from memory once for these panels, not for each.
 template <int NV, class Put>
 void terms_panels(const Linear& g, int begin, int end, const Put& put) {
     if (begin == end) return;
+    constexpr int kPanel = NV * VL;
     SplitWeights weights[2];
-    BlockSums waiting[kMostRows / kBlock], sums[2];
+    BlockSums waiting[kWaitingSums], sums[2];
     int turn = 0, half = 0;
     Finish<TileTerms, NV, Put> before(put, g);
     WeightSplitter<NV> next;
@@ -156,32 +161,39 @@ void terms_panels(const Linear& g, int begin, int end, const Put& put) {
         for (int p = pairs * i / 6; p < pairs * (i + 1) / 6; ++p) next.pair();
         before.row();
     };
-    for (int n = begin; n < end; n += NV * VL) {
+    for (int group = begin, group_end; group < end; group = group_end) {
+        group_end = group + kWaitingSums / blocks * kPanel;
+        if (group_end > end) group_end = end;
         for (int input = 0; input < g.w->k_padded; input += kTermsInputs) {
             const bool last = input + kTermsInputs >= g.w->k_padded;
-            if (!last)
-                next.open(g, n, input + kTermsInputs, weights[half ^ 1]);
-            else if (n + NV * VL < end)
-                next.open(g, n + NV * VL, 0, weights[half ^ 1]);
-            for (int row = 0, i = 0; row < g.rows; row += kBlock, ++i) {
-                const int left = g.rows - row;
-                RowBlock r{row, 0, row, row + (left < kBlock ? left : kBlock)};
-                const BlockSums* from = input ? waiting + i : nullptr;
-                BlockSums& to = last ? sums[turn] : waiting[i];
-                if (left > kTileRows) {
-                    r.second = left < kBlock ? left - kTileRows : kTileRows;
-                    terms_block<2, NV>(from, to, g, r, input, weights[half], beside);
-                } else {
-                    if (g.rows > kTileRows) r.first = g.rows - kTileRows;
-                    terms_block<1, NV>(from, to, g, r, input, weights[half], beside);
+            BlockSums* wait = waiting;
+            for (int n = group; n < group_end; n += kPanel) {
+                if (n + kPanel < group_end)
+                    next.open(g, n + kPanel, input, weights[half ^ 1]);
+                else if (!last)
+                    next.open(g, group, input + kTermsInputs, weights[half ^ 1]);
+                else if (group_end < end)
+                    next.open(g, group_end, 0, weights[half ^ 1]);
+                for (int row = 0; row < g.rows; row += kBlock, ++wait) {
+                    const int left = g.rows - row;
+                    RowBlock r{row, 0, row, row + (left < kBlock ? left : kBlock)};
+                    const BlockSums* from = input ? wait : nullptr;
+                    BlockSums& to = last ? sums[turn] : *wait;
+                    if (left > kTileRows) {
+                        r.second = left < kBlock ? left - kTileRows : kTileRows;
+                        terms_block<2, NV>(from, to, g, r, input, weights[half], beside);
+                    } else {
+                        if (g.rows > kTileRows) r.first = g.rows - kTileRows;
+                        terms_block<1, NV>(from, to, g, r, input, weights[half], beside);
+                    }
+                    if (!last) continue;
+                    before.rest();
+                    before.begin(nullptr, sums[turn], r, n);
+                    turn ^= 1;
                 }
-                if (!last) continue;
-                before.rest();
-                before.begin(nullptr, sums[turn], r, n);
-                turn ^= 1;
+                next.rest();
+                half ^= 1;
             }
-            next.rest();
-            half ^= 1;
         }
     }
     before.rest();

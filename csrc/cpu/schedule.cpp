@@ -10,8 +10,6 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Rows of a part of a chunk come in multiples of this, which every level's row tile divides.
-constexpr int kPartRows = 24;
 // What the meetings of a chunk's parts cost, in tokens of one thread: two a layer, each some 10 us.
 constexpr int64_t kMeetings = 32;
 
@@ -179,7 +177,7 @@ void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) cons
         c.k = Workspace::need(c.w->k, c.tokens, columns * bytes_of(l.attention));
         c.v = Workspace::need(c.w->v, c.tokens, columns * bytes_of(l.attention));
         for (Chunk& p : parts) {
-            p.input = c.input + p.begin * width * bytes_of(l.input);
+            p.input = c.input + p.begin * row_stride(l.input, width) * bytes_of(l.input);
             p.k = c.k;
             p.v = c.v;
         }
@@ -191,7 +189,8 @@ void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) cons
             prune(c, i, readout);
             layer(c, i, target);
         } else {
-            each(target, width * bytes_of(next.input), [&](Chunk& p, char* to) { layer(p, i, to); });
+            each(target, row_stride(next.input, width) * bytes_of(next.input),
+                 [&](Chunk& p, char* to) { layer(p, i, to); });
         }
         c.input = target;
     }

@@ -43,6 +43,15 @@ Bytes& Bytes::operator=(Bytes&& other) noexcept {
     return *this;
 }
 
+// Inner columns of the feed-forward that are made and read at once. Rows of terms are wide, and what a block of them
+// has between the two products would not stay in the second-level cache: there they come in about equal parts. 384
+// inputs are what the products take at a time in any case.
+int Encoder::inner_part(const Layer& l) const {
+    if (l.input != Format::kTerms) return config_.intermediate;
+    const int parts = (config_.intermediate + 383) / 384;
+    return static_cast<int>(padded((config_.intermediate + parts - 1) / parts));
+}
+
 OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
                                  const float* bias, const std::string& what) const {
     OwnedMatrix m;
@@ -81,21 +90,28 @@ void Encoder::set_linear(int layer, const std::string& name, const void* w, Sour
     if (n != outputs || k != inputs)
         invalid("weight of " + what + " has shape (" + std::to_string(n) + ", " + std::to_string(k) + "), expected (" +
                 std::to_string(outputs) + ", " + std::to_string(inputs) + ")");
-    OwnedMatrix m =
-        make_matrix(layer < 0 ? Precision::kFloat32 : layers_.at(layer).precision, w, source, ldw, n, k, bias, what);
     if (layer < 0 && name == "projection") {
-        projection_ = std::move(m);
+        projection_ = make_matrix(Precision::kFloat32, w, source, ldw, n, k, bias, what);
         return;
     }
     Layer& l = layers_.at(layer);
-    const std::pair<const char*, OwnedMatrix*> slots[] = {
-        {"q", &l.q}, {"k", &l.k}, {"v", &l.v}, {"o", &l.o}, {"up", &l.up}, {"gate", &l.gate}, {"down", &l.down}};
+    const std::pair<const char*, OwnedMatrix*> slots[] = {{"q", &l.q}, {"k", &l.k}, {"v", &l.v}, {"o", &l.o}};
     for (const auto& [slot, target] : slots)
         if (name == slot) {
-            *target = std::move(m);
+            *target = make_matrix(l.precision, w, source, ldw, n, k, bias, what);
             return;
         }
-    invalid("unknown linear layer " + name);
+    if (name != "up" && name != "gate" && name != "down") invalid("unknown linear layer " + name);
+    const int part = inner_part(l);
+    for (FeedForward& f : l.parts) {
+        const int begin = static_cast<int>(&f - l.parts.data()) * part,
+                  count = std::min(part, config_.intermediate - begin);
+        const bool down = name == "down";
+        const char* from = static_cast<const char*>(w) + begin * (down ? 1 : ldw) * (source == Source::kF32 ? 4 : 2);
+        const float* some = down ? begin ? nullptr : bias : bias ? bias + begin : nullptr;
+        OwnedMatrix& target = down ? f.down : name == "up" ? f.up : f.gate;
+        target = make_matrix(l.precision, from, source, ldw, down ? n : count, down ? count : k, some, what);
+    }
 }
 
 void Encoder::set_norm(int layer, const std::string& name, const float* gamma, const float* beta, int n) {
@@ -188,9 +204,10 @@ int Encoder::output_width() const { return head_.empty() ? config_.hidden : head
 
 size_t Encoder::weight_bytes() const {
     size_t total = (position_.size() + type_.size()) * sizeof(float) + projection_.data.size();
-    for (const Layer& l : layers_)
-        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.up, &l.gate, &l.down, &l.strip})
-            total += m->data.size();
+    for (const Layer& l : layers_) {
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.strip}) total += m->data.size();
+        for (const FeedForward& f : l.parts) total += f.up.data.size() + f.gate.data.size() + f.down.data.size();
+    }
     for (const HeadOp& op : head_) total += op.dense.data.size();
     return total;
 }

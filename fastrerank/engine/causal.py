@@ -80,6 +80,7 @@ class CausalScorer:
         shares: whether common prefixes of prompts are computed once.
         budget: tokens of one forward; halved for good when a forward runs out of memory.
         reason: why prompts run padded and share nothing; "" where they run packed.
+        skipped: token id at the end of prompts that is passed over, as classifiers do with padding; None for none.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class CausalScorer:
         self.shares = share_prefixes and isinstance(runner, PackedDecoder)
         self.labels = len(head.weight)
         self.reason = ""
+        self.skipped: int | None = None
         config = runner.backbone.config.get_text_config()
         self._vocabulary = int(config.vocab_size)
         self._stretch = stretch(config)
@@ -143,10 +145,13 @@ class CausalScorer:
         probes = Probes(backbone.config.get_text_config(), len(weight))
         with torch.inference_mode(), place_on(num_threads, weight.device):
             expected = probes.expected(model, head)
-        return cls.build(
+        scorer = cls.build(
             backbone, weight, bias, probes, expected, dtype=dtype, device=device, num_threads=num_threads,
             memory_limit=memory_limit, share_prefixes=share_prefixes,
         )  # fmt: skip
+        if head == "classification":
+            scorer.skipped = getattr(backbone.config.get_text_config(), "pad_token_id", None)
+        return scorer
 
     @classmethod
     def build(
@@ -202,6 +207,8 @@ class CausalScorer:
         """
         chosen = np.asarray(labels, np.int64)
         self._check(prompts, chosen)
+        if self.skipped is not None:
+            prompts = [self._without_padding(np.asarray(ids)) for ids in prompts]
         numbers: dict[bytes, int] = {}
         place = [numbers.setdefault(np.asarray(ids).astype(np.int64).tobytes(), len(numbers)) for ids in prompts]
         first = {number: i for i, number in reversed(list(enumerate(place)))}
@@ -267,6 +274,10 @@ class CausalScorer:
             answers = np.where(index >= 0, ends[np.maximum(index, 0)], -1)
             batches.append(_Packed(taken, np.where(answers >= 0, near[np.maximum(answers, 0)], -1)))
         return batches + [_Packed([Segment(prompts[i], causal=True)], np.array([i])) for i in far]
+
+    def _without_padding(self, ids: Ids) -> Ids:
+        content = np.flatnonzero(ids != self.skipped)
+        return ids[: content[-1] + 1] if len(content) else ids[:1]
 
     def _check(self, prompts: Sequence[Ids], labels: npt.NDArray[np.int64]) -> None:
         if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= self.labels:

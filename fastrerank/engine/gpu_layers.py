@@ -72,11 +72,7 @@ def fuse_rotary(model: torch.nn.Module) -> Undo:
             module.forward = types.MethodType(made[forward], module)
             changed.append(module)
 
-    def put_back() -> None:
-        for module in changed:
-            del module.forward
-
-    return put_back
+    return functools.partial(_put_back, changed)
 
 
 def _calling(forward: types.FunctionType, theirs: Callable[..., Any], place: torch.device) -> Any:
@@ -138,11 +134,7 @@ def fuse_norms(model: torch.nn.Module) -> Undo:
             module.forward = fused
             changed.append(module)
 
-    def put_back() -> None:
-        for module in changed:
-            del module.forward
-
-    return put_back
+    return functools.partial(_put_back, changed)
 
 
 def _norm_of(module: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -183,11 +175,7 @@ def fuse_sums(model: torch.nn.Module) -> Undo:
                 layer.forward = fused
                 changed.append(layer)
 
-    def put_back() -> None:
-        for layer in changed:
-            del layer.forward
-
-    return put_back
+    return functools.partial(_put_back, changed)
 
 
 def _sum_of(layer: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -280,11 +268,7 @@ def fuse_gated_layers(model: torch.nn.Module) -> Undo:
     if changed and next(model.parameters()).is_cuda:
         torch.cuda.empty_cache()  # what held the weights before is in pieces that hardly anything fits into
 
-    def put_back() -> None:
-        for layer in changed:
-            del layer.forward
-
-    return put_back
+    return functools.partial(_put_back, changed)
 
 
 def _fuse_gated(layer: torch.nn.Module, names: tuple[str, ...], act: str, down: str) -> bool:
@@ -314,6 +298,12 @@ def _fuse_gated(layer: torch.nn.Module, names: tuple[str, ...], act: str, down: 
 
     layer.forward = forward
     return True
+
+
+def _put_back(changed: list[torch.nn.Module]) -> None:
+    """Let modules run their class's forward again."""
+    for module in changed:
+        del module.forward
 
 
 def _alike(parts: list[Any]) -> bool:

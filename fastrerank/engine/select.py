@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,17 @@ from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head, NormalizeStep, classification_head
 from fastrerank.engine.packing import shares
 
-__all__ = ["ENGINES", "Encoder", "EncoderGroup", "Plan", "load_encoder", "plan", "usable_gpu", "warm_up"]
+__all__ = [
+    "ENGINES",
+    "Encoder",
+    "EncoderGroup",
+    "Plan",
+    "load_encoder",
+    "load_label_encoder",
+    "plan",
+    "usable_gpu",
+    "warm_up",
+]
 
 ENGINES = ("native", "torch", "padded")
 _TORCH_DTYPES = ("float32", "bfloat16", "float16")
@@ -188,6 +199,29 @@ def load_encoder(
     ops.num_threads(num_threads)  # checks it
     load = _load_native if chosen.engine == "native" else _load_torch
     encoders = [load(checkpoint, head, chosen, device, num_threads, memory_limit) for device in chosen.devices]
+    return encoders[0] if len(encoders) == 1 else EncoderGroup(encoders)
+
+
+def load_label_encoder(
+    checkpoint: Checkpoint, labels: Sequence[int] | None, chosen: Plan, *, num_threads: int | None = None,
+    memory_limit: float | None = None,
+) -> Encoder:  # fmt: skip
+    """Load a decoder that shares what documents begin with; several devices share each call's documents.
+
+    `labels` are one or two token ids of a language model; None: it is a classifier. Raises ValueError if the model is
+    no decoder or its logits cannot be computed, and ImportError where torch is missing.
+    """
+    _torch(f"{checkpoint.path}, a decoder,")
+    if chosen.engine == "padded":
+        raise ValueError(f"engine must be None or 'torch' for {checkpoint.path}, a language model, got 'padded'")
+    from fastrerank.engine.label_encoder import LabelEncoder
+
+    encoders: list[Encoder] = [
+        LabelEncoder.load(
+            checkpoint, labels, dtype=chosen.dtype, device=device, num_threads=num_threads, memory_limit=memory_limit
+        )
+        for device in chosen.devices
+    ]
     return encoders[0] if len(encoders) == 1 else EncoderGroup(encoders)
 
 

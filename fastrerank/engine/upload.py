@@ -49,8 +49,10 @@ class PinnedBuffers:
             fitting = [one for one in range(len(idle)) if len(idle[one][0]) >= size and idle[one][1].query()]
             if fitting:
                 return idle.pop(min(fitting, key=lambda one: len(idle[one][0])))
-        wanted = max(_LEAST, 1 << (size - 1).bit_length())
-        return torch.empty(wanted, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
+        return self._new(max(_LEAST, 1 << (size - 1).bit_length()))
+
+    def _new(self, size: int) -> tuple[torch.Tensor, Any]:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
 
 
 _pinned = PinnedBuffers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,8 +140,10 @@ class PackedItems:
     def to(self, device: Any) -> Any:
         """These items in the memory of a CUDA device, for `cur_topk` with queries there; needs torch.
 
-        Raises ValueError for a device of another kind.
+        Raises ValueError for a device of another kind, ImportError where torch is not installed.
         """
+        if importlib.util.find_spec("torch") is None:
+            raise ImportError(f"items on device {str(device)!r} need torch: pip install 'fastrerank[torch]'")
         return importlib.import_module("fastrerank.ops._cur_cuda").to_device(self, device)
 
     def append(self, vectors: npt.NDArray[np.float32]) -> PackedItems:

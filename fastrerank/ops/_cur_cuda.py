@@ -15,7 +15,7 @@ from fastrerank.ops._cur import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
-_MOST_K = 1024  # _wider of it is what the kernel takes at most, csrc/cuda/kernels.h
+_MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cuda/kernels.h
 _MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
 _HUGE = 2.0**120

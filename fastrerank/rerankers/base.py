@@ -60,9 +60,9 @@ class Usage:
         self.tokens += cost.tokens
         self.prefix_tokens += cost.prefix_tokens
 
-    def count(self, batch: TokenBatch) -> None:
-        self.forwards += 1
-        self.tokens += len(batch.ids)
+    def count(self, batch: TokenBatch, cost: Cost | None = None) -> None:
+        """Count a batch and what it cost: one forward of all its tokens, where nothing else is said."""
+        self.add(Cost(1, len(batch.ids), 0) if cost is None else cost)
         self.truncated += int(batch.truncated.sum())
         self.query_truncated |= batch.query_truncated
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["call_max_length", "check_same_device", "init_options", "predict_options"]
+from fastrerank.checkpoint import Checkpoint
+from fastrerank.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Config",
+    "Device",
+    "SharedTokenizer",
+    "check_same_device",
+    "init_options",
+    "predict_options",
+    "processing_options",
+]
 
 _RENAMED = {
     "model_name": "model_name_or_path",
@@ -17,9 +29,9 @@ _POSITIONAL = ("num_labels", "max_length", "activation_fn", "device")
 _DICTIONARIES: dict[str, dict[str, str]] = {
     "model_kwargs": {"torch_dtype": "dtype", "dtype": "dtype"},
     "automodel_args": {"torch_dtype": "dtype", "dtype": "dtype"},
-    "processor_kwargs": {"model_max_length": "max_length"},
-    "tokenizer_kwargs": {"model_max_length": "max_length"},
-    "tokenizer_args": {"model_max_length": "max_length"},
+    "processor_kwargs": {"model_max_length": "max_length", "chat_template": "chat_template"},
+    "tokenizer_kwargs": {"model_max_length": "max_length", "chat_template": "chat_template"},
+    "tokenizer_args": {"model_max_length": "max_length", "chat_template": "chat_template"},
     "config_kwargs": {"num_labels": "num_labels"},
     "config_args": {"num_labels": "num_labels"},
 }
@@ -98,19 +110,22 @@ def predict_options(
     return inputs, activation_fn
 
 
-def call_max_length(options: dict[str, Any]) -> int | None:
-    """Take `processing_kwargs` out of a call's options and return the `max_length` of its texts, None without one.
+def processing_options(options: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """Take a call's `max_length` and the arguments of its chat template out of its options.
 
     Raises ValueError for an entry that would change scores and that does not exist here.
     """
     asked = options.pop("processing_kwargs", None) or {}
     text = dict(asked.get("text") or {})
-    limit: int | None = text.pop("max_length", None)
-    others = [f"{name!r}" for name in asked if name != "text"]
+    limit: int | None = options.pop("max_length", None)
+    limit = text.pop("max_length", limit)
+    others = [f"{name!r}" for name in asked if name not in ("text", "chat_template")]
     others += [f"'text'[{name!r}]" for name, value in text.items() if name != "padding" and value not in (True, None)]
     if others:
-        raise ValueError(f"processing_kwargs can set 'text'['max_length'] only, got {', '.join(others)}")
-    return limit
+        raise ValueError(
+            f"processing_kwargs can set 'text'['max_length'] and 'chat_template' only, got {', '.join(others)}"
+        )
+    return limit, dict(asked.get("chat_template") or {})
 
 
 def check_same_device(asked: Any, device: str | list[str]) -> None:
@@ -123,6 +138,90 @@ def check_same_device(asked: Any, device: str | list[str]) -> None:
 
     if names(asked) != names(device):
         raise ValueError(f"device must be None or {device!r}: the model was loaded there, got {asked!r}")
+
+
+class Device(str):
+    """The name of a device, with the attributes of a `torch.device` that callers read; equal to that device too."""
+
+    __slots__ = ()
+
+    @property
+    def type(self) -> str:
+        return self.partition(":")[0]
+
+    @property
+    def index(self) -> int | None:  # type: ignore[override]  # str.index finds substrings
+        number = self.partition(":")[2]
+        return int(number) if number else None
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, str(other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+class SharedTokenizer:
+    """A `tokenizers.Tokenizer`, with what callers of transformers' tokenizers use to count tokens and to limit them.
+
+    All methods and attributes of the former are there; `tokenize`, `len()`, `model_max_length` and the call, without
+    padding, cutting or tensors, are the latter's. Nothing but `model_max_length` can be set: all threads share it.
+    """
+
+    _own: Tokenizer
+
+    def __init__(self, own: Tokenizer) -> None:
+        object.__setattr__(self, "_own", own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own.tokenizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "model_max_length":
+            raise AttributeError(f"{name} cannot be set, only model_max_length: all threads share the tokenizer")
+        self._own.max_length = self._own.checked_max_length(value)
+
+    @property
+    def model_max_length(self) -> int | None:
+        """Same as the model's `max_length`."""
+        return self._own.max_length
+
+    def __len__(self) -> int:
+        return self._own.tokenizer.get_vocab_size()
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of a text, without special tokens."""
+        return list(self._own.tokenizer.encode(text, add_special_tokens=False).tokens)
+
+    def __call__(self, text: Any, text_pair: Any = None, *, add_special_tokens: bool = True) -> dict[str, list[Any]]:
+        """Return {"input_ids", "attention_mask"} of a text or a pair, or lists of them for lists of texts."""
+        if isinstance(text, str):
+            one = self._own.tokenizer.encode(text, text_pair, add_special_tokens=add_special_tokens)
+            return {"input_ids": one.ids, "attention_mask": one.attention_mask}
+        some = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
+        found = self._own.tokenizer.encode_batch(some, add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in found], "attention_mask": [one.attention_mask for one in found]}
+
+
+class Config(SimpleNamespace):
+    """config.json as attributes, under the names that transformers' configurations have."""
+
+    def __init__(self, checkpoint: Checkpoint, num_labels: int) -> None:
+        stored = dict(checkpoint.config)
+        labels = {int(number): name for number, name in (stored.get("id2label") or {}).items()}
+        if len(labels) != num_labels:
+            labels = {number: f"LABEL_{number}" for number in range(num_labels)}
+        stored |= {
+            "num_labels": num_labels, "id2label": labels, "name_or_path": str(checkpoint.path),
+            "label2id": {name: number for number, name in labels.items()}, "_name_or_path": str(checkpoint.path),
+        }  # fmt: skip
+        super().__init__(**stored)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that config.json says, and what was derived from it."""
+        return dict(vars(self))
 
 
 def _deprecated(old: str, new: str) -> None:

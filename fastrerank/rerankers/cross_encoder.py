@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.heads import module_head
-from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
+from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.heads import Head, module_head
+from fastrerank.engine.select import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
-from fastrerank.rerankers.compat import call_max_length, check_same_device, init_options, predict_options
+from fastrerank.rerankers.compat import (
+    Config,
+    Device,
+    SharedTokenizer,
+    check_same_device,
+    init_options,
+    predict_options,
+    processing_options,
+)
+from fastrerank.rerankers.recognise import is_classifier, logit_score
+from fastrerank.text.files import template_of_pairs
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
+if TYPE_CHECKING:
+    from fastrerank.text.chat_pairs import ChatPairs
+
 __all__ = ["CrossEncoder"]
+
+log = logging.getLogger("fastrerank")
 
 # Pairs tokenised and scored in one forward: bounds the memory of token ids and is the progress bar's step.
 BLOCK_PAIRS = 1024
@@ -33,7 +48,7 @@ class CrossEncoder(Reranker):
 
     Args:
         model_name_or_path: hub id or local folder of a sequence classification checkpoint, or of a
-            sentence-transformers cross-encoder made of modules.
+            sentence-transformers cross-encoder made of modules (with Dense, or a language model with LogitScore).
         device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
         dtype: "float32" (equals the reference), "bfloat16", "int8" (native engine only), "float16" (torch engines
             only); "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations are float32 in all of them.
@@ -46,7 +61,10 @@ class CrossEncoder(Reranker):
         engine: "native" (CPU kernels), "torch" (any Hugging Face model, packed without padding) or "padded" (any, in
             padded batches); None: native on a CPU if the family is native, else torch, else padded, said in the log.
         memory_limit: bytes, or a fraction of the device's memory, that a torch engine may come to; None for 0.9.
-        prompts, default_prompt_name: texts by name that `prompt_name` puts before the query.
+        prompts, default_prompt_name: texts by name that `prompt_name` puts before the query, or into a system turn
+            where a chat template renders the pairs.
+        chat_template: source of a chat template for the roles "query" and "document", in place of the checkpoint's; ""
+            joins pairs as the tokenizer does; None: the checkpoint's, where it has one (docs/numerics.md).
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
         legacy, options: positional and keyword arguments of older sentence-transformers releases.
 
@@ -71,12 +89,13 @@ class CrossEncoder(Reranker):
         trust_remote_code: bool = False, revision: str | None = None, local_files_only: bool = False,
         token: bool | str | None = None, cache_folder: str | None = None, num_threads: int | None = None,
         engine: str | None = None, memory_limit: float | None = None, prompts: dict[str, str] | None = None,
-        default_prompt_name: str | None = None, **options: Any,
+        default_prompt_name: str | None = None, chat_template: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
             "model_name_or_path": model_name_or_path, "device": device, "dtype": dtype, "max_length": max_length,
             "activation_fn": activation_fn, "num_labels": num_labels, "cache_folder": cache_folder,
+            "chat_template": chat_template,
         }  # fmt: skip
         given = init_options(given, legacy, options)
         if given["model_name_or_path"] is None:
@@ -89,11 +108,13 @@ class CrossEncoder(Reranker):
         )  # fmt: skip
         self.checkpoint = checkpoint
         chosen = plan(checkpoint.config, engine, given["device"], given["dtype"])
-        self.device, self.dtype = chosen.device, chosen.dtype
+        self.device = Device(chosen.device) if isinstance(chosen.device, str) else chosen.device
+        self.dtype = chosen.dtype
         modular = any(module.type == "Dense" for module in checkpoint.modules)
         head = module_head(checkpoint.modules) if modular else None
-        self.engine: Encoder = load_encoder(
-            checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
+        self._chat = _chat_pairs(checkpoint, given["chat_template"])
+        self.engine = _load_engine(
+            checkpoint, head, chosen, self._chat is not None, num_threads=num_threads, memory_limit=memory_limit
         )
         self.num_labels = self.engine.width
         if given["num_labels"] not in (None, self.num_labels):
@@ -103,6 +124,7 @@ class CrossEncoder(Reranker):
             )
         limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
+        self._saved_text = (checkpoint.sentence_config().get("processing_kwargs") or {}).get("text") or {}
         self.activation_fn = given["activation_fn"]
         if self.activation_fn is None:
             saved = checkpoint.activation() or ("sigmoid" if self.num_labels == 1 else "identity")
@@ -111,12 +133,16 @@ class CrossEncoder(Reranker):
         stored = checkpoint.st_config.get("prompts") or {}
         self.prompts: dict[str, str] = {**stored, **(prompts or {})}
         self.default_prompt_name = default_prompt_name or checkpoint.st_config.get("default_prompt_name")
-        self.config = SimpleNamespace(**{**checkpoint.config, "num_labels": self.num_labels})
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ValueError(
+                f"default_prompt_name must be one of prompts, {list(self.prompts)}, got {self.default_prompt_name!r}"
+            )
+        self.config = Config(checkpoint, self.num_labels)
 
     @property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`. Set nothing on it: it is shared by all threads."""
-        return self._tokenizer.tokenizer
+        """The `tokenizers.Tokenizer`, with a part of transformers' interface: see `SharedTokenizer`."""
+        return SharedTokenizer(self._tokenizer)
 
     @property
     def model(self) -> Encoder:
@@ -146,9 +172,33 @@ class CrossEncoder(Reranker):
         """Same as `activation_fn`."""
         return self.activation_fn
 
+    @property
+    def modalities(self) -> list[str]:
+        """What pairs are read as: ["text"], and "message" where a chat template renders them."""
+        return ["text"] if self._chat is None else ["text", "message"]
+
+    def supports(self, modality: Any) -> bool:
+        """Whether `modality` is one of `modalities`."""
+        return modality in self.modalities
+
+    @property
+    def training(self) -> bool:
+        """False: there is no training mode."""
+        return False
+
+    def train(self, mode: bool = True) -> CrossEncoder:
+        """Return self if `mode` is False; raise ValueError for True: there is no training mode."""
+        if mode:
+            raise ValueError("train() cannot switch to training: fastrerank only runs models")
+        return self
+
     def eval(self) -> CrossEncoder:
         """Return self: there is no training mode."""
         return self
+
+    def cpu(self) -> CrossEncoder:
+        """Same as `to("cpu")`."""
+        return self.to("cpu")
 
     def to(self, device: Any) -> CrossEncoder:
         """Return self if `device` is where the model is; raise ValueError for any other."""
@@ -190,8 +240,9 @@ class CrossEncoder(Reranker):
             activation_fn: replaces the model's for this call.
             apply_softmax: over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
-            options: `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size` of other releases, and
-                `processing_kwargs={"text": {"max_length": 256}}`, for this call.
+            options: `max_length`, or `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}` for
+                this call; `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size`: of other
+                releases.
 
         Returns float32 (N,), or (N, num_labels) for several labels; without the first axis for one pair.
         Raises TypeError naming the position of what is not a pair of str, ValueError for batch_size < 1.
@@ -200,16 +251,15 @@ class CrossEncoder(Reranker):
             >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
             array([0.91, 0.03], dtype=float32)
         """
-        max_length = call_max_length(options)
+        max_length, chat_options = processing_options(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
         pairs, single = _as_pairs(inputs)
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         prefix = self._prompt(prompt, prompt_name)
+        tokenize = self._pair_list(prefix, max_length, chat_options)
         with self._call() as usage:
-            if prefix:
-                pairs = [(prefix + query, text) for query, text in pairs]
-            (logits,) = self._finite([self._logits(pairs, usage, bool(show_progress_bar), max_length=max_length)])
+            (logits,) = self._finite([self._forward(tokenize, pairs, usage, bool(show_progress_bar))])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
             scores = activations.softmax(scores)
@@ -238,7 +288,8 @@ class CrossEncoder(Reranker):
         texts = check_texts(documents, "documents")
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         with self._call() as usage:
-            logits = self._one_query(prefix + checked, texts, usage, bool(show_progress_bar))
+            pairs = [(checked, text) for text in texts]
+            logits = self._forward(self._pair_list(prefix), pairs, usage, bool(show_progress_bar))[:, 0]
             self._finite([logits])
         scores = self._activate(logits[:, None], function)
         return ranked(order(scores, logits), scores, texts if return_documents else None, top_k)
@@ -247,24 +298,26 @@ class CrossEncoder(Reranker):
         self._need_one_label("score")
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
         lengths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        flat = self._logits(pairs, usage, lengths=lengths)[:, 0]
+        flat = self._forward(self._pair_list(self._prompt(None, None)), pairs, usage, lengths=lengths)[:, 0]
         bounds = np.cumsum([0, *map(len, documents)])
         total = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         usage.query_tokens = [int(total[end] - total[begin]) for begin, end in pairwise(bounds)]
         return [flat[begin:end] for begin, end in pairwise(bounds)]
 
-    def _one_query(self, query: str, texts: list[str], usage: Usage, progress: bool) -> Scores:
-        return self._forward(lambda part: self._tokenizer.pairs(query, part), texts, usage, progress)[:, 0]
-
-    def _logits(
-        self, pairs: list[tuple[str, str]], usage: Usage, progress: bool = False,
-        lengths: list[npt.NDArray[np.int64]] | None = None, max_length: int | None = None,
-    ) -> npt.NDArray[np.float32]:  # fmt: skip
-        tokenize = partial(self._tokenizer.pair_list, max_length=max_length)
-        return self._forward(tokenize, pairs, usage, progress, lengths)
+    def _pair_list(
+        self, prompt: str, max_length: int | None = None, chat_options: dict[str, Any] | None = None
+    ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
+        """What packs pairs: the chat template with the prompt as a turn, or the tokenizer with it before queries."""
+        limit = self._saved_text.get("max_length") if max_length is None else max_length
+        limit = self._tokenizer.max_length if limit is None else self._tokenizer.checked_max_length(limit)
+        if self._chat is not None:
+            return partial(self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options)
+        if not prompt:
+            return partial(self._tokenizer.pair_list, max_length=limit)
+        return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit)
 
     def _forward(
-        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool,
+        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool = False,
         lengths: list[npt.NDArray[np.int64]] | None = None,
     ) -> npt.NDArray[np.float32]:  # fmt: skip
         """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it.
@@ -276,11 +329,14 @@ class CrossEncoder(Reranker):
         for _ in _steps(len(items), progress):
             with usage.stage("tokenize"):  # where there are several blocks, the time that compute waits for tokens
                 batch = next(batches)
-            usage.count(batch)
             if lengths is not None:
                 lengths.append(np.diff(batch.offsets))
             with usage.stage("compute"):
-                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets))
+                given = batch.ids, batch.type_ids, batch.offsets
+                counted = getattr(self.engine, "counted", None)  # of engines that compute common beginnings once
+                values, cost = (self.engine.forward(*given), None) if counted is None else counted(*given)
+            usage.count(batch, cost)
+            blocks.append(values)
         return np.concatenate(blocks)
 
     def _activate(self, logits: npt.NDArray[np.float32], function: activations.Activation) -> Scores:
@@ -301,6 +357,28 @@ class CrossEncoder(Reranker):
     def _need_one_label(self, what: str) -> None:
         if self.num_labels != 1:
             raise ValueError(f"{what}() needs a model with one label, this one has {self.num_labels}; use predict()")
+
+
+def _load_engine(checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: bool, **options: Any) -> Encoder:
+    """The engine of a plan: where prompts begin alike and a decoder reads them, one that computes that once."""
+    labels = logit_score(checkpoint)
+    if labels is not None:
+        return load_label_encoder(checkpoint, labels, chosen, **options)
+    if chat and head is None and chosen.engine is None and is_classifier(checkpoint):
+        try:
+            return load_label_encoder(checkpoint, None, chosen, **options)
+        except ValueError as error:  # what is wrong with the checkpoint itself is said again below
+            log.info("%s: prompts share no prefixes: %s", checkpoint.path, error)
+    return load_encoder(checkpoint, head, chosen, **options)
+
+
+def _chat_pairs(checkpoint: Checkpoint, chat_template: str | None) -> ChatPairs | None:
+    """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
+    if template_of_pairs(checkpoint, chat_template) is None:
+        return None
+    from fastrerank.text.chat_pairs import ChatPairs
+
+    return ChatPairs.load(checkpoint, chat_template=chat_template)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.heads import Head, module_head
+from fastrerank.engine.select import Encoder
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.vectors import VectorReranker
 from fastrerank.text.tokenizer import check_texts
@@ -63,24 +64,24 @@ class EmbeddingReranker(VectorReranker):
             (1, 384)
         """
         with self._call() as usage:
-            return self._encode(check_texts(texts, "texts"), prompt, usage)
+            return self._encode(self.engine, check_texts(texts, "texts"), prompt, usage)
 
-    def _encode(self, texts: list[str], prompt: str, usage: Usage) -> npt.NDArray[np.float32]:
+    def _encode(self, engine: Encoder, texts: list[str], prompt: str, usage: Usage) -> npt.NDArray[np.float32]:
         blocks = []
         for begin in range(0, len(texts), BLOCK_TEXTS):
             with usage.stage("tokenize"):
                 batch = self._tokenizer.singles([prompt + text for text in texts[begin : begin + BLOCK_TEXTS]])
             usage.count(batch)
             with usage.stage("compute"):
-                blocks.append(self.engine.forward(batch.ids, batch.type_ids, batch.offsets))
-        return np.concatenate(blocks) if blocks else np.zeros((0, self.engine.width), np.float32)
+                blocks.append(engine.forward(batch.ids, batch.type_ids, batch.offsets))
+        return np.concatenate(blocks) if blocks else np.zeros((0, engine.width), np.float32)
 
     def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
         flat = [text for some in documents for text in some]
         if not flat:
             return [np.zeros(0, np.float32) for _ in queries]
-        query_vectors = self._encode(queries, self.query_prompt, usage)
-        vectors = self._encode(flat, self.document_prompt, usage)
+        query_vectors = self._encode(self.query_engine, queries, self.query_prompt, usage)
+        vectors = self._encode(self.engine, flat, self.document_prompt, usage)
         bounds = np.cumsum([0, *map(len, documents)])
         # A dot product per document: late interaction between one-token texts, in the kernel's fixed order.
         with usage.stage("score"):

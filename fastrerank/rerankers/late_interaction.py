@@ -55,7 +55,7 @@ class LateInteractionReranker(VectorReranker):
                     batch = self._tokenizer.singles([query])
                 usage.count(batch)
                 with usage.stage("compute"):
-                    vectors = self.engine.forward(batch.ids, batch.type_ids, batch.offsets)
+                    vectors = self.query_engine.forward(batch.ids, batch.type_ids, batch.offsets)
                 scores += [self._block(vectors, texts[i : i + BLOCK_TEXTS], usage)
                            for i in range(0, len(texts), BLOCK_TEXTS)]  # fmt: skip
             results.append(np.concatenate(scores))

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, read_json
+from fastrerank.checkpoint import Checkpoint
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
+from fastrerank.text.chat_pairs import chat_tokenizer, joined_template, pair_template
 from fastrerank.text.prompt_tokenizer import Prompt
-from fastrerank.text.prompts import Message, Template
+from fastrerank.text.prompts import Template
 
 __all__ = ["PointwiseReranker"]
 
@@ -27,10 +27,11 @@ class PointwiseReranker(LLMReranker):
     """Scores each document by the first token that a language model would say about it.
 
     Qwen3-Reranker (also converted to a sequence classifier), mxbai-rerank-v2, bge-reranker-v2-gemma and
-    -minicpm-layerwise, monoT5, RankT5, RankLLaMA and other scalar heads, sentence-transformers' LogitScore checkpoints,
-    and any instruction-tuned model by a plain question (template "relevance"). Prompts of one query begin alike: that
-    part passes through the network once. `score` is float32 and raw: logit(yes) - logit(no) where there are two labels,
-    the logit where there is one, and the expected value where labels are numbers.
+    -minicpm-layerwise, monoT5, RankT5, RankLLaMA, sentence-transformers' LogitScore checkpoints and classifiers of one
+    label (pairs as its CrossEncoder reads them), and any instruction-tuned model by a plain question (template
+    "relevance"). Prompts of one query begin alike: that part passes through the network once. `score` is float32 and
+    raw: logit(yes) - logit(no) where there are two labels, the logit where there is one, and the expected value where
+    labels are numbers.
 
     ERank's published score is another: the model reasons and writes an integer, and the score is that integer times the
     probability of its last token. readout="generation" computes it; a text without an integer scores 0 and is counted
@@ -77,7 +78,13 @@ class PointwiseReranker(LLMReranker):
                     "'erank', does a written integer score"
                 )
             return replace(template, readout="generate")
-        return _as_saved(checkpoint, template) if template.name == "sentence-transformers" else template
+        if template.name != "sentence-transformers":
+            return template
+        name, prompts = checkpoint.st_config.get("default_prompt_name"), checkpoint.st_config.get("prompts") or {}
+        prompt, tokenizer = prompts.get(name) or "", chat_tokenizer(checkpoint)
+        if tokenizer is None:
+            return joined_template(prompt)
+        return pair_template(checkpoint, tokenizer.chat_template, prompt=prompt)
 
     def _limit(self, checkpoint: Checkpoint, max_length: int | None) -> int | None:
         if self.readout == "logits":
@@ -151,16 +158,3 @@ class PointwiseReranker(LLMReranker):
             expected: Scores = (weights @ np.array([float(label) for label in self.template.labels])).astype(np.float32)
             return np.asarray(expected / weights.sum(1), np.float32)
         return np.asarray(logits[:, 0] - logits[:, 1], np.float32)
-
-
-def _as_saved(checkpoint: Checkpoint, template: Template) -> Template:
-    """The template with the system prompt and the chat template's arguments that sentence-transformers saved."""
-    saved = read_json(checkpoint.transformer_path / "sentence_bert_config.json").get("processing_kwargs") or {}
-    chat = {**template.chat_options, **(saved.get("chat_template") or {})}
-    chat.pop("restore_suffix", None)  # of sentence-transformers itself; what follows the document is never cut here
-    name, prompts = checkpoint.st_config.get("default_prompt_name"), checkpoint.st_config.get("prompts") or {}
-    system = prompts.get(name) or ""
-    if not system:
-        return replace(template, chat_options=MappingProxyType(chat))
-    turns = (Message("system", "{instruction}"), *template.messages)
-    return replace(template, messages=turns, instruction=system, chat_options=MappingProxyType(chat))

@@ -70,7 +70,9 @@ def recognised_template(checkpoint: Checkpoint, kind: str) -> str | None:
     if kind == "pointwise" and logit_score(checkpoint) is not None:
         return _SENTENCE_TRANSFORMERS
     found = _published(checkpoint)
-    return found[1] if found is not None and found[0] == kind else None
+    if found is not None:
+        return found[1] if found[0] == kind else None
+    return _SENTENCE_TRANSFORMERS if kind == "pointwise" and is_classifier(checkpoint) else None
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:

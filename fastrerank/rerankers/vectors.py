@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ class VectorReranker(Reranker):
         model_name_or_path: hub id or local folder.
         device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
         dtype: "float32", "bfloat16", "int8" (native engine only), "float16" (torch engines only); "auto": float32 on a
-            CPU, bfloat16 on a GPU. In int8 the last third of the layers runs in bfloat16: what is rounded there reaches
-            every coordinate of the vectors.
+            CPU, bfloat16 on a GPU. In int8 the documents' last third of layers runs in bfloat16: what is rounded there
+            reaches every coordinate of the vectors; and so do all layers of queries, whose error every document shares.
         max_length: tokens per text; None for the checkpoint's limit.
         num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s, or torch's own on a torch engine.
         engine: "native", "torch" or "padded"; None: native on a CPU if the family is native, else torch, else padded.
@@ -51,12 +52,21 @@ class VectorReranker(Reranker):
         self.engine: Encoder = load_encoder(
             checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
         )
+        # A query is a few tokens among its documents' thousands: its precision costs a second copy of the weights and
+        # hardly any time.
+        self.query_engine: Encoder = self.engine
+        if chosen.dtype == "int8":
+            self.query_engine = load_encoder(
+                checkpoint, head, replace(chosen, dtype="bfloat16"), num_threads=num_threads, memory_limit=memory_limit
+            )
         limit = checkpoint.max_seq_length if max_length is None else max_length
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
 
     def warmup(self) -> VectorReranker:
         """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
         warm_up(self.engine)
+        if self.query_engine is not self.engine:
+            warm_up(self.query_engine)
         return self
 
     @abstractmethod

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrerank.checkpoint import read_json
+from fastrerank.checkpoint import Checkpoint, read_json
 
 if TYPE_CHECKING:
     import tokenizers
+
+__all__ = ["ChatTemplate", "chat_template_of", "load_tokenizer", "template_of_pairs"]
+
+ChatTemplate = str | dict[str, str]
 
 _WORDPIECE_TOKENS = {
     "unk_token": "[UNK]",
@@ -33,6 +37,32 @@ def load_tokenizer(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Toke
         present = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *present])
     return tokenizer
+
+
+def chat_template_of(folder: Path) -> ChatTemplate | None:
+    """The chat template that transformers finds in a checkpoint folder, several by their names; None without one."""
+    stored = read_json(folder / "tokenizer_config.json").get("chat_template")
+    named = {one["name"]: one["template"] for one in stored} if isinstance(stored, list) else {}
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        named["default"] = file.read_text(encoding="utf-8")
+    elif isinstance(stored, str):
+        named["default"] = stored
+    named |= {one.stem: one.read_text(encoding="utf-8") for one in folder.glob("additional_chat_templates/*.jinja")}
+    return named["default"] if list(named) == ["default"] else named or None
+
+
+def template_of_pairs(checkpoint: Checkpoint, given: str | None = None) -> ChatTemplate | None:
+    """The chat template by which sentence-transformers renders this checkpoint's pairs; None where it joins them.
+
+    Pairs of a folder that it saved before it knew messages are joined, whatever template the tokenizer has. `given` is
+    a template in place of the checkpoint's, which always renders; "" always joins.
+    """
+    if given is not None:
+        return given or None
+    if checkpoint.modules and "message" not in (checkpoint.sentence_config().get("modality_config") or {}):
+        return None
+    return chat_template_of(checkpoint.transformer_path)
 
 
 def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:

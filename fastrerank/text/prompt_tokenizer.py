@@ -14,7 +14,7 @@ from fastrerank.checkpoint import max_length_of, position_limit, read_json
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.prompts import Template
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, encodable, strip_left, strip_right
-from fastrerank.text.shapes import Piece, Slot, Turn, Values, expand, fill, options, render_chat
+from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template, check_texts
 
@@ -170,7 +170,7 @@ class PromptTokenizer:
 
     def encode(
         self, query: str, lists: Sequence[Sequence[str]], *, notes: Sequence[Sequence[str]] | None = None,
-        reserve: int = 0,
+        reserve: int = 0, max_length: int | None = None,
     ) -> list[Prompt]:  # fmt: skip
         """One prompt per list: 1 document for a pointwise template, 2 for a pairwise one, else as many as there are.
 
@@ -182,6 +182,7 @@ class PromptTokenizer:
             lists: a sequence of sequences of str.
             notes: one str per document, for templates that print one.
             reserve: tokens to keep free below `max_length`, for an answer.
+            max_length: the limit in tokens of this call's prompts; None: `self.max_length`.
 
         Raises TypeError naming the position of what is no str; ValueError for a wrong number of documents or notes, and
         where query and fixed text leave less than one token per document (it says by how many tokens).
@@ -193,8 +194,14 @@ class PromptTokenizer:
         for i, documents in enumerate(checked):
             self._check_count(len(documents), f"lists[{i}]")
         all_notes = self._check_notes(checked, notes)
-        limit = None if self.max_length is None else self.max_length - reserve
+        most = self.max_length if max_length is None else _check_limit(max_length)
+        limit = None if most is None else most - reserve
         return list(self._encode(query, checked, all_notes, limit))
+
+    def shorten(self, text: str, count: int) -> str:
+        """The beginning of `text` that its first `count` tokens stand for, when it is tokenised on its own."""
+        _, spans = self._text.encode_spans(text, False)
+        return text if count >= len(spans) else text[: spans[count - 1][1] if count else 0]
 
     def label_ids(self, count: int | None = None) -> npt.NDArray[np.int64]:
         """Ids of the template's labels (K,), or of the first `count` identifiers, as they stand behind the prompt.
@@ -224,7 +231,7 @@ class PromptTokenizer:
     # ---- laying out
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, **options(self.template)))
+        return str(self._tokenizer.apply_chat_template(contents(self.template, messages), **options(self.template)))
 
     def _lay_out(self, count: int) -> tuple[list[Turn], list[list[Piece]]]:
         turns = expand(self.template, count, self._instruction)
@@ -451,14 +458,14 @@ class PromptTokenizer:
         texts = [self._prepare(document)[0] for document in documents]
         values = Values(self.template.prepare_query(query), self._instruction, texts, notes)
         turns, _ = self._lay_out(len(texts))
-        contents = [fill(turn.pieces, values) for turn in turns]
+        filled = [fill(turn.pieces, values) for turn in turns]
         if self.template.chat:
-            messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, contents, strict=True)]
-            contents = [self._render(messages) + self._suffix]
+            messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, filled, strict=True)]
+            filled = [self._render(messages) + self._suffix]
         elif self._suffix:
-            contents = [*contents, self._suffix] if self.template.segments else [contents[0] + self._suffix]
+            filled = [*filled, self._suffix] if self.template.segments else [filled[0] + self._suffix]
         ids: list[int] = []
-        for text, specials in zip(contents, self._specials, strict=False):
+        for text, specials in zip(filled, self._specials, strict=False):
             ids += [*specials, *self._whole.encode(text, add_special_tokens=False).ids]
         return [*ids, *self._specials[-1]]
 

@@ -30,6 +30,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "order": ("given", "reversed"),
     "document_unit": ("", "words", "tokens", "characters"),
     "special_tokens": ("auto", "bos", "none"),
+    "content": ("text", "parts"),
 }
 # The last two are what sentence-transformers makes of a pair, for chat templates that know them.
 _ROLES = ("system", "user", "assistant", "query", "document")
@@ -69,6 +70,7 @@ class Template:
         score: "difference" (first label minus second), "logit" (the one label), "expectation" (labels are numbers).
         messages, text, segments, pair: exactly one is given: chat turns for the checkpoint's own chat template; raw
             text tokenised as a whole; raw texts tokenised separately and concatenated; a pair for the tokenizer.
+        content: what a chat template gets as a turn's content: "text", or "parts", a list of one {"type": "text"}.
         suffix: text behind the prompt where logits or a head are read; `generation_suffix` where text is generated.
         source, paper: where the wording was published.
 
@@ -109,6 +111,7 @@ class Template:
     preprocess_query: tuple[str, ...] = ()
     system_joiner: str | None = None
     special_tokens: str = "auto"
+    content: str = "text"
     requires: tuple[str, ...] = ()
     chat_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -423,6 +426,8 @@ class _Checker:
             raise self._error("system_joiner", "is given", "that with a system turn only")
         if template.chat_options and not template.messages:
             raise self._error("chat_options", "is given", "that with messages only")
+        if template.content != "text" and not template.messages:
+            raise self._error("content", f"is {template.content!r}", '"text" without messages')
         if template.messages and template.special_tokens == "bos":
             raise self._error("special_tokens", 'is "bos"', '"auto" or "none" with messages')
         if template.pair and template.special_tokens != "auto":

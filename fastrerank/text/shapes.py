@@ -10,7 +10,7 @@ from typing import Any
 
 from fastrerank.text.prompts import Template, parse_format
 
-__all__ = ["Piece", "Slot", "Turn", "Values", "expand", "fill", "render_chat"]
+__all__ = ["Piece", "Slot", "Turn", "Values", "contents", "expand", "fill", "options", "render_chat"]
 
 Render = Callable[[list[dict[str, str]]], str]
 
@@ -252,3 +252,10 @@ def _check_turns(template: Template, turns: Sequence[Turn], render: Render) -> N
 def options(template: Template) -> Mapping[str, Any]:
     """Keyword arguments for apply_chat_template."""
     return {"add_generation_prompt": True, **template.chat_options, "tokenize": False}
+
+
+def contents(template: Template, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The messages as the chat template takes them: contents as text, or each as a list of one part."""
+    if template.content == "text":
+        return list(messages)
+    return [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]

@@ -1,0 +1,208 @@
+"""Pairs through a checkpoint's own chat template, as sentence-transformers 6 puts them to a cross-encoder."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from fastrerank.checkpoint import Checkpoint
+from fastrerank.text.files import ChatTemplate, template_of_pairs
+from fastrerank.text.prompt_tokenizer import PromptTokenizer
+from fastrerank.text.prompts import Message, Template
+from fastrerank.text.shapes import contents, options
+from fastrerank.text.tokenizer import TokenBatch
+
+__all__ = ["ChatPairs", "chat_tokenizer", "joined_template", "pair_template"]
+
+log = logging.getLogger("fastrerank")
+
+# Model types whose chat templates take plain text although their source looks otherwise, and what a source looks like
+# that takes lists of parts.
+_PLAIN_TEXT = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")
+_PARTS = ("content[0]", ".type", "'type'", '"type"', "message.content[")
+# A pair, and each of its sides replaced: what a chat template prints must change with both.
+_PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
+# Prompts are laid out once per system text; calls that name ever new ones must not hold on to them all.
+_KEPT_PROMPTS = 4
+_CACHE_BYTES = 16 << 20
+
+
+def pair_template(
+    checkpoint: Checkpoint, chat_template: ChatTemplate | None, *, prompt: str = "",
+    chat_options: Mapping[str, Any] | None = None,
+) -> Template:  # fmt: skip
+    """The two turns of a pair for a checkpoint: how contents are written, the arguments of its chat template.
+
+    Args:
+        checkpoint: opened checkpoint; what sentence-transformers saved in it is followed.
+        chat_template: source of its chat template.
+        prompt: text of a system turn; "" for none.
+        chat_options: further arguments of the chat template, over the saved ones.
+    """
+    template = Template.load("sentence-transformers")
+    saved = checkpoint.sentence_config()
+    stored = (saved.get("processing_kwargs") or {}).get("chat_template") or {}
+    arguments = {**template.chat_options, **stored, **(chat_options or {})}
+    for name in ("restore_suffix", "padding", "truncation", "max_length", "return_tensors"):
+        arguments.pop(name, None)  # of cutting, which is done on ids here: what follows the document is never cut
+    style = ((saved.get("modality_config") or {}).get("message") or {}).get("format", "auto")
+    if style not in ("flat", "structured"):
+        plain = checkpoint.config.get("model_type") in _PLAIN_TEXT
+        parts = not isinstance(chat_template, str) or any(sign in chat_template for sign in _PARTS)
+        style = "flat" if plain or not parts else "structured"
+    messages = (*([Message("system", "{instruction}")] if prompt else []), *template.messages)
+    return replace(
+        template, messages=messages, instruction=prompt, chat_options=MappingProxyType(arguments),
+        content="text" if style == "flat" else "parts",
+    )  # fmt: skip
+
+
+def joined_template(prompt: str = "") -> Template:
+    """A pair as the tokenizer joins it, the prompt before the query."""
+    template = Template.load("sentence-transformers")
+    return replace(
+        template, messages=(), pair=("{instruction}{query}", "{document}"), instruction=prompt, special_tokens="auto",
+        chat_options=MappingProxyType({}),
+    )  # fmt: skip
+
+
+def chat_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None) -> Any | None:
+    """The tokenizer whose chat template takes a checkpoint's pairs; None where the tokenizer joins them.
+
+    Args: as in `ChatPairs.load`.
+
+    A checkpoint's template that drops the query or the document, or refuses their roles, is not used, which the log
+    says at WARNING; a given one raises ValueError. Raises ImportError without transformers.
+    """
+    source = template_of_pairs(checkpoint, chat_template)
+    if source is None:
+        return None
+    try:
+        import jinja2  # noqa: F401
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"{checkpoint.path} puts pairs through its chat template, which needs {error.name}: pip install "
+            "'fastrerank[torch]'; CrossEncoder(..., chat_template='') joins them as the tokenizer does"
+        ) from None
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(checkpoint.transformer_path), trust_remote_code=checkpoint.trust_remote_code
+    )
+    tokenizer.chat_template = source
+    problem = _refusal(tokenizer, pair_template(checkpoint, source))
+    if problem and chat_template:
+        raise ValueError(f"chat_template must print the contents of the roles query and document: {problem}")
+    if problem:
+        log.warning(
+            "%s: pairs are joined by the tokenizer, as its chat template cannot take the roles query and document (%s)",
+            checkpoint.path, problem,
+        )  # fmt: skip
+        return None
+    return tokenizer
+
+
+class ChatPairs:
+    """(query, document) pairs as the ids of the prompt that a chat template makes of them.
+
+    Equals transformers' `apply_chat_template` on two turns with the roles "query" and "document", behind a system turn
+    where there is a prompt, as long as the texts hold no special tokens; a text that does is plain text all the same.
+    One object serves any number of threads.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
+        self._checkpoint, self._tokenizer = checkpoint, tokenizer
+        self._prompts: dict[str, PromptTokenizer] = {}
+        self._lock = threading.Lock()
+        self._laid_out("", {})
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, chat_template: str | None = None) -> ChatPairs | None:
+        """The pairs of a checkpoint; None where its tokenizer joins them.
+
+        Args:
+            checkpoint: opened checkpoint.
+            chat_template: source of a chat template in place of the checkpoint's; "" for none.
+
+        Raises ValueError where the template prints a document twice or changes a text; else as `chat_tokenizer`.
+        """
+        tokenizer = chat_tokenizer(checkpoint, chat_template)
+        return None if tokenizer is None else cls(checkpoint, tokenizer)
+
+    def pair_list(
+        self, pairs: Sequence[tuple[str, str]], max_length: int | None = None, *, prompt: str = "",
+        chat_options: Mapping[str, Any] | None = None,
+    ) -> TokenBatch:  # fmt: skip
+        """Pack the prompts of N pairs of str.
+
+        The document is cut to fit `max_length`, never what follows it. The query is cut only if it alone does not fit:
+        to three quarters of the room. `prompt` is a system turn, `chat_options` are arguments of the chat template.
+
+        Raises ValueError where `max_length` leaves no room for a pair, or the template drops the prompt.
+        """
+        prompts = self._laid_out(prompt, chat_options or {})
+        members: dict[str, list[int]] = {}
+        for i, (query, _) in enumerate(pairs):
+            members.setdefault(query, []).append(i)
+        rows: list[Any] = [None] * len(pairs)
+        query_truncated = False
+        for query, places in members.items():
+            fitting, cut = self._fitting(prompts, query, max_length)
+            query_truncated |= cut
+            found = prompts.encode(fitting, [[pairs[i][1]] for i in places], max_length=max_length)
+            for i, one in zip(places, found, strict=True):
+                rows[i] = one
+        ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
+        offsets = np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])]).astype(np.int64)
+        truncated = np.array([bool(row.truncated.any()) for row in rows], np.bool_)
+        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, query_truncated)
+
+    def _fitting(self, prompts: PromptTokenizer, query: str, limit: int | None) -> tuple[str, bool]:
+        """The query, and whether it had to be cut so that a token of a document fits."""
+        if limit is None or _size(prompts, query) < limit:
+            return query, False
+        room = limit - _size(prompts, "")
+        if room < 2:
+            raise ValueError(f"max_length={limit} leaves no room for text: it must be at least {limit - room + 2}")
+        for count in range(room * 3 // 4, -1, -1):  # a cut text can take a token more in its place than on its own
+            shorter = prompts.shorten(query, count)
+            if _size(prompts, shorter) < limit:
+                break
+        return shorter, True
+
+    def _laid_out(self, prompt: str, chat_options: Mapping[str, Any]) -> PromptTokenizer:
+        key = repr((prompt, sorted(chat_options.items())))
+        with self._lock:
+            if key not in self._prompts:
+                source = self._tokenizer.chat_template
+                template = pair_template(self._checkpoint, source, prompt=prompt, chat_options=chat_options)
+                made = PromptTokenizer(self._tokenizer, template, readout="head", cache_bytes=_CACHE_BYTES)
+                while len(self._prompts) >= _KEPT_PROMPTS:
+                    self._prompts.pop(next(iter(self._prompts)))
+                self._prompts[key] = made
+            return self._prompts[key]
+
+
+def _size(prompts: PromptTokenizer, query: str) -> int:
+    return len(prompts.encode(query, [[""]])[0].ids)
+
+
+def _refusal(tokenizer: Any, template: Template) -> str:
+    """Why the chat template cannot take a pair's roles; "" where it can."""
+    try:
+        first, *others = [
+            tokenizer.apply_chat_template(
+                contents(template, [{"role": "query", "content": query}, {"role": "document", "content": document}]),
+                **options(template),
+            )
+            for query, document in _PROBES
+        ]
+    except Exception as error:  # chat templates raise jinja2's errors, and whatever their own code runs into
+        return str(error) or type(error).__name__
+    lost = [role for role, text in zip(("query", "document"), others, strict=True) if text == first]
+    return f"it drops the {' and the '.join(lost)}" if lost else ""
