@@ -27,7 +27,8 @@ from fastrerank import ops
 from fastrerank.ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = (ROOT / "csrc" / "cuda" / "cur_topk.cu").read_text()
+MANY = (ROOT / "csrc" / "cuda" / "cur_many.h").read_text()
+SOURCE = (ROOT / "csrc" / "cuda" / "cur_topk.cu").read_text().replace('#include "cur_many.h"\n', MANY)
 SHIM = ROOT / "tests" / "cuda_emulation"
 COMPILER = shutil.which("g++")
 SANITIZERS = {"none": "", "address": "address,undefined", "thread": "thread"}
@@ -129,6 +130,8 @@ def search(
     if kind == "ascending":
         values[:] = 0
         values[0] = np.arange(count) // 3
+    if kind == "equal":
+        values[:] = 1
     if kind == "infinite":
         values[0, ::7], values[0, 1::7] = np.inf, -np.inf
     queries = random.integers(-9, 10, (rows, width)).astype(np.float32)
@@ -158,6 +161,11 @@ SEARCHES = [
     search("int8 item", 270, 1100, 5, 1, rows=6, kind="any", more=60),  # rows that share a scan, and two that are left
     search("int8 anchor", 37, 9001, 20, 2, rows=3, kind="any", more=84),
     search("bfloat16", 70, 5000, 9, 1, rows=2, kind="any", more=70),
+    # Many queries: a sample of four parts or more, of 256 items, a tile that ends early, rows that are left for another scan
+    search("int8 item", 20, 8193, 3, 1, rows=5, kind="ascending"),
+    search("int8 anchor", 300, 4097, 2, 2, rows=33),
+    search("int8 item", 37, 35000, 10, 1, rows=40, kind="any", more=12),
+    search("int8 anchor", 5, 9007, 4, 1, rows=32, kind="equal", more=1),
 ]  # fmt: skip
 RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23])  # of the first kind, a full reservoir, rows together
 
@@ -186,7 +194,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(emulated::shared);", source
         )
         source, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulated::launch(\1, \2)(", source, flags=re.DOTALL)
-        assert launches == 5
+        assert launches == 9
         place.with_name("cur_topk.cpp").write_text(f'{source}\n#include "run.cpp"\n')
         checks = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"] if sanitizer != "none" else []
         sources = [str(place.with_name("cur_topk.cpp")), str(fibers(sanitizer))]

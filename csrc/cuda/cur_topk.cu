@@ -5,53 +5,27 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cur_many.h"
 #include "cur_products.h"
+#include "cur_state.h"
 #include "kernels.h"
 #include "reservoir.h"
 
 namespace fastrerank::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSortThreads = 512;
-constexpr int kWarps = kThreads / 32;
 constexpr int kSteps = 4;                        // a warp takes two tiles in a step
 constexpr int kBatch = kThreads * kSteps;        // items of a block between two barriers
-constexpr int kPadding = 64;                     // words of a query: what a warp reads of a tile at a time
 constexpr int kTogether = 4;                     // queries that share a scan of int8 items
 constexpr size_t kRoom = 96 << 10;               // bytes of shared memory for queries that share a scan
 constexpr size_t kLists = size_t{64} << 20;      // bytes of the blocks' bests of the queries of one launch
+constexpr size_t kReservoirs = size_t{192} << 20;  // bytes of the reservoirs of a scan for many queries
 
 // Blocks of a multiprocessor that scan for so many queries.
 constexpr int blocks_of(int queries) { return queries == 1 ? 3 : 2; }
 
-// What a scan knows of a query.
-struct alignas(32) State {
-    Entry floor;         // the least of the published entries
-    uint32_t published;  // how many entries are published, each the best of other items
-    int32_t shift;       // 128 times the sum of the rounded query's values, int8 only
-    double unit, error;  // a score is within `error` of `unit` times the product
-};
-
-struct Scratch {
-    int32_t* status;    // (rows,)
-    State* states;      // (rows,)
-    uint32_t* rounded;  // (rows, words of a query)
-    Entry* lists;       // (queries of a launch, blocks, wanted)
-    Entry* found;       // (rows, wanted), products, descending
-    Entry* exact;       // (rows, wanted)
-};
-
-struct BlockBarrier {
-    __device__ __forceinline__ void operator()() const { __syncthreads(); }
-};
-
 __device__ __forceinline__ double query_value(const CurTopk& g, const float* query, int i) {
     return g.anchor ? static_cast<double>(query[i]) * g.anchor[i] : query[i];
-}
-
-__device__ __forceinline__ int words_of(const CurTopk& g) {
-    return ((g.int8 ? g.stored_width / 4 : g.stored_width) + kPadding - 1) / kPadding * kPadding;
 }
 
 // The sum, or the largest, of the threads' values, by one tree.
@@ -380,15 +354,30 @@ size_t scan_shared(const CurTopk& g, int queries) {
     return queries * (reservoir_size(g.wanted, kBatch) * sizeof(Entry) + words_at_host(g) * sizeof(uint32_t));
 }
 
-// How a call is cut up: `blocks` that have something to do, `queries` of one scan, `rows` of one launch.
+// What a scan for many queries shares beside the queries: a reservoir that is cut back.
+size_t many_shared(const CurTopk& g) {
+    return kMany * words_at_host(g) * sizeof(uint32_t) + reservoir_size(g.wanted, kManyBatch) * sizeof(Entry);
+}
+
+// How a call is cut up: `blocks` that have something to do, `queries` of one scan, `rows` of one launch. parts: of the
+// sample of a scan for many queries, else 0.
 struct Plan {
-    int blocks, queries, rows, groups;
+    int blocks, queries, rows, groups, parts;
 };
 Plan plan_of(const CurTopk& g) {
-    const int64_t batches = std::max<int64_t>((g.count + kBatch - 1) / kBatch, 1);
-    Plan plan{1, 1, 1, 0};
+    const auto blocks_for = [&](int each, int batch) {
+        return static_cast<int>(
+            std::min<int64_t>(g.processors * each, std::max<int64_t>((g.count + batch - 1) / batch, 1)));
+    };
+    // More parts than are wanted, so that the sample's bound is not the worst of them.
+    const int parts = power_of_two(g.wanted + g.wanted / 2), blocks = blocks_for(2, kManyBatch);
+    const size_t reservoirs = sizeof(Entry) * blocks * kMany * reservoir_size(g.wanted, kManyBatch);
+    if (g.int8 && g.rows > kTogether && g.count >= int64_t{4} * parts * kPart && many_shared(g) <= kRoom &&
+        reservoirs <= kReservoirs)
+        return {blocks, kMany, std::min(kMany, g.rows), 0, parts};
+    Plan plan{1, 1, 1, 0, 0};
     if (g.int8 && g.rows > 1 && scan_shared(g, kTogether) <= kRoom) plan.queries = kTogether;
-    plan.blocks = static_cast<int>(std::min<int64_t>(g.processors * blocks_of(plan.queries), batches));
+    plan.blocks = blocks_for(blocks_of(plan.queries), kBatch);
     const int64_t rows = kLists / (sizeof(Entry) * plan.blocks * g.wanted) / plan.queries * plan.queries;
     plan.rows = static_cast<int>(std::min<int64_t>(std::max<int64_t>(rows, plan.queries), g.rows));
     for (int groups = 1; groups <= kWarps && !plan.groups; groups *= 2)
@@ -414,7 +403,59 @@ size_t lay_out(const CurTopk& g, char* p, Scratch* s) {
     s->lists = reinterpret_cast<Entry*>(take(static_cast<size_t>(plan.rows) * plan.blocks * wanted));
     s->found = reinterpret_cast<Entry*>(take(rows * wanted));
     s->exact = reinterpret_cast<Entry*>(take(rows * wanted));
+    const size_t kept = plan.parts ? sizeof(Entry) * plan.blocks * kMany * reservoir_size(g.wanted, kManyBatch) : 0;
+    s->tops = reinterpret_cast<Entry*>(take(sizeof(Entry) * kMany * plan.parts));
+    s->reservoirs = reinterpret_cast<Entry*>(take(kept));
     return at;
+}
+
+// Rounded queries' bests of a scan into s.found.
+cudaError_t scan_for_few(const CurTopk& g, const Scratch& s, const Plan& plan, cudaStream_t stream) {
+    const size_t shared = scan_shared(g, plan.queries);
+    const auto scan = !g.int8             ? scan_kernel<false, 1>
+                      : plan.queries == 1 ? scan_kernel<true, 1>
+                                          : scan_kernel<true, kTogether>;
+    const size_t merge_shared = reservoir_size(g.wanted, kSortThreads) * sizeof(Entry);
+    for (int begin = 0; begin < g.rows; begin += plan.rows) {
+        const int rows = std::min(plan.rows, g.rows - begin);
+        const int scans = (rows + plan.queries - 1) / plan.queries;
+        cudaError_t error =
+            cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (error != cudaSuccess) return error;
+        scan<<<scans * plan.blocks, kThreads, shared, stream>>>(g, s, begin, rows, plan.blocks, plan.groups);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+        merge_kernel<<<rows, kSortThreads, merge_shared, stream>>>(g, s, begin, plan.blocks);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t scan_for_many(const CurTopk& g, const Scratch& s, const Plan& plan, cudaStream_t stream) {
+    const int words = static_cast<int>(kMany * words_at_host(g) * sizeof(uint32_t)), room = plan.blocks * g.wanted;
+    const int shared = static_cast<int>(many_shared(g));
+    const size_t chosen = reservoir_size(g.wanted, kSortThreads) * sizeof(Entry);
+    for (int begin = 0; begin < g.rows; begin += kMany) {
+        const int rows = std::min(kMany, g.rows - begin);
+        cudaError_t error = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, words);
+        if (error != cudaSuccess) return error;
+        sample_kernel<<<plan.parts, kThreads, words, stream>>>(g, s, begin);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+        choose_kernel<<<rows, kSortThreads, chosen, stream>>>(g, s, begin, s.tops, plan.parts, false);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+        error = cudaFuncSetAttribute(many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (error != cudaSuccess) return error;
+        many_kernel<<<plan.blocks, kThreads, shared, stream>>>(g, s, begin);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+        choose_kernel<<<rows, kSortThreads, chosen, stream>>>(g, s, begin, s.lists, room, true);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace
@@ -432,24 +473,8 @@ cudaError_t cur_topk(const CurTopk& g, void* scratch, int64_t* ids, float* score
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
 
-    const size_t shared = scan_shared(g, plan.queries);
-    const auto scan = !g.int8             ? scan_kernel<false, 1>
-                      : plan.queries == 1 ? scan_kernel<true, 1>
-                                          : scan_kernel<true, kTogether>;
-    const size_t merge_shared = reservoir_size(g.wanted, kSortThreads) * sizeof(Entry);
-    for (int begin = 0; begin < g.rows; begin += plan.rows) {
-        const int rows = std::min(plan.rows, g.rows - begin);
-        const int scans = (rows + plan.queries - 1) / plan.queries;
-        error = cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (error != cudaSuccess) return error;
-        scan<<<scans * plan.blocks, kThreads, shared, stream>>>(g, s, begin, rows, plan.blocks, plan.groups);
-        error = cudaGetLastError();
-        if (error != cudaSuccess) return error;
-        merge_kernel<<<rows, kSortThreads, merge_shared, stream>>>(g, s, begin, plan.blocks);
-        error = cudaGetLastError();
-        if (error != cudaSuccess) return error;
-    }
-
+    error = plan.parts ? scan_for_many(g, s, plan, stream) : scan_for_few(g, s, plan, stream);
+    if (error != cudaSuccess) return error;
     const auto rescore = g.int8 ? rescore_kernel<true> : rescore_kernel<false>;
     rescore<<<g.rows*((g.wanted + kWarps - 1) / kWarps), kThreads, 0, stream>>>(g, s);
     error = cudaGetLastError();

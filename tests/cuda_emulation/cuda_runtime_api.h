@@ -37,8 +37,11 @@ void seed(unsigned number);
 void run(int blocks, int threads, size_t bytes, const std::function<void()>& body);
 // Waits for all threads of the block; whether any of them says so.
 bool meet(bool says);
-// Waits for all threads of the warp; what the one says whose number in it differs by these bits.
-uint64_t exchange(uint64_t says, int bits);
+// Waits for all threads of the warp; what each of them says, until it says something else.
+struct Words {
+    uint64_t word[3];
+};
+const Words* gather(const Words& says);
 // Lets other threads run first, now and then.
 void pause();
 
@@ -51,6 +54,28 @@ auto launch(void (*kernel)(Parameters...), int blocks, int threads, size_t bytes
         else
             run(blocks, threads, bytes, [=] { kernel(given...); });
     };
+}
+
+// mma.sync.m16n8k32 of unsigned with signed bytes. A lane has of a: rows lane / 4 and, in the odd words, lane / 4 + 8;
+// columns lane % 4 * 4 on and, in the last two words, 16 more. Of b, in this order: rows lane % 4 * 4 on, and 16 more, of
+// column lane / 4. Of c: rows lane / 4 and, in the last two, lane / 4 + 8; columns lane % 4 * 2 and the next.
+inline void multiply(const uint32_t (&a)[4], uint32_t low, uint32_t high, int (&c)[4]) {
+    Words own{};
+    const uint32_t words[6] = {a[0], a[1], a[2], a[3], low, high};
+    std::memcpy(&own, words, sizeof words);
+    const Words* all = gather(own);
+    const int lane = static_cast<int>(thread.x) % 32;
+    const auto byte = [&](int of, int word, int place) {
+        return static_cast<uint8_t>(all[of].word[word / 2] >> (word % 2 * 32 + place * 8));
+    };
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        uint32_t sum = c[i];
+        for (int k = 0; k < 32; ++k)
+            sum += byte(row % 8 * 4 + k % 16 / 4, row / 8 + k / 16 * 2, k % 4) *
+                   static_cast<int8_t>(byte(column * 4 + k % 16 / 4, 4 + k / 16, k % 4));
+        c[i] = static_cast<int>(sum);
+    }
 }
 
 }  // namespace emulated
@@ -68,10 +93,10 @@ inline void __syncthreads() { emulated::meet(false); }
 inline int __syncthreads_or(int says) { return emulated::meet(says != 0); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
-    uint64_t word = 0;
-    std::memcpy(&word, &value, sizeof value);
-    word = emulated::exchange(word, bits);
-    std::memcpy(&value, &word, sizeof value);
+    emulated::Words own{};
+    const unsigned other = threadIdx.x % 32 ^ bits;
+    std::memcpy(&own, &value, sizeof value);
+    std::memcpy(&value, emulated::gather(own) + other, sizeof value);
     return value;
 }
 template <class T>

@@ -48,7 +48,7 @@ struct List {
 } ready, waiting;
 // Threads of a warp that have come to an exchange, and what they say, by turns: nobody is two exchanges ahead.
 List exchanging[1024 / 32];
-uint64_t said[2][1024];
+Words said[2][1024];
 int running = 0;
 bool any_said = false;
 const std::function<void()>* kernel = nullptr;
@@ -164,8 +164,8 @@ bool meet(bool says) {
     return any_said;
 }
 
-uint64_t exchange(uint64_t says, int bits) {
-    const int turn = fibers[running].exchanges++ % 2, other = running ^ bits;
+const Words* gather(const Words& says) {
+    const int turn = fibers[running].exchanges++ % 2, first = running / 32 * 32;
     said[turn][running] = says;
     List& warp = exchanging[running / 32];
     warp.add(running);
@@ -174,7 +174,7 @@ uint64_t exchange(uint64_t says, int bits) {
         warp.size = 0;
     }
     leave();
-    return said[turn][other];
+    return said[turn] + first;
 }
 
 void pause() {
