@@ -9,6 +9,7 @@ namespace fastrerank::cuda {
 constexpr int kMany = 32;  // queries of a scan
 constexpr int kManySteps = 2;  // a warp takes two tiles in a step
 constexpr int kManyBatch = kThreads * kManySteps;  // items of a block between two barriers
+constexpr int kSpread = kMany / 16 * 32;  // sixteen bytes of the queries' 32 values, as `spread` lays them out
 constexpr int kPart = kThreads;  // items of a part of the sample, a block's one step
 
 // Products of a warp's 32 items with 32 queries: [h][n][i] is of its item lane / 4 * 4 + h * 2 + i / 2 with query
@@ -29,16 +30,28 @@ __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t low, u
 #endif
 }
 
+// Products of 32 values of 32 items: two sixteen bytes of a lane, with what `spread` has for it.
+__device__ __forceinline__ void add_values(const uint4& v, const uint4& w, const uint4* query, Products& sums) {
+    const uint32_t rows[2][4] = {{v.x, v.y, w.x, w.y}, {v.z, v.w, w.z, w.w}};
+    const uint4 own[2] = {query[0], query[32]};
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int n = 0; n < kMany / 8; n += 2) {
+            multiply(rows[h], own[n / 2].x, own[n / 2].y, sums[h][n]);
+            multiply(rows[h], own[n / 2].z, own[n / 2].w, sums[h][n + 1]);
+        }
+}
+
 // The products of 32 items from `item` on, a multiple of 16, and the scales of the lane's four: NaN beyond the last
 // item, so that no score of it reaches a bound. Sixteen bytes of a tile are four items' four values; to `multiply` they
 // are rows lane / 4 and lane / 4 + 8 of two matrices, in whose order of rows they are neighbours. A warp reads 256
-// bytes of two tiles at a time. query: as `spread` lays it out.
+// bytes of two tiles at a time; of tiles and values that are not there, others. query: as `spread` lays it out.
 __device__ __forceinline__ void products_of(const CurTopk& g, int64_t item, const uint4* query, const int* shift,
                                             int lane, float (&scale)[4], Products& sums) {
     constexpr int kLoads = 8;
-    const int64_t tile = item / kTile + lane / 16, own = item + lane / 4 * 4;
-    const bool there = tile * kTile < g.count;
-    const uint4* p = reinterpret_cast<const uint4*>(g.tiles + tile * g.tile_bytes) + lane % 4 * 4 + lane / 4 % 4;
+    const int64_t tile = min(item / kTile + lane / 16, (g.count - 1) / kTile), own = item + lane / 4 * 4;
+    const uint4* p = reinterpret_cast<const uint4*>(g.tiles + tile * g.tile_bytes) + lane / 4 % 4 + lane % 4 * 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) scale[j] = own + j >= g.count ? NAN : g.scale ? __ldg(g.scale + own + j) : 1;
 #pragma unroll
@@ -46,23 +59,22 @@ __device__ __forceinline__ void products_of(const CurTopk& g, int64_t item, cons
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[0][n][i] = sums[1][n][i] = -shift[n * 8 + lane % 4 * 2 + i % 2];
     const int groups = g.stored_width / 4;
+    int at = 0;
 #pragma unroll 1
-    for (int at = 0; at < groups; at += 4 * kLoads) {
+    for (; at + 4 * kLoads <= groups; at += 4 * kLoads) {
         uint4 v[kLoads];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i)
-            v[i] = there && at + 4 * i + lane % 4 < groups ? __ldcs(p + (at + 4 * i) * 4) : uint4{0, 0, 0, 0};
+        for (int i = 0; i < kLoads; ++i) v[i] = __ldcs(p + 16 * i);
+        p += 16 * kLoads;
 #pragma unroll
-        for (int i = 0; i < kLoads; i += 2) {
-            const uint32_t even[4] = {v[i].x, v[i].y, v[i + 1].x, v[i + 1].y};
-            const uint32_t odd[4] = {v[i].z, v[i].w, v[i + 1].z, v[i + 1].w};
-#pragma unroll
-            for (int n = 0; n < kMany / 8; n += 2) {
-                const uint4 q = query[((at + 4 * i) / 8 * (kMany / 16) + n / 2) * 32 + lane];
-                multiply(even, q.x, q.y, sums[0][n]), multiply(odd, q.x, q.y, sums[1][n]);
-                multiply(even, q.z, q.w, sums[0][n + 1]), multiply(odd, q.z, q.w, sums[1][n + 1]);
-            }
-        }
+        for (int i = 0; i < kLoads; i += 2) add_values(v[i], v[i + 1], query + (at / 8 + i / 2) * kSpread + lane, sums);
+    }
+#pragma unroll 1
+    for (; at < groups; at += 8) {
+        const int left = groups - 1 - at - lane % 4;
+        const uint4 low = __ldcs(p + min(left, 0) * 4), high = __ldcs(p + min(left, 4) * 4);
+        p += 32;
+        add_values(low, high, query + at / 8 * kSpread + lane, sums);
     }
 }
 
@@ -152,8 +164,15 @@ __global__ void __launch_bounds__(kThreads, 2) many_kernel(CurTopk g, Scratch s,
             __syncthreads();
         }
     };
-    const int64_t batches = (g.count + kManyBatch - 1) / kManyBatch;
     bool full = false;
+    const auto append = [&](int q, float score, int64_t item) {
+        const Entry e = entry_of(score, static_cast<int32_t>(item));
+        if (e < least[q]) return;
+        const int at = atomicAdd(&count[q], 1);
+        reservoirs[q * size + at] = e;
+        full |= at >= size - kManyBatch;
+    };
+    const int64_t batches = (g.count + kManyBatch - 1) / kManyBatch;
     for (int64_t batch = blockIdx.x; batch < batches; batch += gridDim.x) {
 #pragma unroll 1
         for (int step = 0; step < kManySteps; ++step) {
@@ -166,16 +185,17 @@ __global__ void __launch_bounds__(kThreads, 2) many_kernel(CurTopk g, Scratch s,
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int q = n * 8 + lane % 4 * 2 + c;
-                    const float low = bar[q];
+                    float score[4], best = -INFINITY;
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        const float score = static_cast<float>(sums[j / 2][n][j % 2 * 2 + c]) * scale[j];
-                        if (!(score >= low)) continue;
-                        const Entry e = entry_of(score, static_cast<int32_t>(item) + lane / 4 * 4 + j);
-                        if (e < least[q]) continue;
-                        const int at = atomicAdd(&count[q], 1);
-                        reservoirs[q * size + at] = e;
-                        full |= at >= size - kManyBatch;
+                        score[j] = static_cast<float>(sums[j / 2][n][j % 2 * 2 + c]) * scale[j];
+                        best = fmaxf(best, score[j]);
+                    }
+                    if (best < bar[q]) continue;
+#pragma unroll 1
+                    for (int j = 0; j < 4; ++j) {
+                        if (score[0] >= bar[q]) append(q, score[0], item + lane / 4 * 4 + j);
+                        score[0] = score[1], score[1] = score[2], score[2] = score[3];
                     }
                 }
         }
