@@ -87,6 +87,7 @@ def cur() -> None:
     for storage, scales in tests.KINDS:
         tests.check_equals_the_cpu(37, 3001, 50, storage, scales, rows=1)
         tests.check_equals_the_cpu(20, 4000, 1000, storage, scales, rows=1)
+        tests.check_equals_the_cpu(37, 140_001, 2, storage, scales, rows=40)  # int8: on tensor cores
 
 
 def planted() -> None:

@@ -39,6 +39,9 @@ BARRIERS = {
     "before the bound is read": "\n#pragma unroll\n    for (int q = 0; q < Q; ++q) {\n        bar[q]",
     "behind a reservoir that is cut back": "\n        }\n#pragma unroll\n        for (int q = 0; q < Q; ++q) bar[q]",
     "before what is left is sorted": "\n    for (int q = 0; q < live; ++q) {\n        Entry* reservoir",
+    "of many queries, before the sample's best are looked at": "\n    if (thread >= live) return;",
+    "of many queries, behind reservoirs that are cut back": "\n    }\n    cut(g.wanted);",
+    "of many queries, before lists are written": "\n    for (int q = warp;",
 }
 STATE = np.dtype([("floor", "u8"), ("published", "u4"), ("shift", "i4"), ("unit", "f8"), ("error", "f8")])
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
@@ -132,9 +135,14 @@ def search(
         values[0] = np.arange(count) // 3
     if kind == "equal":
         values[:] = 1
+    if kind == "some equal":  # to every other query
+        values[:] = 0
+        values[1] = np.arange(count) % 101 - 50
     if kind == "infinite":
         values[0, ::7], values[0, 1::7] = np.inf, -np.inf
     queries = random.integers(-9, 10, (rows, width)).astype(np.float32)
+    if kind == "some equal":
+        queries[::2] = 0
     queries[:, 0] = 127  # rounding takes nothing away
     if kind == "any":
         values, queries = (random.normal(size=x.shape).astype(np.float32) for x in (values, queries))
@@ -161,13 +169,14 @@ SEARCHES = [
     search("int8 item", 270, 1100, 5, 1, rows=6, kind="any", more=60),  # rows that share a scan, and two that are left
     search("int8 anchor", 37, 9001, 20, 2, rows=3, kind="any", more=84),
     search("bfloat16", 70, 5000, 9, 1, rows=2, kind="any", more=70),
-    # Many queries: a sample of four parts or more, of 256 items, a tile that ends early, rows that are left for another scan
+    # Many queries: samples of four parts and more of 256 items, tiles that end early, rows that another scan is left
     search("int8 item", 20, 8193, 3, 1, rows=5, kind="ascending"),
     search("int8 anchor", 300, 4097, 2, 2, rows=33),
     search("int8 item", 37, 35000, 10, 1, rows=40, kind="any", more=12),
     search("int8 anchor", 5, 9007, 4, 1, rows=32, kind="equal", more=1),
+    search("int8 item", 5, 9007, 4, 1, rows=6, kind="some equal", more=1),  # of some queries reservoirs run full
 ]  # fmt: skip
-RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23])  # of the first kind, a full reservoir, rows together
+RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23], SEARCHES[-1])  # of the first kind, a full reservoir, rows together
 
 
 @pytest.fixture(scope="session")
@@ -342,7 +351,11 @@ def test_a_tile_that_is_not_there_is_found(program: Callable[..., Path], tmp_pat
 
 
 def test_a_barrier_that_is_not_there_is_found(program: Callable[..., Path], tmp_path: Path) -> None:
-    searches = (search("int8 item", 20, 9000, 20, 1), search("int8 item", 20, 9000, 300, 1, kind="ascending"))
+    searches = (
+        search("int8 item", 20, 9000, 20, 1),
+        search("int8 item", 20, 9000, 300, 1, kind="ascending"),
+        SEARCHES[-1],
+    )
     (tmp_path / "searches").write_bytes(b"".join(one.bytes() for one in searches))
 
     program("thread")

@@ -40,16 +40,17 @@ def test_equals_the_cpu(width: int, count: int, k: int, storage: str, scales: st
 
 @pytest.mark.parametrize(("storage", "scales"), KINDS)
 @pytest.mark.parametrize(
-    ("rows", "width", "k"), [(1, 300, 100), (4, 256, 100), (7, 37, 100), (33, 256, 1024), (5, 33, 9)]
+    ("rows", "width", "k"),
+    [(1, 300, 100), (4, 256, 100), (7, 37, 100), (33, 256, 1024), (5, 33, 9), (32, 256, 40), (70, 300, 40)],
 )
 def test_queries_that_share_scans(rows: int, width: int, k: int, storage: str, scales: str | None) -> None:
     check_equals_the_cpu(width, 300_017, k, storage, scales, rows)
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
-@pytest.mark.parametrize("k", [7, 700])
-def test_integer_products_in_every_order(order: str, k: int) -> None:
-    """The kernels alone, whose order is total, of a query that rounding takes nothing from."""
+@pytest.mark.parametrize(("rows", "k"), [(1, 7), (1, 700), (4, 7), (37, 7), (6, 100)])
+def test_integer_products_in_every_order(order: str, rows: int, k: int) -> None:
+    """The kernels alone, whose order is total, of queries that rounding takes nothing from."""
     count = 1_100_000
     line = {"ascending": np.arange(count), "descending": -np.arange(count), "equal": np.zeros(count)}[order]
     line = line % 251 - 120.0 if order == "equal" else np.floor(line % count / (count / 254)) - 127
@@ -57,13 +58,14 @@ def test_integer_products_in_every_order(order: str, k: int) -> None:
     vectors[:, 0] = 127
     items = ops.cur_pack(vectors, "int8", scales="anchor")
     values = np.rint(items.vectors() / items.scale).astype(np.int64)
-    query = np.array([127, -3], np.float32)
-    ids, scores, status = _cur_cuda._launch(torch.from_numpy(query[None]).cuda(), items.to("cuda"), k)
-    assert status() in ([0], [1])
-    sums = query.astype(np.int64) @ values
-    best = np.lexsort((np.arange(count), -sums))[:k]
-    np.testing.assert_array_equal(ids[0].cpu().numpy(), best)
-    np.testing.assert_array_equal(scores[0].cpu().numpy(), sums[best])
+    queries = np.stack([np.full(rows, 127), -3 - np.arange(rows)], axis=1).astype(np.float32)
+    ids, scores, status = _cur_cuda._launch(torch.from_numpy(queries).cuda(), items.to("cuda"), k)
+    assert set(status()) <= {0, 1}
+    for row, query in enumerate(queries):
+        sums = query.astype(np.int64) @ values
+        best = np.lexsort((np.arange(count), -sums))[:k]
+        np.testing.assert_array_equal(ids[row].cpu().numpy(), best)
+        np.testing.assert_array_equal(scores[row].cpu().numpy(), sums[best])
 
 
 def test_a_query_that_is_not_finite_is_found() -> None:
@@ -75,14 +77,15 @@ def test_a_query_that_is_not_finite_is_found() -> None:
     assert ops.cur_topk(queries[::2, ::1], items, 10)[0].shape == (2, 10)  # with strides
 
 
-def test_a_graph_holds_the_kernels() -> None:
+@pytest.mark.parametrize("k", [40, 100])
+def test_a_graph_holds_the_kernels(k: int) -> None:
     random = np.random.default_rng(1)
     items = ops.cur_pack(random.normal(size=(64, 300_000)).astype(np.float32), "int8").to("cuda")
     queries = torch.from_numpy(random.normal(size=(5, 64)).astype(np.float32)).cuda()
-    ids, scores = ops.cur_topk(queries, items, 100)
+    ids, scores = ops.cur_topk(queries, items, k)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = _cur_cuda._launch(queries, items, 100)
+        held = _cur_cuda._launch(queries, items, k)
     for _ in range(3):
         held[0].zero_()
         graph.replay()

@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) many_kernel(CurTopk g, Scratch s,
         if (!__syncthreads_or(full)) continue;
         cut(size - kManyBatch);
         full = false;
+        __syncthreads();
     }
     cut(g.wanted);
     if (thread < live)

@@ -1,7 +1,8 @@
 // Top-k of products of queries with packed items, on int8 and bfloat16 tiles (ops/_cur.py), in five kernels: queries
 // are rounded; blocks stream their shares of the tiles and keep reservoirs in shared memory; the blocks' bests are
-// merged; what is left gets exact scores; they are sorted, and the bound of what was left out is looked at. Every sum
-// has one order and the order of entries is total, so results do not depend on timing.
+// merged; what is left gets exact scores; they are sorted, and the bound of what was left out is looked at. For many
+// queries of int8 items those of cur_many.h scan instead. Every sum has one order and the order of entries is total, so
+// results do not depend on timing.
 #include <algorithm>
 #include <type_traits>
 
@@ -14,11 +15,11 @@
 namespace fastrerank::cuda {
 namespace {
 
-constexpr int kSteps = 4;                        // a warp takes two tiles in a step
-constexpr int kBatch = kThreads * kSteps;        // items of a block between two barriers
-constexpr int kTogether = 4;                     // queries that share a scan of int8 items
-constexpr size_t kRoom = 96 << 10;               // bytes of shared memory for queries that share a scan
-constexpr size_t kLists = size_t{64} << 20;      // bytes of the blocks' bests of the queries of one launch
+constexpr int kSteps = 4;  // a warp takes two tiles in a step
+constexpr int kBatch = kThreads * kSteps;  // items of a block between two barriers
+constexpr int kTogether = 4;  // queries that share a scan of int8 items
+constexpr size_t kRoom = 96 << 10;  // bytes of shared memory for queries that share a scan
+constexpr size_t kLists = size_t{64} << 20;  // bytes of the blocks' bests of the queries of one launch
 constexpr size_t kReservoirs = size_t{192} << 20;  // bytes of the reservoirs of a scan for many queries
 
 // Blocks of a multiprocessor that scan for so many queries.
