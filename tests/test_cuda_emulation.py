@@ -135,6 +135,9 @@ def search(
         values[0] = np.arange(count) // 3
     if kind == "equal":
         values[:] = 1
+    if kind == "sampled":  # one item of each of eight parts: no more than are wanted reach the bound that these give
+        values[:] = 0
+        values[0, 100 :: count // 8] = 1
     if kind == "some equal":  # to every other query
         values[:] = 0
         values[1] = np.arange(count) % 101 - 50
@@ -149,7 +152,7 @@ def search(
     if storage == "bfloat16":
         items = ops.cur_pack(values, storage)
     else:
-        if kind != "any":
+        if kind not in ("any", "sampled"):
             values[:, -1] = 127  # anchors' scales: 1
         items = ops.cur_pack(values, "int8", scales=storage.split()[1])
     vectors = items.vectors().astype(np.float64)
@@ -174,6 +177,7 @@ SEARCHES = [
     search("int8 anchor", 300, 4097, 2, 2, rows=33),
     search("int8 item", 37, 35000, 10, 1, rows=40, kind="any", more=12),
     search("int8 anchor", 5, 9007, 4, 1, rows=32, kind="equal", more=1),
+    search("int8 item", 5, 9007, 4, 1, rows=5, kind="sampled"),
     search("int8 item", 5, 9007, 4, 1, rows=6, kind="some equal", more=1),  # of some queries reservoirs run full
 ]  # fmt: skip
 RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23], SEARCHES[-1])  # of the first kind, a full reservoir, rows together
