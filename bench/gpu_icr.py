@@ -94,11 +94,13 @@ def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _:
 
     Raises
     ------
-    ValueError: an unknown part, or more rounds than there are requests with new documents.
+    ValueError: no usable GPU, an unknown part, or more rounds than there are requests with new documents.
     """
     for part in options.parts:
         if part not in PARTS:
             raise ValueError(f"part {part!r} is unknown; valid are {', '.join(PARTS)}")
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} finds no usable CUDA device")
     bench = _Bench(options, log)
     for count, prompt in bench.prompts.items():
         bench.say(f"{count} documents of random tokens")

@@ -161,6 +161,10 @@ def test_what_the_gpu_form_cannot_do_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(gpu_icr.gpu_icr_texts, "requests", lambda *_: [("query", ["document"])] * 3)
     with pytest.raises(ValueError, match="--rounds must be at most 2"):
         gpu_icr.run(gpu_options(tmp_path, rounds=3), Log())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["--device", "cuda", "icr", "--tiny"])
+    assert result.exit_code == 2
+    assert "finds no usable CUDA device" in result.output
 
 
 def test_two_pass_is_eager() -> None:
