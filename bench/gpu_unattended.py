@@ -55,7 +55,7 @@ def steps(device: str, rounds: int, data: Path | None, *, tiny: bool) -> list[St
     found = [
         Step("build", ("make", "build-gpu", python), 120.0),
         Step("cur", (*every, "--parts", "ceilings,cur"), 60.0),
-        Step("icr", (*bench, "icr", *more), 120.0),
+        Step("icr", (*bench, "icr", *more, *texts), 150.0),
         Step("llm", (*every, "--parts", "ceilings,llm"), 160.0),
         Step("engines", (*every, "--no-compile", "--parts", "ceilings,engines,latency,profile"), 150.0),
         Step("kernels", (*every, "--parts", "ceilings,attention,attention_mass,label_logits"), 100.0),

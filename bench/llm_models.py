@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,13 @@ def _torch_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _write_tokenizer(folder: Path, texts: Path, first_special: int) -> None:
+def train_tokenizer(
+    texts: Path, specials: Mapping[str, int], first_special: int, wording: Sequence[str] = ()
+) -> Any:  # fmt: skip
+    """Equals a `tokenizers.Tokenizer`: byte-level BPE of a file like DL19's, and of `wording`, which is made common.
+
+    `specials`: special tokens and their places behind `first_special`.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -218,8 +224,7 @@ def _write_tokenizer(folder: Path, texts: Path, first_special: int) -> None:
     with gzip.open(texts, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     corpus = [text for row in rows for text in (row["query"], *(one["text"] for one in row["candidates"]))]
-    # Qwen's tokenizer has the prompt's words, bare labels and pairs of line ends as single tokens.
-    corpus += [PREFIX, MIDDLE, "assistant", "\n\n", *_LABELS] * 100
+    corpus += [*wording] * 100
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -230,9 +235,16 @@ def _write_tokenizer(folder: Path, texts: Path, first_special: int) -> None:
     trainer = BpeTrainer(vocab_size=_MERGED, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     stored = json.loads(tokenizer.to_str())
-    stored["model"]["vocab"] |= {token: first_special + place for token, place in _SPECIALS.items()}
+    stored["model"]["vocab"] |= {token: first_special + place for token, place in specials.items()}
     tokenizer = Tokenizer.from_str(json.dumps(stored))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return tokenizer
+
+
+def _write_tokenizer(folder: Path, texts: Path, first_special: int) -> None:
+    # Qwen's tokenizer has the prompt's words, bare labels and pairs of line ends as single tokens.
+    wording = (PREFIX, MIDDLE, "assistant", "\n\n", *_LABELS)
+    tokenizer = train_tokenizer(texts, _SPECIALS, first_special, wording)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = ["input_ids", "attention_mask"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "model_input_names": names}

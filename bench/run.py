@@ -14,8 +14,9 @@ from bench import models
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-RESULTS = Path(__file__).resolve().parent / "results"
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+DATA = ROOT.parent / "shared" / "data"
 
 
 class Model(str, Enum):
@@ -226,7 +227,8 @@ def icr(
     threads: Annotated[int | None, typer.Option(min=1, help="default: the cores of this process")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="peak memory too")] = True,
     tiny: Annotated[bool, typer.Option(help="tiny shapes: does the benchmark work?")] = False,
-    data: Annotated[Path | None, typer.Option(help="folder with the DL19 file")] = None,
+    parts: Annotated[str, typer.Option(help="on a GPU: from token ids, from texts")] = "ids,texts",
+    data: Annotated[Path | None, typer.Option(help="folder with the DL19 file; a GPU needs none")] = None,
     cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="on a GPU bench/results/gpu-icr.json")] = None,
     markdown: Annotated[bool, typer.Option(help="print Markdown instead of terminal tables")] = False,
@@ -234,7 +236,7 @@ def icr(
     """Attention read-outs (ICR, CoRe) of one prompt, against eager attention, two passes and a plain forward.
 
     On a CPU Qwen2.5-0.5B's shape at 2,048 context tokens; with --device cuda Llama-3.1-8B's with 20, 50 and 100
-    documents of 100 tokens.
+    documents of 100 tokens, from token ids to masses and from texts to scores.
     """
     from rich.console import Console
 
@@ -244,8 +246,15 @@ def icr(
         from bench import gpu_icr
 
         file = json_file or (None if tiny else RESULTS / "gpu-icr.json")
-        options_ = gpu_icr.Options("cuda:0", tiny, rounds, command)
-        gpu = gpu_icr.run(options_, log, lambda found: gpu_icr.write_json(found, file) if file else None)
+        options_ = gpu_icr.Options(
+            "cuda:0", tiny, rounds, tuple(parts.split(",")), (data,) if data else (DATA, ROOT / "shared" / "data"),
+            cache or models.default_cache(), command,
+        )  # fmt: skip
+        try:
+            gpu = gpu_icr.run(options_, log, lambda found: gpu_icr.write_json(found, file) if file else None)
+        except ValueError as error:
+            log.print(f"[red]error:[/red] {error}", highlight=False)
+            raise typer.Exit(2) from error
         gpu_icr.show(gpu, markdown=markdown)
         raise typer.Exit(0 if gpu.sound else 1)
     from bench import icr as bench
@@ -368,7 +377,6 @@ def everything(
     from bench import gpu_models, gpu_report, llm_models
 
     log = Console(stderr=True)
-    root = Path(__file__).resolve().parents[1]
     if json_file is None and context.obj == "cuda" and not tiny:
         json_file = RESULTS / "gpu.json"
     options = bench.Options(
@@ -380,7 +388,7 @@ def everything(
         llms=tuple(llms.split(",")) if llms else tuple(llm_models.SHAPES),
         compile=compiled and not quick,
         seconds=seconds,
-        data=(data,) if data else (DATA, root / "shared" / "data"),
+        data=(data,) if data else (DATA, ROOT / "shared" / "data"),
         cache=cache or models.default_cache(),
         command="python -m bench.run " + " ".join(sys.argv[1:]),
     )
