@@ -283,11 +283,11 @@ void max_sim(const char* packed_query, int query_tokens, int dim, const float* t
         for (int i = 0; i < n_padded; ++i) best[i] = -__builtin_inff();
         const float* rows = tokens + offsets[d] * ld;
         const int count = static_cast<int>(offsets[d + 1] - offsets[d]);
-        for (int n = 0; n < n_padded; n += F32::kVectors * VL) {
+        for (int n = 0; n < n_padded; n += StoredF32::kVectors * VL) {
             const char* b = packed_query + static_cast<int64_t>(n) * k_padded * 4;
             const int left = (n_padded - n) / VL;
-            if (left >= F32::kVectors)
-                for_row_tiles<F32::kRows>(count, MaxSimPanel<F32::kVectors>{rows, ld, b, dim, best + n});
+            if (left >= StoredF32::kVectors)
+                for_row_tiles<F32::kRows>(count, MaxSimPanel<StoredF32::kVectors>{rows, ld, b, dim, best + n});
             else if (left == 2)
                 for_row_tiles<F32::kRows>(count, MaxSimPanel<2>{rows, ld, b, dim, best + n});
             else

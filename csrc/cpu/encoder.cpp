@@ -58,12 +58,12 @@ void Encoder::embed(Chunk& c) const {
     const EncoderConfig& g = config_;
     const int64_t width = padded(g.hidden), ld = padded(g.embedding);
     c.x = Workspace::need<float>(c.w->x, c.tokens, width);
-    float* target = projection_.data.size() ? Workspace::need<float>(c.w->context_f32, c.tokens, ld) : c.x;
+    float* target = projection_.bytes ? Workspace::need<float>(c.w->context_f32, c.tokens, ld) : c.x;
     k_.embed({c.ids, c.positions, c.types, word_, word_source_, position_.empty() ? nullptr : position_.data(),
               type_.empty() ? nullptr : type_.data(), c.tokens, g.embedding, target, ld});
     const float* beta = embedding_norm_.has_beta ? embedding_norm_.beta.data() : nullptr;
     k_.layer_norm({target, ld, c.tokens, g.embedding, embedding_norm_.gamma.data(), beta, g.eps, target, ld, {}});
-    if (projection_.data.size())
+    if (projection_.bytes)
         k_.linear({&projection_.view, target, nullptr, ld, c.tokens, Activation::kIdentity, false, nullptr, nullptr,
                    c.x, width, Format::kF32, false});
 }

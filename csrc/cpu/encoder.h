@@ -35,7 +35,7 @@ enum class Readout : int { kFirst = 0, kLast = 1, kMean = 2, kTokens = 3 };
 // 64-byte aligned bytes with slack for whole-vector reads past the end.
 class Bytes {
 public:
-    explicit Bytes(size_t n = 0);
+    explicit Bytes(size_t n = 0, size_t alignment = 64);
     ~Bytes();
     Bytes(Bytes&& other) noexcept;
     Bytes& operator=(Bytes&& other) noexcept;
@@ -51,8 +51,22 @@ private:
     size_t n_;
 };
 
+// Memory of packed weights, in chunks of which whole huge pages are asked for: a forward reads all weights again and
+// again, and with small pages waits for their translations. What a chunk has left is never touched.
+class WeightMemory {
+public:
+    // 64-byte aligned; it lives as long as somebody holds it.
+    std::shared_ptr<char> take(size_t bytes);
+
+private:
+    std::shared_ptr<Bytes> chunk_;
+    size_t used_ = 0;
+};
+
 struct OwnedMatrix {
-    Bytes data, scale, sum, bias;
+    std::shared_ptr<char> data;
+    size_t bytes = 0;  // of data
+    Bytes scale, sum, bias;
     PackedMatrix view{};
 };
 
@@ -131,7 +145,7 @@ private:
     struct Workspace;
     int inner_part(const Layer& l) const;
     OwnedMatrix make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
-                            const float* bias, const std::string& what) const;
+                            const float* bias, const std::string& what);
     void check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const;
     std::unique_ptr<Workspace> take_workspace() const;
     void give_back(std::unique_ptr<Workspace> w, int threads) const;
@@ -165,6 +179,7 @@ private:
     const void* word_ = nullptr;
     Source word_source_ = Source::kF32;
     std::vector<float> position_, type_;
+    WeightMemory memory_;
     std::vector<Layer> layers_;
     OwnedMatrix projection_;
     Norm embedding_norm_, final_norm_;

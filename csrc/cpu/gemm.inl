@@ -165,10 +165,12 @@ INLINE void for_row_tiles(int rows, const F& f) {
 // The policies that weights are packed for.
 #ifdef FASTRERANK_TILES
 #include "gemm_amx.inl"
+using StoredF32 = TileF32;
 using StoredBF16 = TileBF16;
 using StoredS8 = TileS8;
 #define REDUCED tile_linear
 #else
+using StoredF32 = F32;
 using StoredBF16 = BF16;
 using StoredS8 = S8;
 #define REDUCED linear_with
@@ -180,7 +182,7 @@ void linear(const Linear& g) {
 #ifdef FASTRERANK_TILES
             if (g.terms) return tile_linear<TileTerms>(g);
 #endif
-            return linear_with<F32>(g);
+            return linear_with<StoredF32>(g);
         case Precision::kBFloat16: return REDUCED<StoredBF16>(g);
         case Precision::kInt8: return REDUCED<StoredS8>(g);
     }
@@ -221,7 +223,7 @@ bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const St
 bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n, int k, char* data, float* scale,
           float* sum) {
     if (precision == Precision::kFloat32)
-        return pack_with<F32>(w, source, ldw, n, k,
+        return pack_with<StoredF32>(w, source, ldw, n, k,
                               [=](int64_t at, int, float x) { reinterpret_cast<float*>(data)[at] = x; });
     if (precision == Precision::kBFloat16)
         return pack_with<StoredBF16>(w, source, ldw, n, k,
@@ -250,7 +252,7 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
 size_t packed_bytes(Precision precision, int n, int k) {
     const size_t columns = padded(n);
     switch (precision) {
-        case Precision::kFloat32: return columns * stored_inputs<F32>(k) * 4;
+        case Precision::kFloat32: return columns * stored_inputs<StoredF32>(k) * 4;
         case Precision::kBFloat16: return columns * stored_inputs<StoredBF16>(k) * 2;
         case Precision::kInt8: return columns * stored_inputs<StoredS8>(k);
     }

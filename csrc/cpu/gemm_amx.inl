@@ -281,7 +281,11 @@ void tile_linear_some(const Linear& g) {
     if (g.act == Activation::kGelu && !g.fast_act && !g.mul && !add && g.y_format == Format::kTerms) {
         const int64_t ldy = g.ldy;
         return tile_rows<P>(g, [=](int64_t at, int row, const auto& v) __attribute__((always_inline)) {
-            EACH store_terms(half + at + 2 * ldy * row + j * VL, ldy, gelu(v[j]));
+            uint16_t* const to = half + at + 2 * ldy * row;
+            if constexpr (sizeof v == 2 * sizeof v[0])
+                store_terms(to, ldy, gelu(v[0]), gelu(v[1]));
+            else
+                store_terms(to, ldy, gelu(v[0]));
         });
     }
     tile_rows<P>(g, [&](int64_t at, int row, const auto& v) {

@@ -6,6 +6,10 @@
 // Inputs come in terms, written so by what makes them. Weights stay as float32 products pack them, and are split a
 // block of inputs of a panel at a time, into a buffer that is reused from cache by all rows; the next block is split
 // beside the products. Where a panel is deeper than a block, the rows' sums wait in a buffer in between.
+// A panel of weights is read from end to end by products that take two vectors of columns at a time.
+struct TileF32 : F32 {
+    static constexpr int kVectors = 2;
+};
 struct TileTerms : F32 {
     static constexpr int kElement = bytes_of(Format::kTerms);
 };
@@ -18,25 +22,19 @@ struct alignas(64) SplitWeights {
     char line[kTermsSteps * 3 * 2 * kTermsTile];  // [step][term][vector][pair of inputs][column][2]
 };
 
-// Splits the weights of NV vectors of columns, pair by pair of inputs.
+// Splits the weights of a panel of NV vectors of columns, pair by pair of inputs.
 template <int NV>
 struct WeightSplitter {
+    static constexpr int kStride = NV * VL;  // from one input to the next
     static constexpr int kAhead = 48;  // inputs
-    const float* from[NV];
-    int64_t stride[NV];  // from one input to the next
+    const float* from = nullptr;
     int inputs = 0;  // that are stored; a multiple of 4
     int pairs = 0;  // that the buffer takes, zeros included
     char* to = nullptr;
 
     ALWAYS_INLINE void open(const Linear& g, int n, int input, SplitWeights& s) {
         const int k = g.w->k_padded, left = (k - input + 31) / 32 * 32;
-        UNROLL for (int j = 0; j < NV; ++j) {
-            constexpr int kPanel = F32::kVectors * VL;
-            const int column = n + j * VL, panel = column / kPanel * kPanel;
-            stride[j] = g.w->n_padded - panel < kPanel ? g.w->n_padded - panel : kPanel;
-            from[j] = reinterpret_cast<const float*>(g.w->data) + static_cast<int64_t>(panel) * k +
-                      input * stride[j] + column - panel;
-        }
+        from = reinterpret_cast<const float*>(g.w->data) + static_cast<int64_t>(n) * k + input * kStride;
         inputs = k - input;
         pairs = (left < kTermsInputs ? left : kTermsInputs) / 2;
         to = s.line;
@@ -46,15 +44,18 @@ struct WeightSplitter {
         UNROLL for (int j = 0; j < NV; ++j) {
             Terms even{}, odd{};
             if (inputs > 0) {
+                const float* w = from + j * VL;
                 // Fetched while the rows of a block are multiplied.
-                __builtin_prefetch(from[j] + kAhead * stride[j]);
-                __builtin_prefetch(from[j] + (kAhead + 1) * stride[j]);
-                even = split(load(from[j]));
-                odd = split(load(from[j] + stride[j]));
-                from[j] += 2 * stride[j];
+                __builtin_prefetch(w + kAhead * kStride);
+                __builtin_prefetch(w + (kAhead + 1) * kStride);
+                // Of a weight that is infinite in its first term the sums are not finite, and made otherwise.
+                even = split_finite(load(w));
+                odd = split_finite(load(w + kStride));
             }
-            UNROLL for (int t = 0; t < 3; ++t) store_as(to + (t * NV + j) * kTermsTile, even.t[t] >> 16 | odd.t[t]);
+            UNROLL for (int t = 0; t < 3; ++t)
+                store_as(to + (t * NV + j) * kTermsTile, upper_halves(kHalves.in_turn, even.t[t], odd.t[t]));
         }
+        from += 2 * kStride;
         inputs -= 2;
         to += --pairs % 16 ? kTileBytes : kTileBytes + (3 * NV - 1) * kTermsTile;
     }
@@ -131,7 +132,7 @@ INLINE void terms_block(const BlockSums* before, BlockSums& sums, const Linear& 
 // The sums of a row and a vector of columns as multiply-adds make them: of infinities and NaN, whose terms meet zeros
 // and each other, and of what overflows on the way.
 __attribute__((noinline)) vf fused_sums(const Linear& g, int row, int n) {
-    constexpr int kPanel = F32::kVectors * VL;
+    constexpr int kPanel = TileF32::kVectors * VL;
     const int panel = n / kPanel * kPanel;
     const int64_t stride = g.w->n_padded - panel < kPanel ? g.w->n_padded - panel : kPanel;
     const float* w = reinterpret_cast<const float*>(g.w->data) + static_cast<int64_t>(panel) * g.w->k_padded + n -
@@ -158,8 +159,11 @@ void terms_panels(const Linear& g, int begin, int end, const Put& put) {
     // The pairs of a step's weights that are split in a step of a block.
     const int blocks = (g.rows + kBlock - 1) / kBlock, pairs = (16 + blocks - 1) / blocks;
     const auto beside = [&](int i) __attribute__((noinline)) {
-        for (int p = pairs * i / 6; p < pairs * (i + 1) / 6; ++p) next.pair();
-        before.row();
+        // A row takes the vector units about as long as a product takes the tiles, so every other one has none.
+        if (i & 1)
+            for (int p = pairs * (i / 2) / 3; p < pairs * (i / 2 + 1) / 3; ++p) next.pair();
+        else
+            before.row();
     };
     for (int group = begin, group_end; group < end; group = group_end) {
         group_end = group + kWaitingSums / blocks * kPanel;

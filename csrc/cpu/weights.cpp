@@ -7,6 +7,10 @@
 #include <stdexcept>
 #include <utility>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "encoder.h"
 
 namespace fastrerank::cpu {
@@ -29,10 +33,10 @@ Norm make_norm(const float* gamma, const float* beta, int n) {
 
 }  // namespace
 
-Bytes::Bytes(size_t n) : p_(nullptr), n_(n) {
+Bytes::Bytes(size_t n, size_t alignment) : p_(nullptr), n_(n) {
     if (!n) return;
-    const size_t rounded = (n + 64 + 63) / 64 * 64;
-    p_ = static_cast<char*>(std::aligned_alloc(64, rounded));
+    const size_t rounded = (n + 64 + alignment - 1) / alignment * alignment;
+    p_ = static_cast<char*>(std::aligned_alloc(alignment, rounded));
     if (!p_) throw std::bad_alloc();
 }
 Bytes::~Bytes() { std::free(p_); }
@@ -41,6 +45,22 @@ Bytes& Bytes::operator=(Bytes&& other) noexcept {
     std::swap(p_, other.p_);
     std::swap(n_, other.n_);
     return *this;
+}
+
+std::shared_ptr<char> WeightMemory::take(size_t bytes) {
+    constexpr size_t kHugePage = size_t{2} << 20, kChunk = 8 * kHugePage;
+    const size_t whole = (bytes + 64 + 63) / 64 * 64;
+    if (!chunk_ || chunk_->size() - used_ < whole) {
+        const size_t size = (std::max(whole, kChunk) + kHugePage - 1) / kHugePage * kHugePage;
+        chunk_ = std::make_shared<Bytes>(size - 64, kHugePage);
+        used_ = 0;
+#ifdef MADV_HUGEPAGE
+        madvise(chunk_->get(), size, MADV_HUGEPAGE);  // a wish: without it everything is as right
+#endif
+    }
+    char* p = chunk_->get() + used_;
+    used_ += whole;
+    return {chunk_, p};
 }
 
 // Inner columns of the feed-forward that are made and read at once. Rows of terms are wide, and what a block of them
@@ -53,10 +73,11 @@ int Encoder::inner_part(const Layer& l) const {
 }
 
 OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
-                                 const float* bias, const std::string& what) const {
+                                 const float* bias, const std::string& what) {
     OwnedMatrix m;
     const int64_t columns = padded(n);
-    m.data = Bytes(k_.packed_bytes(precision, n, k));
+    m.bytes = k_.packed_bytes(precision, n, k);
+    m.data = memory_.take(m.bytes);
     m.scale = Bytes(columns * sizeof(float));
     m.sum = Bytes(columns * sizeof(float));
     m.bias = Bytes(columns * sizeof(float));
@@ -203,12 +224,12 @@ void Encoder::add_normalize() {
 int Encoder::output_width() const { return head_.empty() ? config_.hidden : head_.back().width; }
 
 size_t Encoder::weight_bytes() const {
-    size_t total = (position_.size() + type_.size()) * sizeof(float) + projection_.data.size();
+    size_t total = (position_.size() + type_.size()) * sizeof(float) + projection_.bytes;
     for (const Layer& l : layers_) {
-        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.strip}) total += m->data.size();
-        for (const FeedForward& f : l.parts) total += f.up.data.size() + f.gate.data.size() + f.down.data.size();
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o, &l.strip}) total += m->bytes;
+        for (const FeedForward& f : l.parts) total += f.up.bytes + f.gate.bytes + f.down.bytes;
     }
-    for (const HeadOp& op : head_) total += op.dense.data.size();
+    for (const HeadOp& op : head_) total += op.dense.bytes;
     return total;
 }
 
