@@ -360,20 +360,19 @@ def test_a_tile_that_is_not_there_is_found(program: Callable[..., Path], tmp_pat
 
 
 def test_a_barrier_that_is_not_there_is_found(program: Callable[..., Path], tmp_path: Path) -> None:
-    searches = (
-        search("int8 item", 20, 9000, 20, 1),
-        search("int8 item", 20, 9000, 300, 1, kind="ascending"),
-        MANY[-1],
-    )
-    (tmp_path / "searches").write_bytes(b"".join(one.bytes() for one in searches))
+    few = (search("int8 item", 20, 9000, 20, 1), search("int8 item", 20, 9000, 300, 1, kind="ascending"))
+    (tmp_path / "few").write_bytes(b"".join(one.bytes() for one in few))
+    (tmp_path / "many").write_bytes(MANY[-1].bytes())
 
     program("thread")
 
-    def findings(behind: str) -> bytes:
+    def findings(place: str) -> bytes:
+        behind = BARRIERS[place]
         assert SOURCE.count(f"__syncthreads();{behind}") == 1
         without = SOURCE.replace(f"__syncthreads();{behind}", behind)
-        return _run([str(program("thread", without)), str(tmp_path / "searches")], expected=False).stderr
+        searches = tmp_path / ("many" if place.startswith("of many") else "few")
+        return _run([str(program("thread", without)), str(searches)], expected=False).stderr
 
     with ThreadPoolExecutor(2) as pool:
-        for place, found in zip(BARRIERS, pool.map(findings, BARRIERS.values()), strict=True):
+        for place, found in zip(BARRIERS, pool.map(findings, BARRIERS), strict=True):
             assert b"data race" in found, place
