@@ -106,6 +106,7 @@ class Found:
     states: npt.NDArray[Any]
     rounded: npt.NDArray[Any]
     entries: npt.NDArray[np.uint64]
+    parts: npt.NDArray[np.int32]
 
     @classmethod
     def read(cls, output: bytes, begin: int, one: Search) -> tuple[Found, int]:
@@ -114,7 +115,7 @@ class Found:
         parts = []
         for dtype, columns in (
             (np.int32, 0), (np.int64, one.k), (np.float32, one.k), (STATE, 0), (kind, one.padded),
-            (np.uint64, one.wanted),
+            (np.uint64, one.wanted), (np.int32, 0),
         ):  # fmt: skip
             count = rows * max(columns, 1)
             array = np.frombuffer(output, dtype, count, begin)
@@ -161,6 +162,15 @@ def search(
     return Search(items, queries, queries.astype(np.float64) @ vectors, k, k + more, processors)
 
 
+# Of many queries: samples of four parts and more of 256 items, tiles that end early, rows that another scan is left.
+MANY = [
+    search("int8 item", 20, 8193, 3, 1, rows=5, kind="ascending"),
+    search("int8 anchor", 300, 4097, 2, 2, rows=33),
+    search("int8 item", 37, 33007, 8, 1, rows=9, kind="any", more=12),
+    search("int8 anchor", 5, 66007, 8, 64, rows=5, kind="equal", more=12),  # lists that are chosen from in parts
+    search("int8 item", 5, 9007, 4, 1, rows=5, kind="sampled"),
+    search("int8 item", 5, 9007, 4, 1, rows=6, kind="some equal", more=1),  # of some queries reservoirs run full
+]
 SEARCHES = [
     *(search(kind, 20, count, k, processors)
       for kind in ("int8 item", "int8 anchor", "bfloat16")
@@ -172,15 +182,9 @@ SEARCHES = [
     search("int8 item", 270, 1100, 5, 1, rows=6, kind="any", more=60),  # rows that share a scan, and two that are left
     search("int8 anchor", 37, 9001, 20, 2, rows=3, kind="any", more=84),
     search("bfloat16", 70, 5000, 9, 1, rows=2, kind="any", more=70),
-    # Many queries: samples of four parts and more of 256 items, tiles that end early, rows that another scan is left
-    search("int8 item", 20, 8193, 3, 1, rows=5, kind="ascending"),
-    search("int8 anchor", 300, 4097, 2, 2, rows=33),
-    search("int8 item", 37, 35000, 10, 1, rows=40, kind="any", more=12),
-    search("int8 anchor", 5, 9007, 4, 1, rows=32, kind="equal", more=1),
-    search("int8 item", 5, 9007, 4, 1, rows=5, kind="sampled"),
-    search("int8 item", 5, 9007, 4, 1, rows=6, kind="some equal", more=1),  # of some queries reservoirs run full
+    *MANY,
 ]  # fmt: skip
-RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23], SEARCHES[-1])  # of the first kind, a full reservoir, rows together
+RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23], MANY[-1])  # of the first kind, a full reservoir, rows together
 
 
 @pytest.fixture(scope="session")
@@ -240,6 +244,7 @@ def test_kernels_give_the_reference_in_any_order_of_threads(
         for _ in range(seeds):
             found, begin = Found.read(output, begin, one)
             check(one, found)
+            assert (found.parts > 0).all() == any(one is many for many in MANY)
     assert begin == len(output)
 
 
@@ -355,20 +360,19 @@ def test_a_tile_that_is_not_there_is_found(program: Callable[..., Path], tmp_pat
 
 
 def test_a_barrier_that_is_not_there_is_found(program: Callable[..., Path], tmp_path: Path) -> None:
-    searches = (
-        search("int8 item", 20, 9000, 20, 1),
-        search("int8 item", 20, 9000, 300, 1, kind="ascending"),
-        SEARCHES[-1],
-    )
-    (tmp_path / "searches").write_bytes(b"".join(one.bytes() for one in searches))
+    few = (search("int8 item", 20, 9000, 20, 1), search("int8 item", 20, 9000, 300, 1, kind="ascending"))
+    (tmp_path / "few").write_bytes(b"".join(one.bytes() for one in few))
+    (tmp_path / "many").write_bytes(MANY[-1].bytes())
 
     program("thread")
 
-    def findings(behind: str) -> bytes:
+    def findings(place: str) -> bytes:
+        behind = BARRIERS[place]
         assert SOURCE.count(f"__syncthreads();{behind}") == 1
         without = SOURCE.replace(f"__syncthreads();{behind}", behind)
-        return _run([str(program("thread", without)), str(tmp_path / "searches")], expected=False).stderr
+        searches = tmp_path / ("many" if place.startswith("of many") else "few")
+        return _run([str(program("thread", without)), str(searches)], expected=False).stderr
 
     with ThreadPoolExecutor(2) as pool:
-        for place, found in zip(BARRIERS, pool.map(findings, BARRIERS.values()), strict=True):
+        for place, found in zip(BARRIERS, pool.map(findings, BARRIERS), strict=True):
             assert b"data race" in found, place

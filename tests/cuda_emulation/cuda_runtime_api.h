@@ -57,8 +57,8 @@ auto launch(void (*kernel)(Parameters...), int blocks, int threads, size_t bytes
 }
 
 // mma.sync.m16n8k32 of unsigned with signed bytes. A lane has of a: rows lane / 4 and, in the odd words, lane / 4 + 8;
-// columns lane % 4 * 4 on and, in the last two words, 16 more. Of b, in this order: rows lane % 4 * 4 on, and 16 more, of
-// column lane / 4. Of c: rows lane / 4 and, in the last two, lane / 4 + 8; columns lane % 4 * 2 and the next.
+// columns lane % 4 * 4 on and, in the last two words, 16 more. Of b, in this order: rows lane % 4 * 4 on, and 16 more,
+// of column lane / 4. Of c: rows lane / 4 and, in the last two, lane / 4 + 8; columns lane % 4 * 2 and the next.
 inline void multiply(const uint32_t (&a)[4], uint32_t low, uint32_t high, int (&c)[4]) {
     Words own{};
     const uint32_t words[6] = {a[0], a[1], a[2], a[3], low, high};

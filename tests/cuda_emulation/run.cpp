@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -58,6 +59,7 @@ int main(int, char** given) {
             lay_out(g, scratch.p, &s);
             show(s.status, n[8]), show(ids.as<int64_t>(), n[8] * n[9]), show(scores.as<float>(), n[8] * n[9]);
             show(s.states, n[8]), show(s.rounded, n[8] * words_of(g)), show(s.found, n[8] * n[10]);
+            show(std::vector<int>(n[8], plan_of(g).parts).data(), n[8]);
         }
     }
     std::fclose(file);
