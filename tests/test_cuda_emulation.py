@@ -281,7 +281,8 @@ def check(one: Search, found: Found) -> None:
 
 
 def test_what_a_status_says(program: Callable[..., Path], tmp_path: Path) -> None:
-    """Queries that are not finite, one whose answer is certain, and items that a rounded query cannot tell apart."""
+    """Queries that are not finite, one whose answer is certain, and items that cannot be told apart: by a rounded query,
+    or because all their scores overflow."""
     fine = search("int8 item", 8, 3000, 50, 1, rows=3, kind="any", more=114)
     fine.queries[0, 3], fine.queries[2, 7] = np.nan, -np.inf
     vectors = np.zeros((8, 3000), np.float32)
@@ -295,13 +296,26 @@ def test_what_a_status_says(program: Callable[..., Path], tmp_path: Path) -> Non
         164,
         1,
     )
-    (tmp_path / "searches").write_bytes(fine.bytes() + alike.bytes())
+    ascending = np.linspace(1e30, 2e30, 3000, dtype=np.float32)[None]
+    endless = [
+        Search(items, np.full((rows, 1), 1e20, np.float32), np.empty((rows, 0)), 2, 8, 1)
+        for items, rows in (
+            (ops.cur_pack(ascending, "bfloat16"), 1),
+            (ops.cur_pack(ascending, "int8"), 4),
+            (ops.cur_pack(np.tile(ascending, 6), "int8"), 5),  # many queries
+        )
+    ]
+    (tmp_path / "searches").write_bytes(b"".join(one.bytes() for one in (fine, alike, *endless)))
     output = _run([str(program("address")), str(tmp_path / "searches")]).stdout
     found, begin = Found.read(output, 0, fine)
     assert (found.status[[0, 2]] & 4 == 4).all()
     assert found.status[1] == 0
-    found, _ = Found.read(output, begin, alike)
+    found, begin = Found.read(output, begin, alike)
     assert found.status.tolist() == [1]
+    for one in endless:
+        found, begin = Found.read(output, begin, one)
+        assert found.status.tolist() == [1] * len(one.queries)
+        assert (found.parts > 0).all() == (len(one.queries) == 5)
 
 
 def test_cur_topk_of_tensors_on_the_emulated_kernels(

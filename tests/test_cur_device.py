@@ -32,7 +32,8 @@ def scan_in_torch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:
         scores = _cur_cuda._scores(exact[row : row + 1], items, torch.tensor(ids))[0]
         found.append(_cur_cuda._keys_of(scores, torch.tensor(ids)).sort(descending=True).values[:k])
         least = best[-1] * units[row] + errors[row]
-        certain = float(_cur_cuda._scores_of(found[-1])[-1]) > least + abs(least) * 2.0**-22 + 2.0**-146
+        least = torch.tensor(least + abs(least) * 2.0**-22 + 2.0**-146).float()
+        certain = bool(_cur_cuda._scores_of(found[-1])[-1] > least)
         status.append(0 if certain and finite[row] else 1 if finite[row] else 4)
     keys = torch.stack(found)
     return _cur_cuda._ids_of(keys), _cur_cuda._scores_of(keys), lambda: status
@@ -130,6 +131,16 @@ def test_keys_order_as_scores_and_ids_do() -> None:
     assert order.tolist() == true[0].tolist()
     assert _cur_cuda._ids_of(keys).tolist() == (torch.arange(9) + 2**31 - 10).tolist()
     assert torch.equal(_cur_cuda._scores_of(keys), scores)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_scores_that_overflow_come_by_id(storage: str, scans: list[int]) -> None:
+    items = ops.cur_pack(np.linspace(1e30, 2e30, 500, dtype=np.float32)[None], storage)
+    queries = np.full((2, 1), 1e20, np.float32)
+    ids, scores = ops.cur_topk(torch.from_numpy(queries), placed(items), 5)
+    assert (scores == torch.inf).all()
+    assert ids.tolist() == ops.cur_topk(queries, items, 5)[0].tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert scans == [74]
 
 
 def test_infinities_and_nan() -> None:

@@ -345,7 +345,8 @@ __global__ void __launch_bounds__(kSortThreads) finish_kernel(CurTopk g, Scratch
     const State& state = s.states[row];
     double least = score_of(last) * state.unit + state.error;
     least += fabs(least) * ldexp(1.0, -22) + ldexp(1.0, -146);
-    if (!(score_of(shared[g.k - 1]) > least)) s.status[row] |= kCurUncertain;
+    // As float32: a score that overflows is not above others that do.
+    if (!(score_of(shared[g.k - 1]) > static_cast<float>(least))) s.status[row] |= kCurUncertain;
 }
 
 size_t words_at_host(const CurTopk& g) {
