@@ -32,7 +32,7 @@ struct EncoderConfig {
 
 enum class Readout : int { kFirst = 0, kLast = 1, kMean = 2, kTokens = 3 };
 
-// 64-byte aligned bytes with slack for whole-vector reads past the end.
+// Aligned bytes, with 64 bytes of slack for whole-vector reads past the end.
 class Bytes {
 public:
     explicit Bytes(size_t n = 0, size_t alignment = 64);
@@ -60,7 +60,8 @@ public:
 
 private:
     std::shared_ptr<Bytes> chunk_;
-    size_t used_ = 0;
+    char* next_ = nullptr;
+    size_t left_ = 0;  // bytes of the chunk from next_ on, a Bytes' slack included
 };
 
 struct OwnedMatrix {

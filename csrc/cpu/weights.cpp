@@ -50,16 +50,16 @@ Bytes& Bytes::operator=(Bytes&& other) noexcept {
 std::shared_ptr<char> WeightMemory::take(size_t bytes) {
     constexpr size_t kHugePage = size_t{2} << 20, kChunk = 8 * kHugePage;
     const size_t whole = (bytes + 64 + 63) / 64 * 64;
-    if (!chunk_ || chunk_->size() - used_ < whole) {
+    if (left_ < whole) {
         const size_t size = (std::max(whole, kChunk) + kHugePage - 1) / kHugePage * kHugePage;
         chunk_ = std::make_shared<Bytes>(size - 64, kHugePage);
-        used_ = 0;
+        next_ = chunk_->get(), left_ = size;
 #ifdef MADV_HUGEPAGE
-        madvise(chunk_->get(), size, MADV_HUGEPAGE);  // a wish: without it everything is as right
+        madvise(next_, size, MADV_HUGEPAGE);  // a wish: without it everything is as right
 #endif
     }
-    char* p = chunk_->get() + used_;
-    used_ += whole;
+    char* p = next_;
+    next_ += whole, left_ -= whole;
     return {chunk_, p};
 }
 
