@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -134,6 +135,9 @@ void launch_cur_topk(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t cou
                     wanted,
                     processors};
     const py::gil_scoped_release release;
+    // A kernel's limit of shared memory is set before its launch: no other thread may set another one in between.
+    static std::mutex one_at_a_time;
+    const std::lock_guard<std::mutex> alone(one_at_a_time);
     const OnDevice on(device);
     check(cur_topk(g, reinterpret_cast<void*>(scratch), reinterpret_cast<int64_t*>(ids),
                    reinterpret_cast<float*>(scores), reinterpret_cast<cudaStream_t>(stream)),

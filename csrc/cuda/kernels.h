@@ -38,7 +38,8 @@ constexpr int32_t kCurUncertain = 1, kCurNan = 2, kCurNotFinite = 4;  // what ma
 
 // Bytes of scratch, aligned to 256, whose first words are the statuses (rows,); it is in use until those are there.
 size_t cur_scratch(const CurTopk& g);
-// ids, scores: (rows, k), -1 and -infinity where there are fewer items.
+// ids, scores: (rows, k), -1 and -infinity where there are fewer items. Sets limits of shared memory of kernels: calls
+// for one device from several threads take turns.
 cudaError_t cur_topk(const CurTopk& g, void* scratch, int64_t* ids, float* scores, cudaStream_t stream);
 
 // Whether this build holds machine code, or PTX to compile, for the current device.
