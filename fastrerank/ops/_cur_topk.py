@@ -40,7 +40,8 @@ def cur_topk(
     On a CUDA device (`items.to("cuda")`, and `queries` a tensor there) the result is two tensors on it. Kernels scan
     int8 and bfloat16 items, and exact scores decide among the 2 k + 64 best that they find; where a bound does not show
     that these hold the best k, for float32 items or bfloat16 ones wider than 16,384, and for k above 1,024, all scores
-    are made in float64. Sums have another order there, so that a score may be the CPU's neighbour.
+    are made in float64. To k is added here what the query that excludes the most ids excludes. Sums have another order
+    there, so that a score may be the CPU's neighbour.
 
     Args:
         queries: float32 (B, K).
