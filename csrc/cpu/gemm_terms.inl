@@ -6,7 +6,8 @@
 // Inputs come in terms, written so by what makes them. Weights stay as float32 products pack them, and are split a
 // block of inputs of a panel at a time, into a buffer that is reused from cache by all rows; the next block is split
 // beside the products. Where a panel is deeper than a block, the rows' sums wait in a buffer in between.
-// A panel of weights is read from end to end by products that take two vectors of columns at a time.
+
+// float32 weights in panels of two vectors: products on tiles take so many at a time, and read a panel from end to end.
 struct TileF32 : F32 {
     static constexpr int kVectors = 2;
 };
