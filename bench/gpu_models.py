@@ -128,9 +128,8 @@ def corpus(folders: Sequence[Path]) -> tuple[Path | None, str]:
     """Equals the first folder that holds the DL19 file, or None and a sentence that says so."""
     for folder in folders:
         if (folder / data.DL19).is_file():
-            return folder, f"DL19 passages of {folder / data.DL19}"
-    places = ", ".join(str(folder) for folder in folders)
-    return None, f"no {data.DL19} in {places}: synthetic words, documents as long as the DL19 passages"
+            return folder, f"DL19 passages of {data.DL19}"
+    return None, f"no {data.DL19} where texts are looked for: synthetic words, documents as long as the DL19 passages"
 
 
 def synthetic(path: Path, *, queries: int = 23, documents: int = 200) -> Path:

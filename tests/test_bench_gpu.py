@@ -70,6 +70,7 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
     assert found["host"]["command"].startswith("python -m bench.run")
     assert set(found["ceilings"]) == {"matmul", "copy"}
     assert "synthetic words" in found["notes"][0]
+    assert not any(str(cache) in note for note in found["notes"])
     assert [model["name"] for model in found["models"]] == list(NAMES)
     for model in found["models"]:
         rows = {row["name"]: row for row in model["rows"]}
