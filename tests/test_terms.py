@@ -47,6 +47,28 @@ def test_a_value_times_one_is_itself(isa: str) -> None:
     np.testing.assert_array_equal(_cpu.linear(np.eye(33, dtype=np.float32), x, None, "float32", "identity", isa), x.T)
 
 
+def test_weights_whose_first_term_rounds_to_infinity(isa: str) -> None:
+    # In columns of a pair of vectors and of the last one, in both parts of a deep panel, in its last inputs.
+    random = np.random.default_rng(4)
+    rows, n, k = 37, 97, 1156
+    x, w = (random.normal(size=size).astype(np.float32) for size in ((rows, k), (n, k)))
+    clean = _cpu.linear(x, w, None, "float32", "identity", isa)
+    largest = np.array([0x7F7FFFFF, 0xFF7F8000], np.uint32).view(np.float32)
+    places = np.array([(3, 0), (40, 383), (40, 500), (96, 1155)])
+    w[tuple(places.T)] = largest[[0, 1, 0, 1]]
+    small = x * np.float32(2.0**-8)
+    small[2] = 0  # a term that is infinite meets zeros
+    small[5, places[:, 1]] = 0
+    check(small, w, isa)
+    small[20, 0], small[36, 1155] = np.finfo(np.float32).max, -8.0
+    result = _cpu.linear(small, w, None, "float32", "identity", isa)
+    assert (result[20, 3], result[36, 96]) == (np.inf, np.inf)
+    assert np.isfinite(np.delete(result[36], 96)).all()
+    others = np.delete(np.arange(n), places[:, 0])
+    result = _cpu.linear(x, w, None, "float32", "identity", isa)
+    np.testing.assert_array_equal(result[:, others], clean[:, others])
+
+
 def test_infinities_and_nan_are_those_of_float32_and_of_their_row_alone(isa: str) -> None:
     random = np.random.default_rng(1)
     x, w = (random.normal(size=size).astype(np.float32) for size in ((21, 40), (35, 40)))
