@@ -281,8 +281,8 @@ def check(one: Search, found: Found) -> None:
 
 
 def test_what_a_status_says(program: Callable[..., Path], tmp_path: Path) -> None:
-    """Queries that are not finite, one whose answer is certain, and items that cannot be told apart: by a rounded query,
-    or because all their scores overflow."""
+    """Queries that are not finite, one whose answer is certain, and items that are not told apart: by a rounded query,
+    or because all scores overflow."""
     fine = search("int8 item", 8, 3000, 50, 1, rows=3, kind="any", more=114)
     fine.queries[0, 3], fine.queries[2, 7] = np.nan, -np.inf
     vectors = np.zeros((8, 3000), np.float32)
