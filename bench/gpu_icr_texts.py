@@ -92,7 +92,7 @@ class TextEngine(ABC):
         """Equals the same with what led to it."""
 
 
-class _InTwoPasses(TextEngine):
+class InTwoPasses(TextEngine):
     """The published prompt as text, then the two passes, then the documents' filtered sums."""
 
     def __init__(self, tokenizer: Any, two_pass: TwoPass) -> None:
@@ -121,7 +121,7 @@ class _InTwoPasses(TextEngine):
         return prompt, masses, document_scores(masses, prompt)[::-1]
 
 
-class Published(_InTwoPasses):
+class Published(InTwoPasses):
     """The text work of the published code, with each of its calls of the tokenizer; see `_lay_out` and `_ids`.
 
     What it does besides is left out: it collects garbage and empties the allocator's cache in each pass.
@@ -176,7 +176,7 @@ class Published(_InTwoPasses):
             raise RuntimeError(f"the prompt so far has {size} tokens, its pieces {place}: the scheme ends here")
 
 
-class TokenisedOnce(_InTwoPasses):
+class TokenisedOnce(InTwoPasses):
     """The same prompt tokenised once, its spans from the tokens' places in the text."""
 
     name = "two-pass, tokenised once"

@@ -79,6 +79,7 @@ def test_gpu_form_on_a_cpu(gpu_form: tuple[gpu_icr._Bench, Path], capsys: pytest
     found = json.loads(file.read_text())
     assert len(found["rows"]) == 2 * 4
     assert len(found["text_rows"]) == 2 * 5
+    assert str(file.parent) not in found["texts"]
     assert all(len(row["seconds"]) == 2 for row in (*found["rows"], *found["text_rows"]))
     for row in found["text_rows"]:
         assert len(row["tokenising"]) == 2
@@ -110,6 +111,12 @@ def test_what_is_wrong_from_texts_is_not_timed(
         row = gpu_icr.Row(engine.name, 4, 0)
         bench._check(row, engine, asked)
         assert (row.state, row.detail[: len(detail)]) == ("WRONG" if detail else "ok", detail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.found, "text_bounds", {})
+        row = gpu_icr.Row(engine.name, 4, 0)
+        bench._check(row, engine, right)
+        assert (row.state, bench.found.text_bounds) == ("failed", {})  # no bound of its own making
 
     def unproved(self: Published, text: str, place: int) -> None:
         right_prove(self, text, place + 1)
