@@ -256,6 +256,7 @@ def test_kernels_are_sorted_by_their_names(name: str, kind: str) -> None:
 
 def test_synthetic_pairs_are_as_long_as_the_real_ones(cache: Path) -> None:
     folder = gpu_models.synthetic(cache / "long", queries=3, documents=100)
+    assert gpu_models.corpus((cache / "nowhere", folder)) == (folder, f"DL19 passages of {gpu_models.data.DL19}")
     path, what = gpu_models.tokenizer_of(folder, cache, real_text=False)
     work = gpu.data.load(folder, gpu.data.PairTokenizer(path.parent), documents=100, length="natural")
     assert "trained on these texts" in what
