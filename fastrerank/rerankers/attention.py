@@ -40,11 +40,19 @@ Heads = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What one query makes of its documents: scores (N,), and of each document its span's masses and their tokens."""
+    """What one query makes of its documents: scores (N,), each span's masses, and where each document was read.
+
+    `read`: a prompt and the document's number in it.
+    """
 
     scores: Scores
     masses: list[Masses]
-    tokens: list[list[str]]
+    read: list[tuple[AttentionPrompt, int]]
+
+    def tokens(self, document: int) -> list[str]:
+        """The texts of the tokens of a document's span."""
+        prompt, number = self.read[document]
+        return prompt.pieces(number)
 
 
 class AttentionReranker(Reranker):
@@ -170,7 +178,7 @@ class AttentionReranker(Reranker):
         rows = ranked(order(answer.scores), answer.scores, texts if return_documents else None, top_k)
         for row in rows if explain else ():
             number = row["corpus_id"]
-            row["tokens"] = list(zip(answer.tokens[number], map(float, answer.masses[number]), strict=True))
+            row["tokens"] = list(zip(answer.tokens(number), map(float, answer.masses[number]), strict=True))
         return rows
 
     def _answer(self, query: str, documents: Sequence[str], context: Context | None = None) -> Answer:
@@ -213,7 +221,7 @@ class AttentionReranker(Reranker):
                 usage.add(cost)
         masses = [mass[first - begin : last - begin] for first, last in prompt.spans.tolist()]
         scores = np.array([filtered_sum(one) for one in masses], np.float32)
-        return Answer(scores, masses, [prompt.pieces(i) for i in range(len(masses))])
+        return Answer(scores, masses, [(prompt, i) for i in range(len(masses))])
 
     def _in_windows(self, query: str, documents: list[str], prompt: AttentionPrompt, usage: Usage) -> Answer:
         """Windows from the end of the list: the better half of each goes on into the next."""
@@ -236,7 +244,7 @@ class AttentionReranker(Reranker):
         sizes, waiting = prompt.sizes, list(range(count))
         placed: list[int] = []
         masses: dict[int, Masses] = {}
-        tokens: dict[int, list[str]] = {}
+        read: dict[int, tuple[AttentionPrompt, int]] = {}
         while waiting:
             fits = np.cumsum(sizes[waiting][::-1]) <= room
             size = max(1, int(fits.sum()))
@@ -244,13 +252,13 @@ class AttentionReranker(Reranker):
             answer = self._read(self.prompts.encode(query, [documents[i] for i in window], most), usage)
             best = [window[i] for i in order(answer.scores)]
             for number, i in enumerate(window):
-                masses[i], tokens[i] = answer.masses[number], answer.tokens[number]
+                masses[i], read[i] = answer.masses[number], answer.read[number]
             kept = 0 if size == len(waiting) else size - max(1, size // 2)
             placed = best[kept:] + placed
             waiting = waiting[:-size] + best[:kept]
         scores = np.empty(count, np.float32)
         scores[placed] = np.arange(count, 0, -1)
-        return Answer(scores, [masses[i] for i in range(count)], [tokens[i] for i in range(count)])
+        return Answer(scores, [masses[i] for i in range(count)], [read[i] for i in range(count)])
 
 
 icr = partial(AttentionReranker, preset="icr")

@@ -142,6 +142,7 @@ class AttentionPrompts:
         head, _ = (list(ids) for ids in _derive_template(self._whole, False, segments=1).specials)
         self._lay_out(head if self.layout.bos else [], end)
         self._cache: TokenCache[tuple[Any, ...]] = TokenCache(cache_bytes)
+        self._literals: dict[int, _Part | None] = {}  # tokens of what stands before the document at a place
         self._check_exact()
 
     @property
@@ -307,7 +308,9 @@ class AttentionPrompts:
             literal, cut = self._literal(i), self._text.cut(self._literal(i))
             if tokens is None or tokens.places is None or cut is None:
                 return None
-            between = self._between(i, literal, cut.first, cut.last)
+            if i not in self._literals:
+                self._literals[i] = self._between(i, literal, cut.first, cut.last)
+            between = self._literals[i]
             if between is None:
                 return None
             parts.append(_Part(between.ids, between.places + place))
