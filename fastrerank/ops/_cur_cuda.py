@@ -181,8 +181,7 @@ def _launch(queries: torch.Tensor, items: CudaItems, k: int) -> _Begun:
 
     def status() -> list[int]:
         # Scratch and queries are in use until then, and this keeps them.
-        assert len(queries) == rows
-        return list(kernels.cur_status(scratch.data_ptr(), rows, device.index or 0, stream))
+        return list(kernels.cur_status(scratch.data_ptr(), len(queries), device.index or 0, stream))
 
     return ids, scores, status
 
