@@ -269,6 +269,20 @@ def test_extreme_magnitudes_keep_their_order() -> None:
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_scales_whose_inverse_overflows_bound_nothing(rows: int) -> None:
+    random = np.random.default_rng(6)
+    packed = ops.cur_pack(random.normal(size=(70, 2000)).astype(np.float32), "int8")
+    scale = np.float32(1e-42) * random.integers(1, 9, 2000).astype(np.float32)  # denormal, below 2**-128
+    items = ops.PackedItems(packed.data, scale, storage="int8", width=70, count=2000)
+    queries = random.normal(size=(rows, 70)).astype(np.float32)
+    ids, scores = ops.cur_topk(queries, items, 20)
+    true_ids, true_scores = expected(queries, items, 20)
+    np.testing.assert_array_equal(scores, true_scores)
+    np.testing.assert_array_equal(ids, true_ids)
+
+
+@pytest.mark.usefixtures("isa")
 def test_infinite_items_are_ordered_and_nan_is_refused() -> None:
     vectors = np.random.default_rng(2).normal(size=(2, 100)).astype(np.float32)
     vectors[0, 40], vectors[1, 50], vectors[0, 60] = np.inf, -np.inf, np.inf

@@ -17,8 +17,8 @@ INLINE unsigned not_below(vf a, vf b) {
 }
 
 // Rare beside the products: one in some hundred items is appended. An infinite item has no bounds. A whole word is
-// written, for which a reservoir has room.
-__attribute__((noinline)) void append(CurReservoir& r, vf score, vf bound, unsigned lanes, int32_t first) {
+// written, for which a reservoir has room. True if the reservoir is full.
+__attribute__((noinline)) bool append(CurReservoir& r, vf score, vf bound, unsigned lanes, int32_t first) {
     const vf upper = score + bound, lower = score - bound;
 #if VL == 16
     const __m512 infinity = _mm512_set1_ps(__builtin_inff()), u = (__m512)upper, l = (__m512)lower;
@@ -39,6 +39,7 @@ __attribute__((noinline)) void append(CurReservoir& r, vf score, vf bound, unsig
         r.ids[r.count++] = first + i;
     }
 #endif
+    return r.count > r.limit;
 }
 
 INLINE vf norms_of(const CurScan& g, const char* tile, int at) {
@@ -56,15 +57,17 @@ INLINE vf scales_of(const CurScan& g, int64_t item, int lanes) {
     return s;
 }
 
-// VL items' products, which the query's bounds turn into candidates. lanes: how many of them are items.
+// VL items' products, which the query's bounds turn into candidates. lanes: which of them are items. True if the
+// query's reservoir is full.
 template <bool Scaled>
-INLINE void keep(const CurScan& g, int query, vf product, vf norm, vf residual, vf scale, int64_t item,
+INLINE bool keep(const CurScan& g, int query, vf product, vf norm, vf residual, vf scale, int64_t item,
                  unsigned lanes) {
     CurReservoir& r = g.reservoirs[query];
     vf bound = norm * g.slack[query] + residual * g.spread[query] + g.constant[query];
     if (Scaled) product *= scale, bound *= scale;
     const unsigned passing = not_below(product + bound, splat(r.threshold)) & lanes;
-    if (__builtin_expect(passing != 0, 0)) append(r, product, bound, passing, g.first + static_cast<int32_t>(item));
+    if (__builtin_expect(passing == 0, 1)) return false;
+    return append(r, product, bound, passing, g.first + static_cast<int32_t>(item));
 }
 
 #if VL != 16
@@ -106,33 +109,41 @@ INLINE void int8_products(const CurScan& g, const char* tile, const int8_t* q, i
 }
 
 template <int Q, bool Scaled>
-INLINE void int8_tile(const CurScan& g, int64_t tile, int query) {
+INLINE bool int8_tile(const CurScan& g, int64_t tile, int query) {
     const char* p = g.tiles + tile * g.tile_bytes;
     int32_t products[Q][kCurTile];
     int8_products<Q>(g, p, static_cast<const int8_t*>(g.q) + query * g.ldq, products);
     const int64_t item = tile * kCurTile;
+    bool full = false;
     for (int at = 0; at < kCurTile && item + at < g.count; at += VL) {
         const int lanes = g.count - item - at < VL ? static_cast<int>(g.count - item - at) : VL;
         const vf norm = norms_of(g, p, at), residual = residuals_of(g, p, at);
         const vf scale = Scaled ? scales_of(g, item + at, lanes) : splat(1.0f);
         for (int r = 0; r < Q; ++r) {
             const vf product = __builtin_convertvector(load_as<vi>(products[r] + at) + g.start[query + r], vf);
-            keep<Scaled>(g, query + r, product, norm, residual, scale, item + at, (1u << lanes) - 1);
+            full |= keep<Scaled>(g, query + r, product, norm, residual, scale, item + at, (1u << lanes) - 1);
         }
     }
+    return full;
 }
 
 template <bool Scaled>
-INLINE int64_t int8_scan(const CurScan& g, int64_t begin, int64_t end) {
+INLINE bool int8_queries(const CurScan& g, int64_t tile) {
     constexpr int kQueries = 2;
     bool full = false;
-    for (; begin < end && !full; ++begin) {
-        int query = 0;
-        for (; query + kQueries <= g.queries; query += kQueries) int8_tile<kQueries, Scaled>(g, begin, query);
-        for (; query < g.queries; ++query) int8_tile<1, Scaled>(g, begin, query);
-        for (query = 0; query < g.queries; ++query) full |= g.reservoirs[query].count > g.reservoirs[query].limit;
+    int query = 0;
+    for (; query + kQueries <= g.queries; query += kQueries) full |= int8_tile<kQueries, Scaled>(g, tile, query);
+    for (; query < g.queries; ++query) full |= int8_tile<1, Scaled>(g, tile, query);
+    return full;
+}
+
+template <bool Scaled>
+INLINE int64_t int8_scan(const CurScan& g, int64_t tile, int64_t end) {
+    for (bool full = false; tile < end && !full; ++tile) {
+        full = int8_queries<Scaled>(g, tile);
+        if (g.apart > 0) full |= int8_queries<Scaled>(g, tile + g.apart);
     }
-    return begin;
+    return tile;
 }
 #else
 #include "cur_int8.inl"
@@ -140,7 +151,7 @@ INLINE int64_t int8_scan(const CurScan& g, int64_t begin, int64_t end) {
 
 // A tile of 16 float32 or bfloat16 items with Q queries: four items at a time, summed along the width.
 template <int Q, bool Wide>
-INLINE void float_tile(const CurScan& g, int64_t tile, int query) {
+INLINE bool float_tile(const CurScan& g, int64_t tile, int query) {
     constexpr int kItems = 4;
     const char* p = g.tiles + tile * g.tile_bytes;
     const float* q = static_cast<const float*>(g.q) + query * g.ldq;
@@ -165,27 +176,36 @@ INLINE void float_tile(const CurScan& g, int64_t tile, int query) {
             for (int j = 0; j < kItems; ++j) products[r][i + j] = reduce_add(sum[r][j]);
     }
     const int64_t item = tile * kCurTile;
+    bool full = false;
     for (int at = 0; at < kCurTile && item + at < g.count; at += VL) {
         const int lanes = g.count - item - at < VL ? static_cast<int>(g.count - item - at) : VL;
         const vf norm = norms_of(g, p, at);
         for (int r = 0; r < Q; ++r)
-            keep<false>(g, query + r, load(products[r] + at), norm, vf{}, norm, item + at, (1u << lanes) - 1);
+            full |= keep<false>(g, query + r, load(products[r] + at), norm, vf{}, norm, item + at, (1u << lanes) - 1);
     }
+    return full;
 }
 
 template <bool Wide>
-INLINE int64_t float_scan(const CurScan& g, int64_t begin, int64_t end) {
+INLINE bool float_queries(const CurScan& g, int64_t tile) {
     constexpr int kQueries = VL == 16 ? 4 : 2;
     bool full = false;
-    for (; begin < end && !full; ++begin) {
-        int query = 0;
-        for (; query + kQueries <= g.queries; query += kQueries) float_tile<kQueries, Wide>(g, begin, query);
-        for (; query < g.queries; ++query) float_tile<1, Wide>(g, begin, query);
-        for (query = 0; query < g.queries; ++query) full |= g.reservoirs[query].count > g.reservoirs[query].limit;
-    }
-    return begin;
+    int query = 0;
+    for (; query + kQueries <= g.queries; query += kQueries) full |= float_tile<kQueries, Wide>(g, tile, query);
+    for (; query < g.queries; ++query) full |= float_tile<1, Wide>(g, tile, query);
+    return full;
 }
 
+template <bool Wide>
+INLINE int64_t float_scan(const CurScan& g, int64_t tile, int64_t end) {
+    for (bool full = false; tile < end && !full; ++tile) {
+        full = float_queries<Wide>(g, tile);
+        if (g.apart > 0) full |= float_queries<Wide>(g, tile + g.apart);
+    }
+    return tile;
+}
+
+// Tiles from `begin` to `end`, each with the one `apart` behind it, until a reservoir is full; returns where it ended.
 int64_t cur_scan(const CurScan& g, int64_t begin, int64_t end) {
     if (g.storage == Precision::kFloat32) return float_scan<true>(g, begin, end);
     if (g.storage == Precision::kBFloat16) return float_scan<false>(g, begin, end);

@@ -15,13 +15,13 @@ namespace fastrerank::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kChunkBytes = 1 << 18;      // of tiles: what a thread takes at a time
+constexpr int64_t kRunBytes = 1 << 18;        // of tiles: what a thread takes at a time
 constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many queries share a pass
 constexpr int64_t kMostQueries = 256;
 constexpr int64_t kRescored = 64;             // candidates of a task
 constexpr int64_t kBlockTiles = 6;            // a multiple of what any level takes at a time
-constexpr int64_t kSampled = 2;               // of so many chunks the first begins with a part of the sample
-constexpr int64_t kSampledChunks = 64;        // fewer have none
+constexpr int64_t kSampled = 2;               // of so many runs the first begins with a part of the sample
+constexpr int64_t kSampledRuns = 64;          // fewer have none
 
 // Small: what fills a reservoir first is cut back to a threshold sooner. It grows to kGrowth times that where more
 // items stay between the bounds.
@@ -229,22 +229,22 @@ public:
             wanted_.push_back(g.k + excluded(r));
         }
         const int64_t bytes = tile_bytes_of(g.storage, g.width);
-        const int64_t tiles = std::max<int64_t>(kChunkBytes / bytes / kBlockTiles * kBlockTiles, kBlockTiles);
+        const int64_t tiles = std::max<int64_t>(kRunBytes / bytes / kBlockTiles * kBlockTiles, kBlockTiles);
         int64_t first = 0;
         for (const CurShard& shard : g.shards) {
             const int64_t end = (shard.count + kCurTile - 1) / kCurTile;
-            for (int64_t t = 0; t < end; t += tiles) chunks_.push_back({&shard, first, t, std::min(t + tiles, end)});
+            for (int64_t t = 0; t < end; t += tiles) runs_.push_back({&shard, first, t, std::min(t + tiles, end)});
             first += shard.count;
         }
     }
 
     CurFault run() {
-        found_.resize(std::max<int64_t>(1, std::min<int64_t>(threads_, chunks_.size())));
+        found_.resize(std::max<int64_t>(1, std::min<int64_t>(threads_, runs_.size())));
         if (!sample()) {
-            scan_all(kWhole);
+            scan_all(runs_, wanted_);
         } else {
-            scan_all(kAfterSample);
-            if (!confirmed()) scan_all(kWhole);
+            scan_all(rest_, wanted_);
+            if (!confirmed()) scan_all(runs_, wanted_);
         }
         if (rows_ >= threads_) {
             run_parallel(static_cast<int>(rows_), threads_, [&](int r) { finish(r, 1); });
@@ -255,29 +255,35 @@ public:
     }
 
 private:
-    struct Chunk {
+    // Tiles of a shard, whose first item has the id `first`. Its halves are scanned side by side.
+    struct Run {
         const CurShard* shard;
         int64_t first, begin, end;
+
+        int64_t half() const { return (end - begin) / 2; }
+        const char* tile(int64_t i, int64_t bytes) const { return shard->tiles + (begin + i) * bytes; }
     };
 
     int64_t excluded(int64_t r) const { return g_.left_out_begin[begin_ + r + 1] - g_.left_out_begin[begin_ + r]; }
 
-    enum Part { kSample, kAfterSample, kWhole };
-
-    void scan_all(Part part) {
+    void scan_all(const std::vector<Run>& runs, const std::vector<int64_t>& ranks) {
         const int threads = static_cast<int>(found_.size());
         std::atomic<size_t> next{0};
-        run_parallel(threads, threads, [&](int t) { scan(found_[t], next, part); });
+        run_parallel(threads, threads, [&](int t) { scan(found_[t], runs, ranks, next); });
     }
 
     // Looks at a sample of the items, spread over all of them, and supposes of each query that the wanted best of all
     // reach what so many of the sample reach that it would be a wonder if they did not. False: no sample is worth it.
     bool sample() {
-        if (chunks_.size() < kSampledChunks) return false;
+        if (runs_.size() < kSampledRuns) return false;
+        std::vector<Run> sample;
         int64_t tiles = 0, all = 0;
-        for (size_t i = 0; i < chunks_.size(); ++i) {
-            all += chunks_[i].end - chunks_[i].begin;
-            tiles += sample_end(i) - chunks_[i].begin;
+        for (size_t i = 0; i < runs_.size(); ++i) {
+            const Run& run = runs_[i];
+            const int64_t end = i % kSampled ? run.begin : std::min(run.begin + kBlockTiles, run.end);
+            all += run.end - run.begin, tiles += end - run.begin;
+            if (end > run.begin) sample.push_back({run.shard, run.first, run.begin, end});
+            if (end < run.end) rest_.push_back({run.shard, run.first, end, run.end});
         }
         ranks_ = wanted_;
         bool any = false;
@@ -287,7 +293,7 @@ private:
             if (2 * rank < wanted_[r]) ranks_[r] = rank, any = true;
         }
         if (!any) return false;
-        scan_all(kSample);
+        scan_all(sample, ranks_);
         for (int64_t r = 0; r < rows_; ++r)
             if (ranks_[r] < wanted_[r]) raise(r, reached(r, ranks_[r]));
         for (int64_t r = 0; r < rows_; ++r) supposed_.push_back(thresholds_[r].load());
@@ -322,13 +328,8 @@ private:
         return queries_.relaxed(r, kernels_.kth_largest(lower.data(), n, static_cast<int>(rank)));
     }
 
-    int64_t sample_end(size_t i) const {
-        const Chunk& chunk = chunks_[i];
-        return i % kSampled ? chunk.begin : std::min(chunk.begin + kBlockTiles, chunk.end);
-    }
-
-    void scan(std::vector<Reservoir>& found, std::atomic<size_t>& next, Part part) {
-        const std::vector<int64_t>& ranks = part == kSample ? ranks_ : wanted_;
+    void scan(std::vector<Reservoir>& found, const std::vector<Run>& runs, const std::vector<int64_t>& ranks,
+              std::atomic<size_t>& next) {
         if (found.empty()) {
             found.resize(rows_);
             for (int64_t r = 0; r < rows_; ++r) found[r].make(limit_of(ranks[r]));
@@ -347,15 +348,19 @@ private:
         scan.slack = queries_.slack.data(), scan.spread = queries_.spread.data();
         scan.constant = queries_.constant.data();
         scan.reservoirs = views.data();
-        for (size_t i; (i = next.fetch_add(1)) < chunks_.size();) {
-            const Chunk& chunk = chunks_[i];
-            scan.tiles = chunk.shard->tiles, scan.scale = chunk.shard->scale, scan.count = chunk.shard->count;
-            scan.first = static_cast<int32_t>(chunk.first);
+        for (size_t i = next.fetch_add(1), after; i < runs.size(); i = after) {
+            after = next.fetch_add(1);
+            const Run &run = runs[i], &then = runs[std::min(after, runs.size() - 1)];
+            scan.tiles = run.shard->tiles, scan.scale = run.shard->scale, scan.count = run.shard->count;
+            scan.first = static_cast<int32_t>(run.first);
+            scan.then[0] = then.tile(0, scan.tile_bytes), scan.then[1] = then.tile(then.half(), scan.tile_bytes);
             for (int64_t r = 0; r < rows_; ++r)
                 views[r].threshold = std::max(views[r].threshold, thresholds_[r].load(std::memory_order_relaxed));
-            const int64_t end = part == kSample ? sample_end(i) : chunk.end;
-            for (int64_t at = part == kAfterSample ? sample_end(i) : chunk.begin; at < end;) {
-                at = kernels_.cur_scan(scan, at, end);
+            const int64_t middle = run.begin + run.half();
+            for (int64_t at = run.begin; at < run.end;) {
+                scan.apart = at < middle ? run.half() : 0;
+                at = kernels_.cur_scan(scan, at, at < middle ? middle : run.end);
+                if (at == middle) at += run.half();
                 for (int64_t r = 0; r < rows_; ++r)
                     if (views[r].count > views[r].limit) prune(r, ranks[r], views[r], found[r]);
             }
@@ -478,7 +483,7 @@ private:
     const std::unique_ptr<std::atomic<float>[]> thresholds_;  // what some thread has found that all may rely on
     std::vector<int64_t> wanted_, ranks_;  // ranks_: what `wanted_` is in the sample; the same where none is taken
     std::vector<float> supposed_;          // thresholds after the sample, which are still to be confirmed
-    std::vector<Chunk> chunks_;
+    std::vector<Run> runs_, rest_;  // rest_: without the sample
     std::vector<std::vector<Reservoir>> found_;  // by thread and query
     CurFault fault_;
     std::mutex fault_mutex_;
