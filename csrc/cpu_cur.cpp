@@ -20,7 +20,7 @@ using namespace fastrerank::cpu;
 namespace {
 
 // shards: (tiles, scale, exact tiles, count). Returns what was wrong (0: nothing, 1: a NaN score, 2: exact tiles of
-// other items), and with which query and item.
+// other items, 3: a query that is not finite), and with which query and item.
 std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t, 4>>& shards,
                                            const std::string& storage, const std::string& exact_storage, bool rounded,
                                            int width, uintptr_t anchor_scale, uintptr_t queries, int64_t rows,
@@ -34,7 +34,8 @@ std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t,
                             reinterpret_cast<const char*>(s[2]), s[3]});
     g.queries = reinterpret_cast<const float*>(queries), g.rows = rows, g.k = k;
     g.left_out = reinterpret_cast<const int64_t*>(left_out);
-    g.left_out_begin = reinterpret_cast<const int64_t*>(left_out_begin);
+    const std::vector<int64_t> none(left_out_begin ? 0 : rows + 1);
+    g.left_out_begin = left_out_begin ? reinterpret_cast<const int64_t*>(left_out_begin) : none.data();
     g.ids = reinterpret_cast<int64_t*>(ids), g.scores = reinterpret_cast<float*>(scores);
     const Kernels& level = *kernels_of(isa);
     const py::gil_scoped_release release;

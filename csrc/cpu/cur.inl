@@ -220,7 +220,7 @@ INLINE double sum_of(vd s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s
 double cur_exact(Precision storage, const char* tile, int lane, int64_t values, const double* q, const char* next) {
     const auto fetch = [&](int64_t bytes) {
 #if defined(__GNUC__)
-        __builtin_prefetch(next + bytes);
+        __builtin_prefetch(next + bytes, 0, 2);  // into the second cache, which waits for more lines at once
 #else
         (void)bytes;
 #endif

@@ -134,10 +134,10 @@ INLINE bool amx_scan(const CurScan& g, const Limits& limits, int64_t& tile, int6
     static const TileConfig config;  // in memory whole: the intrinsic names its first word only
     _tile_loadconfig(&config);
     constexpr int kRow = 2 * VL, kParts = 8;  // of 64 values' products
-    alignas(64) int32_t sums[2][kAmxQueries * kRow];
+    alignas(64) int32_t sums[kAmxQueries * kRow];  // of the pair before, until they are tested, and then of this one
     const int parts = (g.width + 63) / 64 * kParts;
     Tiles<2, Scaled> before;
-    int turn = 0, waiting = 0, first = 0;  // queries whose sums wait to be tested, the first of them
+    int waiting = 0, first = 0;  // queries whose sums wait to be tested, the first of them
     bool full = false;
     for (; tile < end && !full; ++tile) {
         Tiles<2, Scaled> now;
@@ -148,7 +148,6 @@ INLINE bool amx_scan(const CurScan& g, const Limits& limits, int64_t& tile, int6
             const int8_t* q = static_cast<const int8_t*>(g.q) + query * g.ldq;
             const bool both = g.queries - query > 16;
             const int each = (waiting + parts - 1) / parts;
-            const int32_t* tested = sums[turn ^ 1];
             int row = 0;
             _tile_zero(0);
             _tile_zero(1);
@@ -174,15 +173,14 @@ INLINE bool amx_scan(const CurScan& g, const Limits& limits, int64_t& tile, int6
                         _mm_prefetch(next1 + line + 64, _MM_HINT_T0);
                     }
                     for (int i = 0; i < each && row < waiting; ++i, ++row)
-                        full |= filter<2, Scaled>(g, limits, before, tested + row * kRow, first + row);
+                        full |= filter<2, Scaled>(g, limits, before, sums + row * kRow, first + row);
                 }
             }
-            int32_t* out = sums[turn];
-            _tile_stored(0, out, kRow * 4);
-            _tile_stored(1, out + VL, kRow * 4);
+            _tile_stored(0, sums, kRow * 4);
+            _tile_stored(1, sums + VL, kRow * 4);
             if (both) {
-                _tile_stored(2, out + 16 * kRow, kRow * 4);
-                _tile_stored(3, out + 16 * kRow + VL, kRow * 4);
+                _tile_stored(2, sums + 16 * kRow, kRow * 4);
+                _tile_stored(3, sums + 16 * kRow + VL, kRow * 4);
             }
             if (query == 0) {
                 _mm_prefetch(next + g.tile_bytes - 64, _MM_HINT_T0);
@@ -193,12 +191,12 @@ INLINE bool amx_scan(const CurScan& g, const Limits& limits, int64_t& tile, int6
                 }
                 read_tiles(g, tile, now);
             }
-            before = now, first = query, turn ^= 1;
+            before = now, first = query;
             waiting = g.queries - query < kAmxQueries ? g.queries - query : kAmxQueries;
         }
     }
     for (int row = 0; row < waiting; ++row)
-        full |= filter<2, Scaled>(g, limits, before, sums[turn ^ 1] + row * kRow, first + row);
+        full |= filter<2, Scaled>(g, limits, before, sums + row * kRow, first + row);
     _tile_release();
     return full;
 }

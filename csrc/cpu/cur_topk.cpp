@@ -60,8 +60,8 @@ public:
     }
     int64_t width() const { return (values_ + 7) / 8 * 8; }  // of a query
 
-    // How many items on what is fetched now is used: of about as many cache lines as a core has on their way.
-    int64_t ahead() const { return std::clamp<int64_t>(kAheadBytes / (values_ * stride()), 1, 8); }
+    // How many items on what is fetched now is used.
+    int64_t ahead() const { return std::clamp<int64_t>(kAheadBytes / (values_ * stride()), 1, 16); }
 
     // q: (width(),) with zeros in the padding; next: an item whose values are fetched meanwhile
     float score(const double* q, int32_t id, int32_t next) const {
@@ -76,12 +76,12 @@ public:
     void prefetch(int32_t id) const {
 #if defined(__GNUC__)
         const char* from = values_at(id);
-        for (int64_t i = 0; i < values_ * stride(); i += 64) __builtin_prefetch(from + i);
+        for (int64_t i = 0; i < values_ * stride(); i += 64) __builtin_prefetch(from + i, 0, 2);
 #endif
     }
 
 private:
-    static constexpr int64_t kAheadBytes = 4096;
+    static constexpr int64_t kAheadBytes = 16384;
     // Bytes of a tile from one value of an item to the next, on average.
     int64_t stride() const {
         return g_.exact_storage == Precision::kInt8 ? kCurTile : g_.exact_storage == Precision::kFloat32 ? 4 : 2;
@@ -300,7 +300,7 @@ private:
         return true;
     }
 
-    // Whether what was supposed was true. Otherwise forgets all but what each query's best reach.
+    // Whether what was supposed was true. Otherwise forgets all but what each query's best reach, which then holds.
     bool confirmed() {
         bool all = true;
         std::vector<float> reached_by(rows_);
@@ -308,8 +308,8 @@ private:
             reached_by[r] = reached(r, wanted_[r]);
             all &= ranks_[r] == wanted_[r] || reached_by[r] >= supposed_[r];
         }
-        if (all) return true;
         for (int64_t r = 0; r < rows_; ++r) thresholds_[r].store(reached_by[r]);
+        if (all) return true;
         for (std::vector<Reservoir>& thread : found_) thread.clear();
         return false;
     }
@@ -417,6 +417,7 @@ private:
     void finish(int64_t r, int threads) {
         const int64_t* left_out = g_.left_out + g_.left_out_begin[begin_ + r];
         const auto allowed = [&](int32_t id) { return !std::binary_search(left_out, left_out + excluded(r), id); };
+        const float threshold = thresholds_[r].load();
         std::vector<Candidate> open;
         std::vector<Scored> done;
         for (std::vector<Reservoir>& thread : found_) {
@@ -424,17 +425,16 @@ private:
             for (const Scored& s : from.best)
                 if (allowed(s.id)) done.push_back(s);
             for (int i = 0; i < from.view.count; ++i)
-                if (allowed(from.view.ids[i]))
+                if (!(from.view.upper[i] < threshold) && allowed(from.view.ids[i]))
                     open.push_back({from.view.upper[i], from.view.lower[i], from.view.ids[i]});
             from = Reservoir();
         }
         if (static_cast<int64_t>(open.size()) > g_.k) {
             std::nth_element(open.begin(), open.begin() + (g_.k - 1), open.end(),
                              [](const Candidate& a, const Candidate& b) { return a.lower > b.lower; });
-            const float threshold = queries_.relaxed(r, open[g_.k - 1].lower);
-            open.erase(
-                std::remove_if(open.begin(), open.end(), [&](const Candidate& c) { return c.upper < threshold; }),
-                open.end());
+            const float least = queries_.relaxed(r, open[g_.k - 1].lower);
+            open.erase(std::remove_if(open.begin(), open.end(), [&](const Candidate& c) { return c.upper < least; }),
+                       open.end());
         }
         // The likeliest first; what the k-th best exact score then rules out is not looked at.
         const int64_t first = std::min<int64_t>(g_.k, open.size());
@@ -445,9 +445,9 @@ private:
         const int64_t k = std::min<int64_t>(g_.k, done.size());
         if (k == g_.k && first < static_cast<int64_t>(open.size())) {
             std::nth_element(done.begin(), done.begin() + (k - 1), done.end(), before);
-            const float threshold = queries_.relaxed(r, done[k - 1].score / queries_.unit[r]);
+            const float least = queries_.relaxed(r, done[k - 1].score / queries_.unit[r]);
             const auto end = std::partition(open.begin() + first, open.end(),
-                                            [&](const Candidate& c) { return !(c.upper < threshold); });
+                                            [&](const Candidate& c) { return !(c.upper < least); });
             rescore(r, open, first, end - open.begin(), done, threads);
         }
         const int64_t given = std::min<int64_t>(g_.k, done.size());
@@ -458,6 +458,8 @@ private:
             g_.ids[(begin_ + r) * g_.k + i] = done[i].id;
             g_.scores[(begin_ + r) * g_.k + i] = done[i].score;
         }
+        std::fill_n(g_.ids + (begin_ + r) * g_.k + given, g_.k - given, -1);
+        std::fill_n(g_.scores + (begin_ + r) * g_.k + given, g_.k - given, -kInfinity);
     }
 
     void rescore(int64_t r, const std::vector<Candidate>& open, int64_t begin, int64_t end, std::vector<Scored>& done,
@@ -492,6 +494,8 @@ private:
 }  // namespace
 
 CurFault run_cur_topk(const Kernels& kernels, const CurTopk& g, int threads) {
+    for (int64_t i = 0; i < g.rows * g.width; ++i)
+        if (!std::isfinite(g.queries[i])) return {CurFault::kQuery, i / g.width};
     const Exact exact(kernels, g);
     int64_t most = g.k;
     for (int64_t r = 0; r < g.rows; ++r) most = std::max(most, g.k + g.left_out_begin[r + 1] - g.left_out_begin[r]);

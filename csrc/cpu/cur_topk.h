@@ -22,12 +22,12 @@ struct CurTopk {
     const float* queries;              // (rows, width)
     int64_t rows, k;                   // k: columns of the results
     const int64_t *left_out, *left_out_begin;  // ascending ids; those of row r in [begin[r], begin[r + 1])
-    int64_t* ids;                      // (rows, k), filled with -1
-    float* scores;                     // (rows, k), filled with -infinity
+    int64_t* ids;                      // (rows, k), -1 where there are no more
+    float* scores;                     // (rows, k), -infinity there
 };
 
 struct CurFault {
-    enum Kind { kNone = 0, kNaN = 1, kOtherItems = 2 } kind = kNone;
+    enum Kind { kNone = 0, kNaN = 1, kOtherItems = 2, kQuery = 3 } kind = kNone;
     int64_t row = 0, item = 0;
 };
 

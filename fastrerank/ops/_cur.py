@@ -329,7 +329,9 @@ def _copy_lanes(old: npt.NDArray[np.uint8], new: npt.NDArray[np.uint8], lanes: i
 
 def as_shards(items: Any, name: str) -> list[PackedItems]:
     """`items` as a list of PackedItems of one storage and width. Raises TypeError, ValueError."""
-    shards = [items] if isinstance(items, PackedItems) else items
+    if isinstance(items, PackedItems):
+        return [items]
+    shards = items
     if not isinstance(shards, Sequence) or not shards or not all(isinstance(s, PackedItems) for s in shards):
         raise TypeError(f"{name} must be PackedItems or a non-empty sequence of them, got {type(items).__name__}")
     kinds = {(s.storage, s.K, s.scales) for s in shards}

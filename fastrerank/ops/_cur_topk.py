@@ -69,30 +69,36 @@ def cur_topk(
     if type(queries).__module__ == "torch":
         return _on_device(queries, items, k, exclude, rescore)
     shards = as_shards(items, "items")
-    width, count = shards[0].K, sum(shard.N for shard in shards)
+    width, count = shards[0].K, sum([shard.N for shard in shards])
     queries = _checked_queries(queries, width)
     _check_sizes(k, count)
     exact = shards if rescore is None else _checked_rescore(rescore, shards)
-    left_out = _checked_exclude(exclude, len(queries), count)
-    gone = np.concatenate([*left_out, np.empty(0, np.int64)])
-    begins = np.cumsum([0, *map(len, left_out)], dtype=np.int64)
-    most = count - min(map(len, left_out), default=0)
+    gone = begins = None
+    most = count
+    if exclude is not None:
+        left_out = _checked_exclude(exclude, len(queries), count)
+        gone = np.concatenate([*left_out, np.empty(0, np.int64)])
+        begins = np.cumsum([0, *map(len, left_out)], dtype=np.int64)
+        most -= min(map(len, left_out), default=0)
     keep = min(int(k), most)
-    ids = np.full((len(queries), keep), -1, np.int64)
-    scores = np.full((len(queries), keep), -np.inf, np.float32)
+    ids = np.empty((len(queries), keep), np.int64)
+    scores = np.empty((len(queries), keep), np.float32)
     if keep < 1:
+        _check_finite(queries)
         return ids, scores
     fault, row, item = _cpu.cur_topk(
-        [(a.data.ctypes.data, _address(a.scale if a.scales == "item" else None), b.data.ctypes.data, a.N)
+        [(_address(a.data), _address(a.scale if a.scales == "item" else None), _address(b.data), a.N)
          for a, b in zip(shards, exact, strict=True)],
         shards[0].storage, exact[0].storage, rescore is not None, width,
-        _address(shards[0].scale if shards[0].scales == "anchor" else None), queries.ctypes.data, len(queries), keep,
-        _address(gone), _address(begins), ids.ctypes.data, scores.ctypes.data, ops.num_threads(threads), ops.isa(),
+        _address(shards[0].scale if shards[0].scales == "anchor" else None), _address(queries), len(queries), keep,
+        _address(gone), _address(begins), _address(ids), _address(scores), ops.num_threads(threads), ops.isa(),
     )  # fmt: skip
     if fault == 1:
         raise ValueError(f"queries and items give a score that is NaN: query {row}, item {item}")
     if fault == 2:
         raise ValueError(f"rescore must hold the items that items were rounded from; item {item} is another")
+    if fault == 3:
+        _check_finite(queries)
     return ids, scores
 
 
@@ -117,7 +123,8 @@ def _check_sizes(k: Any, count: int) -> None:
 
 
 def _address(array: npt.NDArray[Any] | None) -> int:
-    return 0 if array is None else int(array.ctypes.data)
+    # A scan leaves little of Python in the caches, and `.ctypes` is a good deal of it.
+    return 0 if array is None else int(array.__array_interface__["data"][0])
 
 
 def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:
@@ -126,10 +133,14 @@ def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:
         raise TypeError(f"queries must be a float32 NumPy array, got {got}")
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"queries must be (B, {width}), the items' width, got shape {queries.shape}")
-    if not np.isfinite(queries).all():
-        row, column = np.argwhere(~np.isfinite(queries))[0]
+    return queries if queries.flags.c_contiguous else np.ascontiguousarray(queries)
+
+
+def _check_finite(queries: npt.NDArray[np.float32]) -> None:
+    bad = np.argwhere(~np.isfinite(queries))
+    if bad.size:
+        row, column = bad[0]
         raise ValueError(f"queries must be finite, got {queries[row, column]} in query {row}, column {column}")
-    return np.ascontiguousarray(queries)
 
 
 def _checked_rescore(rescore: Any, shards: list[PackedItems]) -> list[PackedItems]:
