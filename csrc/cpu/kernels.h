@@ -206,15 +206,15 @@ struct CurScan {
     Precision storage;
     const char* tiles;
     int64_t tile_bytes, count;
-    int64_t apart;  // from a tile to the one that is scanned with it, or 0: a core reads two runs faster than one
-    const char* then[2];  // the first pair of the scan after this one: fetched with the last
-    const float* scale;  // (count,) or null
-    int32_t first;  // id of the first item
-    int width;  // values of an item as stored, padding included
+    int64_t apart;         // from a tile to the one scanned with it, or 0: a core reads two runs faster than one
+    const char* then[2];   // the first pair of the scan after this one: fetched with the last
+    const float* scale;    // (count,) or null
+    int32_t first;         // id of the first item
+    int width;             // values of an item as stored, padding included
     int queries;
-    const void* q;  // (queries, ldq) int8 or float32, zero in the padding: int8 has rows for 32 queries and
-    int64_t ldq;  // columns for 64 values, in whole multiples
-    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only; 16 may be read where one is, as below
+    const void* q;         // (queries, ldq) int8 or float32, zero in the padding: int8 has rows for 32 queries and
+    int64_t ldq;           // columns for 64 values, in whole multiples
+    const int32_t* start;  // (queries,) -128 * the sum of q, int8 only
     const float *slack, *spread, *constant;  // (queries,)
     CurReservoir* reservoirs;  // (queries,)
 };
