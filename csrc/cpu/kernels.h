@@ -201,7 +201,7 @@ struct CurReservoir {
 // s_j * (q . v_j) with an error of at most s_j * (slack * norm_j + spread * residual_j + constant), s_j = 1 where there
 // are no scales. Only int8 items have residuals.
 constexpr int kCurTile = 16;
-constexpr int kCurBlock = 80;  // items that a reservoir takes beyond its limit: two pairs of tiles, and a vector's rest
+constexpr int kCurBlock = 80;  // items that a reservoir takes beyond its limit: four tiles, and a vector's rest
 struct CurScan {
     Precision storage;
     const char* tiles;
