@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,49 @@ def test_shards_are_one_index(storage: str, tmp_path: Path) -> None:
     true_ids, true_scores = ops.cur_topk(queries, whole, 64)
     np.testing.assert_array_equal(ids, true_ids)
     np.testing.assert_array_equal(scores, true_scores)
+
+
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap, sys
+import numpy as np
+from fastrerank import ops
+
+libc = ctypes.CDLL(None)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+page = mmap.PAGESIZE
+random = np.random.default_rng(0)
+ops.set_isa(sys.argv[1])
+for width in (1, 4, 20, 24, 28, 60, 64, 100):
+    for count in (16, 33, 512):
+        items = ops.cur_pack(random.normal(size=(width, count)).astype(np.float32), "int8")
+        end = -(-items.data.size // page) * page
+        memory = np.frombuffer(mmap.mmap(-1, end + page), np.uint8)
+        assert libc.mprotect(memory.ctypes.data + end, page, 0) == 0
+        data = memory[end - items.data.size : end].reshape(items.data.shape)
+        data[:] = items.data
+        last = ops.PackedItems(data, items.scale, storage="int8", width=width, count=count)
+        for rows in (1, 8, 40):
+            queries = random.normal(size=(rows, width)).astype(np.float32)
+            for threads in (1, 2):
+                found, true = (ops.cur_topk(queries, x, 5, threads=threads)[0] for x in (last, items))
+                assert (found == true).all()
+print("read")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are closed with Linux's mprotect")
+def test_nothing_is_read_behind_the_items(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END_OF_MEMORY, isa], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "read"), done.stderr
+
+
+def test_a_query_that_is_not_finite_beneath_a_mask_is_refused() -> None:
+    items = ops.cur_pack(np.ones((2, 40), np.float32), "float32")
+    queries = np.ma.masked_invalid(np.array([[np.nan, 1]], np.float32))
+    with pytest.raises(ValueError, match="queries must be finite, got nan in query 0, column 0"):
+        ops.cur_topk(queries, items, 3)
 
 
 @functools.cache

@@ -209,8 +209,10 @@ int64_t int8_scan(const CurScan& g, int64_t tile, int64_t end) {
     bool full = false;
 #if defined(__AMX_INT8__)
     if (g.queries > 4 && g.apart > 0) {
-        // The last tile of a shard has nothing behind it that might be read.
-        const int64_t whole = g.width % 64 ? (g.count - 1) / kCurTile - g.apart : end;
+        // The last tiles of a shard have too little behind them that might be read: products read 1024 bytes at a time.
+        const int64_t over = (g.width + 63) / 64 * 1024 - g.tile_bytes;
+        const int64_t short_of = over > 0 ? (over + g.tile_bytes - 1) / g.tile_bytes : 0;
+        const int64_t whole = (g.count + kCurTile - 1) / kCurTile - short_of - g.apart;
         full = amx_scan<Scaled>(g, limits, tile, end < whole ? end : whole);
     }
 #endif

@@ -195,9 +195,10 @@ private:
         scan.slack = queries_.slack.data(), scan.spread = queries_.spread.data();
         scan.constant = queries_.constant.data();
         scan.reservoirs = views.data();
-        for (size_t i = next.fetch_add(1), after; i < runs.size(); i = after) {
-            after = next.fetch_add(1);
-            const Run &run = runs[i], &then = runs[std::min(after, runs.size() - 1)];
+        for (size_t i; (i = next.fetch_add(1)) < runs.size();) {
+            // Threads take turns, so likely the others take theirs before this one its next; else that is read for
+            // nobody.
+            const Run &run = runs[i], &then = runs[std::min(next.load() + found_.size() - 1, runs.size() - 1)];
             scan.tiles = run.shard->tiles, scan.scale = run.shard->scale, scan.count = run.shard->count;
             scan.first = static_cast<int32_t>(run.first);
             scan.then[0] = then.tile(0, scan.tile_bytes), scan.then[1] = then.tile(then.half(), scan.tile_bytes);
@@ -342,7 +343,7 @@ private:
 
 CurFault run_cur_topk(const Kernels& kernels, const CurTopk& g, int threads) {
     for (int64_t i = 0; i < g.rows * g.width; ++i)
-        if (!std::isfinite(g.queries[i])) return {CurFault::kQuery, i / g.width};
+        if (!std::isfinite(g.queries[i])) return {CurFault::kQuery, i / g.width, i % g.width};
     const Exact exact(kernels, g);
     int64_t most = g.k;
     for (int64_t r = 0; r < g.rows; ++r) most = std::max(most, g.k + g.left_out_begin[r + 1] - g.left_out_begin[r]);

@@ -28,7 +28,7 @@ struct CurTopk {
 
 struct CurFault {
     enum Kind { kNone = 0, kNaN = 1, kOtherItems = 2, kQuery = 3 } kind = kNone;
-    int64_t row = 0, item = 0;
+    int64_t row = 0, item = 0;  // of kQuery: the value
 };
 
 // Results do not depend on `threads` or on the level. A fault leaves them undefined.

@@ -76,6 +76,7 @@ public:
 private:
     void loop() {
         std::unique_lock<std::mutex> lock(mutex_);
+        bool worked = false;  // since it last looked out for a job
         for (;;) {
             Job* job = nullptr;
             for (Job* candidate : jobs_)
@@ -84,13 +85,18 @@ private:
                     break;
                 }
             if (!job) {
-                const unsigned seen = pushed_.load();
-                lock.unlock();
-                await([&] { return pushed_.load() != seen; });
-                lock.lock();
-                if (pushed_.load() == seen) wake_.wait(lock);
+                if (worked) {
+                    worked = false;
+                    const unsigned seen = pushed_.load();
+                    lock.unlock();
+                    await([&] { return pushed_.load() != seen; });
+                    lock.lock();
+                    if (pushed_.load() != seen) continue;
+                }
+                wake_.wait(lock);
                 continue;
             }
+            worked = true;
             --job->wanted;
             ++job->active;
             lock.unlock();

@@ -98,7 +98,7 @@ def cur_topk(
     if fault == 2:
         raise ValueError(f"rescore must hold the items that items were rounded from; item {item} is another")
     if fault == 3:
-        _check_finite(queries)
+        raise ValueError(f"queries must be finite, got {queries[row, item]} in query {row}, column {item}")
     return ids, scores
 
 
@@ -133,7 +133,8 @@ def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:
         raise TypeError(f"queries must be a float32 NumPy array, got {got}")
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"queries must be (B, {width}), the items' width, got shape {queries.shape}")
-    return queries if queries.flags.c_contiguous else np.ascontiguousarray(queries)
+    # Of a subclass what lies beneath, as the scan reads it.
+    return queries if type(queries) is np.ndarray and queries.flags.c_contiguous else np.ascontiguousarray(queries)
 
 
 def _check_finite(queries: npt.NDArray[np.float32]) -> None:
