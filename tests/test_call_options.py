@@ -150,7 +150,7 @@ kind = "pointwise"
 source = "a test"
 score = "difference"
 labels = ["yes", "no"]
-text = "Query: {query} Document: {document} Relevant: "
+text = "Query: {query} Document: {document} Relevant:\\n"
 """
 
 
