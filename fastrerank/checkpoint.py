@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastrerank.config_values import InvalidConfig, check_sizes
 from fastrerank.tensors import Tensor, Tensors, find_weight_files
 
 __all__ = [
@@ -207,16 +208,17 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
     return min(limits, default=None)
 
 
-def untrained(checkpoint: Checkpoint) -> ValueError:
-    """Return the error for a checkpoint without a classification head."""
+def untrained(checkpoint: Checkpoint, missing: str = "") -> ValueError:
+    """Return the error for a checkpoint without a classification head; `missing` is a tensor of it that is not there."""
     architectures = checkpoint.config.get("architectures") or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
         return ValueError(
             f"{checkpoint.path} is a language model without a trained classification head; load(..., "
             "method='pointwise') ranks by the logits of its labels"
         )
+    lacking = f" (the weights lack {missing!r})" if missing else ""
     return ValueError(
-        f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
+        f"{checkpoint.path} has no trained classification head{lacking}, so it cannot score pairs as a cross-encoder; "
         "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
     )
 
@@ -237,8 +239,10 @@ def _read_json_value(path: Path) -> Any:
         raise ValueError(f"{path}: not a UTF-8 text file ({error})") from error
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or an int of more digits than Python reads
         raise ValueError(f"{path}: malformed JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: malformed JSON (nested too deep)") from error
 
 
 def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
@@ -251,6 +255,10 @@ def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
             hint = "holds an adapter only: merge it into its base model first"
         raise FileNotFoundError(f"{config_file} does not exist: {transformer_path} {hint}")
     config = read_json(config_file)
+    try:
+        check_sizes(config)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"{transformer_path}: {error}") from None
     return Checkpoint(
         path=root,
         transformer_path=transformer_path,

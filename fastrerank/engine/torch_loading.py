@@ -64,7 +64,7 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str, layers: int | None
     missing = sorted(info["missing_keys"])
     in_body = [name for name in missing if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")]
     if task and missing and not in_body:
-        raise untrained(checkpoint)
+        raise untrained(checkpoint, missing[0])
     lacking = [name for name in missing if head != "none" or not name.startswith("pooler.")]
     if lacking:
         raise ValueError(
