@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastrerank.config_values import InvalidConfig, check_sizes
+from fastrerank.layouts import marked_layout, refuse_marked_layout
 from fastrerank.tensors import Tensor, Tensors, find_weight_files
 
 __all__ = [
@@ -50,12 +51,14 @@ class Module:
     """One entry of a sentence-transformers `modules.json`.
 
     `type` is the last dotted component ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", ...), `path` the
-    module's folder (which need not exist for modules without files), `config` its config.json ({} if it has none).
+    module's folder (which need not exist for modules without files), `config` its config.json ({} if it has none),
+    `dotted` the whole name of its class.
     """
 
     type: str
     path: Path
     config: dict[str, Any]
+    dotted: str = ""
 
     def tensors(self) -> Tensors:
         """Open the module's weights, memory-mapped. Raises FileNotFoundError if its folder holds none."""
@@ -148,7 +151,8 @@ def open_checkpoint(
     Raises:
         FileNotFoundError: the folder or its config.json is missing.
         OSError: the hub could not provide the repository.
-        ValueError: a configuration file is malformed.
+        ValueError: a configuration file is malformed, holds a size that no model can have, or marks a multi-vector
+            model (ColBERT), which no method serves.
 
     Example:
         >>> open_checkpoint("path/to/model").max_seq_length  # doctest: +SKIP
@@ -259,7 +263,7 @@ def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
         check_sizes(config)
     except InvalidConfig as error:
         raise InvalidConfig(f"{transformer_path}: {error}") from None
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=root,
         transformer_path=transformer_path,
         config=config,
@@ -268,6 +272,12 @@ def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
         max_seq_length=max_length_of(transformer_path, config),
         trust_remote_code=trust_remote_code,
     )
+    marked = marked_layout(
+        (root, transformer_path), config, [module.dotted for module in modules], checkpoint.st_config,
+        checkpoint.sentence_config(),
+    )  # fmt: skip
+    refuse_marked_layout(root, marked)
+    return checkpoint
 
 
 def _read_modules(root: Path) -> list[Module]:
@@ -285,7 +295,8 @@ def _read_modules(root: Path) -> list[Module]:
         if relative.is_absolute() or ".." in relative.parts or ":" in entry["path"]:
             raise ValueError(f"{path}: entry {position} points outside the checkpoint: {entry['path']!r}")
         folder = root / relative
-        modules.append(Module(entry["type"].rpartition(".")[2], folder, read_json(folder / "config.json")))
+        kind = entry["type"]
+        modules.append(Module(kind.rpartition(".")[2], folder, read_json(folder / "config.json"), kind))
     return modules
 
 

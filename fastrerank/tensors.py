@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Span", "Tensor", "Tensors", "WeightFile", "copies_weights", "find_weight_files"]
+__all__ = ["Span", "Tensor", "Tensors", "WeightFile", "check_unchanged", "copies_weights", "file_marks", "find_weight_files"]
 
 _DTYPES: dict[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
@@ -328,6 +328,33 @@ class Tensors(Mapping[str, Tensor]):
         if self._tensors is None:
             raise ValueError(f"the weights of {self._source} are closed")
         return self._tensors
+
+
+def file_marks(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Return size, time of change, device and inode of each weight file of a folder, for `check_unchanged`.
+
+    Example:
+        >>> check_unchanged(file_marks(Path("path/to/model")))  # doctest: +SKIP
+    """
+    return {path: _mark(path) for path in find_weight_files(folder)}
+
+
+def check_unchanged(marks: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raise ValueError naming a weight file that was changed, replaced or removed since `file_marks`."""
+    for path, mark in marks.items():
+        if _mark(path) != mark:
+            raise ValueError(
+                f"{path} was changed while it was read, so its weights may be two models'; load it again, and replace a "
+                "model's files by renaming new ones into their place"
+            )
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 def find_weight_files(folder: Path) -> list[Path]:

@@ -111,9 +111,16 @@ def module_head(modules: Sequence[Module], *, tokens: bool = False) -> Head:
     """
     readout: Readout = "tokens" if tokens else "mean"
     steps: list[DenseStep | NormStep | NormalizeStep] = []
+    pooled = tokens or all(module.type != "Pooling" for module in modules)
     for module in modules:
         if module.type in ("Transformer", "Dropout"):
             continue
+        pooled = pooled or module.type == "Pooling"
+        if not pooled:
+            raise ValueError(
+                f"{module.path}: module {module.type} stands before Pooling, where it works on tokens; a head is "
+                "computed on what is pooled, and its vectors would be others"
+            )
         if module.type == "Pooling":
             if not tokens:
                 readout = _pooling(module)
