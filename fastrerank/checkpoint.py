@@ -205,9 +205,10 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
     """
     stated = [read_json(folder / name).get("max_seq_length") for name in _SENTENCE_CONFIGS]
     stated.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    limits = [int(value) for value in stated if isinstance(value, (int, float)) and 0 < value <= _SANE_LENGTH][:1]
+    numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    limits = [int(value) for value in numbers if 1 <= value <= _SANE_LENGTH][:1]
     rows = config.get("max_position_embeddings")
-    if isinstance(rows, int) and rows > 0:
+    if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
         limits.append(rows - _position_offset(config))
     return min(limits, default=None)
 

@@ -12,7 +12,7 @@ import transformers
 
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.select import plan
-from fastrerank.engine.torch_loading import cast_parameters, check_files, leave_files, quiet
+from fastrerank.engine.torch_loading import cast_parameters, check_files, leave_files, one_error, quiet
 from fastrerank.tensors import check_unchanged
 
 __all__ = ["CausalGenerator", "load_causal"]
@@ -31,7 +31,7 @@ def load_causal(checkpoint: Checkpoint, device: str | None, dtype: str) -> Causa
     path = checkpoint.transformer_path
     marks = check_files(checkpoint)
     factory: Any = transformers.AutoModelForCausalLM
-    with quiet():
+    with quiet(), one_error(path):
         model, info = factory.from_pretrained(
             str(path), dtype=torch.float32 if chosen.dtype == "float32" else "auto", output_loading_info=True,
             local_files_only=True, trust_remote_code=checkpoint.trust_remote_code,

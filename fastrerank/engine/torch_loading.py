@@ -23,6 +23,7 @@ __all__ = [
     "check_files",
     "leave_files",
     "load_model",
+    "one_error",
     "quiet",
     "release",
     "release_after_reading",
@@ -61,7 +62,7 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str, layers: int | None
     exact: dict[str, Any] = {"attn_implementation": "eager"} if checkpoint.config.get("attn_logit_softcapping") else {}
     if layers is not None:
         exact["config"] = _shortened(checkpoint, layers)
-    with quiet():
+    with quiet(), one_error(path):
         model, info = factory.from_pretrained(
             str(path), dtype=stored, output_loading_info=True, local_files_only=True,
             trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True, **exact,
@@ -229,6 +230,23 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
         parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def one_error(path: Path) -> Iterator[None]:
+    """Turn what transformers raises for a checkpoint that it cannot load into a ValueError of one line that names it.
+
+    Missing files, packages and memory keep their own errors.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        if len(reason) > 300:
+            reason = reason[:297] + "..."
+        raise ValueError(f"{path}: transformers cannot load it ({type(error).__name__}: {reason})") from error
 
 
 @contextlib.contextmanager
