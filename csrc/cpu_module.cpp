@@ -59,6 +59,9 @@ Weight weight_of(const py::array& a, const char* what) {
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
     if (a.strides(1) != size || a.strides(0) % size)
         throw std::invalid_argument(std::string(what) + " must have contiguous rows");
+    constexpr py::ssize_t most = 1 << 30;
+    if (a.shape(0) < 1 || a.shape(1) < 1 || a.shape(0) > most || a.shape(1) > most)
+        throw std::invalid_argument(std::string(what) + " must have 1 to 2^30 rows and columns");
     return {a.data(), source, a.strides(0) / size, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1))};
 }
 const float* vector_of(const std::optional<F32Array>& a, int64_t n, const char* what) {
@@ -95,6 +98,7 @@ public:
         encoder_.set_linear(layer, name, m.data, m.source, m.ld, m.n, m.k, b);
     }
     void set_norm(int layer, const std::string& name, const F32Array& gamma, const std::optional<F32Array>& beta) {
+        if (gamma.ndim() != 1) throw std::invalid_argument("gamma must be float32 of one dimension");
         const int n = static_cast<int>(gamma.size());
         encoder_.set_norm(layer, name, gamma.data(), vector_of(beta, n, "beta"), n);
     }
@@ -107,16 +111,29 @@ public:
             throw std::invalid_argument("strip must hold one column of weights for each of its columns");
         encoder_.set_strip(layer, columns.data(), weight.data(), m.n, m.k);
     }
-    void set_tables(const py::array& word, const std::optional<F32Array>& position,
+    void set_tables(const std::optional<py::array>& word, const std::optional<F32Array>& position,
                     const std::optional<F32Array>& type) {
         const EncoderConfig& c = encoder_.config();
-        const Weight m = weight_of(word, "word embeddings");
+        const float* positions = table_of(position, c.positions, c.embedding, "position embeddings");
+        const float* types = table_of(type, c.types, c.embedding, "type embeddings");
+        if (!word) return encoder_.set_tables(nullptr, Source::kF32, positions, types);
+        const Weight m = weight_of(*word, "word embeddings");
         if (m.n != c.vocabulary || m.k != c.embedding || m.ld != m.k)
             throw std::invalid_argument("word embeddings must have shape (" + std::to_string(c.vocabulary) + ", " +
                                         std::to_string(c.embedding) + ")");
-        encoder_.set_tables(m.data, m.source, table_of(position, c.positions, c.embedding, "position embeddings"),
-                            table_of(type, c.types, c.embedding, "type embeddings"));
-        word_ = word;
+        encoder_.set_tables(m.data, m.source, positions, types);
+        word_ = *word;
+    }
+    void set_word_rows(int fd, const std::string& path, int64_t offset, int64_t size, int64_t changed,
+                       const std::string& dtype) {
+        static const std::pair<const char*, Source> table[] = {
+            {"F32", Source::kF32}, {"F16", Source::kF16}, {"BF16", Source::kBF16}};
+        const Source source = by_name(table, dtype, "dtype");
+        const EncoderConfig& c = encoder_.config();
+        encoder_.set_word_rows(std::make_unique<RowTable>(fd, path, offset, c.vocabulary,
+                                                          c.embedding * int64_t{source == Source::kF32 ? 4 : 2}, size,
+                                                          changed),
+                               source);
     }
     void add_dense(const py::array& w, const std::optional<F32Array>& bias, const std::string& act) {
         const Weight m = weight_of(w, "head weight");
@@ -126,6 +143,7 @@ public:
         encoder_.add_dense(m.data, m.source, m.ld, m.n, m.k, vector_of(bias, m.n, "head bias"), activation_of(act));
     }
     void add_norm(const F32Array& gamma, const std::optional<F32Array>& beta, float eps) {
+        if (gamma.ndim() != 1) throw std::invalid_argument("gamma must be float32 of one dimension");
         const int n = static_cast<int>(gamma.size());
         if (n != encoder_.output_width()) throw std::invalid_argument("head norm width differs from its input");
         encoder_.add_norm(gamma.data(), vector_of(beta, n, "beta"), n, eps);
@@ -174,7 +192,7 @@ private:
     }
 
     Encoder encoder_;
-    py::array word_;  // keeps the mapping of the word table alive
+    py::array word_;  // keeps the word table alive
 };
 
 F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& offsets, int threads,
@@ -486,7 +504,9 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("beta").none(true))
         .def("set_factor", &PyEncoder::set_factor, py::arg("layer"), py::arg("name"), py::arg("factor"))
         .def("set_strip", &PyEncoder::set_strip, py::arg("layer"), py::arg("columns"), py::arg("weight"))
-        .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position").none(true),
+        .def("set_word_rows", &PyEncoder::set_word_rows, py::arg("fd"), py::arg("path"), py::arg("offset"),
+             py::arg("size"), py::arg("changed"), py::arg("dtype"))
+        .def("set_tables", &PyEncoder::set_tables, py::arg("word").none(true), py::arg("position").none(true),
              py::arg("type").none(true))
         .def("add_rope", &PyEncoder::add_rope, py::arg("theta"), py::arg("half"))
         .def("add_dense", &PyEncoder::add_dense, py::arg("weight"), py::arg("bias").none(true), py::arg("activation"))

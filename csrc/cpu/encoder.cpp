@@ -12,11 +12,40 @@ namespace {
 
 [[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
+// Sizes beyond these are a damaged file's; below them no product of two overflows.
+constexpr int kMaxSize = 1 << 24, kMaxLayers = 1 << 16;
+
+void check_config(const EncoderConfig& g) {
+    const auto within = [](const char* name, int64_t value, int64_t low, int64_t high) {
+        if (value < low || value > high)
+            invalid(std::string(name) + " must be " + std::to_string(low) + " to " + std::to_string(high) + ", got " +
+                    std::to_string(value));
+    };
+    within("hidden", g.hidden, 1, kMaxSize);
+    within("layers", g.layers, 1, kMaxLayers);
+    within("heads", g.heads, 1, kMaxSize);
+    within("head_dim", g.head_dim, 1, kMaxSize);
+    within("heads * head_dim", static_cast<int64_t>(g.heads) * g.head_dim, 1, kMaxSize);
+    within("intermediate", g.intermediate, 1, kMaxSize);
+    within("embedding", g.embedding, 1, kMaxSize);
+    within("vocabulary", g.vocabulary, 1, 1 << 30);
+    within("positions", g.positions, 1, kMaxSize);
+    within("types", g.types, 0, kMaxSize);
+    within("position_offset", g.position_offset, 0, g.positions - 1);
+    within("pad_id", g.pad_id, -1, g.positions - 1);
+    within("precise_layers", g.precise_layers, 0, g.layers);
+    within("entries of window", static_cast<int64_t>(g.window.size()), g.layers, g.layers);
+    within("entries of rope", static_cast<int64_t>(g.rope.size()), g.layers, g.layers);
+    if (g.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+    if (!std::isfinite(g.eps) || g.eps < 0) invalid("eps must be a number of at least 0");
+    if (!std::isfinite(g.attention_scale)) invalid("attention_scale must be finite");
+}
+
 }  // namespace
 
-Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
-    : config_(config), k_(*kernels), layers_(config.layers) {
-    if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels) : config_(config), k_(*kernels) {
+    check_config(config);
+    layers_.resize(config.layers);
     if (k_.tiles) {
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
@@ -35,7 +64,30 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
 
 Encoder::~Encoder() = default;
 
+// Every weight that a forward reads has been set, in the size that it is read in.
+void Encoder::check_complete() const {
+    const EncoderConfig& g = config_;
+    const auto need = [](bool there, const std::string& what) {
+        if (!there) invalid(what + " was not set");
+    };
+    need(word_ != nullptr, "the word table");
+    need(!embedding_norm_.gamma.empty(), "the embedding norm");
+    need(!g.pre_norm || !final_norm_.gamma.empty(), "the final norm");
+    need(g.embedding == g.hidden || projection_.bytes, "the projection");
+    for (int i = 0; i < g.layers; ++i) {
+        const Layer& l = layers_[i];
+        const std::string at = " of layer " + std::to_string(i);
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o}) need(m->bytes, "a matrix of the attention" + at);
+        for (const FeedForward& f : l.parts)
+            need(f.up.bytes && f.down.bytes && (!g.gated || f.gate.bytes), "a matrix of the feed-forward" + at);
+        need(g.pre_norm || !l.attention_norm.gamma.empty(), "the attention norm" + at);
+        need(!l.output_norm.gamma.empty(), "the output norm" + at);
+        need(g.rope[i] < static_cast<int>(ropes_.size()), "the rotary table" + at);
+    }
+}
+
 void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const {
+    check_complete();
     if (offsets[0] != 0) invalid("offsets must start at 0");
     for (int d = 0; d < documents; ++d) {
         const int64_t length = offsets[d + 1] - offsets[d];
@@ -48,6 +100,7 @@ void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* off
         if (ids[t] < 0 || ids[t] >= config_.vocabulary)
             invalid("token id " + std::to_string(ids[t]) + " is outside the vocabulary of " +
                     std::to_string(config_.vocabulary));
+        if (word_rows_) word_rows_->need(ids[t]);
         if (types && !type_.empty() && (types[t] < 0 || types[t] >= config_.types))
             invalid("token type " + std::to_string(types[t]) + " is outside the model's " +
                     std::to_string(config_.types));

@@ -42,11 +42,6 @@ class LateInteractionReranker(VectorReranker):
     independent: ClassVar[bool] = True
 
     def _head(self, checkpoint: Checkpoint) -> Head:
-        if checkpoint.st_config.get("do_query_expansion") or checkpoint.st_config.get("query_prefix"):
-            raise ValueError(
-                f"{checkpoint.path}: this ColBERT checkpoint marks and expands its queries "
-                "(query_prefix, do_query_expansion), which late-interaction does not do; its scores would be wrong"
-            )
         return module_head(_token_modules(checkpoint.modules), tokens=True)
 
     def _score_many(
