@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.call import LIMITS
+from fastrerank.text.limits import TextLimits
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = ["VectorReranker"]
@@ -31,6 +33,8 @@ class VectorReranker(Reranker):
         memory_limit: bytes, or a fraction of the device's memory, that a torch engine may come to; None for 0.9.
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
     """
+
+    call_options: ClassVar[frozenset[str]] = LIMITS
 
     def __init__(
         self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
@@ -68,6 +72,11 @@ class VectorReranker(Reranker):
         if self.query_engine is not self.engine:
             warm_up(self.query_engine)
         return self
+
+    @staticmethod
+    def _of_query(limits: TextLimits) -> TextLimits:
+        """The limits of a call for its query: `truncation_side` is about documents."""
+        return replace(limits, truncation_side=None)
 
     @abstractmethod
     def _head(self, checkpoint: Checkpoint) -> Head:
