@@ -251,6 +251,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM and Infinity.",
     )  # fmt: skip
     app.state.server = server
+    app.router.route_class = body_route(Bodies())
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
     app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)
     app.add_middleware(Keys, keys=settings.keys)
