@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.rerankers.base import Reranker, check_top_k, order, ranked
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
 
@@ -65,8 +66,9 @@ class Scored:
     """A request's scores, float32 (N,), and what it cost.
 
     `tokens` of its pairs (shared out by bytes over a batch where the method does not count them: `exact` is False),
-    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`). `explained`: of each
-    document its tokens and what each gets, if that was asked for.
+    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`), of them those of tokenising
+    (`tokenized`; 0 where the method does not tell). `explained`: of each document its tokens and what each gets, if
+    that was asked for.
     """
 
     scores: Scores
@@ -75,6 +77,7 @@ class Scored:
     waited: float
     compute: float
     explained: list[list[tuple[str, float]]] | None = None
+    tokenized: float = 0.0
 
 
 class AsyncReranker:
@@ -145,15 +148,17 @@ class AsyncReranker:
         return (await self.scored(query, documents, timeout=timeout)).scores
 
     async def scored(
-        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False
-    ) -> Scored:
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
+        options: CallOptions = NO_OPTIONS,
+    ) -> Scored:  # fmt: skip
         """Like `score`, with what the request cost.
 
         Args:
+            options: of the reranker's call, as its `check_options` returns them.
             explain: whether the result says what each token of a document gets, as `AttentionReranker.rank` does;
                 ValueError for a method that does not read attention.
         """
-        request = self._enqueue(query, documents, timeout, explain)
+        request = self._enqueue(query, documents, timeout, explain, options)
         try:
             await asyncio.wait_for(asyncio.wrap_future(request.future), timeout)
         except DeadlineExceeded:
@@ -192,6 +197,11 @@ class AsyncReranker:
     def max_length(self) -> int | None:
         """Tokens of a pair, where the reranker names a limit."""
         return getattr(self.reranker, "max_length", None)
+
+    @property
+    def workers(self) -> int:
+        """How many threads call the reranker."""
+        return len(self._threads)
 
     @property
     def explains(self) -> bool:
@@ -242,7 +252,10 @@ class AsyncReranker:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _enqueue(self, query: str, documents: Sequence[str], timeout: float | None, explain: bool) -> Request:
+    def _enqueue(
+        self, query: str, documents: Sequence[str], timeout: float | None, explain: bool,
+        options: CallOptions = NO_OPTIONS,
+    ) -> Request:  # fmt: skip
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         if timeout is not None and not timeout > 0:
@@ -250,7 +263,7 @@ class AsyncReranker:
         if explain and not self.explains:
             method = self.reranker.method
             raise ValueError(f"explain needs a method that reads attention (icr, qrhead, core), not {method}")
-        request = self._request(checked, texts, timeout, explain)
+        request = self._request(checked, texts, timeout, explain, options)
         size = request.waiting_bytes
         with self._changed:
             if self._closing:
@@ -268,7 +281,9 @@ class AsyncReranker:
         request.future.add_done_callback(lambda _: self._forget(request))
         return request
 
-    def _request(self, query: str, texts: list[str], timeout: float | None, explain: bool) -> Request:
+    def _request(
+        self, query: str, texts: list[str], timeout: float | None, explain: bool, options: CallOptions
+    ) -> Request:
         # A lone surrogate has no UTF-8 form; for a size any will do.
         base = len(query.encode("utf-8", "replace"))
         texts_bytes = [len(text.encode("utf-8", "replace")) for text in texts]
@@ -280,7 +295,7 @@ class AsyncReranker:
         large = effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
         heavy = large and (whole or max(base, *texts_bytes) > HEAVY_BYTES)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return Request(query, texts, sizes, whole, deadline, explain, large, heavy)
+        return Request(query, texts, sizes, whole, deadline, explain, large, heavy, options)
 
     def _admit(self, size: int, large: bool) -> None:
         """Raise TooLarge or Overloaded where there is no room for a request of `size` bytes."""
@@ -408,6 +423,7 @@ class AsyncReranker:
             results = [np.asarray(scores, np.float32).reshape(count) for scores, count in zip(results, wanted)]
             usage = self.reranker.last_usage
             tokens, counted = int(usage["tokens"]), list(usage["query_tokens"])
+            tokenized = float(usage["seconds"].get("tokenize", 0.0))
             if len(counted) not in (0, len(pieces)):
                 raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {len(pieces)}")
         except BaseException as error:  # a panic of native code too, or the thread would end
@@ -417,17 +433,20 @@ class AsyncReranker:
                 for piece in pieces:  # one by one, so that only those fail whose own texts do
                     self._run([piece])
             return
+        for piece in pieces:
+            piece.request.tokenized += tokenized
         self._note(pieces, results, tokens, counted, time.perf_counter() - begin)
 
     def _results(self, pieces: list[Piece]) -> list[Scores]:
         return self.reranker.score_many(
             [piece.request.query for piece in pieces],
             [piece.request.documents[piece.begin : piece.end] for piece in pieces],
+            **pieces[0].request.options.keywords(),
         )
 
     def _explained(self, piece: Piece) -> list[Scores]:
         request, reranker = piece.request, cast(Any, self.reranker)
-        rows = reranker.rank(request.query, request.documents, explain=True)
+        rows = reranker.rank(request.query, request.documents, explain=True, **request.options.keywords())
         scores = np.full(len(request.documents), np.nan, np.float32)
         request.explained = [[] for _ in request.documents]
         for row in rows:
@@ -473,4 +492,6 @@ def _late(request: Request) -> DeadlineExceeded:
 
 def _scored(request: Request) -> Scored:
     waited = 0.0 if request.started is None else request.started - request.arrived
-    return Scored(request.scores, request.tokens, request.exact, waited, request.compute, request.explained)
+    return Scored(
+        request.scores, request.tokens, request.exact, waited, request.compute, request.explained, request.tokenized
+    )

@@ -106,11 +106,11 @@ def _refuse_unbuilt(body: Common) -> None:
     if body.max_chunks_per_doc is not None:
         raise refuse("max_chunks_per_doc", "cannot be honoured: documents are cut, not split into chunks; leave it out")
     if body.relevant_spans is not None and body.relevant_spans.get("mode") != "disabled":
-        raise refuse("relevant_spans", 'cannot be honoured: no model here finds spans; leave it out, or `mode` "disabled"')
+        raise refuse("relevant_spans", "cannot be honoured: no model here finds spans; leave it out")
     if body.return_embeddings:
         raise refuse("return_embeddings", "cannot be honoured: results carry no vectors; leave it out")
     if body.threshold is not None:
-        raise refuse("threshold", "is about pruning, which no model here does; `score_threshold` drops results by score")
+        raise refuse("threshold", "prunes texts, which no model here does; `score_threshold` drops results by their score")
     if isinstance(body, ScoreBody):
         extra = body.model_extra or {}
         for name in _RERANK_ONLY:

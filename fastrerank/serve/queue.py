@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
+
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 
 __all__ = ["Piece", "Request", "Speed", "Waiting"]
 
@@ -35,10 +37,11 @@ class Request:
         whole: the documents are scored together or not at all, as methods of lists need it.
         explain: the tokens of the documents are wanted with what each gets, in `explained`.
         large: scored in slices, in turn with other large ones. heavy: one slice may take long, as slices cannot be small.
-        options: keywords of the reranker's call; only requests with equal ones share a call.
+        options: of the reranker's call; only requests with equal ones share a call.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
-        tokens, compute: tokens of its scored documents, and seconds of the batches that they were in.
+        tokens, compute, tokenized: tokens of its scored documents, seconds of the batches that they were in, and of
+            them those of tokenising.
         exact: whether `tokens` was counted; else it is the batches' tokens shared out by bytes.
         waiting_bytes: bytes of the documents that no batch has taken.
     """
@@ -51,7 +54,7 @@ class Request:
     explain: bool = False
     large: bool = False
     heavy: bool = False
-    options: Hashable = None
+    options: CallOptions = NO_OPTIONS
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     future: Future[npt.NDArray[np.float32]] = field(default_factory=Future)
@@ -59,6 +62,7 @@ class Request:
     tokens: int = 0
     exact: bool = True
     compute: float = 0.0
+    tokenized: float = 0.0
     missing: int = 0  # documents without a score
     waiting_bytes: int = 0
     scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))

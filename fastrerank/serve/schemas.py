@@ -73,7 +73,7 @@ class RerankBody(Common):
     )
     top_n: Count | None = Field(None, description="How many results; all where it is missing.")
     top_k: Count | None = Field(None, description="Voyage's `top_n`.")
-    topN: StrictInt | None = Field(None, description="Google's `top_n`; 0 and less: all.")  # noqa: N815
+    topN: StrictInt | None = Field(None, description="Google's `top_n`; 0 and less: all.")
     score_threshold: Number | None = Field(None, description="Drops results whose returned score is lower.")
     min_score: Number | None = Field(None, description="Same as `score_threshold`.")
     return_documents: StrictBool | None = Field(None, description="Whether results carry their documents.")
