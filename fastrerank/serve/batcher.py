@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.rerankers.base import Reranker, check_top_k, order, ranked
-from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
+from fastrerank.rerankers.base import Reranker, check_top_k
+from fastrerank.rerankers.call import CallOptions
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.rerankers.call import Options
 
 __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored", "ScoringFailed", "TooLarge"]
 
@@ -136,57 +141,65 @@ class AsyncReranker:
         for thread in self._threads:
             thread.start()
 
-    async def score(self, query: str, documents: Sequence[str], *, timeout: float | None = None) -> Scores:
-        """Return `reranker.score(query, documents)`, float32 (N,).
+    async def score(
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Scores:
+        """Return `reranker.score(query, documents, **options)`, float32 (N,): raw scores.
 
         Args:
             timeout: seconds after which `DeadlineExceeded` is raised and what has not begun is dropped.
+            options: as in `Reranker.score`, for this request alone; requests with equal ones share calls.
 
-        Raises TypeError naming the position of what is not a str, Overloaded, TooLarge, DeadlineExceeded, Closed, and
-        what the reranker raises for these texts.
+        Raises TypeError naming the position of what is not a str, Overloaded, TooLarge, DeadlineExceeded, Closed,
+        ValueError for options that the method cannot honour, and what the reranker raises for these texts.
         """
-        return (await self.scored(query, documents, timeout=timeout)).scores
+        return (await self.scored(query, documents, timeout=timeout, options=options)).scores
 
     async def scored(
         self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
-        options: CallOptions = NO_OPTIONS,
+        options: CallOptions | Options | None = None,
     ) -> Scored:  # fmt: skip
         """Like `score`, with what the request cost.
 
         Args:
-            options: of the reranker's call, as its `check_options` returns them.
             explain: whether the result says what each token of a document gets, as `AttentionReranker.rank` does;
                 ValueError for a method that does not read attention.
+            options: those of `score`, as a mapping or as `CallOptions`.
         """
         request = self._enqueue(query, documents, timeout, explain, options)
         try:
             await asyncio.wait_for(asyncio.wrap_future(request.future), timeout)
         except DeadlineExceeded:
             raise
-        except (asyncio.TimeoutError, TimeoutError):  # never the reranker's own: see `_run_batch`
+        except (asyncio.TimeoutError, TimeoutError):  # never the reranker's own: see `_for_callers`
             raise _late(request) from None
         return _scored(request)
 
     async def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        timeout: float | None = None, explain: bool = False,
+        raw: bool = False, score_threshold: float | None = None, timeout: float | None = None, explain: bool = False,
+        **options: Unpack[Options],
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return documents sorted by `score`, best first, as `Reranker.rank` does; ties keep the order they came in.
+        """Return `reranker.rank(query, documents, ...)`: best first, activated scores unless `raw`.
 
-        With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`.
+        With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`. `timeout` and errors are
+        those of `score`.
         """
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
-        result = await self.scored(query, texts, timeout=timeout, explain=explain)
-        rows = ranked(order(result.scores), result.scores, texts if return_documents else None, top_k)
+        result = await self.scored(query, texts, timeout=timeout, explain=explain, options=options)
+        shown = texts if return_documents else None
+        rows = self.reranker._ranked(result.scores, shown, top_k, raw, score_threshold)
         if result.explained is not None:
             for row in rows:
                 row["tokens"] = result.explained[row["corpus_id"]]
         return rows
 
-    def submit(self, query: str, documents: Sequence[str], *, timeout: float | None = None) -> Future[Scores]:
+    def submit(
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Future[Scores]:
         """Like `score` without asyncio: returns a `concurrent.futures.Future`, which may be cancelled."""
-        return self._enqueue(query, documents, timeout, False).future
+        return self._enqueue(query, documents, timeout, False, options).future
 
     @property
     def device_name(self) -> str:
@@ -254,8 +267,10 @@ class AsyncReranker:
 
     def _enqueue(
         self, query: str, documents: Sequence[str], timeout: float | None, explain: bool,
-        options: CallOptions = NO_OPTIONS,
+        options: CallOptions | Options | None,
     ) -> Request:  # fmt: skip
+        given = options.keywords() if isinstance(options, CallOptions) else dict(options or {})
+        call = self.reranker.check_options(**given)
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         if timeout is not None and not timeout > 0:
@@ -263,7 +278,7 @@ class AsyncReranker:
         if explain and not self.explains:
             method = self.reranker.method
             raise ValueError(f"explain needs a method that reads attention (icr, qrhead, core), not {method}")
-        request = self._request(checked, texts, timeout, explain, options)
+        request = self._request(checked, texts, timeout, explain, call)
         size = request.waiting_bytes
         with self._changed:
             if self._closing:
@@ -282,20 +297,25 @@ class AsyncReranker:
         return request
 
     def _request(
-        self, query: str, texts: list[str], timeout: float | None, explain: bool, options: CallOptions
+        self, query: str, texts: list[str], timeout: float | None, explain: bool, call: CallOptions
     ) -> Request:
         # A lone surrogate has no UTF-8 form; for a size any will do.
         base = len(query.encode("utf-8", "replace"))
         texts_bytes = [len(text.encode("utf-8", "replace")) for text in texts]
-        limit = self.max_length
-        most = sys.maxsize if limit is None else self.speed.bytes(limit)
-        sizes = [min(most, base + size + PAIR_BYTES) for size in texts_bytes]
+        limits = call.limits
+        most = self._bytes(limits.max_length or self.max_length)
+        read, most_read = min(base, self._bytes(limits.max_tokens_per_query)), self._bytes(limits.max_tokens_per_doc)
+        sizes = [min(most, read + min(size, most_read) + PAIR_BYTES) for size in texts_bytes]
         whole = not self.reranker.independent or explain
         effort = sum(sizes) + (base + sum(texts_bytes)) // BYTES_AS_ONE
         large = effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
         heavy = large and (whole or max(base, *texts_bytes) > HEAVY_BYTES)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return Request(query, texts, sizes, whole, deadline, explain, large, heavy, options)
+        return Request(query, texts, sizes, whole, deadline, explain, large, heavy, call)
+
+    def _bytes(self, tokens: int | None) -> int:
+        """About how many bytes of a text are read where `tokens` are."""
+        return sys.maxsize if tokens is None else self.speed.bytes(tokens)
 
     def _admit(self, size: int, large: bool) -> None:
         """Raise TooLarge or Overloaded where there is no room for a request of `size` bytes."""
@@ -446,7 +466,8 @@ class AsyncReranker:
 
     def _explained(self, piece: Piece) -> list[Scores]:
         request, reranker = piece.request, cast(Any, self.reranker)
-        rows = reranker.rank(request.query, request.documents, explain=True, **request.options.keywords())
+        options = request.options.keywords()
+        rows = reranker.rank(request.query, request.documents, explain=True, raw=True, **options)
         scores = np.full(len(request.documents), np.nan, np.float32)
         request.explained = [[] for _ in request.documents]
         for row in rows:

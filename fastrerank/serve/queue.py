@@ -37,7 +37,7 @@ class Request:
         whole: the documents are scored together or not at all, as methods of lists need it.
         explain: the tokens of the documents are wanted with what each gets, in `explained`.
         large: scored in slices, in turn with other large ones. heavy: one slice may take long, as slices cannot be small.
-        options: of the reranker's call; only requests with equal ones share a call.
+        options: of the reranker's call; only requests with equal ones share one.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
         tokens, compute, tokenized: tokens of its scored documents, seconds of the batches that they were in, and of
