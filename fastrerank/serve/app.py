@@ -283,6 +283,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
         title="fastrerank", version=fastrerank.__version__, lifespan=lifespan,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
     )  # fmt: skip
+    app.router.route_class = body_route(Bodies())
     app.state.server = server
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
     app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)

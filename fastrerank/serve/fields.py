@@ -68,6 +68,8 @@ def call_options(
     _refuse_unbuilt(body)
     reranker, ignored = served.reranker, []
     given = _limits(body, flavor, served.max_length)
+    if given.get("truncation_side", ("", ""))[1] == "right" and "truncation_side" not in reranker.call_options:
+        del given["truncation_side"]  # as such a method cuts anyway; clients of TEI always send it
     if body.label is not None:
         given["label"] = ("label", body.label)
     instruction = _instruction(body)
@@ -110,7 +112,7 @@ def _refuse_unbuilt(body: Common) -> None:
     if body.return_embeddings:
         raise refuse("return_embeddings", "cannot be honoured: results carry no vectors; leave it out")
     if body.threshold is not None:
-        raise refuse("threshold", "prunes texts, which no model here does; `score_threshold` drops results by their score")
+        raise refuse("threshold", "prunes texts, which no model here does; to drop results: `score_threshold`")
     if isinstance(body, ScoreBody):
         extra = body.model_extra or {}
         for name in _RERANK_ONLY:

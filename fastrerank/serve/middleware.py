@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from fastrerank.serve.dialects import Problem
+from fastrerank.serve.errors import Problem
 
 __all__ = ["AccessLog", "BodyLimit", "JsonFormatter", "Keys"]
 
