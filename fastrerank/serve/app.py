@@ -30,7 +30,7 @@ from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
 from fastrerank.serve.errors import Flavor, Problem, Source, dialect, error_body, error_status
-from fastrerank.serve.fields import call_options, ignored_header, raw_wanted, unknown_names
+from fastrerank.serve.fields import call_options, ignored_header, raw_wanted, refuses_to_cut, unknown_names
 from fastrerank.serve.health import dead
 from fastrerank.serve.info import infinity_models, openai_models, tei_info
 from fastrerank.serve.metrics import Metrics
@@ -124,8 +124,9 @@ class _Server:
             raise Problem(424, "Backend", str(error)) from None
         except TooLong as error:
             what = str(error).partition(", and truncate=False")[0]
-            advice = "shorten it, or ask for `truncate`: true (`truncate_prompt_tokens`: -1 is the same)"
-            raise Problem(422, "Validation", f"{what}: {advice}") from None
+            field = getattr(request.state, "uncut", None)
+            advice = f"leave out `{field}`" if field else "send `truncate_prompt_tokens`: -1"
+            raise Problem(422, "Validation", f"{what}: shorten it, or {advice} to have it cut", field=field) from None
         except (ValueError, TypeError) as error:
             raise Problem(422, "Validation", str(error)) from None
         self.metrics.scored(name, result)
@@ -149,6 +150,7 @@ class _Server:
         version_2 = flavor is Flavor.cohere and request.url.path != "/v1/rerank"
         options, ignored = call_options(body, flavor, served, cohere_v2=version_2)
         request.state.ignored = [*ignored, *unknown]
+        request.state.uncut = refuses_to_cut(body)
         return options
 
     async def rerank(self, request: Request, body: RerankBody, flavor: Flavor) -> Response:

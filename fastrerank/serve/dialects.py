@@ -80,8 +80,10 @@ def _top_n(body: RerankBody, flavor: Flavor) -> int | None:
 def _text(value: Any, name: str, fields: list[str] | None) -> str:
     """The text of a string, of an object's `text` or `rank_fields`, or of vLLM's `content` parts."""
     if isinstance(value, str):
-        return value
-    if fields:
+        if fields is None or fields == ["text"]:
+            return value
+        value = {"text": value}  # a string lacks every other field
+    if fields is not None:
         missing = [field for field in fields if field not in value]
         if missing:
             raise Problem(422, "Validation", f"{name} lacks the field `{missing[0]}` of `rank_fields`", field=name)

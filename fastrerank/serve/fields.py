@@ -11,7 +11,7 @@ from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.serve.errors import Flavor, Problem
 from fastrerank.serve.schemas import Common, ScoreBody
 
-__all__ = ["agreed", "call_options", "ignored_header", "raw_wanted", "refuse", "unknown_names"]
+__all__ = ["agreed", "call_options", "ignored_header", "raw_wanted", "refuse", "refuses_to_cut", "unknown_names"]
 
 # Concern transport, or what texts alone do not have: they change neither scores nor results.
 _WITHOUT_EFFECT = frozenset({"user", "request_id", "cache_salt", "mm_processor_kwargs", "padding"})
@@ -142,19 +142,26 @@ def _limits(body: Common, flavor: Flavor, most: int | None) -> dict[str, tuple[s
     side = agreed((("truncation_side", body.truncation_side), ("truncation_direction", direction)))
     if side[1] is not None:
         given["truncation_side"] = side
-    cut = agreed((("truncate", _as_bool(body.truncate)), ("truncation", body.truncation)))
+    cut = _cut(body)
     if cut[1] is False:
         given["truncate"] = cut
     return given
 
 
 def _said_to_cut(body: Common) -> bool:
-    return body.truncate_prompt_tokens is not None or _as_bool(body.truncate) is True or body.truncation is True
+    return body.truncate_prompt_tokens is not None or _cut(body)[1] is True
 
 
-def _as_bool(truncate: bool | str | None) -> bool | None:
-    """NVIDIA's names as TEI's."""
-    return truncate if truncate is None or isinstance(truncate, bool) else truncate == "END"
+def _cut(body: Common) -> tuple[str, bool | None]:
+    """(field, whether long texts may be cut), ("", None) where the request does not say; "END" is NVIDIA's true."""
+    truncate = body.truncate == "END" if isinstance(body.truncate, str) else body.truncate
+    return agreed((("truncate", truncate), ("truncation", body.truncation)))
+
+
+def refuses_to_cut(body: Common) -> str | None:
+    """Return the field that says that long texts are refused."""
+    field, cut = _cut(body)
+    return field if cut is False else None
 
 
 def _instruction(body: Common) -> tuple[str, str | None]:

@@ -42,7 +42,7 @@ class Common(BaseModel):
         None, description="TEI's `truncation_side`."
     )
     truncate: StrictBool | Literal["NONE", "END"] | None = Field(
-        None, description='TEI\'s and NVIDIA\'s: false or "NONE" refuses texts that would be cut.'
+        None, description="TEI's and NVIDIA's: false or \"NONE\" refuses texts that would be cut."
     )
     truncation: StrictBool | None = Field(None, description="Voyage's `truncate`.")
     max_chunks_per_doc: StrictInt | None = Field(None, description="Refused: documents are not split into chunks.")
@@ -82,7 +82,9 @@ class RerankBody(Common):
         None,
         description="Whether results carry `tokens`, [[text, what it gets], ...]; for methods that read attention.",
     )
-    rank_fields: list[StrictStr] | None = Field(None, description="Fields of document objects that make up their text.")
+    rank_fields: Annotated[list[StrictStr], Field(min_length=1)] | None = Field(
+        None, description="Fields of document objects that make up their text."
+    )
 
     @model_validator(mode="after")
     def _one_list(self) -> RerankBody:
