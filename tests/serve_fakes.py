@@ -101,6 +101,8 @@ class Optioned(Lengths):
 
     def value(self, query: str, text: str, call: CallOptions = NO_OPTIONS) -> float:
         """The sum of the document's letters (a is 0.01) less the query's length, and what label and instruction add."""
+        if text == "nan":
+            return float("nan")
         limits = call.limits
         query = _cut("the query", query, limits.max_tokens_per_query, limits)
         text = _cut("the document", text, limits.max_tokens_per_doc, limits)
