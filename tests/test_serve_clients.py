@@ -14,7 +14,7 @@ from serve_running import running
 
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.dialects import Flavor
+from fastrerank.serve.errors import Flavor
 
 DOCUMENTS = ["a", "cccc", "bbb"]
 BEST = [(1, 0.8807970779778823), (2, 0.7310585786300049)]
