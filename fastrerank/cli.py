@@ -259,13 +259,17 @@ def serve(
         Path | None, typer.Option(help="File of API keys, one a line; else those of FASTRERANK_API_KEY.")
     ] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one batch across requests.")] = 16384,
-    max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; beyond, requests get 429.")] = 10
-    ** 6,
+    max_queue_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that may wait; beyond, requests get 429. One may be 3/4 of it (413).")
+    ] = 2_000_000,
     max_wait_ms: Annotated[
         float, typer.Option(min=0, help="How long a request waits for others to share a batch.")
     ] = 2.0,
     max_documents: Annotated[int, typer.Option(min=1, help="Documents of one request.")] = 10_000,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 32.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 8.0,
+    max_bodies_mb: Annotated[
+        float | None, typer.Option(min=0.001, help="Megabytes of all unanswered requests; 4 x --max-body-mb if unsaid.")
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds a request may take; then it gets 504.")
     ] = None,
@@ -300,7 +304,8 @@ def serve(
     }  # fmt: skip
     settings = Settings(
         keys=keys, flavor=Flavor(api_flavor), max_body_bytes=int(max_body_mb * 2**20), max_documents=max_documents,
-        body_seconds=body_timeout, timeout=timeout, origins=tuple(cors_origin or ()),
+        max_bodies_bytes=None if max_bodies_mb is None else int(max_bodies_mb * 2**20), body_seconds=body_timeout,
+        timeout=timeout, origins=tuple(cors_origin or ()),
     )  # fmt: skip
     run_server(create_app(rerankers, settings), host, port, grace=grace, header_seconds=header_timeout)
 

@@ -63,9 +63,9 @@ class Explaining(Lengths):
 
     def rank(  # type: ignore[override]
         self, query: str, documents: Any, top_k: int | None = None, return_documents: bool = False,
-        explain: bool = False,
+        explain: bool = False, **options: Any,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        rows = super().rank(query, documents, top_k, return_documents)
+        rows = super().rank(query, documents, top_k, return_documents, **options)
         for row in rows if explain else ():
             row["tokens"] = self._masses(documents[row["corpus_id"]])
         return rows

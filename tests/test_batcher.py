@@ -17,11 +17,11 @@ from serve_fakes import Explaining, Lengths
 
 import fastrerank
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
-from fastrerank.serve.queue import LARGEST_SHARE, Request, Waiting
+from fastrerank.serve.queue import Request, Waiting
 
 
-def request(*sizes: int, whole: bool = False) -> Request:
-    return Request("q", ["d"] * len(sizes), list(sizes), whole, None)
+def request(*sizes: int, whole: bool = False, large: bool = False) -> Request:
+    return Request("q", ["d"] * len(sizes), list(sizes), whole, None, large=large)
 
 
 def queue(*requests: Request) -> Waiting:
@@ -31,19 +31,23 @@ def queue(*requests: Request) -> Waiting:
     return waiting
 
 
-SHAPE = st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.booleans())  # sizes, whole
+SHAPE = st.tuples(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.booleans(), st.booleans())
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(SHAPE, min_size=1, max_size=6), st.integers(1, 120))
-def test_batches_hold_every_document_once_within_the_budget(shapes: list[tuple[list[int], bool]], budget: int) -> None:
-    everyone = [request(*sizes, whole=whole) for sizes, whole in shapes]
+def test_batches_hold_every_document_once_within_the_budget(
+    shapes: list[tuple[list[int], bool, bool]], budget: int
+) -> None:
+    everyone = [request(*sizes, whole=whole, large=large) for sizes, whole, large in shapes]
     waiting = queue(*everyone)
     seen: set[tuple[int, int]] = set()
     while waiting:
-        first = waiting.first
-        pieces = waiting.take(budget)
-        assert pieces[0].request is first  # the longest waiting is in every batch
+        line, take = (waiting.small, waiting.take) if waiting.small else (waiting.large, waiting.slice)
+        first = line.first
+        pieces = take(budget)
+        assert pieces[0].request is first  # the one whose turn it is
+        assert line is waiting.small or len(pieces) == 1
         total = sum(piece.bytes for piece in pieces)
         alone = len(pieces) == 1 and (pieces[0].request.whole or pieces[0].end - pieces[0].begin == 1)
         assert total <= budget or alone
@@ -62,10 +66,12 @@ def test_the_bytes_that_wait_are_what_waits(steps: list[tuple[str, int]]) -> Non
     waiting, everyone = Waiting(), [request(7)]
     for step, n in steps:
         if step == "add":
-            everyone.append(Request("q", ["d"] * (n + 1), [n + 1] * (n + 1), n == 3, float(n)))
+            everyone.append(Request("q", ["d"] * (n + 1), [n + 1] * (n + 1), n == 3, float(n), large=n > 6))
             waiting.add(everyone[-1])
-        elif step == "take" and waiting:
+        elif step == "take" and waiting.small:
             waiting.take(5 * n + 1)
+        elif step == "take" and waiting.large:
+            waiting.slice(5 * n + 1)
         elif step == "drop":
             waiting.discard(everyone[n % len(everyone)])  # whether it still waits or not
         elif step == "late":
@@ -110,17 +116,14 @@ def test_an_arrival_costs_the_same_however_many_wait() -> None:
     shared.close()
 
 
-def test_a_small_request_passes_a_large_one() -> None:
-    large, small = request(*[10] * 1000), request(10, 10)
-    waiting = queue(large, small)
-    pieces = waiting.take(100)
-    assert [(piece.request, piece.end - piece.begin) for piece in pieces] == [(large, 8), (small, 2)]
-    assert list(waiting) == [large]
-
-
-def test_of_several_large_ones_each_gets_its_share() -> None:
-    waiting = queue(*(request(*[10] * 100) for _ in range(2)))
-    assert [piece.end for piece in waiting.take(100)] == [int(10 * LARGEST_SHARE)] * 2
+def test_large_ones_take_turns() -> None:
+    first, second = request(*[10] * 6, large=True), request(*[10] * 3, large=True)
+    waiting = queue(first, second)
+    took = [waiting.slice(25)[0] for _ in range(5)]
+    assert [(piece.request is first, piece.begin, piece.end) for piece in took] == [
+        (True, 0, 2), (False, 0, 2), (True, 2, 4), (False, 2, 3), (True, 4, 6)
+    ]  # fmt: skip
+    assert not waiting
 
 
 def test_scores_are_those_of_a_call_of_its_own(tiny: object) -> None:
@@ -297,10 +300,10 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     reranker = Lengths()
     reranker.gate.clear()
     shared = AsyncReranker(reranker, workers=1, max_queue_tokens=100)
-    first = shared.submit("q", ["a" * 1000])  # larger than the queue, but alone
+    first = shared.submit("q", ["a" * 200])
     reranker.entered.acquire()
     with pytest.raises(Overloaded) as refused:
-        shared.submit("q", ["b"])
+        shared.submit("q", ["b" * 200])
     assert refused.value.retry_after > 0
     reranker.gate.set()
     first.result(5)

@@ -62,7 +62,7 @@ def test_every_client_gets_its_answers(served: Served) -> None:
 
 
 def test_refusals_and_lost_servers_are_counted() -> None:
-    served = Served(max_queue_tokens=1, workers=1)
+    served = Served(max_queue_tokens=16, workers=1)
     served.reranker.gate.clear()
     threading.Timer(0.4, served.reranker.gate.set).start()
     phase = opened(served.address, served.requests, 100.0, 0.3)

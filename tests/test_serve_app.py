@@ -258,12 +258,12 @@ def test_overload_is_429_with_retry_after() -> None:
     reranker.gate.clear()
 
     async def run() -> tuple[Any, Any]:
-        shared = AsyncReranker(reranker, workers=1, max_queue_tokens=10)
+        shared = AsyncReranker(reranker, workers=1, max_queue_tokens=100)
         transport = httpx.ASGITransport(create_app({"fake": shared}))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            first = asyncio.ensure_future(client.post("/rerank", json={"query": "q", "texts": ["a" * 100]}))
+            first = asyncio.ensure_future(client.post("/rerank", json={"query": "q", "texts": ["a" * 200]}))
             await asyncio.to_thread(reranker.entered.acquire)
-            second = await client.post("/rerank", json={"query": "q", "texts": ["a"]})
+            second = await client.post("/rerank", json={"query": "q", "texts": ["a" * 200]})
             metrics = (await client.get("/metrics")).text
             reranker.gate.set()
             await first

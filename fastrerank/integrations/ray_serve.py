@@ -11,6 +11,7 @@ import fastrerank
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.serve.dialects import Flavor
+from fastrerank.serve.health import WorkerDied, dead
 from fastrerank.serve.run import parse_models, read_keys
 
 __all__ = ["Arguments", "Replica", "app"]
@@ -40,7 +41,7 @@ class Arguments(BaseModel):
     num_gpus: float = Field(0.0, ge=0)
     max_batch_tokens: int = Field(16384, ge=1)
     max_wait_ms: float = Field(2.0, ge=0)
-    max_queue_tokens: int = Field(1_000_000, ge=1)
+    max_queue_tokens: int = Field(2_000_000, ge=1)
     api_flavor: Flavor = Flavor.auto
     max_documents: int = Field(10_000, ge=1)
     timeout: float | None = Field(None, gt=0)
@@ -72,6 +73,12 @@ class Replica:
             keys=read_keys(None), flavor=given.api_flavor, max_documents=given.max_documents, timeout=given.timeout
         )
         self.routes = create_app(self.models, settings)
+
+    def check_health(self) -> None:
+        """Raise where a worker thread has died: Ray Serve then starts the replica anew."""
+        problem = dead(self.models)
+        if problem is not None:
+            raise WorkerDied(problem)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.routes

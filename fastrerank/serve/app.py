@@ -24,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import fastrerank
 from fastrerank.rerankers.base import order
-from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored
+from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import (
     Flavor,
     Problem,
@@ -34,9 +34,11 @@ from fastrerank.serve.dialects import (
     score_pairs,
     to_ask,
 )
+from fastrerank.serve.health import dead
 from fastrerank.serve.metrics import Metrics
 from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
 from fastrerank.serve.schemas import RerankBody, ScoreBody
+from fastrerank.serve.validation import Bodies, body_route
 
 __all__ = ["Settings", "create_app"]
 
@@ -50,13 +52,15 @@ class Settings:
     """What a server allows.
 
     `keys`: bearer tokens, any of which opens; none: open to all. `flavor`: pins what the dialects do differently.
-    `max_body_bytes`, `max_documents`, `body_seconds`: bounds of a request; `timeout`: seconds it may take in all, None
+    `max_body_bytes`, `max_documents`, `body_seconds`: bounds of a request; `max_bodies_bytes`: of the bodies of all
+    requests that are not answered yet, None for four of the largest. `timeout`: seconds a request may take in all, None
     for no bound. `origins`: for CORS; none: off.
     """
 
     keys: tuple[str, ...] = ()
     flavor: Flavor = Flavor.auto
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 8 << 20
+    max_bodies_bytes: int | None = None
     max_documents: int = 10_000
     body_seconds: float = 30.0
     timeout: float | None = None
@@ -103,6 +107,8 @@ class _Server:
             self.metrics.refused.labels(name).inc()
             wait = str(max(1, math.ceil(error.retry_after)))
             raise Problem(429, "Overloaded", str(error), {"retry-after": wait}) from None
+        except TooLarge as error:
+            raise Problem(413, "Validation", str(error)) from None
         except DeadlineExceeded as error:
             raise Problem(504, "Backend", str(error)) from None
         except Closed as error:
@@ -114,6 +120,12 @@ class _Server:
         self.metrics.scored(name, result)
         request.state.fields |= {"tokens": result.tokens, "waited_ms": round(1e3 * result.waited, 2)}
         return result
+
+    def check(self) -> None:
+        """Raise Problem (503) where a worker has died."""
+        problem = dead(self.models)
+        if problem is not None:
+            raise Problem(503, "Unhealthy", problem)
 
     def limit(self, count: int) -> None:
         if count > self.settings.max_documents:
@@ -239,7 +251,8 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM and Infinity.",
     )  # fmt: skip
     app.state.server = server
-    app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds)
+    together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
+    app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)
     app.add_middleware(Keys, keys=settings.keys)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
@@ -300,7 +313,7 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
         401: {"description": "No valid key."},
         404: {"description": "No such model."},
         408: {"description": "The body did not arrive in time."},
-        413: {"description": "The body is too large."},
+        413: {"description": "The body, or what it asks for, is too large."},
         422: {"description": "The body is not what the dialect allows."},
         424: {"description": "A score is NaN."},
         429: {"description": "The queue is full; Retry-After says when to come back."},
@@ -323,12 +336,14 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
     async def info() -> dict[str, Any]:
         return server.info()
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "A worker thread has died; the process ends."}})
     async def health() -> dict[str, str]:
+        server.check()
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "The server is shutting down."}})
+    @app.get("/ready", responses={503: {"description": "The server is shutting down, or a worker has died."}})
     async def ready() -> dict[str, str]:
+        server.check()
         if server.draining:
             raise Problem(503, "Unhealthy", "the server is shutting down")
         return {"status": "ready"}

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.rerankers.base import Reranker, check_top_k, order, ranked
-from fastrerank.serve.queue import Piece, Request, Speed, Waiting
+from fastrerank.rerankers.base import Reranker, check_top_k
+from fastrerank.rerankers.call import CallOptions
+from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
 
-__all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from fastrerank.rerankers.call import Options
+
+__all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored", "ScoringFailed", "TooLarge"]
+
+log = logging.getLogger("fastrerank.serve")
 Scores = npt.NDArray[np.float32]
+
+# Share of the queue that large requests may take together, so the most that one may take: the rest is for small ones.
+REQUEST_SHARE = 0.75
+# What a pair costs beside its texts: special tokens, in bytes of text.
+PAIR_BYTES = 8
+# A text of so many bytes takes long to be tokenised, however few of its tokens count; tokenising so many bytes takes
+# about as long as computing one byte's tokens.
+HEAVY_BYTES, BYTES_AS_ONE = 256 << 10, 64
+# After so many slices without a new small request every worker may take slices of large ones; else one is kept free.
+QUIET_SLICES = 64
 
 
 class Overloaded(RuntimeError):
@@ -28,6 +48,14 @@ class Overloaded(RuntimeError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class TooLarge(ValueError):
+    """The request alone is more than the share of the queue that one request may have: it can never be taken."""
+
+
+class ScoringFailed(RuntimeError):
+    """The reranker raised what no caller should get as it is, such as a panic in native code; `__cause__` is that."""
 
 
 class DeadlineExceeded(TimeoutError):
@@ -59,16 +87,19 @@ class AsyncReranker:
     """A reranker for many concurrent callers: their pairs share batches, and a score is what `score` alone would give.
 
     Requests are split into (query, document) pairs (methods that compare documents take a request whole) and packed by
-    a token budget, the longest waiting first; while others wait, one request gets at most half of a batch. A request
-    that is cancelled or late is dropped where it has not begun; one whose scoring fails does not fail its neighbours.
+    a token budget, the longest waiting first. A request of more than half a batch is large: it is scored in short
+    slices, in turn with other large ones, and small ones pass between them. A request that is cancelled or late is
+    dropped where it has not begun; one whose scoring fails, whatever the reranker raises, does not fail its neighbours.
 
     Args:
         reranker: any reranker; it is called from `workers` threads of this object's own.
         max_batch_tokens: tokens of one batch, estimated from the texts' bytes by what earlier batches held.
         max_wait_ms: how long a request may wait for others while a batch is not full.
-        max_queue_tokens: tokens that may wait or be computed; a request beyond raises `Overloaded`. One request alone
-            is always taken.
-        workers: threads that call the reranker; with two, one batch is tokenised while another is computed.
+        max_queue_tokens: tokens that may wait or be computed; a request beyond raises `Overloaded`. Large requests
+            take at most three quarters of it, and one that alone is more than that raises `TooLarge`. A pair counts
+            its query and its document, but no more than the reranker's `max_length`.
+        workers: threads that call the reranker; with two, one batch is tokenised while another is computed, and small
+            requests need not wait for a slice of a large one.
 
     Example:
         >>> async def main():
@@ -78,7 +109,7 @@ class AsyncReranker:
 
     def __init__(
         self, reranker: Reranker, *, max_batch_tokens: int = 16384, max_wait_ms: float = 2.0,
-        max_queue_tokens: int = 1_000_000, workers: int = 2,
+        max_queue_tokens: int = 2_000_000, workers: int = 2,
     ) -> None:  # fmt: skip
         if not isinstance(reranker, Reranker):
             raise TypeError(f"reranker must be a loaded reranker, as fastrerank.load returns it, got {reranker!r}")
@@ -95,7 +126,12 @@ class AsyncReranker:
         self.speed = Speed()
         self._waiting = Waiting()
         self._flying = 0  # bytes of the batches that are being computed
+        self._flying_large = 0  # of them those of large requests
+        self._slices = 0  # slices of large requests that are being computed
+        self._large_next = False  # whether a slice is due before the next batch of small requests
+        self._quiet = 0  # slices since the last small request came
         self._closing = False
+        self._failure: BaseException | None = None  # what ended a worker
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, name=f"fastrerank-batch-{i}", daemon=True) for i in range(workers)
@@ -103,55 +139,65 @@ class AsyncReranker:
         for thread in self._threads:
             thread.start()
 
-    async def score(self, query: str, documents: Sequence[str], *, timeout: float | None = None) -> Scores:
-        """Return `reranker.score(query, documents)`, float32 (N,).
+    async def score(
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Scores:
+        """Return `reranker.score(query, documents, **options)`, float32 (N,): raw scores.
 
         Args:
             timeout: seconds after which `DeadlineExceeded` is raised and what has not begun is dropped.
+            options: as in `Reranker.score`, for this request alone; requests with equal ones share calls.
 
-        Raises TypeError naming the position of what is not a str, Overloaded, DeadlineExceeded, Closed, and what the
-        reranker raises for these texts.
+        Raises TypeError naming the position of what is not a str, Overloaded, TooLarge, DeadlineExceeded, Closed,
+        ValueError for options that the method cannot honour, and what the reranker raises for these texts.
         """
-        return (await self.scored(query, documents, timeout=timeout)).scores
+        return (await self.scored(query, documents, timeout=timeout, options=options)).scores
 
     async def scored(
-        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False
-    ) -> Scored:
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
+        options: CallOptions | Options | None = None,
+    ) -> Scored:  # fmt: skip
         """Like `score`, with what the request cost.
 
         Args:
             explain: whether the result says what each token of a document gets, as `AttentionReranker.rank` does;
                 ValueError for a method that does not read attention.
+            options: those of `score`, as a mapping or as `CallOptions`.
         """
-        request = self._enqueue(query, documents, timeout, explain)
+        request = self._enqueue(query, documents, timeout, explain, options)
         try:
             await asyncio.wait_for(asyncio.wrap_future(request.future), timeout)
         except DeadlineExceeded:
             raise
-        except (asyncio.TimeoutError, TimeoutError):
+        except (asyncio.TimeoutError, TimeoutError):  # never the reranker's own: see `_for_callers`
             raise _late(request) from None
         return _scored(request)
 
     async def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        timeout: float | None = None, explain: bool = False,
+        raw: bool = False, score_threshold: float | None = None, timeout: float | None = None, explain: bool = False,
+        **options: Unpack[Options],
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return documents sorted by `score`, best first, as `Reranker.rank` does; ties keep the order they came in.
+        """Return `reranker.rank(query, documents, ...)`: best first, activated scores unless `raw`.
 
-        With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`.
+        With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`. `timeout` and errors are
+        those of `score`.
         """
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
-        result = await self.scored(query, texts, timeout=timeout, explain=explain)
-        rows = ranked(order(result.scores), result.scores, texts if return_documents else None, top_k)
+        result = await self.scored(query, texts, timeout=timeout, explain=explain, options=options)
+        shown = texts if return_documents else None
+        rows = self.reranker._ranked(result.scores, shown, top_k, raw, score_threshold)
         if result.explained is not None:
             for row in rows:
                 row["tokens"] = result.explained[row["corpus_id"]]
         return rows
 
-    def submit(self, query: str, documents: Sequence[str], *, timeout: float | None = None) -> Future[Scores]:
+    def submit(
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Future[Scores]:
         """Like `score` without asyncio: returns a `concurrent.futures.Future`, which may be cancelled."""
-        return self._enqueue(query, documents, timeout, False).future
+        return self._enqueue(query, documents, timeout, False, options).future
 
     @property
     def device_name(self) -> str:
@@ -167,6 +213,13 @@ class AsyncReranker:
     def explains(self) -> bool:
         """Whether the reranker can say what each token of a document gets."""
         return hasattr(self.reranker, "token_masses")
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended a worker thread, which no request can: None while all are well or were closed."""
+        if self._failure is None and not self._closing and not all(thread.is_alive() for thread in self._threads):
+            return RuntimeError("a worker thread is gone")
+        return self._failure
 
     def queued_tokens(self) -> int:
         """Return about how many tokens wait or are being computed."""
@@ -205,7 +258,12 @@ class AsyncReranker:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _enqueue(self, query: str, documents: Sequence[str], timeout: float | None, explain: bool) -> Request:
+    def _enqueue(
+        self, query: str, documents: Sequence[str], timeout: float | None, explain: bool,
+        options: CallOptions | Options | None,
+    ) -> Request:  # fmt: skip
+        given = options.keywords() if isinstance(options, CallOptions) else dict(options or {})
+        call = self.reranker.check_options(**given)
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         if timeout is not None and not timeout > 0:
@@ -213,30 +271,65 @@ class AsyncReranker:
         if explain and not self.explains:
             method = self.reranker.method
             raise ValueError(f"explain needs a method that reads attention (icr, qrhead, core), not {method}")
-        # A lone surrogate has no UTF-8 form; for a size any will do.
-        base = len(checked.encode("utf-8", "replace"))
-        sizes = [max(1, base + len(text.encode("utf-8", "replace"))) for text in texts]
-        deadline = None if timeout is None else time.monotonic() + timeout
-        request = Request(checked, texts, sizes, not self.reranker.independent or explain, deadline, explain)
+        request = self._request(checked, texts, timeout, explain, call)
         size = request.waiting_bytes
         with self._changed:
             if self._closing:
                 raise Closed("the reranker takes no more requests: it is closed")
-            load = self._load()
-            if load and self.speed.tokens(load + size) > self.max_queue_tokens:
-                excess = load + size - self.speed.bytes(self.max_queue_tokens)
-                raise Overloaded(
-                    f"{self.speed.tokens(load)} tokens wait, {self.speed.tokens(size)} more would exceed "
-                    f"max_queue_tokens={self.max_queue_tokens}",
-                    retry_after=self.speed.seconds(min(excess, load)),
-                )
+            if self.failure is not None:
+                raise Closed(f"the reranker takes no more requests: {self.failure}")
+            self._admit(size, request.large)
             if not texts:
                 request.end()
                 return request
             self._waiting.add(request)
+            if not request.large:
+                self._quiet = 0
             self._changed.notify()
         request.future.add_done_callback(lambda _: self._forget(request))
         return request
+
+    def _request(
+        self, query: str, texts: list[str], timeout: float | None, explain: bool, call: CallOptions
+    ) -> Request:
+        # A lone surrogate has no UTF-8 form; for a size any will do.
+        base = len(query.encode("utf-8", "replace"))
+        texts_bytes = [len(text.encode("utf-8", "replace")) for text in texts]
+        limits = call.limits
+        most = self._bytes(limits.max_length or self.max_length)
+        read, most_read = min(base, self._bytes(limits.max_tokens_per_query)), self._bytes(limits.max_tokens_per_doc)
+        sizes = [min(most, read + min(size, most_read) + PAIR_BYTES) for size in texts_bytes]
+        whole = not self.reranker.independent or explain
+        effort = sum(sizes) + (base + sum(texts_bytes)) // BYTES_AS_ONE
+        large = effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
+        heavy = large and (whole or max(base, *texts_bytes) > HEAVY_BYTES)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return Request(query, texts, sizes, whole, deadline, explain, large, heavy, call)
+
+    def _bytes(self, tokens: int | None) -> int:
+        """About how many bytes of a text are read where `tokens` are."""
+        return sys.maxsize if tokens is None else self.speed.bytes(tokens)
+
+    def _admit(self, size: int, large: bool) -> None:
+        """Raise TooLarge or Overloaded where there is no room for a request of `size` bytes."""
+        tokens, queue = self.speed.tokens(size), self.max_queue_tokens
+        share = int(REQUEST_SHARE * queue)
+        if tokens > share:
+            raise TooLarge(
+                f"the request is about {tokens} tokens (a query counts with each document), but one request may be at "
+                f"most {share}, {REQUEST_SHARE:.0%} of max_queue_tokens={queue}: send fewer documents at a time"
+            )
+        loads = [(self._load(), queue)]
+        if large:
+            loads.append((self._flying_large + self._waiting.large.bytes, share))
+        for load, most in loads:
+            if load and self.speed.tokens(load + size) > most:
+                excess = load + size - self.speed.bytes(most)
+                raise Overloaded(
+                    f"{self.speed.tokens(load)} tokens wait, {tokens} more would exceed "
+                    + (f"max_queue_tokens={queue}" if most == queue else f"{most}, what large requests may take of it"),
+                    retry_after=self.speed.seconds(min(excess, load)),
+                )
 
     def _load(self) -> int:
         return self._flying + self._waiting.bytes
@@ -247,49 +340,90 @@ class AsyncReranker:
             self._waiting.discard(request)
 
     def _work(self) -> None:
-        while (pieces := self._next()) is not None:
-            try:
-                self._run(pieces)
-            finally:
-                with self._changed:
-                    self._flying -= sum(piece.bytes for piece in pieces)
+        try:
+            while (pieces := self._next()) is not None:
+                large = any(piece.request.large for piece in pieces)
+                try:
+                    self._run(pieces)
+                except BaseException:
+                    self._end(pieces, Closed("the worker that scored this request died"))
+                    raise
+                finally:
+                    with self._changed:
+                        size = sum(piece.bytes for piece in pieces)
+                        self._flying -= size
+                        self._flying_large -= size if large else 0
+                        self._slices -= large
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A worker died: the others would go on, but an object that is partly dead is nothing to rely on."""
+        log.critical("a worker thread died, no more requests are taken", exc_info=error)
+        with self._changed:
+            self._failure = error
+            left, self._waiting = self._waiting, Waiting()
+            self._changed.notify_all()
+        for request in left:
+            request.end(Closed(f"a worker thread died of {type(error).__name__}"))
+
+    @staticmethod
+    def _end(pieces: list[Piece], error: BaseException) -> None:
+        for piece in pieces:
+            piece.request.end(error)
 
     def _next(self) -> list[Piece] | None:
         """Wait for a batch; None when there will be no more."""
         late: list[Request] = []
-        pieces: list[Piece] | None = None
         with self._changed:
             while True:
                 now = time.monotonic()
                 late += self._waiting.late(now)
-                if not self._waiting:
-                    if self._closing or late:
-                        break
-                    self._changed.wait()
-                    continue
-                budget = self.speed.bytes(self.max_batch_tokens)
-                left = self._waiting.first.arrived + self.max_wait - now
-                if left > 0 and not self._closing and self._waiting.bytes < budget:
-                    self._changed.wait(left)
-                    continue
-                pieces = self._waiting.take(budget)
-                for piece in pieces:
-                    piece.request.started = piece.request.started or now
-                self._flying += sum(piece.bytes for piece in pieces)
-                if self._waiting:
-                    self._changed.notify()
-                break
+                over = not self._waiting and (self._closing or self._failure is not None)
+                if over:
+                    self._changed.notify_all()  # a worker that may take no slices may wait for this one's end
+                if over or late:
+                    break
+                wait = None
+                if self._waiting.small and not (self._large_next and self._may_slice()):
+                    budget = self.speed.bytes(self.max_batch_tokens)
+                    wait = self._waiting.small.first.arrived + self.max_wait - now
+                    if wait <= 0 or self._closing or self._waiting.small.bytes >= budget:
+                        self._large_next = True
+                        return self._begun(self._waiting.take(budget), now)
+                elif self._may_slice():
+                    self._large_next = False
+                    self._slices += 1
+                    self._quiet += 1
+                    return self._begun(self._waiting.slice(self.speed.slice(self.max_batch_tokens)), now)
+                self._changed.wait(wait)
         for request in late:
             request.end(_late(request))
-        if pieces is None and late:
-            return []
+        return [] if late else None
+
+    def _may_slice(self) -> bool:
+        """Whether a slice of a large request may begin: where there are several workers, one is kept for small ones."""
+        if not self._waiting.large:
+            return False
+        all_busy = self._slices >= max(1, len(self._threads) - 1)
+        return not all_busy or (self._quiet >= QUIET_SLICES and not self._waiting.large.first.heavy)
+
+    def _begun(self, pieces: list[Piece], now: float) -> list[Piece]:
+        for piece in pieces:
+            piece.request.started = piece.request.started or now
+            self._flying += piece.bytes
+            self._flying_large += piece.bytes if piece.request.large else 0
+        if self._waiting:
+            self._changed.notify()
         return pieces
 
     def _run(self, pieces: list[Piece]) -> None:
         pieces = [piece for piece in pieces if not piece.request.future.done()]
-        together = [piece for piece in pieces if not piece.request.explain]
-        alone = [[piece] for piece in pieces if piece.request.explain]
-        for batch in [together, *alone] if together else alone:
+        batches: dict[Any, list[Piece]] = {}
+        for piece in pieces:
+            key = id(piece) if piece.request.explain else piece.request.options
+            batches.setdefault(key, []).append(piece)
+        for batch in batches.values():
             self._run_batch(batch)
 
     def _run_batch(self, pieces: list[Piece]) -> None:
@@ -299,36 +433,43 @@ class AsyncReranker:
             got, wanted = [len(scores) for scores in results], [piece.end - piece.begin for piece in pieces]
             if got != wanted:
                 raise RuntimeError(f"the reranker returned {got} scores for {wanted} documents")
+            results = [np.asarray(scores, np.float32).reshape(count) for scores, count in zip(results, wanted)]
             usage = self.reranker.last_usage
-        except Exception as error:
+            tokens, counted = int(usage["tokens"]), list(usage["query_tokens"])
+            if len(counted) not in (0, len(pieces)):
+                raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {len(pieces)}")
+        except BaseException as error:  # a panic of native code too, or the thread would end
             if len(pieces) == 1:
-                pieces[0].request.end(error)
+                pieces[0].request.end(_for_callers(error))
             else:
                 for piece in pieces:  # one by one, so that only those fail whose own texts do
                     self._run([piece])
             return
-        self._note(pieces, results, usage, time.perf_counter() - begin)
+        self._note(pieces, results, tokens, counted, time.perf_counter() - begin)
 
     def _results(self, pieces: list[Piece]) -> list[Scores]:
         return self.reranker.score_many(
             [piece.request.query for piece in pieces],
             [piece.request.documents[piece.begin : piece.end] for piece in pieces],
+            **pieces[0].request.options.keywords(),
         )
 
     def _explained(self, piece: Piece) -> list[Scores]:
         request, reranker = piece.request, cast(Any, self.reranker)
-        rows = reranker.rank(request.query, request.documents, explain=True)
+        options = request.options.keywords()
+        rows = reranker.rank(request.query, request.documents, explain=True, raw=True, **options)
         scores = np.full(len(request.documents), np.nan, np.float32)
         request.explained = [[] for _ in request.documents]
         for row in rows:
             scores[row["corpus_id"]], request.explained[row["corpus_id"]] = row["score"], row["tokens"]
         return [scores]
 
-    def _note(self, pieces: list[Piece], results: list[Scores], usage: dict[str, Any], seconds: float) -> None:
+    def _note(
+        self, pieces: list[Piece], results: list[Scores], tokens: int, counted: list[int], seconds: float
+    ) -> None:
         """Hand a batch's scores to its requests, and end those that have all of theirs."""
         size = sum(piece.bytes for piece in pieces)
-        self.speed.note(size, usage["tokens"], seconds)
-        counted = usage["query_tokens"]
+        self.speed.note(size, tokens, seconds)
         ended = []
         with self._changed:
             self.batches += 1
@@ -337,12 +478,22 @@ class AsyncReranker:
                 request.scores[piece.begin : piece.end] = scores
                 request.missing -= piece.end - piece.begin
                 request.compute += seconds
-                request.tokens += counted[i] if counted else round(usage["tokens"] * piece.bytes / size)
+                request.tokens += counted[i] if counted else round(tokens * piece.bytes / size)
                 request.exact = request.exact and bool(counted)
                 if request.missing == 0:
                     ended.append(request)
         for request in ended:
             request.end()
+
+
+def _for_callers(error: BaseException) -> Exception:
+    """`error`, or what stands for one that a future, an event loop or a thread would take for a signal of their own."""
+    own = (TimeoutError, asyncio.TimeoutError, futures.TimeoutError, futures.CancelledError, StopIteration)
+    if isinstance(error, Exception) and not isinstance(error, own):
+        return error
+    failed = ScoringFailed(f"{type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed
 
 
 def _late(request: Request) -> DeadlineExceeded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -42,6 +42,11 @@ class Metrics:
             queued.labels(name).set_function(reranker.queued_tokens)
             waiting.labels(name).set_function(reranker.waiting)
             batches.labels(name).set_function(partial(getattr, reranker, "batches"))
+
+    def log_lines_dropped(self, count: Callable[[], int]) -> None:
+        """Show what `count` returns: log lines that nobody read in time."""
+        name, text = "fastrerank_log_lines_dropped", "Log lines dropped because nobody read them."
+        Gauge(name, text, registry=self.registry).set_function(count)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a finished request."""

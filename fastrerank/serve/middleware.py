@@ -14,6 +14,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from fastrerank.serve.dialects import Problem
+
 __all__ = ["AccessLog", "BodyLimit", "JsonFormatter", "Keys"]
 
 Message = MutableMapping[str, Any]
@@ -106,10 +108,14 @@ class Keys:
 
 
 class BodyLimit:
-    """Answers 413 to bodies of more than `size` bytes, and 408 to those that take more than `seconds` to arrive."""
+    """Answers 413 to bodies of more than `size` bytes, and 408 to those that take more than `seconds` to arrive.
 
-    def __init__(self, app: App, size: int, seconds: float) -> None:
-        self.app, self.size, self.seconds = app, size, seconds
+    All bodies of requests that are not answered yet have `together` bytes in all; what would exceed them gets 429.
+    """
+
+    def __init__(self, app: App, size: int, seconds: float, together: int) -> None:
+        self.app, self.size, self.seconds, self.together = app, size, seconds, together
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,13 +138,23 @@ class BodyLimit:
                     408, f"the body took more than {self.seconds:g} s to arrive", {"connection": "close"}
                 ) from None
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
+                size = len(message.get("body", b""))
+                received += size
+                self.held += size
                 if received > self.size:
                     raise self._too_large()
+                if self.held > self.together:
+                    raise Problem(
+                        429, "Overloaded", f"the bodies of all requests together exceed {self.together} bytes",
+                        {"retry-after": "1", "connection": "close"},
+                    )  # fmt: skip
                 whole = not message.get("more_body", False)
             return message
 
-        await self.app(scope, limited, send)
+        try:
+            await self.app(scope, limited, send)
+        finally:
+            self.held -= received
 
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"the body exceeds {self.size} bytes", {"connection": "close"})

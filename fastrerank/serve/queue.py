@@ -1,4 +1,4 @@
-"""What waits to be scored: requests in the order of their arrival, and the rule by which a batch is taken from them."""
+"""What waits to be scored: small requests in the order of their arrival, large ones in turn, and how batches are taken."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
+
 __all__ = ["Piece", "Request", "Speed", "Waiting"]
 
-# Share of a batch that one request may take while others wait: a request of thousands of documents lets small ones
-# pass, and no small one is more than a few batches away.
+# Share of a batch that one request may take while others wait. A request with more is large: it is scored in slices
+# between the batches of small ones, so that thousands of documents let small requests pass.
 LARGEST_SHARE = 0.5
+# A slice of a large request lasts about so long, and has at least so many tokens. What a small request waits for is one
+# slice; below some hundred tokens a call would cost more than its tokens.
+SLICE_SECONDS, LEAST_SLICE_TOKENS = 0.05, 512
+# What tokens per byte do not fall below. A long run without a space is one token, and texts of such runs must not teach
+# the queue that a batch of honest texts has room for ten times as many.
+LEAST_TOKENS_PER_BYTE = 0.1
 
 
 @dataclass(eq=False)
@@ -27,6 +36,8 @@ class Request:
         sizes: bytes of each (query, document) pair, at least 1.
         whole: the documents are scored together or not at all, as methods of lists need it.
         explain: the tokens of the documents are wanted with what each gets, in `explained`.
+        large: scored in slices, in turn with other large ones. heavy: one slice may take long, as slices cannot be small.
+        options: of the reranker's call; only requests with equal ones share one.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
         tokens, compute: tokens of its scored documents, and seconds of the batches that they were in.
@@ -40,6 +51,9 @@ class Request:
     whole: bool
     deadline: float | None
     explain: bool = False
+    large: bool = False
+    heavy: bool = False
+    options: CallOptions = NO_OPTIONS
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     future: Future[npt.NDArray[np.float32]] = field(default_factory=Future)
@@ -78,36 +92,63 @@ class Piece:
     bytes: int
 
 
-class Waiting:
-    """Requests in the order of their arrival, and how many bytes they hold in all.
+class _Line:
+    """Requests in an order, and how many bytes they hold in all.
 
     The sum is kept and not computed: to come, to go and to be asked for it cost the same however many requests wait.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._requests: OrderedDict[int, Request] = OrderedDict()
+        self.requests: OrderedDict[int, Request] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests.values())
+        return len(self.requests)
 
     @property
     def first(self) -> Request:
-        """The longest waiting; there must be one."""
-        return next(iter(self._requests.values()))
+        """The next; there must be one."""
+        return next(iter(self.requests.values()))
+
+    def piece(self, request: Request, end: int) -> Piece:
+        """Take the documents of `request` up to `end`; one that is taken to its end leaves."""
+        piece = Piece(request, request.next, end, sum(request.sizes[request.next : end]))
+        request.next = end
+        request.waiting_bytes -= piece.bytes
+        self.bytes -= piece.bytes
+        if end == len(request.documents):
+            del self.requests[id(request)]
+        return piece
+
+
+class Waiting:
+    """Small requests in the order of their arrival, and large ones, which take turns."""
+
+    def __init__(self) -> None:
+        self.small, self.large = _Line(), _Line()
+
+    def __len__(self) -> int:
+        return len(self.small) + len(self.large)
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain(self.small.requests.values(), self.large.requests.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that waits."""
+        return self.small.bytes + self.large.bytes
 
     def add(self, request: Request) -> None:
-        """Let `request`, which has documents, wait behind all others."""
-        self._requests[id(request)] = request
-        self.bytes += request.waiting_bytes
+        """Let `request`, which has documents, wait behind all others of its kind."""
+        line = self._line(request)
+        line.requests[id(request)] = request
+        line.bytes += request.waiting_bytes
 
     def discard(self, request: Request) -> None:
         """Drop what no batch has taken of `request`; one that does not wait stays as it is."""
-        if self._requests.pop(id(request), None) is not None:
-            self.bytes -= request.waiting_bytes
+        line = self._line(request)
+        if line.requests.pop(id(request), None) is not None:
+            line.bytes -= request.waiting_bytes
 
     def late(self, now: float) -> list[Request]:
         """Drop and return the requests whose deadline has come."""
@@ -117,7 +158,7 @@ class Waiting:
         return found
 
     def take(self, budget: int) -> list[Piece]:
-        """Take a batch of about `budget` bytes from requests in the order of their arrival; at least one document.
+        """Take a batch of about `budget` bytes from small requests in the order of their arrival; at least one document.
 
         Every request in turn gives at most `LARGEST_SHARE` of the budget; what is left goes to those that have more,
         the longest waiting first. Requests that are taken to their end wait no more.
@@ -125,7 +166,7 @@ class Waiting:
         ends: dict[int, int] = {}
         left = budget
         for share in (int(budget * LARGEST_SHARE), budget):
-            for key, request in self._requests.items():
+            for key, request in self.small.requests.items():
                 if left <= 0:
                     break
                 end = ends.get(key, request.next)
@@ -143,16 +184,25 @@ class Waiting:
                     end, taken, left = end + 1, taken + size, left - size
                 if taken:
                     ends[key] = end
-        return [self._piece(self._requests[key], end) for key, end in ends.items()]
+        return [self.small.piece(self.small.requests[key], end) for key, end in ends.items()]
 
-    def _piece(self, request: Request, end: int) -> Piece:
-        piece = Piece(request, request.next, end, sum(request.sizes[request.next : end]))
-        request.next = end
-        request.waiting_bytes -= piece.bytes
-        self.bytes -= piece.bytes
-        if end == len(request.documents):
-            del self._requests[id(request)]
-        return piece
+    def slice(self, budget: int) -> list[Piece]:
+        """Take about `budget` bytes, at least one document, of the large request whose turn it is; all of a whole one.
+
+        The next slice is another's, if there is another.
+        """
+        request = self.large.first
+        end, taken = request.next, 0
+        if request.whole:
+            end = len(request.documents)
+        while end < len(request.documents) and (not taken or taken + request.sizes[end] <= budget):
+            taken += request.sizes[end]
+            end += 1
+        self.large.requests.move_to_end(id(request))
+        return [self.large.piece(request, end)]
+
+    def _line(self, request: Request) -> _Line:
+        return self.large if request.large else self.small
 
 
 class Speed:
@@ -168,7 +218,7 @@ class Speed:
         if size <= 0 or tokens <= 0:
             return
         with self._lock:
-            self.tokens_per_byte += 0.2 * (tokens / size - self.tokens_per_byte)
+            self.tokens_per_byte += 0.2 * (max(LEAST_TOKENS_PER_BYTE, tokens / size) - self.tokens_per_byte)
             rate = tokens / max(seconds, 1e-6)
             known = self.tokens_per_second
             self.tokens_per_second = rate if known == 0 else known + 0.2 * (rate - known)
@@ -184,3 +234,8 @@ class Speed:
     def seconds(self, size: int) -> float:
         """About how long `size` bytes take; 1 before the first batch."""
         return self.tokens(size) / self.tokens_per_second if self.tokens_per_second else 1.0
+
+    def slice(self, max_batch_tokens: int) -> int:
+        """About how many bytes a slice of a large request has: `SLICE_SECONDS`, and no more than a batch."""
+        tokens = max(LEAST_SLICE_TOKENS, int(self.tokens_per_second * SLICE_SECONDS))
+        return self.bytes(min(max_batch_tokens, tokens))

@@ -15,8 +15,12 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fastrerank.serve.health import WorkerDied, dead
+from fastrerank.serve.listener import Acceptor, listen
+from fastrerank.serve.logs import BoundedHandler
 from fastrerank.serve.middleware import JsonFormatter
 
 __all__ = ["parse_models", "read_keys", "serve"]
@@ -45,16 +49,25 @@ def parse_models(values: Sequence[str]) -> dict[str, str]:
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Return the API keys of a file, one a line, or of FASTRERANK_API_KEY (comma-separated); () where there are none.
+    """Return the API keys of a file, one a line, or of FASTRERANK_API_KEY (comma-separated); () where it is not set.
 
-    Raises ValueError for a file without a key.
+    Raises ValueError for a file without a key, and for a variable that is set and holds none: who sets it wants keys.
     """
     if path is not None:
-        keys = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        keys = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
         if not keys:
-            raise ValueError(f"--api-key-file: {path} holds no key")
+            raise ValueError(f"--api-key-file: {path} holds no key; without keys the server would be open to all")
         return keys
-    return tuple(key for key in (k.strip() for k in os.environ.get("FASTRERANK_API_KEY", "").split(",")) if key)
+    given = os.environ.get("FASTRERANK_API_KEY")
+    if given is None:
+        return ()
+    keys = tuple(key.strip() for key in given.split(",") if key.strip())
+    if not keys:
+        raise ValueError(
+            "FASTRERANK_API_KEY is set and holds no key: give it keys (separated by commas), or unset it to serve "
+            "without a key"
+        )
+    return keys
 
 
 class _Protocol(H11Protocol):
@@ -92,32 +105,49 @@ class _Protocol(H11Protocol):
 
 
 class _UvicornServer(uvicorn.Server):
-    """Ends by itself on SIGTERM and SIGINT, with exit code 0, instead of dying of the signal."""
+    """Ends by itself on SIGTERM, SIGINT and SIGHUP, with exit code 0, instead of dying of the signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if (number := getattr(signal, name, None)) is not None:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, and accept from `sockets` in a way that survives a lack of descriptors."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        self.servers = [Acceptor(one, protocol) for one in sockets or []]  # type: ignore[misc]
+        self.started = True
 
 
 def serve(
     app: FastAPI, host: str, port: int, *, grace: float = 30.0, header_seconds: float = 10.0, json_logs: bool = True
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then accept nothing more, finish what was accepted, and return.
+    """Serve until SIGTERM, SIGINT or SIGHUP; then accept nothing more, finish what was accepted, and return.
 
     Args:
         port: 0 takes a free one, which the log tells.
         grace: seconds that running requests may take after the signal.
         header_seconds: a connection that takes longer to send a request's headers is closed.
 
-    Raises OSError where the address cannot be bound.
+    Raises OSError where the address cannot be bound, and WorkerDied when a model has lost a worker thread: what was
+    accepted is answered before, as far as it can be.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = BoundedHandler(sys.stderr.fileno())
     if json_logs:
         handler.setFormatter(JsonFormatter())
-    for name in ("fastrerank", "uvicorn.error"):
+    for name in ("fastrerank", "uvicorn.error", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
@@ -127,19 +157,27 @@ def serve(
         timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=75,
     )  # fmt: skip
     server = _UvicornServer(config)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
-        where, bound = listener.getsockname()[:2]
-        logging.getLogger("fastrerank").info(
-            "serving", extra={"fields": {"host": where, "port": bound, "models": list(app.state.server.models)}}
-        )
+    models = app.state.server.models
+    app.state.server.metrics.log_lines_dropped(lambda: handler.dropped)
+    try:
+        with listen(host, port, config.backlog) as listener:
+            where, bound = listener.getsockname()[:2]
+            logging.getLogger("fastrerank").info(
+                "serving", extra={"fields": {"host": where, "port": bound, "models": list(models)}}
+            )
 
-        async def run() -> None:
-            task = asyncio.ensure_future(server.serve(sockets=[listener]))
-            while not task.done():
-                await asyncio.wait({task}, timeout=0.05)
-                if server.should_exit:
-                    app.state.server.draining = True
-            await task
+            async def run() -> None:
+                task = asyncio.ensure_future(server.serve(sockets=[listener]))
+                while not task.done():
+                    await asyncio.wait({task}, timeout=0.05)
+                    server.should_exit = server.should_exit or dead(models) is not None
+                    if server.should_exit:
+                        app.state.server.draining = True
+                await task
 
-        asyncio.run(run())
+            asyncio.run(run())
+        problem = dead(models)
+        if problem is not None:
+            raise WorkerDied(problem)
+    finally:
+        handler.flush()
