@@ -12,8 +12,9 @@ from pydantic import ConfigDict, Field, PrivateAttr
 
 import fastrerank
 from fastrerank.integrations.loading import call_options, load_reranker, shown
-from fastrerank.integrations.pairs import check_independent, score_pairs
+from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.independence import check_independent
 from fastrerank.serve.batcher import AsyncReranker
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fastrerank.rerankers.call import Options
 
-__all__ = ["check_independent", "score_pairs"]
+__all__ = ["score_pairs"]
 
 
 def score_pairs(
@@ -45,19 +45,6 @@ def score_pairs(
     lists = [documents[begin:end] for begin, end in pairwise(bounds)]
     found = reranker.score_many([queries[begin] for begin in bounds[:-1]], lists, **options)
     return np.concatenate([np.zeros(0, np.float32), *found])
-
-
-def check_independent(reranker: object, what: str) -> None:
-    """Raise ValueError, which begins with `what`, for a reranker whose scores depend on a query's other documents.
-
-    An object that is no `Reranker`, and does not say whether they do, passes.
-    """
-    if not getattr(reranker, "independent", True):
-        method = getattr(reranker, "method", type(reranker).__name__)
-        raise ValueError(
-            f"{what}: method {method!r} compares a query's documents with each other, so that a pair has no score of "
-            "its own; use its rank on whole lists"
-        )
 
 
 def _check_together(reranker: Reranker, queries: Sequence[str], bounds: npt.NDArray[np.int64]) -> None:
