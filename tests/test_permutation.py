@@ -17,7 +17,7 @@ from fastrerank.rerankers.schedules import run_together, sliding_windows, window
 
 LIKELY = st.lists(
     st.sampled_from(
-        ["[1]", "[2] > ", "[03]", "[9]", " > ", "[", "]", "B]", "[C]", "A", "7", "9" * 50_000, "<think>", "</think>",
+        ["[1]", "[2] > ", "[03]", "[3, 1, 2]", "1, ", " and ", "Document 2", "[9]", " > ", "[", "]", "B]", "[C]", "A", "7", "9" * 50_000, "<think>", "</think>",
          "<answer>", "<answer>" * 5000, "</answer>", "```json", "```", '{"[1]": 5, "[2]": "x"}', '{"[1]": NaN}',
          "[" * 50_000, "1" + " " * 50_000, "{", "}", "٣", "\ud800", "\n"]
     )
@@ -42,6 +42,18 @@ TEXTS = st.one_of(st.text(), LIKELY)
         ("[" + "1" * 10_000 + "]", 2, [0, 1], False),
         ("[12] > [2]", 2, [1, 0], False),
         ("", 0, [], True),
+        *[(text, 3, [2, 0, 1], True) for text in (
+            "[3, 1, 2]", "[3,1,2]", "3, 1, 2", "[3 > 1 > 2]", "[3 1 2]", "[3; 1; 2]", "[3, 1 and 2]", "[3, 1, and 2]",
+            "([3, 1, 2])", "[[3], [1], [2]]", "[3], 1, 2", "[3, 1] > [2]", "The order is [3, 1, 2].", "[3], [1], [2]",
+            '{"ranking": [3, 1, 2]}', '["3", "1", "2"]', "[\n  3,\n  1,\n  2\n]", "3, 1, 2]", "[3] and [1, 2]",
+            "[Document 3, Document 1, Document 2]", "<answer>[3, 1, 2]</answer>", "Best first: 3, 1, 2",
+            "1. [3]\n2. [1]\n3. [2]", "2 of them: [3, 1, 2]",
+        )],
+        ("[3] , [1]", 3, [2, 0, 1], False),
+        ("[2, 2, 1]", 3, [1, 0, 2], False),
+        ("in 2020, 3] > [1]", 3, [2, 0, 1], False),
+        ("[1]: 3, [2]: 5", 3, [0, 1, 2], False),  # numbers behind colons are scores
+        ("[best of 2, 3]", 3, [2, 0, 1], False),
     ],
 )
 def test_numeric_permutations(text: str, n: int, order: list[int], well_formed: bool) -> None:
@@ -57,6 +69,10 @@ def test_numeric_permutations(text: str, n: int, order: list[int], well_formed: 
         ("Ranking: [C] > [A] > [B]", 3, [2, 0, 1], True),
         ("[C] > [D]", 3, [2, 0, 1], False),
         ("[BC] > [A]", 3, [0, 1, 2], False),
+        ("[C, A, B]", 3, [2, 0, 1], True),
+        ("A good order: [C, A, B]", 3, [2, 0, 1], True),
+        ("[Passage C, Passage A, Passage B]", 3, [2, 0, 1], True),
+        ("[A good one] > [B]", 3, [1, 0, 2], False),
         ("because", 2, [0, 1], False),
     ],
 )

@@ -26,6 +26,7 @@ from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, bes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
+from fastrerank.rerankers.independence import check_independent
 
 __all__ = ["CURIndex", "Settings"]
 
@@ -140,7 +141,7 @@ class CURIndex:
         """An index from the reranker's scores of every item for every anchor query: K times N of its calls.
 
         Args:
-            reranker: has `score_many(queries, documents)`.
+            reranker: has `score_many(queries, documents)`, and scores a document whatever others there are.
             items: N texts. anchor_queries: K texts, queries like those to come.
             checkpoint: a folder where scores are kept while they are made. If it holds those of an interrupted build
                 of the same items, queries and reranker, the build goes on there; one block of scores at most is lost.
@@ -149,11 +150,13 @@ class CURIndex:
             progress: a bar on standard error where that is a terminal; or a function of scores made and all scores.
             options: storage, scales, ridge, anchors, seed, candidates of `from_scores`.
 
-        Raises TypeError, ValueError naming the argument, or the checkpoint where it belongs to another build.
+        Raises TypeError, ValueError naming the argument, or the checkpoint where it belongs to another build; ValueError
+        for a method that compares documents.
 
         Example:
             >>> index = CURIndex.build(reranker, passages, train_queries, checkpoint="build")  # doctest: +SKIP
         """
+        check_independent(reranker, "an index holds scores of single pairs")
         job = Build(reranker, items, anchor_queries, checkpoint, block)
         index = cls.from_scores(job.scores(progress), items=items, **options)
         index._contents = replace(
@@ -373,8 +376,8 @@ class CURIndex:
             reranker: has `score_many`; the one that the index was built with.
             query: a text, or B texts. The rest: see `search` and `search_many`.
 
-        Returns ids (k,) and scores (k,), or (B, k) for a list. Raises ValueError if the index holds no texts, and
-        naming both rerankers if this is not the one it was built with.
+        Returns ids (k,) and scores (k,), or (B, k) for a list. Raises ValueError if the index holds no texts, for a
+        method that compares documents, and naming both rerankers if this is not the one it was built with.
 
         Example:
             >>> ids, scores = index.search_reranker(reranker, "who?", k=10, budget=200)  # doctest: +SKIP
@@ -382,6 +385,7 @@ class CURIndex:
         held = self._contents
         if held.texts is None:
             raise ValueError("the index holds no texts: give items= when it is made, or call search with a function")
+        check_independent(reranker, "a search scores a few items at a time")
         same_scorer(held.scorer, reranker)
         texts = held.texts
         single = isinstance(query, str)

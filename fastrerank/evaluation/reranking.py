@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.datasets import JudgedQuery, Run, load_dataset
+from fastrerank.rerankers.base import Reranker
 
 from .measures import PerQuery, import_ir_measures, means, measure
 
@@ -34,7 +35,7 @@ class Evaluation:
         first_stage: the same measures of the candidates' own order.
         per_query: query id -> measure name -> value, reranked, for judged queries.
         latencies: float64 (Q,), seconds of each query's `rank` call, text in, ranking out, in the data set's order.
-        run: query id -> (document id, score) pairs, best first; what `write_trec_run` writes.
+        run: query id -> (document id, score) pairs, best first; what `write_trec_run` writes. Scores are raw.
         judged: how many of the Q queries have judgements.
     """
 
@@ -128,7 +129,7 @@ def rerank(
 ) -> tuple[Run, npt.NDArray[np.float64]]:
     """Return the run that reranking every query's candidates gives, and each query's seconds, float64 (Q,).
 
-    The first `warmup` queries are ranked once more before the clock starts. See `evaluate` for the arguments.
+    Scores of the library's own rerankers are raw. The first `warmup` queries are ranked once more before the clock starts. See `evaluate` for the arguments.
     """
     for query in queries[:warmup]:
         _rank(reranker, query, top_k)
@@ -146,7 +147,10 @@ def _rank(reranker: Ranker, query: JudgedQuery, top_k: int | None) -> list[tuple
     head = query.candidates[:top_k]
     if not head:
         return []
-    hits = reranker.rank(query.query, [candidate.text for candidate in head])
+    texts = [candidate.text for candidate in head]
+    # Raw scores tell documents apart that an activation saturates to one value.
+    ours = isinstance(reranker, Reranker)
+    hits = reranker.rank(query.query, texts, raw=True) if ours else reranker.rank(query.query, texts)
     order = [int(hit["corpus_id"]) for hit in hits]
     if sorted(order) != list(range(len(head))):
         raise ValueError(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import fastrerank
+from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
-from fastrerank.rerankers.base import Reranker
 
 __all__ = ["FastReranker"]
 
@@ -18,18 +17,32 @@ class FastReranker:
     Args:
         model: hub id, local folder, or a loaded reranker.
         method, options: as in `fastrerank.load`.
+        label: of a head with several labels the one that ranks, by name or number.
+        raw: whether scores are raw, as a run of an evaluation wants them; else activated, as `rank` shows them.
+
+    Raises ValueError for a head with several labels where nothing tells which one ranks.
 
     Example:
         >>> rerank = Rerank(FastReranker("BAAI/bge-reranker-base"))                          # doctest: +SKIP
         >>> rerank.rerank(corpus, queries, results, top_k=100)                               # doctest: +SKIP
     """
 
-    def __init__(self, model: Any, *, method: str | None = None, **options: Any) -> None:
-        loaded = isinstance(model, Reranker)
-        self.reranker: Reranker = model if loaded else fastrerank.load(model, method=method, **options)
+    def __init__(
+        self, model: Any, *, method: str | None = None, label: str | int | None = None, raw: bool = True, **options: Any
+    ) -> None:
+        self.reranker = load_reranker(model, method, options, label)
+        self.label, self.raw = label, raw
 
-    def predict(self, sentences: Sequence[Sequence[str]], batch_size: int = 32, **_: Any) -> list[float]:
-        """Return the raw score of each [query, document]; `batch_size` changes nothing: work is split by tokens."""
+    def predict(
+        self, sentences: Sequence[Sequence[str]], batch_size: int = 32, show_progress_bar: bool | None = None
+    ) -> list[float]:
+        """Return the score of each [query, document].
+
+        `batch_size` changes nothing: work is split by tokens. No bar is drawn.
+
+        Raises ValueError where a method that compares documents gets a query's pairs in pieces.
+        """
         queries, documents = [pair[0] for pair in sentences], [pair[1] for pair in sentences]
-        scores: list[float] = score_pairs(self.reranker, queries, documents).tolist()
+        found = score_pairs(self.reranker, queries, documents, **call_options(self.label))
+        scores: list[float] = shown(self.reranker, found, self.raw).tolist()
         return scores

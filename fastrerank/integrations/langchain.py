@@ -11,45 +11,60 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, Field, PrivateAttr
 
 import fastrerank
+from fastrerank.integrations.loading import call_options, load_reranker, shown
+from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.independence import check_independent
 from fastrerank.serve.batcher import AsyncReranker
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]
 
 
 class FastRerankCrossEncoder(BaseCrossEncoder):
-    """`langchain_core.cross_encoders.BaseCrossEncoder` on `fastrerank.CrossEncoder`: activated scores of pairs.
+    """`langchain_core.cross_encoders.BaseCrossEncoder` on `fastrerank.CrossEncoder`: one activated score per pair.
 
     Args:
-        model: hub id, local folder, or a loaded `fastrerank.CrossEncoder`.
+        model: hub id, local folder, or a loaded `fastrerank.CrossEncoder` or other method that scores pairs one by one.
+        label: of a head with several labels the one that ranks, by name or number.
+        raw: whether scores are raw; else activated, as `rank` shows them.
         options: keywords of `fastrerank.CrossEncoder` where `model` is not loaded yet.
+
+    Raises ValueError for a head with several labels where nothing tells which one ranks, and for a method that compares
+    documents: a pair has no score of its own there; `FastReranker` takes it.
 
     Example:
         >>> FastRerankCrossEncoder("BAAI/bge-reranker-base").score([("who?", "the owl")])    # doctest: +SKIP
         [0.92]
     """
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        loaded = isinstance(model, fastrerank.CrossEncoder)
-        self.model: fastrerank.CrossEncoder = model if loaded else fastrerank.CrossEncoder(model, **options)
+    def __init__(self, model: Any, *, label: str | int | None = None, raw: bool = False, **options: Any) -> None:
+        found = model if isinstance(model, Reranker) else fastrerank.CrossEncoder(model, **options)
+        self.model = load_reranker(found, None, options if found is model else None, label)
+        check_independent(self.model, "FastRerankCrossEncoder scores pairs, FastReranker ranks lists")
+        self.label, self.raw = label, raw
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one score per (query, document) pair."""
-        scores: list[float] = self.model.predict(list(text_pairs)).tolist()
+        queries, documents = [pair[0] for pair in text_pairs], [pair[1] for pair in text_pairs]
+        found = score_pairs(self.model, queries, documents, **call_options(self.label))
+        scores: list[float] = shown(self.model, found, self.raw).tolist()
         return scores
 
 
 class FastReranker(BaseDocumentCompressor):
     """Keeps the `top_n` best documents, each with its score in `metadata["relevance_score"]`; inputs are not changed.
 
-    Async calls of one object share batches (`fastrerank.AsyncReranker`).
+    Async calls of one object share batches (`fastrerank.AsyncReranker`); their scores are those of the other calls.
 
     Args:
         model: hub id or local folder; `reranker`: or a loaded reranker of any method.
         method, options: as in `fastrerank.load`.
         top_n: how many documents to keep; None for all.
+        label: of a head with several labels the one that ranks, by name or number.
+        raw: whether scores are raw; else activated, as `rank` shows them.
 
-    Raises ValueError unless exactly one of `model` and `reranker` is given.
+    Raises ValueError unless exactly one of `model` and `reranker` is given, and for a head with several labels where
+    nothing tells which one ranks.
 
     Example:
         >>> compressor = FastReranker(model="BAAI/bge-reranker-base", top_n=3)               # doctest: +SKIP
@@ -63,22 +78,23 @@ class FastReranker(BaseDocumentCompressor):
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     top_n: int | None = Field(3, ge=1)
+    label: str | int | None = None
+    raw: bool = False
     _shared: AsyncReranker | None = PrivateAttr(None)
 
     def model_post_init(self, _: Any) -> None:
         """Load the model, where it is not."""
         if (self.model is None) == (self.reranker is None):
             raise ValueError("FastReranker needs either model= (a checkpoint) or reranker= (a loaded one)")
-        if self.reranker is None and self.model is not None:
-            self.reranker = fastrerank.load(self.model, method=self.method, **self.options)
+        self.reranker = load_reranker(self.reranker or self.model, self.method, self.options, self.label)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Return copies of the best documents, best first."""
         assert self.reranker is not None
-        hits = self.reranker.rank(query, [document.page_content for document in documents], top_k=self.top_n)
-        return _kept(documents, hits)
+        texts = [document.page_content for document in documents]
+        return _kept(documents, self.reranker.rank(query, texts, **self._options()))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -87,8 +103,11 @@ class FastReranker(BaseDocumentCompressor):
         assert self.reranker is not None
         if self._shared is None:
             self._shared = AsyncReranker(self.reranker)
-        hits = await self._shared.rank(query, [document.page_content for document in documents], top_k=self.top_n)
-        return _kept(documents, hits)
+        texts = [document.page_content for document in documents]
+        return _kept(documents, await self._shared.rank(query, texts, **self._options()))
+
+    def _options(self) -> dict[str, Any]:
+        return {"top_k": self.top_n, "raw": self.raw, **call_options(self.label)}
 
 
 def _kept(documents: Sequence[Document], hits: list[dict[str, Any]]) -> list[Document]:

@@ -10,7 +10,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
-import fastrerank
+from fastrerank.integrations.loading import call_options, load_reranker, name_of
 from fastrerank.rerankers.base import Reranker
 from fastrerank.serve.batcher import AsyncReranker
 
@@ -22,13 +22,17 @@ dispatcher = get_dispatcher(__name__)
 class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
     """Keeps the `top_n` best nodes, by the content that embedding models see; nodes are copied, not changed.
 
-    Async calls of one object share batches (`fastrerank.AsyncReranker`).
+    Async calls of one object share batches (`fastrerank.AsyncReranker`); their scores are those of the other calls.
 
     Args:
         model: hub id or local folder, or a loaded reranker of any method.
         top_n: how many nodes to keep.
         keep_retrieval_score: whether the score that a node came with is kept in `metadata["retrieval_score"]`.
+        label: of a head with several labels the one that ranks, by name or number.
+        raw: whether scores are raw; else activated, as `rank` shows them.
         method, options: as in `fastrerank.load`.
+
+    Raises ValueError for a head with several labels where nothing tells which one ranks.
 
     Example:
         >>> index.as_query_engine(node_postprocessors=[FastRerank("BAAI/bge-reranker-base")])   # doctest: +SKIP
@@ -37,19 +41,19 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
     model: str = Field(description="Checkpoint of the reranker.")
     top_n: int = Field(description="Number of nodes to return.")
     keep_retrieval_score: bool = Field(default=False, description="Whether to keep the score that a node came with.")
+    label: str | int | None = Field(default=None, description="The label that ranks, of a head with several.")
+    raw: bool = Field(default=False, description="Whether scores are raw, not activated.")
     _reranker: Reranker = PrivateAttr()
     _shared: AsyncReranker | None = PrivateAttr(default=None)
 
     def __init__(
         self, model: Any, top_n: int = 2, *, method: str | None = None, keep_retrieval_score: bool = False,
-        **options: Any,
+        label: str | int | None = None, raw: bool = False, **options: Any,
     ) -> None:  # fmt: skip
-        loaded = isinstance(model, Reranker)
         super().__init__(
-            model=type(model).__name__ if loaded else str(model), top_n=top_n,
-            keep_retrieval_score=keep_retrieval_score,
-        )  # fmt: skip
-        self._reranker = model if loaded else fastrerank.load(model, method=method, **options)
+            model=name_of(model), top_n=top_n, keep_retrieval_score=keep_retrieval_score, label=label, raw=raw
+        )
+        self._reranker = load_reranker(model, method, options, label)
 
     @classmethod
     def class_name(cls) -> str:
@@ -60,7 +64,7 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         query = self._begin(nodes, query_bundle)
-        hits = self._reranker.rank(query, _texts(nodes), top_k=self.top_n)
+        hits = self._reranker.rank(query, _texts(nodes), **self._options())
         return self._end(nodes, hits)
 
     async def _apostprocess_nodes(
@@ -69,8 +73,11 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
         query = self._begin(nodes, query_bundle)
         if self._shared is None:
             self._shared = AsyncReranker(self._reranker)
-        hits = await self._shared.rank(query, _texts(nodes), top_k=self.top_n)
+        hits = await self._shared.rank(query, _texts(nodes), **self._options())
         return self._end(nodes, hits)
+
+    def _options(self) -> dict[str, Any]:
+        return {"top_k": self.top_n, "raw": self.raw, **call_options(self.label)}
 
     def _begin(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> str:
         if query_bundle is None:

@@ -10,20 +10,31 @@ import numpy as np
 import numpy.typing as npt
 from mteb.models.model_meta import ModelMeta
 
-import fastrerank
+from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
 
-__all__ = ["FastReranker"]
+__all__ = ["FastReranker", "model_meta", "score_batches"]
+
+# What MTEB gives every model beside the texts. Work is split by tokens, and no bar is drawn.
+_WITHOUT_EFFECT = frozenset(
+    {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar", "num_proc"}
+)
 
 
 class FastReranker:
     """For `mteb.evaluate`: any method of fastrerank, all pairs of a task in one call.
 
+    A loaded `fastrerank.CrossEncoder` may be given to `mteb.evaluate` without this class.
+
     Args:
         model_name: hub id or local folder, which results are filed under, or a loaded reranker.
         revision, device, method, options: as in `fastrerank.load`.
         name: what results are filed under, as "organisation/name"; None: the hub id, or fastrerank/<folder>.
+        label: of a head with several labels the one that ranks, by name or number.
+        raw: whether scores are raw, as an evaluation wants them; else activated, as `rank` shows them.
+
+    Raises ValueError for a head with several labels where nothing tells which one ranks.
 
     Example:
         >>> mteb.evaluate(FastReranker("BAAI/bge-reranker-base"), mteb.get_tasks(["AskUbuntuDupQuestions"]))
@@ -32,30 +43,54 @@ class FastReranker:
 
     def __init__(
         self, model_name: Any, revision: str | None = None, device: str | None = None, *, method: str | None = None,
-        name: str | None = None, **options: Any,
+        name: str | None = None, label: str | int | None = None, raw: bool = True, **options: Any,
     ) -> None:  # fmt: skip
-        loaded = isinstance(model_name, Reranker)
-        self.reranker: Reranker = model_name if loaded else fastrerank.load(
-            model_name, method=method, device=device, **({} if revision is None else {"revision": revision}), **options
-        )  # fmt: skip
-        if name is None:
-            last = type(model_name).__name__ if loaded else Path(model_name).name
-            hub = not loaded and str(model_name).count("/") == 1 and not Path(model_name).exists()
-            name = str(model_name) if hub else f"fastrerank/{last}"
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": name, "revision": revision, "model_type": ["cross-encoder"], "modalities": ["text"],
-             "max_tokens": getattr(self.reranker, "max_length", None)}
-        )  # fmt: skip
+        loading = {"revision": revision, "device": device}
+        options |= {key: value for key, value in loading.items() if value is not None}
+        self.reranker = load_reranker(model_name, method, options, label)
+        self.label, self.raw = label, raw
+        if name is None and not isinstance(model_name, Reranker):
+            hub = str(model_name).count("/") == 1 and not Path(model_name).exists()
+            name = str(model_name) if hub else f"fastrerank/{Path(model_name).name}"
+        self.mteb_model_meta = model_meta(self.reranker, name, revision)
 
     def predict(
         self, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, task_metadata: Any,
         hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any,
     ) -> npt.NDArray[np.float32]:  # fmt: skip
-        """Return the raw score of each pair, float32 (N,), of loaders whose batches have "text".
+        """Return the score of each pair, float32 (N,), of loaders whose batches have "text".
 
-        Raises ValueError for inputs without text, as tasks of other modalities have them.
+        Of `kwargs`, the encode_kwargs of `mteb.evaluate`, those that `Reranker.score` knows hold for this call;
+        batch_size, show_progress_bar and num_proc change nothing.
+
+        Raises ValueError for inputs without text, as tasks of other modalities have them, TypeError for other keywords.
         """
-        return score_pairs(self.reranker, _texts(inputs1), _texts(inputs2))
+        return score_batches(self.reranker, inputs1, inputs2, raw=self.raw, **{**call_options(self.label), **kwargs})
+
+
+def score_batches(
+    reranker: Reranker, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, raw: bool = True,
+    **options: Any,
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """Return the score of each pair of MTEB's loaders, float32 (N,); see `FastReranker.predict`."""
+    asked = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
+    reranker.check_options(**asked)
+    return shown(reranker, score_pairs(reranker, _texts(inputs1), _texts(inputs2), **asked), raw)
+
+
+def model_meta(reranker: Reranker, name: str | None = None, revision: str | None = None) -> ModelMeta:
+    """Return what MTEB files results under; `name` None: the hub id of the checkpoint, or fastrerank/<folder>."""
+    if name is None:
+        name = f"fastrerank/{type(reranker).__name__}"
+        path = getattr(getattr(reranker, "checkpoint", None), "path", None)
+        if path is not None and path.parent.name == "snapshots":  # .../models--owner--name/snapshots/revision
+            name, revision = path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
+        elif path is not None:
+            name = f"fastrerank/{path.name}"
+    return ModelMeta.create_empty(
+        {"name": name, "revision": revision, "model_type": ["cross-encoder"], "modalities": ["text"],
+         "max_tokens": getattr(reranker, "max_length", None)}
+    )  # fmt: skip
 
 
 def _texts(batches: Iterable[dict[str, Any]]) -> list[str]:

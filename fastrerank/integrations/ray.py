@@ -18,8 +18,11 @@ import ray
 import ray.data
 
 import fastrerank
+from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.pair_files import Columns, PairFiles, Part, filesystem, find_files, pair_files
+from fastrerank.rerankers.base import Scores
+from fastrerank.rerankers.independence import check_independent
 
 __all__ = ["PairScorer", "score_files"]
 
@@ -38,8 +41,11 @@ class PairScorer:
     Args:
         model, method, options: as in `fastrerank.load`; give `num_threads` what the actor has as `num_cpus`.
         query, document, score: names of the columns.
+        label: of a head with several labels the one that scores, by name or number.
+        raw: whether scores are raw; else activated, as `rank` shows them.
 
-    Raises ValueError for a method that compares documents: it needs a query's candidates together, not pairs.
+    Raises ValueError for a method that compares documents: it needs a query's candidates together, not pairs; and for a
+    head with several labels where nothing tells which one scores.
 
     Example:
         >>> rows = ray.data.read_parquet("s3://bucket/pairs").map_batches(                   # doctest: +SKIP
@@ -49,20 +55,22 @@ class PairScorer:
 
     def __init__(
         self, model: str, method: str | None = None, *, query: str = "query", document: str = "document",
-        score: str = "score", **options: Any,
+        score: str = "score", label: str | int | None = None, raw: bool = True, **options: Any,
     ) -> None:  # fmt: skip
-        self.reranker = fastrerank.load(model, method=method, **options)
-        if not self.reranker.independent:
-            raise ValueError(
-                f"method {self.reranker.method!r} compares a query's documents with each other, so pairs have no "
-                "scores of their own; use its rank on whole lists"
-            )
+        self.reranker = load_reranker(model, method, options, label)
+        check_independent(self.reranker, "pairs are scored one by one, in batches that part a query's")
         self.columns = Columns(query, document, score)
+        self.label, self.raw = label, raw
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch with its scores, float32 (N,)."""
         queries, documents = (list(batch[name]) for name in (self.columns.query, self.columns.document))
-        return batch | {self.columns.score: score_pairs(self.reranker, queries, documents)}
+        return batch | {self.columns.score: self.scores(queries, documents)}
+
+    def scores(self, queries: Sequence[str], documents: Sequence[str]) -> Scores:
+        """Return the score of each pair, float32 (N,)."""
+        found = score_pairs(self.reranker, queries, documents, **call_options(self.label))
+        return shown(self.reranker, found, self.raw)
 
 
 class _PartScorer:
@@ -77,7 +85,7 @@ class _PartScorer:
         self.written = type(files)(system, files.columns)
         self.error = ""
         try:
-            self.reranker = PairScorer(**load).reranker
+            self.scorer = PairScorer(**load)
         except MENDABLE as error:
             self.error = _told(error)
 
@@ -89,7 +97,7 @@ class _PartScorer:
                 # The block of a worker that was killed comes again: what it had finished is not done twice.
                 if not self.written.done(self.folder, part):
                     rows = self.files.read(part)
-                    scores = score_pairs(self.reranker, *self.files.pairs(rows, part))
+                    scores = self.scorer.scores(*self.files.pairs(rows, part))
                     self.written.save(self.folder, part, rows, scores)
         except MENDABLE as error:
             self.error = _told(error)
@@ -104,7 +112,8 @@ def score_files(
     inputs: str | Sequence[str], output: str, model: str, method: str | None = None, *, workers: int = 1,
     num_threads: int = 1, num_gpus: float = 0.0, query: str = "query", document: str = "document",
     score: str = "score", keep: Sequence[str] | None = None, rows_per_part: int = 4096, address: str | None = None,
-    progress: Callable[[int, int], None] | None = None, **options: Any,
+    progress: Callable[[int, int], None] | None = None, label: str | int | None = None, raw: bool = True,
+    **options: Any,
 ) -> dict[str, int]:  # fmt: skip
     """Score files of (query, document) pairs on Ray, and write the rows with their scores to a folder.
 
@@ -119,11 +128,13 @@ def score_files(
         model, method, options: as in `fastrerank.load`; every worker loads the model once.
         workers, num_threads, num_gpus: processes, and what each may use. A local Ray that this call starts has room
             for all of them; on a cluster, work begins with those that have room.
-        query, document: columns of the input. score: name of the column of raw scores, float32.
+        query, document: columns of the input. score: name of the column of scores, float32.
         keep: columns of the input that the output has; None for all.
         rows_per_part: what a killed worker has to do again at most.
         address: of a Ray cluster, as in `ray.init`; None: RAY_ADDRESS, else a local Ray. Ray that runs is used.
         progress: called with the rows that are done and those that there are.
+        label: of a head with several labels the one that scores, by name or number.
+        raw: whether scores are raw; else activated, as `rank` shows them.
 
     Returns {"rows", "parts", "resumed": rows that earlier runs had scored}.
     Raises ValueError for files without these columns, and for an output folder of another job; FileNotFoundError;
@@ -142,7 +153,8 @@ def score_files(
     job = {
         "inputs": sizes, "model": model, "method": method, "columns": asdict(columns),
         "options": {name: value for name, value in options.items() if name not in UNRECORDED},
-        "rows_per_part": rows_per_part, "fastrerank": fastrerank.__version__,
+        "rows_per_part": rows_per_part, "fastrerank": fastrerank.__version__, **call_options(label),
+        **({} if raw else {"raw": raw}),
     }  # fmt: skip
     _claim(*target, job)
     written = type(files)(target[0], columns)
@@ -152,7 +164,9 @@ def score_files(
     if progress is not None:
         progress(done, rows)
     if missing:
-        load = {"model": model, "method": method, "num_threads": num_threads, **options}
+        load = {
+            "model": model, "method": method, "num_threads": num_threads, "label": label, "raw": raw, **options
+        }  # fmt: skip
         with _cluster(address, workers * num_threads, workers * num_gpus):
             scored = ray.data.from_items(
                 [asdict(part) for part in missing], override_num_blocks=min(len(missing), MOST_BLOCKS)
@@ -208,7 +222,9 @@ def _claim(system: Any, folder: str, job: dict[str, Any]) -> None:
         with system.open_input_stream(path) as source:
             known = json.loads(source.read())
         other = [
-            f"{name} {known.get(name)!r}, not {value!r}" for name, value in job.items() if known.get(name) != value
+            f"{name} {known.get(name)!r}, not {job.get(name)!r}"
+            for name in {**job, **known}
+            if known.get(name) != job.get(name)
         ]
         if other:
             raise ValueError(

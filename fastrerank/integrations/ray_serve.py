@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-import fastrerank
+from fastrerank.integrations.loading import call_options, load_reranker
+from fastrerank.rerankers.base import Reranker
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.serve.errors import Flavor
 from fastrerank.serve.health import WorkerDied, dead
 from fastrerank.serve.names import hub_names, parse_aliases
 from fastrerank.serve.run import parse_models, read_keys
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.rerankers.call import Options
 
 __all__ = ["Arguments", "Replica", "app"]
 
@@ -25,6 +31,8 @@ class Arguments(BaseModel):
         model: checkpoint, or NAME=CHECKPOINT; or several. The first is the one that requests need not name.
         alias: ALIAS=NAME, or several: further names of models.
         method, options: as in `fastrerank.load`, for all models.
+        label: of heads with several labels the one that ranks, by name or number. A replica does not start where
+            nothing tells it.
         num_threads, num_gpus: what a replica computes with, and reserves.
         max_batch_tokens, max_wait_ms, max_queue_tokens: as in `fastrerank.AsyncReranker`, in each replica.
         api_flavor, max_documents, timeout: as `fastrerank serve` has them.
@@ -40,6 +48,7 @@ class Arguments(BaseModel):
     alias: str | list[str] = Field(default_factory=list)
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    label: str | int | None = None
     num_threads: int = Field(1, ge=1)
     num_gpus: float = Field(0.0, ge=0)
     max_batch_tokens: int = Field(16384, ge=1)
@@ -68,7 +77,7 @@ class Replica:
         aliases = hub_names(named) | parse_aliases(_list(given.alias), named)
         self.models = {
             name: AsyncReranker(
-                fastrerank.load(checkpoint, method=given.method, num_threads=given.num_threads, **given.options),
+                _loaded(checkpoint, given),
                 max_batch_tokens=given.max_batch_tokens, max_wait_ms=given.max_wait_ms,
                 max_queue_tokens=given.max_queue_tokens,
             )
@@ -89,16 +98,19 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         return self.routes
 
-    async def score(self, query: str, documents: list[str], model: str | None = None) -> list[float]:
-        """Return each document's raw score, in their order."""
-        scores: list[float] = (await self._named(model).score(query, documents)).tolist()
+    async def score(
+        self, query: str, documents: list[str], model: str | None = None, **options: Unpack[Options]
+    ) -> list[float]:
+        """Return each document's raw score, in their order; `options` are those of `Reranker.score`."""
+        scores: list[float] = (await self._named(model).score(query, documents, **options)).tolist()
         return scores
 
     async def rank(
-        self, query: str, documents: list[str], top_k: int | None = None, model: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Return [{"corpus_id", "score"}], best first, by raw score."""
-        return await self._named(model).rank(query, documents, top_k=top_k)
+        self, query: str, documents: list[str], top_k: int | None = None, model: str | None = None, *,
+        raw: bool = False, **options: Unpack[Options],
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Return [{"corpus_id", "score"}], best first, as `Reranker.rank` does: activated scores unless `raw`."""
+        return await self._named(model).rank(query, documents, top_k=top_k, raw=raw, **options)
 
     def _named(self, model: str | None) -> AsyncReranker:
         if model is not None and model not in self.models:
@@ -128,6 +140,12 @@ def app(arguments: Arguments) -> serve.Application:
         ray_actor_options={"num_cpus": arguments.num_threads, "num_gpus": arguments.num_gpus},
     )  # fmt: skip
     return deployment.bind(arguments.model_dump(mode="json"))
+
+
+def _loaded(checkpoint: str, given: Arguments) -> Reranker:
+    """A model that can serve; ValueError for a head of several labels where nothing tells which one ranks."""
+    options = given.options | call_options(given.label)
+    return load_reranker(checkpoint, given.method, {"num_threads": given.num_threads, **options})
 
 
 def _list(model: str | list[str]) -> list[str]:

@@ -10,44 +10,55 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
 
-import fastrerank
-from fastrerank.rerankers.base import Reranker
+from fastrerank.integrations.loading import call_options, load_reranker, shown
 
 __all__ = ["FastRanker"]
 
 
 class FastRanker(BaseRanker):  # type: ignore[misc]
-    """`rerankers.Reranker`'s interface on any method of fastrerank.
+    """`rerankers.Reranker`'s interface on any method of fastrerank; `rank` and `score` have one scale.
 
     Args:
         model_name_or_path: hub id, local folder, or a loaded reranker.
         method, options: as in `fastrerank.load`.
+        label: of a head with several labels the one that ranks, by name or number.
+        raw: whether scores are raw; else activated, as `rank` shows them.
+
+    Raises ValueError for a head with several labels where nothing tells which one ranks.
 
     Example:
         >>> FastRanker("BAAI/bge-reranker-base").rank("who?", ["the owl", "the cat"]).top_k(1)   # doctest: +SKIP
     """
 
-    def __init__(self, model_name_or_path: Any, verbose: int = 0, *, method: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model_name_or_path: Any, verbose: int = 0, *, method: str | None = None, label: str | int | None = None,
+        raw: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         self.verbose = verbose
-        loaded = isinstance(model_name_or_path, Reranker)
-        self.model = model_name_or_path if loaded else fastrerank.load(model_name_or_path, method=method, **options)
+        self.model = load_reranker(model_name_or_path, method, options, label)
+        self.label, self.raw = label, raw
 
     def score(self, query: str, doc: str) -> float:
-        """Return the document's raw score."""
-        return float(self.model.score(query, [doc])[0])
+        """Return the document's score, on the scale of `rank`."""
+        scores = self.model.score(query, [doc], **call_options(self.label))
+        return float(shown(self.model, scores, self.raw)[0])
 
     def rank(
         self, query: str, docs: str | Document | Sequence[str | Document],
         doc_ids: Sequence[str] | Sequence[int] | None = None, metadata: Sequence[dict[str, Any]] | None = None,
-        **_: Any,
+        batch_size: int | None = None,
     ) -> RankedResults:  # fmt: skip
-        """Return `RankedResults`, best first, ranks from 1; no documents give no results."""
+        """Return `RankedResults`, best first, ranks from 1; no documents give no results.
+
+        `batch_size` changes nothing: work is split by tokens.
+        """
         if isinstance(docs, (str, Document)):
             docs = [docs]
         if not docs:
             return RankedResults(results=[], query=query, has_scores=True)
         documents = prep_docs(list(docs), doc_ids, metadata)
-        hits = self.model.rank(query, [document.text for document in documents])
+        texts = [document.text for document in documents]
+        hits = self.model.rank(query, texts, raw=self.raw, **call_options(self.label))
         results = [
             Result(document=documents[hit["corpus_id"]], score=hit["score"], rank=place)
             for place, hit in enumerate(hits, start=1)

@@ -183,6 +183,15 @@ class CrossEncoder(Reranker):
         self.max_seq_length = value
 
     @property
+    def mteb_model_meta(self) -> Any:
+        """What MTEB files results under, so that `mteb.evaluate` takes the object itself; there where mteb is."""
+        try:
+            from fastrerank.integrations.mteb import model_meta
+        except ImportError as error:
+            raise AttributeError(f"mteb_model_meta needs mteb: {error}") from None
+        return model_meta(self)
+
+    @property
     def default_activation_function(self) -> Any:
         """Same as `activation_fn`."""
         return self.activation_fn
@@ -286,6 +295,10 @@ class CrossEncoder(Reranker):
             >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
             array([0.91, 0.03], dtype=float32)
         """
+        if "inputs1" in options:  # MTEB's protocol: loaders of queries and documents, and raw scores
+            from fastrerank.integrations.mteb import score_batches
+
+            return score_batches(self, **options, **({} if label is None else {"label": label}))
         limits, chat_options = self._processing(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)

@@ -11,11 +11,19 @@ from typing import Any
 
 __all__ = ["after_thinking", "answer_of", "parse_label", "parse_permutation", "parse_scores"]
 
-_PATTERNS = {
-    # Identifiers before a bracket; where there are none, bare ones. A prompt that ends in "[" is answered with
-    # "B] > [A]". The look-behind keeps the search linear in a long run of digits.
-    "numeric": (re.compile(r"(?<![0-9])([0-9]+)[ \t]*\]"), re.compile(r"[0-9]+")),
-    "alphabetic": (re.compile(r"\b([A-Z])[ \t]*\]"), re.compile(r"\b[A-Z]\b")),
+_SEPARATOR = re.compile(r"[,;>](?:\s*and\b)?|\band\b")
+_BRACKET = re.compile(r"([\[\]])")
+# Look-behinds keep the search linear in a long run of digits.
+_IDENTIFIERS = {"numeric": r"(?<![0-9])([0-9]+)", "alphabetic": r"\b([A-Z])"}
+_BARE = {"numeric": re.compile(r"[0-9]+"), "alphabetic": re.compile(r"\b[A-Z]\b")}
+# The identifier before a closing bracket.
+_LAST = {kind: re.compile(rf"{pattern}[ \t]*\Z") for kind, pattern in _IDENTIFIERS.items()}
+# One entry of a list that holds nothing else: an identifier, within brackets or quotes or not, ...
+_ENTRY = {kind: re.compile(rf"[\s\[\"'*]*{pattern}[\s\]\"'*]*") for kind, pattern in _IDENTIFIERS.items()}
+# ... or behind a word that all entries of the list have: "Document 3, Document 1".
+_NAMED_ENTRY = {
+    "numeric": re.compile(r"[\s\"'*]*([A-Za-z]+[ .:#]*)?([0-9]+)[\s\"'*]*"),
+    "alphabetic": re.compile(r"[\s\"'*]*([A-Za-z]+[ .:#]+)?([A-Z])[\s\"'*]*"),
 }
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _FENCE = re.compile(r"```[ \t]*(?:json)?(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -27,7 +35,8 @@ def parse_permutation(text: str, n: int, identifiers: str = "numeric") -> tuple[
     """Read "[3] > [1] > ..." as positions 0..n-1, best first, and whether every identifier stood there exactly once.
 
     The first mention of an identifier counts, duplicates and unknown identifiers are dropped, missing ones are
-    appended in their order. Brackets are not needed where the text has none.
+    appended in their order. A bracket may hold one identifier or a list of them ("[3, 1, 2]"). Brackets are not needed
+    where the text has none, or is a list of identifiers and nothing else.
 
     Args:
         text: what the model wrote. n: documents in the prompt.
@@ -39,6 +48,8 @@ def parse_permutation(text: str, n: int, identifiers: str = "numeric") -> tuple[
     Example:
         >>> parse_permutation("[3] > [1] > [3] > [9]", 3)
         ([2, 0, 1], False)
+        >>> parse_permutation("The order is [3, 1, 2].", 3)
+        ([2, 0, 1], True)
         >>> parse_permutation("B] > [A]", 2, "alphabetic")
         ([1, 0], True)
     """
@@ -133,15 +144,44 @@ def answer_of(text: str) -> tuple[str, bool]:
 
 
 def _identified(text: str, n: int, identifiers: str) -> list[int]:
-    if identifiers not in _PATTERNS:
+    if identifiers not in _BARE:
         raise ValueError(f"identifiers must be 'numeric' or 'alphabetic', got {identifiers!r}")
     if identifiers == "alphabetic" and n > 26:
         raise ValueError(f"26 letters cannot name {n} documents")
-    bracketed, bare = _PATTERNS[identifiers]
-    found: Sequence[str] = bracketed.findall(text) or bare.findall(text)
+    found: Sequence[str] = _whole_list(text, identifiers) or _bracketed(text, identifiers)
+    found = found or _BARE[identifiers].findall(text)
     if identifiers == "alphabetic":
         return [string.ascii_uppercase.index(letter) for letter in found]
     return [int(digits) - 1 if len(digits) <= _MOST_DIGITS else -1 for digits in found]
+
+
+def _whole_list(text: str, identifiers: str) -> list[str]:
+    """The identifiers of a text that is a list of them and nothing else, brackets or none; else []."""
+    entries = [_ENTRY[identifiers].fullmatch(part) for part in _SEPARATOR.split(text)]
+    found = [entry.group(1) for entry in entries if entry is not None]
+    return found if len(found) == len(entries) else []
+
+
+def _bracketed(text: str, identifiers: str) -> list[str]:
+    """The identifiers within brackets: one before each closing bracket, or all of a list.
+
+    What opens a bracket may lie in the prompt: one that ends in "[" is answered with "B] > [A]".
+    """
+    found: list[str] = []
+    pieces = _BRACKET.split(text)  # texts and brackets in turn
+    for i in range(1, len(pieces), 2):
+        if pieces[i] == "]":
+            found += _listed(pieces[i - 1], identifiers)
+    return found
+
+
+def _listed(content: str, identifiers: str) -> list[str]:
+    parts = _SEPARATOR.split(content) if _SEPARATOR.search(content) else content.split()
+    entries = [_NAMED_ENTRY[identifiers].fullmatch(part) for part in parts]
+    if len(parts) > 1 and all(entry is not None and entry.group(1) == entries[0].group(1) for entry in entries):  # type: ignore[union-attr]
+        return [entry.group(2) for entry in entries if entry is not None]
+    last = _LAST[identifiers].search(content)
+    return [] if last is None else [last.group(1)]
 
 
 def _number(value: Any) -> float | None:
