@@ -7,7 +7,7 @@
 # Everything happens in .venv, with the versions of constraints.txt. The package is installed editable: tests and demo
 # run the Python files of this clone and kernels that were compiled from its csrc.
 
-# The CUDA kernels are left out (ON builds them, AUTO where nvcc is found): demo and tests on a CPU do not wait for nvcc.
+# The CUDA kernels are left out (ON builds them, AUTO where a driver and nvcc are found): demo and tests on a CPU do not wait for nvcc.
 export FASTRERANK_CUDA ?= OFF
 
 PYTHON ?= python3

@@ -103,7 +103,7 @@ def test_a_table_where_pairs_belong_shows_how_its_rows_become_pairs(model: fastr
                        "its rows as pairs: ") as caught:  # fmt: skip
         model.predict(table)
     advice = str(caught.value).rpartition("as pairs: ")[2]
-    pairs = eval(advice, {name: table for name in ("df", "table", "batch", "dataset")})  # what the message says works
+    pairs = eval(advice, dict.fromkeys(("df", "table", "batch", "dataset"), table))  # what the message says works
     assert np.array_equal(model.predict(pairs), model.predict(list(zip(QUERIES, TEXTS, strict=True))))
 
 

@@ -29,8 +29,8 @@ from fastrerank.rerankers.compat import (
     processing_options,
 )
 from fastrerank.rerankers.recognise import is_classifier, logit_score
-from fastrerank.text.files import template_of_pairs
 from fastrerank.text.columns import pairs_of_columns
+from fastrerank.text.files import template_of_pairs
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 if TYPE_CHECKING:
