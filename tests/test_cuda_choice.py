@@ -1,4 +1,4 @@
-"""When a build compiles the CUDA kernels: what AUTO, ON and OFF choose, with an nvcc that only says that it was asked."""
+"""When a build compiles the CUDA kernels: AUTO, ON and OFF, with an nvcc that only says that it was asked."""
 
 from __future__ import annotations
 
