@@ -37,6 +37,7 @@ class LateInteractionReranker(VectorReranker):
     """
 
     method: ClassVar[str] = "late-interaction"
+    _reads: ClassVar[str] = "token vectors"
 
     def _head(self, checkpoint: Checkpoint) -> Head:
         if checkpoint.st_config.get("do_query_expansion") or checkpoint.st_config.get("query_prefix"):

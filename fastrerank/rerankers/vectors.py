@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.recognise import is_classifier, other_training
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = ["VectorReranker"]
@@ -18,6 +21,8 @@ __all__ = ["VectorReranker"]
 
 class VectorReranker(Reranker):
     """A reranker whose encoder gives unit vectors, of texts or of tokens.
+
+    Loading warns where the checkpoint's files tell that it was trained as something else, such as a classifier.
 
     Args:
         model_name_or_path: hub id or local folder.
@@ -31,6 +36,8 @@ class VectorReranker(Reranker):
         memory_limit: bytes, or a fraction of the device's memory, that a torch engine may come to; None for 0.9.
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
     """
+
+    _reads: ClassVar[str]  # whose vectors are compared, for messages
 
     def __init__(
         self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
@@ -61,6 +68,15 @@ class VectorReranker(Reranker):
             )
         limit = checkpoint.max_seq_length if max_length is None else max_length
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
+        trained = other_training(checkpoint)
+        if trained is not None:
+            advice = "; method='cross-encoder' is what it was trained for" if is_classifier(checkpoint) else ""
+            warnings.warn(
+                f"{checkpoint.path} was trained as {trained}, not for {self.method}: its {self._reads} were never "
+                f"compared in training, and rankings by them may be poor{advice}",
+                UserWarning,
+                stacklevel=_outside(),
+            )
 
     def warmup(self) -> VectorReranker:
         """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
@@ -72,3 +88,11 @@ class VectorReranker(Reranker):
     @abstractmethod
     def _head(self, checkpoint: Checkpoint) -> Head:
         """The head that the checkpoint's modules describe, or ValueError if this method cannot serve it."""
+
+
+def _outside() -> int:
+    """The `stacklevel` at which a warning names the caller's line, not one of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastrerank":
+        frame, level = frame.f_back, level + 1
+    return level
