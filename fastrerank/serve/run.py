@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastrerank.serve.middleware import JsonFormatter
 
-__all__ = ["parse_models", "read_keys", "serve"]
+__all__ = ["parse_models", "read_keys", "serve", "url_of"]
 
 
 def parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -55,6 +55,17 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
             raise ValueError(f"--api-key-file: {path} holds no key")
         return keys
     return tuple(key for key in (k.strip() for k in os.environ.get("FASTRERANK_API_KEY", "").split(",")) if key)
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address under which a browser on this machine finds a server that listens on `host`.
+
+    Example:
+        >>> url_of("0.0.0.0", 8080), url_of("::1", 80)
+        ('http://127.0.0.1:8080/', 'http://[::1]:80/')
+    """
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 class _Protocol(H11Protocol):
@@ -133,6 +144,9 @@ def serve(
         logging.getLogger("fastrerank").info(
             "serving", extra={"fields": {"host": where, "port": bound, "models": list(app.state.server.models)}}
         )
+        if sys.stdout.isatty():
+            print(f"Serving at {url_of(where, bound)} (the HTTP interface: {url_of(where, bound)}docs). Ctrl-C ends it.",
+                  flush=True)  # fmt: skip
 
         async def run() -> None:
             task = asyncio.ensure_future(server.serve(sockets=[listener]))
