@@ -140,7 +140,7 @@ def rank(
         typer.Option(
             metavar="FORMAT",
             rich_help_panel=DATA,
-            help="How files hold documents: lines, paragraphs, jsonl, or auto: jsonl by file name or content, else lines.",
+            help="How files hold documents: lines, paragraphs, jsonl; auto: jsonl by file name or content, else lines.",
         ),
     ] = Format.auto,
     text_field: Annotated[
@@ -448,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
-        kept = f"; {error}; to go on: {shlex.join(['fastrerank', *given])}" if isinstance(error, Interrupted) else ""
+        kept = f"; {error}: {shlex.join(['fastrerank', *given])}" if isinstance(error, Interrupted) else ""
         print(f"fastrerank: interrupted{one_line(kept)}", file=sys.stderr)
         return Interrupted.exit_code
     except Exception as error:

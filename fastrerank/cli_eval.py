@@ -141,7 +141,8 @@ def evaluate_command(
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
     judged = load_dataset(datasets[0], run=trec_run, qrels=qrels, queries=queries)
     reranker = cli.load_reranker(checkpoint, dtype=dtype, **given)
-    with cli.progress_bar("reranking", total=len(judged), shown=True) as advance:
+    ending = cli.resumable("nothing is kept of a single model without --out FOLDER", again="begin again")
+    with ending, cli.progress_bar("reranking", total=len(judged), shown=True) as advance:
         result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, warmup=warmup, progress=advance)
     if run is not None:
         write_trec_run(run, result.run)
@@ -205,8 +206,13 @@ def _compare(
 ) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    with _progress(len(listed)) as advance:
-        found = compare(listed, pools, progress=advance, **options)
+    keep = None if out is None else out / "unfinished"
+    if keep is None:
+        ending = cli.resumable("nothing is kept without --out FOLDER", again="begin again")
+    else:
+        ending = cli.resumable(f"the systems that were finished are in {keep}")
+    with ending, _progress(len(listed)) as advance:
+        found = compare(listed, pools, progress=advance, keep=keep, **options)
     if as_json:
         cli.print_json(found.to_json())
     else:

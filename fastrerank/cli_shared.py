@@ -158,18 +158,18 @@ def option(panel: str, metavar: str, text: str, **more: Any) -> Any:
 
 
 class Interrupted(RuntimeError):
-    """Work that Ctrl-C ended and that the same command goes on with; the message says what is kept and where."""
+    """Work that Ctrl-C ended; the message says what is kept and what the same command would do."""
 
     exit_code = 130
 
 
 @contextmanager
-def resumable(kept: str) -> Iterator[None]:
-    """Raise `Interrupted(kept)` where Ctrl-C ends the block."""
+def resumable(kept: str, again: str = "go on") -> Iterator[None]:
+    """Raise `Interrupted` where Ctrl-C ends the block: what is kept, and what the same command would do."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(kept) from None
+        raise Interrupted(f"{kept}; to {again}") from None
 
 
 def check_file(name: str, path: str | os.PathLike[str] | None, *, folders: bool = False) -> None:

@@ -145,8 +145,8 @@ def serve(
             "serving", extra={"fields": {"host": where, "port": bound, "models": list(app.state.server.models)}}
         )
         if sys.stdout.isatty():
-            print(f"Serving at {url_of(where, bound)} (the HTTP interface: {url_of(where, bound)}docs). Ctrl-C ends it.",
-                  flush=True)  # fmt: skip
+            url = url_of(where, bound)
+            print(f"Serving at {url} (all routes: {url}docs). Ctrl-C ends it.", flush=True)
 
         async def run() -> None:
             task = asyncio.ensure_future(server.serve(sockets=[listener]))
