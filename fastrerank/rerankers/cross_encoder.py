@@ -31,6 +31,7 @@ from fastrerank.rerankers.compat import (
 )
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.recognise import is_classifier, logit_score
+from fastrerank.text.columns import pairs_of_columns
 from fastrerank.text.files import template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
@@ -493,6 +494,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
     """Return (checked pairs, whether the input was one pair)."""
+    inputs = pairs_of_columns(inputs, "inputs")
     if isinstance(inputs, np.ndarray):
         if inputs.ndim not in (1, 2):
             raise TypeError(f"inputs must be one pair (1-D) or pairs (2-D), got an array of {inputs.ndim} dimensions")

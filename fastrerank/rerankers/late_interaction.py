@@ -40,6 +40,7 @@ class LateInteractionReranker(VectorReranker):
 
     method: ClassVar[str] = "late-interaction"
     independent: ClassVar[bool] = True
+    _reads: ClassVar[str] = "token vectors"
 
     def _head(self, checkpoint: Checkpoint) -> Head:
         return module_head(_token_modules(checkpoint.modules), tokens=True)
