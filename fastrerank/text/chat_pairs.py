@@ -164,7 +164,10 @@ class ChatPairs:
 
     def _fitting(self, prompts: PromptTokenizer, query: str, limit: int | None) -> tuple[str, bool]:
         """The query, and whether it had to be cut so that a token of a document fits."""
-        if limit is None or _size(prompts, query) < limit:
+        if limit is None:
+            return query, False
+        query = prompts.bounded(query, limit)
+        if _size(prompts, query) < limit:
             return query, False
         room = limit - _size(prompts, "")
         if room < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.backend import encode_batch, guarded
 from fastrerank.text.files import load_tokenizer
+from fastrerank.text.windows import CHARS_PER_TOKEN, Windows, most_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -22,10 +25,7 @@ __all__ = ["TokenBatch", "Tokenizer", "check_texts"]
 # An Encoding takes some 150 bytes per token, so they are made and dropped in blocks of this many texts and characters.
 _BLOCK_TEXTS = 256
 _BLOCK_CHARS = 1 << 20
-# Texts are first cut to this many characters per token that fits; a denser text is then tokenised whole.
-_CHARS_PER_TOKEN = 8
 _WORD_END = re.compile(r"\w(?= )")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBES = ("a", "the", "hello", "1", ".")
 # The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
 _TYPED_CLASSES = {
@@ -98,6 +98,7 @@ class Tokenizer:
         self._single = _derive_template(tokenizer, use_type_ids, segments=1)
         self._pair = _derive_template(tokenizer, use_type_ids, segments=2)
         self._word_local = _is_word_local(tokenizer)
+        self._windows = Windows(tokenizer)
         self.max_length = self.checked_max_length(max_length)
 
     @classmethod
@@ -160,20 +161,20 @@ class Tokenizer:
         template = self._single
         room = self._room(max_length, template)
         head, tail = template.specials
-        ids: list[int] = []
+        ids = array("i")
         ends = np.zeros(len(checked) + 1, np.int64)
         truncated = np.zeros(len(checked), np.bool_)
         for i, tokens in enumerate(self._encode(checked, room)):
             truncated[i] = room is not None and len(tokens) > room
-            ids += head
-            ids += self._cut(tokens, room)
-            ids += tail
+            ids.extend(head)
+            ids.extend(self._cut(tokens, room))
+            ids.extend(tail)
             ends[i + 1] = len(ids)
         types = np.full(len(ids), template.segment_types[0], np.int32)
         before, after = template.special_types
         _paint(types, ends[:-1], before)
         _paint(types, ends[1:] - len(after), after)
-        return TokenBatch(_int32(ids), types, ends, truncated)
+        return TokenBatch(np.array(ids, np.int32), types, ends, truncated)
 
     def _pack_pairs(self, queries: list[str], documents: list[str], max_length: int | None) -> TokenBatch:
         template = self._pair
@@ -187,7 +188,7 @@ class Tokenizer:
                 tokens, query_truncated = self._cut(tokens, room * 3 // 4), True
             heads[query] = [*before, *tokens, *between]
         fixed = len(before) + len(between)
-        ids: list[int] = []
+        ids = array("i")
         ends = np.zeros(len(documents) + 1, np.int64)
         starts = np.zeros(len(documents), np.int64)  # of the document's own tokens
         truncated = np.zeros(len(documents), np.bool_)
@@ -195,10 +196,10 @@ class Tokenizer:
             head = heads[queries[i]]
             left = None if room is None else room - (len(head) - fixed)
             truncated[i] = left is not None and len(tokens) > left
-            ids += head
+            ids.extend(head)
             starts[i] = len(ids)
-            ids += self._cut(tokens, left)
-            ids += after
+            ids.extend(self._cut(tokens, left))
+            ids.extend(after)
             ends[i + 1] = len(ids)
         first, second = template.segment_types
         types = np.full(len(ids), first, np.int32)
@@ -208,38 +209,38 @@ class Tokenizer:
         _paint(types, ends[:-1], template.special_types[0])
         _paint(types, starts - len(between), template.special_types[1])
         _paint(types, ends[1:] - len(after), template.special_types[2])
-        return TokenBatch(_int32(ids), types, ends, truncated, query_truncated)
+        return TokenBatch(np.array(ids, np.int32), types, ends, truncated, query_truncated)
 
-    def _encode(self, texts: list[str], room: int | None) -> Iterator[list[int]]:
-        """Token ids of each text without special tokens: all of them, or (of a long text) more than `room`."""
+    def _encode(self, texts: list[str], room: int | None) -> Iterator[Sequence[int]]:
+        """Token ids of each text without special tokens: all of them, or (of a long text) more than `room`.
+
+        Those of a long text are its first ones, or its last ones where the left side is cut.
+        """
+        whole = most_whole(None if self._cut_left else room)
         for block in _blocks(texts):
             shortened = block if room is None else self._shorten(block, room)
-            encodings = self._encode_block(shortened)
-            for i, encoding in enumerate(encodings):
-                tokens: list[int] = encoding.ids
-                if room is not None and shortened[i] is not block[i] and len(tokens) <= room:
-                    tokens = self._encode_block([block[i]])[0].ids
+            encodings = iter(encode_batch(self.tokenizer, [text for text in shortened if len(text) <= whole]))
+            for text, shorter in zip(block, shortened, strict=True):
+                tokens: Sequence[int] = next(encodings).ids if len(shorter) <= whole else ()
+                if len(shorter) > whole or (room is not None and shorter is not text and len(tokens) <= room):
+                    tokens = self._ids(text, room, whole)
                 yield tokens
 
-    def _encode_block(self, block: list[str]) -> list[tokenizers.Encoding]:
-        try:
-            return self.tokenizer.encode_batch_fast(block, add_special_tokens=False)
-        except TypeError:
-            # Lone surrogates have no UTF-8 form, so they cannot enter the Rust library.
-            if not any(map(_SURROGATE.search, block)):
-                raise
-            valid = [text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in block]
-            return self.tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+    def _ids(self, text: str, room: int | None, whole: int) -> Sequence[int]:
+        if len(text) > whole:
+            return self._windows.ids(text, room, left=self._cut_left)
+        found: list[int] = encode_batch(self.tokenizer, [text])[0].ids
+        return found
 
     def _shorten(self, block: list[str], room: int) -> list[str]:
         """Cut very long texts at the end of a word, far behind what fits, if words are tokenised independently."""
-        most = _CHARS_PER_TOKEN * room + 64
+        most = CHARS_PER_TOKEN * room + 64
         if not self._word_local or self._cut_left or all(len(text) <= most for text in block):
             return block
         ends = [_WORD_END.search(text, most) if len(text) > most else None for text in block]
         return [text if end is None else text[: end.end()] for text, end in zip(block, ends, strict=True)]
 
-    def _cut(self, tokens: list[int], room: int | None) -> list[int]:
+    def _cut(self, tokens: Sequence[int], room: int | None) -> Sequence[int]:
         if room is None or len(tokens) <= room:
             return tokens
         return tokens[len(tokens) - room :] if self._cut_left else tokens[:room]
@@ -310,10 +311,6 @@ def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bo
 
 def _describe(value: object) -> str:
     return type(value).__name__
-
-
-def _int32(ids: list[int]) -> npt.NDArray[np.int32]:
-    return np.fromiter(ids, np.int32, len(ids))
 
 
 def _paint(types: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], special_types: Iterable[int]) -> None:

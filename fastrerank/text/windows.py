@@ -31,6 +31,7 @@ _WINDOW, _OVERLAP, _MARGIN = 15120, 1 << 11, 1 << 8
 # Of a token or a gap that is longer than a window, so much of its beginning stands for all of it.
 _KEPT = 1 << 11
 _TRIES = 12
+_SPARE = 64
 # Zero width joiners and halfwidth voice marks, which join what stands before them.
 _JOINING = "\u200c\u200d\uff9e\uff9f"
 _WHOLE = 1 << 16
@@ -48,9 +49,28 @@ class _Window(NamedTuple):
     origin: int
     size: int
     kept: str
+    source: int  # the place in the text of `kept`
     ids: list[int]
     starts: list[int]
     ends: list[int]
+
+    def places(self, count: int) -> tuple[list[int], list[int]]:
+        """Where the first `count` tokens start and end in the text."""
+        if not self.kept:
+            return [self.origin + one for one in self.starts[:count]], [self.origin + one for one in self.ends[:count]]
+        some = [
+            [(self.source if one < len(self.kept) else self.origin) + one for one in part[:count]]
+            for part in (self.starts, self.ends)
+        ]
+        return some[0], some[1]
+
+
+class Piece(NamedTuple):
+    """Tokens that follow one another in a text, where they start and end in it, and where the next piece begins."""
+
+    ids: list[int]
+    window: _Window
+    end: int
 
 
 class Windows:
@@ -76,8 +96,8 @@ class Windows:
             left: the ids are the text's last ones, in place of its first ones.
         """
         found = array("i")
-        for ids, _ in self.stream(text, None if left else room):
-            found.extend(ids)
+        for piece in self.stream(text, None if left else room):
+            found.extend(piece.ids)
             if room is not None:
                 if not left and len(found) > room:
                     break
@@ -91,21 +111,43 @@ class Windows:
         Tokens of that beginning, tokenised with `_OVERLAP` characters more, are those of the whole text.
         """
         count = 0
-        for ids, end in self.stream(text, room):
-            count += len(ids)
+        for piece in self.stream(text, room):
+            count += len(piece.ids)
             if count > room:
-                return end
+                return piece.end
         return None
 
-    def stream(self, text: str, room: int | None = None) -> Iterator[tuple[list[int], int]]:
-        """Ids of `text` in order, and the number of characters that they and all before stand for.
+    def bounded(self, text: str, room: int | None, tail: int = _OVERLAP) -> str:
+        """`text`, or where it is long its beginning and its end, whose first `room` + 1 tokens are those of the whole.
 
-        `room` is how many tokens the caller is likely to take.
+        The last `tail` characters stay, so that tokens of what follows the text are also those behind the whole.
         """
+        if room is None or len(text) <= most_whole(room):
+            return text
+        end = self.end(text, room + _SPARE)
+        if end is None or end + _OVERLAP + tail >= len(text):
+            return text
+        return text[: end + _OVERLAP] + text[len(text) - tail :]
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text` and where each token starts and ends in it."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for piece in self.stream(text):
+            ids += piece.ids
+            spans += zip(*piece.window.places(len(piece.ids)), strict=True)
+        return ids, spans
+
+    def stream(self, text: str, room: int | None = None) -> Iterator[Piece]:
+        """The tokens of `text` in order; `room` is how many of them the caller is likely to take."""
         made = self._tokenizers()
         text = made.stripped(encodable(text))
-        size = _WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * room + _OVERLAP)
-        window = made.window(text, 0, size + _OVERLAP, inside=False)
+        taken = 0
+
+        def size() -> int:  # of the next window, so that little is tokenised behind the tokens that are taken
+            return _OVERLAP + (_WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * max(0, room - taken) + _OVERLAP))
+
+        window = made.window(text, 0, size(), inside=False)
         inside = False
         while window.origin + window.size < len(text):
             if _last_boundary(window) == 0:
@@ -114,21 +156,24 @@ class Windows:
                 kept = window.kept or text[window.origin : window.origin + _KEPT]
                 place = window.origin + window.size - _OVERLAP
                 place = _behind_repeats(text, place) if window.kept else place
-                window = made.window(text, place, _WINDOW + _OVERLAP, inside=inside, kept=kept)
+                source = window.source if window.kept else window.origin
+                window = made.window(text, place, _WINDOW + _OVERLAP, inside=inside, kept=kept, source=source)
                 continue
-            count, following = _joined(made, text, window)
-            yield window.ids[:count], following.origin
+            count, following = _joined(made, text, window, size())
+            yield Piece(window.ids[:count], window, following.origin)
+            taken += count
             # Windows of the same characters have the same tokens, and the same join behind them.
-            shift, size = following.origin - window.origin, window.size
-            content = text[window.origin : window.origin + size] if inside and not window.kept else ""
-            while content and following.origin + shift + size < len(text):
+            shift, long = following.origin - window.origin, window.size
+            content = text[window.origin : window.origin + long] if inside and not window.kept else ""
+            while content and following.size == long and following.origin + shift + long < len(text):
                 begin = following.origin
-                if text[begin : begin + size] != content or text[begin + shift : begin + shift + size] != content:
+                if text[begin : begin + long] != content or text[begin + shift : begin + shift + long] != content:
                     break
-                yield window.ids[:count], begin + shift
+                yield Piece(window.ids[:count], following, begin + shift)
+                taken += count
                 following = following._replace(origin=begin + shift)
             window, inside = following, True
-        yield window.ids, len(text)
+        yield Piece(window.ids, window, len(text))
 
     def _tokenizers(self) -> _Tokenizers:
         with self._lock:
@@ -173,7 +218,7 @@ class _Tokenizers:
                 done = gap.end()
         return "".join([*kept, text[done:]]) if kept else text
 
-    def window(self, text: str, place: int, size: int, *, inside: bool, kept: str = "") -> _Window:
+    def window(self, text: str, place: int, size: int, *, inside: bool, kept: str = "", source: int = 0) -> _Window:
         """Tokens of `size` characters of the text from `place` on, behind `kept`."""
         piece = kept + text[place : place + size]
         if place + size < len(text):
@@ -182,7 +227,7 @@ class _Tokenizers:
         parts = [(0, len(piece), self.inside if inside else self.first)]
         if added is not None:
             parts = [(0, added.start(), self.inside), (added.start(), len(piece), self.first)]
-        window = _Window(place - len(kept), len(kept) + min(size, len(text) - place), kept, [], [], [])
+        window = _Window(place - len(kept), len(kept) + min(size, len(text) - place), kept, source, [], [], [])
         for begin, end, tokenizer in parts:
             encoding = encode_one(tokenizer, piece[begin:end])
             window.ids.extend(encoding.ids)
@@ -191,7 +236,7 @@ class _Tokenizers:
         return window
 
 
-def _joined(made: _Tokenizers, text: str, window: _Window) -> tuple[int, _Window]:
+def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[int, _Window]:
     """How many tokens of the window stand before the next window, and that one."""
     best: tuple[int, int, _Window] | None = None
     last = _last_boundary(window)
@@ -201,7 +246,7 @@ def _joined(made: _Tokenizers, text: str, window: _Window) -> tuple[int, _Window
             continue  # both tokens hold a part of one character, or the place is not in the text
         place = window.origin + end
         for begin in dict.fromkeys((place, _behind_marks(text, place))):
-            following = made.window(text, begin, _WINDOW + _OVERLAP, inside=True)
+            following = made.window(text, begin, size, inside=True)
             agreed, asked = _agreement(window, count, following)
             if agreed == asked:
                 return count, following
@@ -209,7 +254,7 @@ def _joined(made: _Tokenizers, text: str, window: _Window) -> tuple[int, _Window
                 best = agreed, count, following
     if best is None:
         place = window.origin + window.ends[last - 1]
-        return last, made.window(text, place, _WINDOW + _OVERLAP, inside=True)
+        return last, made.window(text, place, size, inside=True)
     return best[1], best[2]
 
 
