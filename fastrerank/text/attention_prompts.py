@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fastrerank.text.attention_policy import Layout, Policy, layout_of
 from fastrerank.text.layout import int32
 from fastrerank.text.backend import encodable
+from fastrerank.text.chat_rendering import render
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template
@@ -436,11 +437,10 @@ def _chat_layout(tokenizer: Any) -> Layout:
     """The user's turn as the checkpoint's chat template prints it; ValueError where the template changes its text."""
     content = "w6f1 {x}\n\n[2] wq8e"
 
-    def render(text: str) -> str:
-        turns = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    def printed(text: str) -> str:
+        return render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
 
-    plain, wide = render(content), render(f" {content} \n")
+    plain, wide = printed(content), printed(f" {content} \n")
     if plain.count(content) != 1 or wide.count(content) != 1:
         raise ValueError("the checkpoint's chat template drops the user's text, prints it twice or changes it")
     prefix, suffix = plain.split(content)

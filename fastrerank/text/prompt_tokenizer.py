@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.prompts import Template
 from fastrerank.text.backend import encodable
@@ -238,7 +239,7 @@ class PromptTokenizer:
     # ---- laying out
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self._tokenizer.apply_chat_template(contents(self.template, messages), **options(self.template)))
+        return render(self._tokenizer, contents(self.template, messages), **options(self.template))
 
     def _lay_out(self, count: int) -> tuple[list[Turn], list[list[Piece]]]:
         turns = expand(self.template, count, self._instruction)
