@@ -150,10 +150,9 @@ void Encoder::attend(Chunk& c, int index) const {
         for (int begin = 0; begin < c.queries[d]; begin += piece) {
             check_stop();
             const int queries = std::min(piece, c.queries[d] - begin);
-            k_.attention({c.w->q.get() + (c.row[d] + begin) * columns * element,
-                          c.k + c.key_row[d] * columns * element, c.v + c.key_row[d] * columns * element, l.attention,
-                          columns, columns, queries, c.keys[d], c.start[d] + begin, g.heads, g.head_dim,
-                          g.attention_scale, g.window[index],
+            k_.attention({c.w->q.get() + (c.row[d] + begin) * columns * element, c.k + c.key_row[d] * columns * element,
+                          c.v + c.key_row[d] * columns * element, l.attention, columns, columns, queries, c.keys[d],
+                          c.start[d] + begin, g.heads, g.head_dim, g.attention_scale, g.window[index],
                           out + begin * columns * static_cast<int64_t>(bytes_of(out_format)), columns, out_format,
                           scratch});
         }
