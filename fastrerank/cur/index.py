@@ -26,6 +26,7 @@ from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, bes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
+from fastrerank.text.columns import as_column
 
 __all__ = ["CURIndex", "Settings"]
 
@@ -110,7 +111,7 @@ class CURIndex:
         cls, kind: str, matrix: npt.NDArray[Any], storage: str, scales: str | None, ridge: float | None,
         anchors: str | npt.ArrayLike, seed: int, items: Sequence[str] | None, candidates: str,
     ) -> CURIndex:  # fmt: skip
-        count = matrix.shape[1]
+        count, items = matrix.shape[1], as_column(items, "items")
         if items is not None and len(items) != count:
             raise ValueError(f"items must have one text for each of {count} items, got {len(items)}")
         if isinstance(anchors, str):
@@ -154,6 +155,7 @@ class CURIndex:
         Example:
             >>> index = CURIndex.build(reranker, passages, train_queries, checkpoint="build")  # doctest: +SKIP
         """
+        items, anchor_queries = as_column(items, "items"), as_column(anchor_queries, "anchor_queries")
         job = Build(reranker, items, anchor_queries, checkpoint, block)
         index = cls.from_scores(job.scores(progress), items=items, **options)
         index._contents = replace(
@@ -191,6 +193,7 @@ class CURIndex:
             anchor_scores: (K, n): their scores for the anchor queries, or their vectors as columns.
             items: their texts, exactly if the index holds texts.
         """
+        items = as_column(items, "items")
         vectors = as_scores("anchor_scores", anchor_scores, self.width)
         with self._changing:
             old = self._contents
@@ -385,7 +388,7 @@ class CURIndex:
         same_scorer(held.scorer, reranker)
         texts = held.texts
         single = isinstance(query, str)
-        queries = [query] if isinstance(query, str) else list(query)
+        queries = [query] if isinstance(query, str) else list(as_column(query, "query"))
         if not queries:
             raise ValueError("query must be a text or a non-empty list of texts")
 

@@ -8,6 +8,7 @@ from typing import Any
 import fastrerank
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
+from fastrerank.text.columns import pairs_of_columns
 
 __all__ = ["FastReranker"]
 
@@ -30,6 +31,7 @@ class FastReranker:
 
     def predict(self, sentences: Sequence[Sequence[str]], batch_size: int = 32, **_: Any) -> list[float]:
         """Return the raw score of each [query, document]; `batch_size` changes nothing: work is split by tokens."""
+        sentences = pairs_of_columns(sentences, "sentences")
         queries, documents = [pair[0] for pair in sentences], [pair[1] for pair in sentences]
         scores: list[float] = score_pairs(self.reranker, queries, documents).tolist()
         return scores

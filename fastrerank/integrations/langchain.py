@@ -35,7 +35,7 @@ class FastRerankCrossEncoder(BaseCrossEncoder):
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one score per (query, document) pair."""
-        scores: list[float] = self.model.predict(list(text_pairs)).tolist()
+        scores: list[float] = self.model.predict(text_pairs).tolist()
         return scores
 
 

@@ -12,6 +12,7 @@ from rerankers.utils import prep_docs
 
 import fastrerank
 from fastrerank.rerankers.base import Reranker
+from fastrerank.text.columns import as_column
 
 __all__ = ["FastRanker"]
 
@@ -42,9 +43,8 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
         **_: Any,
     ) -> RankedResults:  # fmt: skip
         """Return `RankedResults`, best first, ranks from 1; no documents give no results."""
-        if isinstance(docs, (str, Document)):
-            docs = [docs]
-        if not docs:
+        docs = [docs] if isinstance(docs, (str, Document)) else as_column(docs, "docs")
+        if len(docs) == 0:
             return RankedResults(results=[], query=query, has_scores=True)
         documents = prep_docs(list(docs), doc_ids, metadata)
         hits = self.model.rank(query, [document.text for document in documents])

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.cost import Cost
 from fastrerank.rerankers.recognise import method_of
+from fastrerank.text.columns import as_column
 from fastrerank.text.tokenizer import TokenBatch, check_texts
 
 __all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
@@ -110,7 +111,7 @@ class Reranker(ABC):
 
         `documents` holds one list per query. Raises ValueError if the lengths differ.
         """
-        checked = check_texts(queries, "queries")
+        checked, documents = check_texts(queries, "queries"), as_column(documents, "documents")
         if len(documents) != len(checked):
             raise ValueError(f"documents must hold one list per query: {len(checked)}, got {len(documents)}")
         texts = [check_texts(some, f"documents[{i}]") for i, some in enumerate(documents)]

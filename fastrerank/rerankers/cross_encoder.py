@@ -29,6 +29,7 @@ from fastrerank.rerankers.compat import (
     processing_options,
 )
 from fastrerank.rerankers.recognise import is_classifier, logit_score
+from fastrerank.text.columns import pairs_of_columns
 from fastrerank.text.files import template_of_pairs
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
@@ -388,6 +389,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
     """Return (checked pairs, whether the input was one pair)."""
+    inputs = pairs_of_columns(inputs, "inputs")
     if isinstance(inputs, np.ndarray):
         if inputs.ndim not in (1, 2):
             raise TypeError(f"inputs must be one pair (1-D) or pairs (2-D), got an array of {inputs.ndim} dimensions")

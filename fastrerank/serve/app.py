@@ -34,6 +34,7 @@ from fastrerank.serve.dialects import (
     score_pairs,
     to_ask,
 )
+from fastrerank.serve.docs_page import add_docs_page
 from fastrerank.serve.metrics import Metrics
 from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
 from fastrerank.serve.schemas import RerankBody, ScoreBody
@@ -235,7 +236,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
             await reranker.aclose()
 
     app = FastAPI(
-        title="fastrerank", version=fastrerank.__version__, lifespan=lifespan,
+        title="fastrerank", version=fastrerank.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM and Infinity.",
     )  # fmt: skip
     app.state.server = server
@@ -246,6 +247,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
     app.add_middleware(AccessLog, observe=server.metrics.request)
     _add_errors(app, settings)
     _add_routes(app, server)
+    add_docs_page(app)
     return app
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.columns import as_column
+from fastrerank.text.columns import describe as _describe
 from fastrerank.text.files import load_tokenizer
 
 if TYPE_CHECKING:
@@ -270,7 +272,8 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
     """`texts` as a list of str, or a TypeError that names the argument, the position and what came.
 
     Args:
-        texts: a list, tuple, 1-D numpy array of str (or objects that are str), or another iterable of str.
+        texts: a list, tuple, 1-D numpy array of str (or objects that are str), a column of pandas, polars or pyarrow,
+            or another iterable of str. A table is refused, by its columns' names.
         name: the caller's argument, for the message.
         scalar: `texts` is a list of one, whose message names the argument without a position.
 
@@ -282,6 +285,7 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
         ...
         TypeError: documents[1] must be str, got NoneType
     """
+    texts = as_column(texts, name)
     if isinstance(texts, (str, bytes, Mapping, Set)) or not hasattr(texts, "__iter__"):
         raise TypeError(f"{name} must be a list, tuple or 1-D array of str, got {_describe(texts)}")
     if isinstance(texts, np.ndarray):
@@ -306,10 +310,6 @@ def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bo
         return "token_type_ids" in names
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     return not isinstance(name, str) or name.removesuffix("Fast") in _TYPED_CLASSES
-
-
-def _describe(value: object) -> str:
-    return type(value).__name__
 
 
 def _int32(ids: list[int]) -> npt.NDArray[np.int32]:
