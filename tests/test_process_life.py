@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-EXITS = 25
+EXITS = 20
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
 
 # What the children share: a model whose calls take long enough to be met in the midst of one, and its calls.
@@ -34,7 +34,13 @@ offsets = np.arange(65, dtype=np.int64) * 200
 query, tokens = np.ones((32, 64), np.float32), np.random.default_rng(0).random((20000, 64), np.float32)
 items = ops.cur_pack(np.random.default_rng(0).standard_normal((64, 20000), np.float32), "int8")
 asked = np.random.default_rng(1).standard_normal((64, 64), np.float32)
+# Tensors' addresses, as ops.attention hands them on: torch's own ops are not clean while the interpreter ends.
+q, out = np.ones((2, 600, 4, 64), np.float32)
+lo, hi = np.zeros(600, np.int32), np.full(600, 600, np.int32)
+attention = [array.ctypes.data for array in (q, q, q, out)] + [0, lo.ctypes.data, hi.ctypes.data, 0, 0]
+attention += [600, 600, 4, 4, 64, [256, 64] * 4, "float32", 0.125, 0.0, 2, ops.isa()]
 calls = {
+    "attention": lambda: ops._cpu.attention(*attention),
     "predict": lambda: model.predict(pairs),
     "forward": lambda: model.engine.forward(ids, None, offsets),
     "max_sim": lambda: ops.max_sim(query, tokens, np.arange(0, 20001, 50)),
@@ -55,11 +61,6 @@ def begin(what):
     for _ in range(2):
         threading.Thread(target=go_on, daemon=True).start()
 
-if len(sys.argv) > 4:
-    import torch
-    q, lo = torch.randn(600, 4, 64), torch.zeros(600, dtype=torch.int32)
-    hi = torch.full((600,), 600, dtype=torch.int32)
-    calls["attention"] = lambda: ops.attention(q, q, q, lo, hi)
 statuses = []
 for turn in range(int(sys.argv[3])):
     child = os.fork()
@@ -74,17 +75,19 @@ assert not wrong
 """
 
 FORKING = """
-reference = calls["forward"]()
+def forward():
+    return model.engine.forward(ids[:1600], None, offsets[:9])
+reference = forward()
 def go_on():
     while True:
-        calls["forward"]()
-for _ in range(2):
-    threading.Thread(target=go_on, daemon=True).start()
+        forward()
+ops.set_num_threads(2)
+threading.Thread(target=go_on, daemon=True).start()
 for turn in range(int(sys.argv[2])):
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # what hangs dies of a signal
-        sys.exit(0 if (calls["forward"]() == reference).all() else 1)
+        sys.exit(0 if (forward() == reference).all() else 1)
     assert os.waitpid(child, 0)[1] == 0, turn
 print("done")
 """
@@ -112,14 +115,14 @@ for what in sys.argv[2:]:
     if what == "attention":
         import torch
     scale, whole = 1, 0.0
-    while whole < 1.2:  # a call that is long whatever the machine
-        scale = scale if not whole else max(scale + 1, min(8 * scale, int(scale * 1.5 / whole)))
+    while whole < 0.8:  # a call that is long whatever the machine
+        scale = scale if not whole else max(scale + 1, min(8 * scale, int(scale / whole) + 1))
         call = long_call(scale)
         start = time.perf_counter()
         call()
         whole = time.perf_counter() - start
     waited = []
-    for _ in range(3):
+    for _ in range(2):
         sent = []
         def interrupt():
             time.sleep(0.1 * whole)
@@ -137,10 +140,9 @@ for what in sys.argv[2:]:
 # A handler that raises nothing disturbs nothing, not even with calls of its own.
 inside = []
 signal.signal(signal.SIGALRM, lambda *_: inside.append((model.predict(pairs) == reference).all()))
-signal.setitimer(signal.ITIMER_REAL, 0.05, 0.25)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
 assert (model.predict(pairs * 16).reshape(16, 64) == reference).all()
-signal.setitimer(signal.ITIMER_REAL, 0)
-assert inside and all(inside)
+assert inside == [True]
 print(json.dumps(answers))
 """
 
@@ -156,23 +158,18 @@ def child(code: str, *arguments: Any, seconds: float = 240) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("what", ["predict", "forward", "max_sim", "cur_topk", "batcher"])
+@pytest.mark.parametrize("what", ["predict", "forward", "max_sim", "cur_topk", "attention", "batcher"])
 def test_a_process_ends_as_it_says_while_threads_compute(tmp_path: Path, what: str) -> None:
     assert f"{EXITS} exits, 0" in child(EXITING, tmp_path, what, EXITS)
 
 
-def test_a_process_ends_as_it_says_while_threads_run_ops_on_tensors(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    assert f"{EXITS} exits, 0" in child(EXITING, tmp_path, "attention", EXITS, "torch")
-
-
 def test_a_child_that_is_forked_while_threads_compute_can_compute(tmp_path: Path) -> None:
-    assert "done" in child(FORKING, tmp_path, EXITS)
+    assert "done" in child(FORKING, tmp_path, 10)
 
 
 def check_answers(printed: str) -> None:
     for what, (whole, waited) in json.loads(printed).items():
-        assert len(waited) == 3, f"{what}: {3 - len(waited)} of 3 interrupted calls ended without KeyboardInterrupt"
+        assert len(waited) == 2, f"{what}: {2 - len(waited)} of 2 interrupted calls ended without KeyboardInterrupt"
         assert min(waited) < 0.4 * whole, f"{what}: Ctrl-C was answered after {waited} s of a call of {whole:.2f} s"
 
 
