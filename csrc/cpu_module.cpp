@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu_module.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
 using namespace fastrerank::cpu;
@@ -94,8 +96,7 @@ public:
     void set_linear(int layer, const std::string& name, const py::array& w, const std::optional<F32Array>& bias) {
         const Weight m = weight_of(w, name.c_str());
         const float* b = vector_of(bias, m.n, "bias");
-        py::gil_scoped_release release;
-        encoder_.set_linear(layer, name, m.data, m.source, m.ld, m.n, m.k, b);
+        without_gil([&] { encoder_.set_linear(layer, name, m.data, m.source, m.ld, m.n, m.k, b); });
     }
     void set_norm(int layer, const std::string& name, const F32Array& gamma, const std::optional<F32Array>& beta) {
         if (gamma.ndim() != 1) throw std::invalid_argument("gamma must be float32 of one dimension");
@@ -160,10 +161,7 @@ public:
                       static_cast<int64_t>(encoder_.output_width())});
         const int32_t* t = types ? types->data() : nullptr;
         float* o = out.mutable_data();
-        {
-            py::gil_scoped_release release;
-            encoder_.forward(ids.data(), t, offsets.data(), documents, r, threads, o);
-        }
+        without_gil([&] { encoder_.forward(ids.data(), t, offsets.data(), documents, r, threads, o); });
         return out;
     }
 
@@ -206,19 +204,28 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     const int documents = static_cast<int>(offsets.size() - 1);
     F32Array out(documents);
     float* o = out.mutable_data();
-    py::gil_scoped_release release;
-    Bytes packed(k.packed_bytes(Precision::kFloat32, lq, dim));
-    if (!k.pack(Precision::kFloat32, query.data(), Source::kF32, dim, lq, dim, packed.get(), nullptr, nullptr))
-        throw std::invalid_argument("query has a value that is NaN or infinite");
-    // A document's value depends on its own rows only, so any split gives the same result.
-    constexpr int kPerTask = 16;
-    run_parallel((documents + kPerTask - 1) / kPerTask, threads, [&](int i) {
-        Bytes best(padded(lq) * sizeof(float));
-        const int begin = i * kPerTask, count = std::min(kPerTask, documents - begin);
-        k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(),
-                  o + begin);
+    without_gil([&] {
+        Bytes packed(k.packed_bytes(Precision::kFloat32, lq, dim));
+        if (!k.pack(Precision::kFloat32, query.data(), Source::kF32, dim, lq, dim, packed.get(), nullptr, nullptr))
+            throw std::invalid_argument("query has a value that is NaN or infinite");
+        // A document's value depends on its own rows only, so any split gives the same result.
+        constexpr int kPerTask = 16;
+        run_parallel((documents + kPerTask - 1) / kPerTask, threads, [&](int i) {
+            Bytes best(padded(lq) * sizeof(float));
+            const int begin = i * kPerTask, count = std::min(kPerTask, documents - begin);
+            k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(),
+                      o + begin);
+        });
     });
     return out;
+}
+
+// run_parallel without the GIL, on the workers that torch uses.
+void on_openmp(int n, int threads, const std::function<void(int)>& f) {
+    without_gil([&] {
+        const OnOpenMp workers;
+        run_parallel(n, threads, f);
+    });
 }
 
 // y = activation(x W^T + b) through one level's packed product, with x converted as the encoder converts it.
@@ -292,9 +299,7 @@ public:
             k_.linear({&packed_, a, nullptr, lda, static_cast<int>(count), Activation::kIdentity, false, nullptr,
                        nullptr, b, ldb, format, terms});
         };
-        const py::gil_scoped_release release;
-        const OnOpenMp workers;
-        run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
+        on_openmp(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             int64_t begin = i * block;
             const int64_t end = std::min(begin + block, rows);
             const int64_t whole = in_place ? (end - begin) / tiles * tiles : 0;
@@ -332,9 +337,7 @@ public:
         const int64_t width = gate.n_padded, lda = padded(gate.k), ldb = out.n_padded;
         const int64_t share = ((rows + threads - 1) / threads + tile - 1) / tile * tile;
         const int64_t block = std::clamp<int64_t>(share, tile, most);
-        const py::gil_scoped_release release;
-        const OnOpenMp workers;
-        run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
+        on_openmp(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             const int64_t begin = i * block, count = std::min(begin + block, rows) - begin, tiled = count + kRowTile;
             const Bytes rows_in = inputs_of(from + begin * ldx * element, ldx, count);
             Bytes wide(up ? tiled * width * 4 : 0), inner(tiled * width * bytes_of(inputs)),
@@ -449,17 +452,18 @@ py::tuple quantise(const F32Array& x, const std::optional<F32Array>& factor, con
 double peak(const std::string& dtype, int threads, const std::string& isa) {
     const Kernels& k = *kernels_of(isa);
     const Precision p = precision_of(dtype);
-    py::gil_scoped_release release;
     double best = 0;
-    for (int round = 0; round < 25; ++round) {
-        std::vector<double> operations(threads);
-        const auto begin = std::chrono::steady_clock::now();
-        run_parallel(threads, threads, [&](int i) { operations[i] = k.peak(p, 2000000); });
-        const std::chrono::duration<double> s = std::chrono::steady_clock::now() - begin;
-        double total = 0;
-        for (const double o : operations) total += o;
-        best = std::max(best, total / s.count());
-    }
+    without_gil([&] {
+        for (int round = 0; round < 25; ++round) {
+            std::vector<double> operations(threads);
+            const auto begin = std::chrono::steady_clock::now();
+            run_parallel(threads, threads, [&](int i) { operations[i] = k.peak(p, 2000000); });
+            const std::chrono::duration<double> s = std::chrono::steady_clock::now() - begin;
+            double total = 0;
+            for (const double o : operations) total += o;
+            best = std::max(best, total / s.count());
+        }
+    });
     return best;
 }
 

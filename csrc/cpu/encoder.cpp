@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "chunk.h"
+#include "stop.h"
 
 namespace fastrerank::cpu {
 namespace {
@@ -39,6 +40,14 @@ void check_config(const EncoderConfig& g) {
     if (g.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
     if (!std::isfinite(g.eps) || g.eps < 0) invalid("eps must be a number of at least 0");
     if (!std::isfinite(g.attention_scale)) invalid("attention_scale must be finite");
+}
+
+// Queries of a document that go through its attention before check_stop is asked again: all, unless they are so many
+// that this takes some 0.1 s. The keys are packed anew for every piece, which is little beside its products.
+int attention_piece(int queries, int keys, int window) {
+    constexpr int64_t kScores = 1 << 22;
+    if (window >= 0 || static_cast<int64_t>(queries) * keys <= kScores) return std::max(queries, 1);
+    return static_cast<int>(std::max<int64_t>(kScores / keys / kPartRows, 1)) * kPartRows;
 }
 
 }  // namespace
@@ -188,11 +197,18 @@ void Encoder::attend(Chunk& c, int index) const {
     float* f32 = converted ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
         char* target = context + c.row[d] * ld * input;
-        k_.attention({c.w->q.get() + c.row[d] * columns * element, c.k + c.key_row[d] * columns * element,
-                      c.v + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d], c.keys[d],
-                      c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
-                      converted ? reinterpret_cast<char*>(f32) : target, columns, converted ? Format::kF32 : l.input,
-                      scratch});
+        char* out = converted ? reinterpret_cast<char*>(f32) : target;
+        const Format out_format = converted ? Format::kF32 : l.input;
+        const int piece = attention_piece(c.queries[d], c.keys[d], g.window[index]);
+        for (int begin = 0; begin < c.queries[d]; begin += piece) {
+            check_stop();
+            const int queries = std::min(piece, c.queries[d] - begin);
+            k_.attention({c.w->q.get() + (c.row[d] + begin) * columns * element, c.k + c.key_row[d] * columns * element,
+                          c.v + c.key_row[d] * columns * element, l.attention, columns, columns, queries, c.keys[d],
+                          c.start[d] + begin, g.heads, g.head_dim, g.attention_scale, g.window[index],
+                          out + begin * columns * static_cast<int64_t>(bytes_of(out_format)), columns, out_format,
+                          scratch});
+        }
         if (converted)
             k_.convert(f32, columns, c.queries[d], static_cast<int>(columns),
                        {target, ld, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, l.input});
@@ -298,6 +314,7 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
     const int blocks = std::max((c.rows + block_rows_ - 1) / block_rows_, 1), unit = k_.tiles ? 32 : kPartRows;
     const int block = ((c.rows + blocks - 1) / blocks + unit - 1) / unit * unit;
     for (int r = 0; r < c.rows; r += block) {
+        check_stop();
         const int rows = std::min(block, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * ld * input, context_scale + r, ld, rows, Activation::kIdentity,

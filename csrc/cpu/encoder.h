@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -192,8 +191,7 @@ private:
     Norm embedding_norm_, final_norm_;
     std::vector<RopeTable> ropes_;
     std::vector<HeadOp> head_;
-    mutable std::mutex mutex_;
-    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls
+    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls; schedule.cpp has the lock
 };
 
 }  // namespace fastrerank::cpu

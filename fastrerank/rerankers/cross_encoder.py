@@ -522,13 +522,17 @@ def _ahead(jobs: list[Callable[[], TokenBatch]]) -> Iterator[TokenBatch]:
     if len(jobs) < 2:
         yield from (job() for job in jobs)
         return
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         following = pool.submit(jobs[0])
         for job in jobs[1:]:
             batch = following.result()
             following = pool.submit(job)
             yield batch
         yield following.result()
+    finally:
+        # Ctrl-C and errors do not wait for a block that nobody will read.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _steps(pairs: int, progress: bool) -> Iterator[int]:
