@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, PrivateAttr
 import fastrerank
 from fastrerank.rerankers.base import Reranker
 from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.types import Hit
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]
 
@@ -91,7 +92,7 @@ class FastReranker(BaseDocumentCompressor):
         return _kept(documents, hits)
 
 
-def _kept(documents: Sequence[Document], hits: list[dict[str, Any]]) -> list[Document]:
+def _kept(documents: Sequence[Document], hits: list[Hit]) -> list[Document]:
     kept = []
     for hit in hits:
         document = documents[hit["corpus_id"]]

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from fastrerank.checkpoint import Checkpoint
 
-__all__ = ["is_classifier", "is_layerwise", "logit_score", "method_of", "names_of", "recognised_template"]
+__all__ = [
+    "is_classifier",
+    "is_layerwise",
+    "is_yes_no",
+    "logit_score",
+    "method_of",
+    "names_of",
+    "recognised_template",
+]
 
 _LAYERWISE = "LayerWiseMiniCPMForCausalLM"
 
@@ -45,6 +53,18 @@ def is_classifier(checkpoint: Checkpoint) -> bool:
 def is_layerwise(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint has a scoring head after each of its upper layers (bge-reranker-v2-minicpm-layerwise)."""
     return _LAYERWISE in (checkpoint.config.get("architectures") or [])
+
+
+def is_yes_no(checkpoint: Checkpoint, given: bool) -> bool:
+    """Whether the checkpoint is a plain language model whose logits of "yes" and "no" score pairs.
+
+    That is a published reranker which answers so, or any where a chat template for pairs was `given`.
+    """
+    names = checkpoint.config.get("architectures") or [""]
+    if checkpoint.modules or is_layerwise(checkpoint) or not str(names[0]).endswith("ForCausalLM"):
+        return False
+    found = _published(checkpoint)
+    return given or found == ("pointwise", "qwen3-reranker")
 
 
 def logit_score(checkpoint: Checkpoint) -> list[int] | None:

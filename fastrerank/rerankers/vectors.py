@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.call import LIMITS
 from fastrerank.text.limits import TextLimits
 from fastrerank.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastrerank.types import DeviceLike, DtypeLike, EngineName
 
 __all__ = ["VectorReranker"]
 
@@ -37,10 +41,10 @@ class VectorReranker(Reranker):
     call_options: ClassVar[frozenset[str]] = LIMITS
 
     def __init__(
-        self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
+        self, model_name_or_path: str | Path, *, device: DeviceLike | None = None, dtype: DtypeLike = "auto",
         max_length: int | None = None, num_threads: int | None = None, revision: str | None = None,
         cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
-        trust_remote_code: bool = False, engine: str | None = None, memory_limit: float | None = None,
+        trust_remote_code: bool = False, engine: EngineName | None = None, memory_limit: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         checkpoint = open_checkpoint(
@@ -61,7 +65,11 @@ class VectorReranker(Reranker):
         self.query_engine: Encoder = self.engine
         if chosen.dtype == "int8":
             self.query_engine = load_encoder(
-                checkpoint, head, replace(chosen, dtype="bfloat16"), num_threads=num_threads, memory_limit=memory_limit
+                checkpoint,
+                head,
+                replace(chosen, dtype=Dtype("bfloat16")),
+                num_threads=num_threads,
+                memory_limit=memory_limit,
             )
         limit = checkpoint.max_seq_length if max_length is None else max_length
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fastrerank.rerankers.base import Reranker, check_top_k, order, ranked
 from fastrerank.serve.queue import Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
+from fastrerank.types import Hit
 
 __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored"]
 
@@ -135,7 +136,7 @@ class AsyncReranker:
     async def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
         timeout: float | None = None, explain: bool = False,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return documents sorted by `score`, best first, as `Reranker.rank` does; ties keep the order they came in.
 
         With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`.
