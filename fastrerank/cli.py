@@ -442,6 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = app(args=given, prog_name="fastrerank", standalone_mode=False)
+        if code == Interrupted.exit_code:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader of the output has gone; Python must not flush into the closed pipe again at exit
