@@ -278,8 +278,11 @@ def print_table(
 
 
 def _print_lines(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None) -> None:
-    """A block of "column: cell" lines for each row, which the terminal wraps."""
+    """Lines that the terminal wraps: "name: value" of two columns, else a block of "column: cell" for each row."""
     for row in rows:
+        if len(columns) == 2:
+            console.print(Text(": ".join(row)), soft_wrap=True)
+            continue
         for name, cell in zip(columns, row, strict=True):
             console.print(Text(f"{name}: {cell}"), soft_wrap=True)
         console.print()

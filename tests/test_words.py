@@ -37,7 +37,7 @@ PROGRAMS = (
 def commands(group: object = None, name: str = "") -> Iterator[tuple[str, set[str]]]:
     """Each command's name and its options."""
     group = typer.main.get_command(app) if group is None else group
-    yield name, {option for parameter in group.params for option in parameter.opts} | {"--help"}
+    yield name, {o for parameter in group.params for o in parameter.opts if o[0] == "-"} | {"--help"}
     for part, command in getattr(group, "commands", {}).items():
         yield from commands(command, f"{name} {part}".strip())
 
