@@ -22,6 +22,7 @@ from fastrerank.checkpoint import open_checkpoint
 from fastrerank.engine.cost import Cost
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.llm import LLMReranker
+from fastrerank.text.limits import NO_LIMITS, TextLimits
 
 # Ids of this many identifiers or labels start here.
 LABELS = 1_000_000
@@ -76,8 +77,10 @@ class Prompts:
         self.texts: list[str] = []
 
     def encode(
-        self, query: str, lists: Sequence[Sequence[str]], *, notes: Sequence[Sequence[str]] | None = None
-    ) -> list[Prompt]:
+        self, query: str, lists: Sequence[Sequence[str]], *, notes: Sequence[Sequence[str]] | None = None,
+        limits: TextLimits = NO_LIMITS,
+    ) -> list[Prompt]:  # fmt: skip
+        assert limits == NO_LIMITS
         assert self.template.uses_notes == (notes is not None)
         prompts = []
         for i, documents in enumerate(lists):
@@ -86,6 +89,10 @@ class Prompts:
             printed = None if notes is None else tuple(notes[i])
             prompts.append(Prompt(np.array(ids, np.int32), cut, tuple(documents), printed, query))
         return prompts
+
+    def with_instruction(self, instruction: str | None) -> Prompts:
+        assert instruction is None
+        return self
 
     def label_ids(self, count: int | None = None) -> np.ndarray:
         assert (count is None) == bool(self.template.labels)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,17 @@ from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.select import plan
 from fastrerank.rerankers.attention_context import Context
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
+from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import names_of
 from fastrerank.text.attention_policy import Policy, read_preset
 from fastrerank.text.attention_prompts import AttentionPrompt, AttentionPrompts
+from fastrerank.text.limits import TextLimits, TooLong
 from fastrerank.text.tokenizer import check_texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.rerankers.call import Options
 
 __all__ = [
     "AttentionReranker",
@@ -93,6 +100,8 @@ class AttentionReranker(Reranker):
     """
 
     method: ClassVar[str] = "icr"
+    independent: ClassVar[bool] = False
+    call_options: ClassVar[frozenset[str]] = frozenset({"instruction"}) | LIMITS - {"truncation_side"}
 
     def __init__(
         self, model: str | Path, *, preset: str = "icr", heads: Heads | str | Path | None = None,
@@ -133,14 +142,16 @@ class AttentionReranker(Reranker):
 
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
-        explain: bool = False,
+        explain: bool = False, *, raw: bool = False,  # noqa: ARG002
+        score_threshold: float | None = None, **options: Unpack[Options],
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return documents sorted by `score`, as `Reranker.rank` does.
+        """Return documents sorted by `score`, as `Reranker.rank` does; `raw` changes nothing: masses are shown as such.
 
         With `explain` each entry carries "tokens": the text of each token of the document's span with its mass, as
         [(text, mass), ...].
         """
-        return self._rank(query, documents, top_k, return_documents, explain, None)
+        call = self.check_options(**options)
+        return self._rank(query, documents, top_k, return_documents, explain, None, score_threshold, call)
 
     def context(self, documents: Sequence[str], max_bytes: int | None = None) -> Context:
         """Keep the keys and values of documents that several queries will be asked about; see `Context`.
@@ -170,39 +181,75 @@ class AttentionReranker(Reranker):
 
     def _rank(
         self, query: str, documents: Sequence[str], top_k: int | None, return_documents: bool, explain: bool,
-        context: Context | None,
+        context: Context | None, score_threshold: float | None = None, call: CallOptions = NO_OPTIONS,
     ) -> list[dict[str, Any]]:  # fmt: skip
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
-        answer = self._answer(query, texts, context)
-        rows = ranked(order(answer.scores), answer.scores, texts if return_documents else None, top_k)
+        answer = self._answer(query, texts, context, call)
+        rows = ranked(order(answer.scores), answer.scores, texts if return_documents else None, top_k, score_threshold)
         for row in rows if explain else ():
             number = row["corpus_id"]
             row["tokens"] = list(zip(answer.tokens(number), map(float, answer.masses[number]), strict=True))
         return rows
 
-    def _answer(self, query: str, documents: Sequence[str], context: Context | None = None) -> Answer:
+    def _answer(
+        self, query: str, documents: Sequence[str], context: Context | None = None, call: CallOptions = NO_OPTIONS
+    ) -> Answer:
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         with self._call() as usage:
-            answer = self._ask(checked, texts, usage, context)
+            answer = self._ask(checked, texts, usage, context, call)
             self._finite([answer.scores])
         return answer
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
-        return [self._ask(query, texts, usage).scores for query, texts in zip(queries, documents, strict=True)]
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        return [
+            self._ask(query, texts, usage, None, call).scores for query, texts in zip(queries, documents, strict=True)
+        ]
 
-    def _ask(self, query: str, documents: list[str], usage: Usage, context: Context | None = None) -> Answer:
+    def _ask(
+        self, query: str, documents: list[str], usage: Usage, context: Context | None = None,
+        call: CallOptions = NO_OPTIONS,
+    ) -> Answer:  # fmt: skip
         if not documents:
             return Answer(np.zeros(0, np.float32), [], [])
+        limits = call.limits
+        limit = self.max_length
+        if limits.max_length is not None:
+            if limit is not None and limits.max_length > limit:
+                raise ValueError(f"max_length must be at most {limit}, the limit of a prompt, got {limits.max_length}")
+            limit = limits.max_length
+        prompts = self.prompts.with_instruction(self._instruction(call))
         with usage.stage("tokenize"):
-            prompt = self.prompts.encode(query, documents)
-        if self.max_length is not None and prompt.longest > self.max_length:
+            query, cut = prompts.shorten(query, limits.max_tokens_per_query)
+            usage.query_truncated |= cut
+            prompt = prompts.encode(query, documents, limits.max_tokens_per_doc)
+        too_long = limit is not None and prompt.longest > limit
+        if not limits.truncate and (cut or too_long or prompt.truncated.any()):
+            raise self._too_long(prompt, cut, limits, limit)
+        if limit is not None and too_long:
             if context is not None:
-                raise ValueError(f"the query makes a prompt of {prompt.longest} tokens, the limit is {self.max_length}")
-            return self._in_windows(query, documents, prompt, usage)
+                raise ValueError(f"the query makes a prompt of {prompt.longest} tokens, the limit is {limit}")
+            return self._in_windows(query, documents, prompt, usage, prompts, limit, limits.max_tokens_per_doc)
         usage.truncated += int(prompt.truncated.sum())
         return self._read(prompt, usage, None if context is None else context.before(prompt.context, usage))
+
+    def _instruction(self, call: CallOptions) -> str | None:
+        return None if call.instruction is None else instruction_text(call.instruction, self.policy)
+
+    def _too_long(self, prompt: AttentionPrompt, cut: bool, limits: TextLimits, limit: int | None) -> TooLong:
+        """The error of a call that may cut nothing: of the first text or prompt that would be cut."""
+        if cut and limits.max_tokens_per_query is not None:
+            return TooLong("the query", limits.max_tokens_per_query + 1, limits.max_tokens_per_query)
+        if limit is not None and prompt.longest > limit:
+            return TooLong("the prompt", prompt.longest, limit)
+        document = f"document {int(np.argmax(prompt.truncated))}"
+        if limits.max_tokens_per_doc is not None:
+            return TooLong(document, limits.max_tokens_per_doc + 1, limits.max_tokens_per_doc)
+        words = self.prompts.words or 0
+        return TooLong(document, words + 1, words, "words")
 
     def _read(self, prompt: AttentionPrompt, usage: Usage, before: Any = None) -> Answer:
         """One forward over a prompt that fits."""
@@ -223,19 +270,22 @@ class AttentionReranker(Reranker):
         scores = np.array([filtered_sum(one) for one in masses], np.float32)
         return Answer(scores, masses, [(prompt, i) for i in range(len(masses))])
 
-    def _in_windows(self, query: str, documents: list[str], prompt: AttentionPrompt, usage: Usage) -> Answer:
+    def _in_windows(
+        self, query: str, documents: list[str], prompt: AttentionPrompt, usage: Usage, prompts: AttentionPrompts,
+        limit: int, max_tokens_per_doc: int | None,
+    ) -> Answer:  # fmt: skip
         """Windows from the end of the list: the better half of each goes on into the next."""
-        assert self.max_length is not None
         count = len(documents)
-        room = self.max_length - (prompt.longest - int(prompt.sizes.sum()))
-        labels = self.prompts.encode(query, documents, most=0).sizes
+        room = limit - (prompt.longest - int(prompt.sizes.sum()))
+        labels = prompts.encode(query, documents, most=0).sizes
         most = room // min(count, 2) - int(labels.max())
         if most < 1:
             raise ValueError(
-                f"the query and the fixed text leave no room for documents: {self.max_length - room} of "
-                f"{self.max_length} tokens are taken before the first one"
+                f"the query and the fixed text leave no room for documents: {limit - room} of "
+                f"{limit} tokens are taken before the first one"
             )
-        prompt = self.prompts.encode(query, documents, most)
+        most = most if max_tokens_per_doc is None else min(most, max_tokens_per_doc)
+        prompt = prompts.encode(query, documents, most)
         usage.truncated += int(prompt.truncated.sum())
         log.warning(
             "%d documents of %d tokens do not fit into %d: they are ranked in windows, which is less exact",
@@ -249,7 +299,7 @@ class AttentionReranker(Reranker):
             fits = np.cumsum(sizes[waiting][::-1]) <= room
             size = max(1, int(fits.sum()))
             window = waiting[-size:]
-            answer = self._read(self.prompts.encode(query, [documents[i] for i in window], most), usage)
+            answer = self._read(prompts.encode(query, [documents[i] for i in window], most), usage)
             best = [window[i] for i in order(answer.scores)]
             for number, i in enumerate(window):
                 masses[i], read[i] = answer.masses[number], answer.read[number]

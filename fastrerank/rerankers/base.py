@@ -9,16 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.cost import Cost
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import method_of
 from fastrerank.text.columns import as_column
 from fastrerank.text.tokenizer import TokenBatch, check_texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.rerankers.call import Options
 
 __all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
 
@@ -69,10 +75,20 @@ class Usage:
 
 
 class Reranker(ABC):
-    """Scores documents for a query. One object may be called from many threads at once."""
+    """Scores documents for a query. One object may be called from many threads at once.
+
+    A method states three things about itself:
+
+    method: its name, as `load` takes it.
+    independent: whether a document's score is the same whatever other documents there are; there is no default. Where
+        it is not, a request is never split: batches, pairs without their list, and files of pairs take it whole or
+        refuse it.
+    call_options: names of `Options` that its `_score_many` honours; all others are refused.
+    """
 
     method: ClassVar[str]
-    independent: ClassVar[bool] = True  # whether a document's score is the same whatever other documents there are
+    independent: ClassVar[bool]
+    call_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -90,43 +106,84 @@ class Reranker(ABC):
         return {} if usage is None else dict(vars(usage))
 
     @abstractmethod
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
-        """Raw scores of checked texts, one array per query."""
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        """Raw scores of checked texts, one array per query. `call` has only options of `call_options`."""
 
-    def score(self, query: str, documents: Sequence[str]) -> Scores:
+    def _scored(self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions) -> list[Scores]:
+        """`_score_many`, whose last argument is for methods that have `call_options`."""
+        return self._score_many(queries, documents, usage, *(() if call == NO_OPTIONS else (call,)))
+
+    def check_options(self, **options: Any) -> CallOptions:
+        """Return the options of a call, checked as `score` checks them, before anything runs.
+
+        Raises TypeError for an unknown option or a wrong type, ValueError for one that this method or checkpoint cannot
+        honour.
+
+        Example:
+            >>> reranker.check_options(max_tokens_per_doc=256).keywords()  # doctest: +SKIP
+            {'max_tokens_per_doc': 256}
+        """
+        return CallOptions.of(options, self.call_options, self.method)
+
+    def activated(self, scores: Scores) -> Scores:
+        """Return what `rank` shows for raw scores, float32 of the same shape: here the scores themselves.
+
+        Methods whose raw score is a logit return probabilities, cross-encoders what their activation makes of it. The
+        order is always that of the raw scores.
+        """
+        return scores
+
+    def score(self, query: str, documents: Sequence[str], **options: Unpack[Options]) -> Scores:
         """Return the raw ranking score of each document, float32 (N,), higher is better.
 
-        Raises TypeError naming the position of a query or document that is not a str.
+        Args:
+            query: the query. documents: N str.
+            options: `label`, `instruction`, `max_length`, `max_tokens_per_doc`, `max_tokens_per_query`,
+                `truncation_side`, `truncate`, for this call alone; see `CallOptions` and `TextLimits`. Those that the
+                method cannot honour raise ValueError with the reason.
+
+        Raises TypeError naming the position of a query or document that is not a str; `TooLong`, a ValueError, with
+        `truncate=False` where a text would be cut.
 
         Example:
             >>> reranker.score("who?", ["the owl", "the cat"])  # doctest: +SKIP
         """
+        call = self.check_options(**options)
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         with self._call() as usage:
-            return self._finite(self._score_many([checked], [texts], usage))[0]
+            return self._finite(self._scored([checked], [texts], usage, call))[0]
 
-    def score_many(self, queries: Sequence[str], documents: Sequence[Sequence[str]]) -> list[Scores]:
-        """Return `[score(q, d) for q, d in zip(queries, documents)]`, computed in one pass over all pairs.
+    def score_many(
+        self, queries: Sequence[str], documents: Sequence[Sequence[str]], **options: Unpack[Options]
+    ) -> list[Scores]:
+        """Return `[score(q, d, **options) for q, d in zip(queries, documents)]`, computed in one pass over all pairs.
 
-        `documents` holds one list per query. Raises ValueError if the lengths differ.
+        `documents` holds one list per query. Raises as `score`, and ValueError if the lengths differ.
         """
+        call = self.check_options(**options)
         checked, documents = check_texts(queries, "queries"), as_column(documents, "documents")
         if len(documents) != len(checked):
             raise ValueError(f"documents must hold one list per query: {len(checked)}, got {len(documents)}")
         texts = [check_texts(some, f"documents[{i}]") for i, some in enumerate(documents)]
         with self._call() as usage:
-            return self._finite(self._score_many(checked, texts, usage))
+            return self._finite(self._scored(checked, texts, usage, call))
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False
-    ) -> list[dict[str, Any]]:
+        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
+        raw: bool = False, score_threshold: float | None = None, **options: Unpack[Options],
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Return documents sorted by `score`, best first; ties keep the order they came in.
 
         Args:
             query: the query. documents: N str.
             top_k: how many to return; None for all.
             return_documents: whether each entry carries its "text".
+            raw: whether "score" is the raw score; else it is `activated`, such as a probability.
+            score_threshold: leaves out documents whose "score" is lower.
+            options: as in `score`.
 
         Returns [{"corpus_id": position in documents, "score": float, "text"?: str}, ...].
         Raises TypeError for texts that are not str, ValueError for a negative top_k.
@@ -137,8 +194,15 @@ class Reranker(ABC):
         """
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
-        scores = self.score(query, texts)
-        return ranked(order(scores), scores, texts if return_documents else None, top_k)
+        scores = self.score(query, texts, **options)
+        return self._ranked(scores, texts if return_documents else None, top_k, raw, score_threshold)
+
+    def _ranked(
+        self, scores: Scores, texts: list[str] | None, top_k: int | None, raw: bool, score_threshold: float | None
+    ) -> list[dict[str, Any]]:
+        """Rows in the order of raw scores, which show them activated unless `raw`."""
+        shown = scores if raw else self.activated(scores)
+        return ranked(order(scores), shown, texts, top_k, score_threshold)
 
     @contextmanager
     def _call(self) -> Iterator[Usage]:
@@ -179,9 +243,17 @@ def order(*keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def ranked(
-    positions: npt.NDArray[np.int64], scores: npt.NDArray[Any], documents: Sequence[str] | None, top_k: int | None
-) -> list[dict[str, Any]]:
-    """Return the result rows for `positions` in order, with texts where `documents` is given."""
+    positions: npt.NDArray[np.int64], scores: npt.NDArray[Any], documents: Sequence[str] | None, top_k: int | None,
+    score_threshold: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the result rows for `positions` in order, with texts where `documents` is given.
+
+    Rows whose score is below `score_threshold` are left out. ValueError unless it is None or a finite number.
+    """
+    if score_threshold is not None:
+        if isinstance(score_threshold, bool) or not np.isfinite(score_threshold):
+            raise ValueError(f"score_threshold must be a finite number or None, got {score_threshold!r}")
+        positions = positions[np.asarray(scores)[positions] >= score_threshold]
     rows: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in positions[:top_k]]
     if documents is not None:
         for row in rows:

@@ -19,6 +19,7 @@ from fastrerank.engine.heads import Head, module_head
 from fastrerank.engine.select import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
+from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.compat import (
     Config,
     Device,
@@ -28,9 +29,11 @@ from fastrerank.rerankers.compat import (
     predict_options,
     processing_options,
 )
+from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.recognise import is_classifier, logit_score
 from fastrerank.text.columns import pairs_of_columns
 from fastrerank.text.files import template_of_pairs
+from fastrerank.text.limits import NO_LIMITS, TextLimits
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 if TYPE_CHECKING:
@@ -58,6 +61,8 @@ class CrossEncoder(Reranker):
         activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid if it has one
             label.
         num_labels: what the checkpoint is expected to have; None takes any.
+        label: of a head with several labels the one that ranks, by its name in config.json's id2label or its number;
+            None: the one whose name tells it (relevant, entailment, yes, ...), else `rank` and `score` ask for it.
         num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s, or torch's own on a torch engine.
         engine: "native" (CPU kernels), "torch" (any Hugging Face model, packed without padding) or "padded" (any, in
             padded batches); None: native on a CPU if the family is native, else torch, else padded, said in the log.
@@ -83,6 +88,8 @@ class CrossEncoder(Reranker):
     """
 
     method: ClassVar[str] = "cross-encoder"
+    independent: ClassVar[bool] = True
+    call_options: ClassVar[frozenset[str]] = frozenset({"label", "instruction"}) | LIMITS
 
     def __init__(
         self, model_name_or_path: str | Path | None = None, *legacy: Any, device: Any = None, dtype: str = "auto",
@@ -90,7 +97,8 @@ class CrossEncoder(Reranker):
         trust_remote_code: bool = False, revision: str | None = None, local_files_only: bool = False,
         token: bool | str | None = None, cache_folder: str | None = None, num_threads: int | None = None,
         engine: str | None = None, memory_limit: float | None = None, prompts: dict[str, str] | None = None,
-        default_prompt_name: str | None = None, chat_template: str | None = None, **options: Any,
+        default_prompt_name: str | None = None, chat_template: str | None = None, label: str | int | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
@@ -139,6 +147,13 @@ class CrossEncoder(Reranker):
                 f"default_prompt_name must be one of prompts, {list(self.prompts)}, got {self.default_prompt_name!r}"
             )
         self.config = Config(checkpoint, self.num_labels)
+        self._multi_label = checkpoint.config.get("problem_type") == "multi_label_classification"
+        self.label = named_label(self.labels) if label is None else resolve_label(label, self.labels)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the head's labels in their order, those of config.json's id2label."""
+        return [self.config.id2label[number] for number in range(self.num_labels)]
 
     @property
     def tokenizer(self) -> Any:
@@ -226,10 +241,28 @@ class CrossEncoder(Reranker):
     def stop_multi_process_pool(self, pool: dict[str, Any]) -> None:
         """Accept what `start_multi_process_pool` returned."""
 
+    def check_options(self, **options: Any) -> CallOptions:
+        """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.
+
+        Raises ValueError also for a label that the head lacks, for none where there are several and no name tells, and
+        for an instruction where no chat template renders the pairs.
+        """
+        call = super().check_options(**options)
+        self._column(call.label)
+        self._instruction(call)
+        return call
+
+    def activated(self, scores: Scores) -> Scores:
+        """Return what `rank` shows for raw scores: `activation_fn` of them, a label's probability of several labels."""
+        if self.num_labels > 1:
+            return activations.sigmoid(scores)
+        return self._activate(scores[:, None], activations.resolve(self.activation_fn))
+
     def predict(
         self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
         show_progress_bar: bool | None = None, activation_fn: Any = None, apply_softmax: bool | None = False,
-        convert_to_numpy: bool = True, convert_to_tensor: bool = False, **options: Any,
+        convert_to_numpy: bool = True, convert_to_tensor: bool = False, *, label: str | int | None = None,
+        **options: Any,
     ) -> Any:  # fmt: skip
         """Score (query, document) pairs.
 
@@ -241,7 +274,9 @@ class CrossEncoder(Reranker):
             activation_fn: replaces the model's for this call.
             apply_softmax: over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
-            options: `max_length`, or `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}` for
+            label: of several labels the column to return, by name or number; None returns all.
+            options: `instruction`, `max_tokens_per_doc`, `max_tokens_per_query`, `truncation_side`, `truncate` as in
+                `score`; `max_length`, or `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}` for
                 this call; `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size`: of other
                 releases.
 
@@ -252,70 +287,127 @@ class CrossEncoder(Reranker):
             >>> model.predict([("who?", "the owl"), ("who?", "the cat")])  # doctest: +SKIP
             array([0.91, 0.03], dtype=float32)
         """
-        max_length, chat_options = processing_options(options)
+        limits, chat_options = self._processing(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
         pairs, single = _as_pairs(inputs)
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
-        prefix = self._prompt(prompt, prompt_name)
-        tokenize = self._pair_list(prefix, max_length, chat_options)
+        column = None if label is None else resolve_label(label, self.labels)
+        prefix = self._prompt(prompt, prompt_name, limits)
+        tokenize = self._pair_list(prefix, limits.limits, chat_options)
         with self._call() as usage:
             (logits,) = self._finite([self._forward(tokenize, pairs, usage, bool(show_progress_bar))])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
             scores = activations.softmax(scores)
+        if column is not None and scores.ndim > 1:
+            scores = scores[:, column]
         return _converted(scores[0] if single else scores, convert_to_numpy, convert_to_tensor, single)
 
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
         prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
-        show_progress_bar: bool | None = None, activation_fn: Any = None, **options: Any,
+        show_progress_bar: bool | None = None, activation_fn: Any = None, *, raw: bool = False,
+        score_threshold: float | None = None, label: str | int | None = None, **options: Any,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return documents sorted by activated score, best first; ties by raw logit, then by position.
+        """Return documents sorted by activated score, best first; ties by raw score, then by position.
 
-        Arguments as in `predict`; `top_k` rows are returned (None: all), with "text" if `return_documents`.
-        Raises ValueError if the model has several labels, TypeError naming the position of a text that is not a str.
+        Args:
+            query: the query. documents: N str.
+            top_k: how many to return; None for all.
+            return_documents: whether each entry carries its "text".
+            raw: whether "score" is the raw score of `score`.
+            score_threshold: leaves out documents whose "score" is lower.
+            label: of a head with several labels the one that ranks, by name or number; None for `self.label`. Its raw
+                score is its logit less the log-sum-exp of the others', and "score" its probability, the softmax; where
+                config.json says multi_label_classification, its logit and the sigmoid. With `activation_fn` in this
+                call "score" is that label's column of the activated logits.
+            prompt, prompt_name, batch_size, show_progress_bar, activation_fn, options: as in `predict`.
+
+        Raises ValueError if the model has several labels and nothing tells which one ranks, TypeError naming the
+        position of a text that is not a str.
 
         Example:
             >>> model.rank("who?", ["the owl", "the cat"], top_k=1)  # doctest: +SKIP
             [{'corpus_id': 0, 'score': 0.91}]
         """
+        limits, chat_options = self._processing(options)
         _, activation_fn = predict_options((), activation_fn, options, "rank", self.device)
         _check_batch_size(batch_size)
         check_top_k(top_k)
-        self._need_one_label("rank")
-        prefix = self._prompt(prompt, prompt_name)
+        column = self._column(label)
+        prefix = self._prompt(prompt, prompt_name, limits)
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
-        function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
+        function = None if activation_fn is None else activations.resolve(activation_fn)
         with self._call() as usage:
             pairs = [(checked, text) for text in texts]
-            logits = self._forward(self._pair_list(prefix), pairs, usage, bool(show_progress_bar))[:, 0]
+            tokenize = self._pair_list(prefix, limits.limits, chat_options)
+            logits = self._forward(tokenize, pairs, usage, bool(show_progress_bar))
             self._finite([logits])
-        scores = self._activate(logits[:, None], function)
-        return ranked(order(scores, logits), scores, texts if return_documents else None, top_k)
+        scores = label_scores(logits, column, self._multi_label)
+        if function is None or raw:
+            shown = scores if raw else self.activated(scores)
+        else:
+            shown = self._activate(logits, function)
+            shown = shown[:, column] if shown.ndim > 1 else shown
+        return ranked(order(shown, scores), shown, texts if return_documents else None, top_k, score_threshold)
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
-        self._need_one_label("score")
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        column = self._column(call.label)
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
         lengths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        flat = self._forward(self._pair_list(self._prompt(None, None)), pairs, usage, lengths=lengths)[:, 0]
+        tokenize = self._pair_list(self._prompt(None, None, call), call.limits)
+        flat = label_scores(self._forward(tokenize, pairs, usage, lengths=lengths), column, self._multi_label)
         bounds = np.cumsum([0, *map(len, documents)])
         total = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         usage.query_tokens = [int(total[end] - total[begin]) for begin, end in pairwise(bounds)]
         return [flat[begin:end] for begin, end in pairwise(bounds)]
 
+    def _processing(self, options: dict[str, Any]) -> tuple[CallOptions, dict[str, Any]]:
+        """Take a call's own options and the arguments of its chat template out of `options`."""
+        own = {name: options.pop(name) for name in ("instruction", *LIMITS - {"max_length"}) if name in options}
+        limit, chat_options = processing_options(options)
+        call = CallOptions.of({**own, "max_length": limit}, self.call_options, self.method)
+        self._instruction(call)
+        return call, chat_options
+
+    def _instruction(self, call: CallOptions) -> str | None:
+        if call.instruction is not None and self._chat is None:
+            raise ValueError(
+                "instruction is for checkpoints whose chat template renders the pairs, with a place for one; this "
+                "one's tokenizer joins them: prompt= puts a text before the query"
+            )
+        return call.instruction
+
+    def _column(self, label: str | int | None) -> int:
+        """The number of the label that ranks."""
+        if self.num_labels == 1 and label is None:
+            return 0
+        if label is not None:
+            return resolve_label(label, self.labels)
+        if self.label is None:
+            raise ValueError(
+                f"one label of the {self.num_labels} has to be the one that ranks, and their names do not tell which: "
+                f"label must be one of {', '.join(map(repr, self.labels))} or a number; predict() returns all of them"
+            )
+        return self.label
+
     def _pair_list(
-        self, prompt: str, max_length: int | None = None, chat_options: dict[str, Any] | None = None
+        self, prompt: str, limits: TextLimits = NO_LIMITS, chat_options: dict[str, Any] | None = None
     ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
         """What packs pairs: the chat template with the prompt as a turn, or the tokenizer with it before queries."""
-        limit = self._saved_text.get("max_length") if max_length is None else max_length
+        limit = self._saved_text.get("max_length") if limits.max_length is None else limits.max_length
         limit = self._tokenizer.max_length if limit is None else self._tokenizer.checked_max_length(limit)
         if self._chat is not None:
-            return partial(self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options)
+            return partial(
+                self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options, limits=limits
+            )
         if not prompt:
-            return partial(self._tokenizer.pair_list, max_length=limit)
-        return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit)
+            return partial(self._tokenizer.pair_list, max_length=limit, limits=limits)
+        return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit, limits)
 
     def _forward(
         self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool = False,
@@ -345,7 +437,11 @@ class CrossEncoder(Reranker):
         scores = np.asarray(function(logits), np.float32)
         return scores[:, 0] if self.num_labels == 1 and scores.ndim > 1 else scores
 
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
+    def _prompt(self, prompt: str | None, name: str | None, call: CallOptions) -> str:
+        if call.instruction is not None:
+            if prompt is not None or name is not None:
+                raise ValueError("instruction and prompt say the same: give one of them")
+            return call.instruction
         if prompt is not None:
             return prompt
         name = name or self.default_prompt_name
@@ -354,10 +450,6 @@ class CrossEncoder(Reranker):
         if name not in self.prompts:
             raise ValueError(f"prompt_name must be one of {list(self.prompts)}, got {name!r}")
         return self.prompts[name]
-
-    def _need_one_label(self, what: str) -> None:
-        if self.num_labels != 1:
-            raise ValueError(f"{what}() needs a model with one label, this one has {self.num_labels}; use predict()")
 
 
 def _load_engine(checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: bool, **options: Any) -> Encoder:

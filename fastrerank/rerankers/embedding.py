@@ -15,7 +15,9 @@ from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.heads import Head, module_head
 from fastrerank.engine.select import Encoder
 from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.vectors import VectorReranker
+from fastrerank.text.limits import NO_LIMITS, TextLimits
 from fastrerank.text.tokenizer import check_texts
 
 __all__ = ["EmbeddingReranker"]
@@ -40,6 +42,7 @@ class EmbeddingReranker(VectorReranker):
     """
 
     method: ClassVar[str] = "embedding"
+    independent: ClassVar[bool] = True
     _reads: ClassVar[str] = "average token vectors"
 
     def __init__(self, model_name_or_path: str | Path, **options: Any) -> None:
@@ -67,22 +70,37 @@ class EmbeddingReranker(VectorReranker):
         with self._call() as usage:
             return self._encode(self.engine, check_texts(texts, "texts"), prompt, usage)
 
-    def _encode(self, engine: Encoder, texts: list[str], prompt: str, usage: Usage) -> npt.NDArray[np.float32]:
+    def _encode(
+        self, engine: Encoder, texts: list[str], prompt: str, usage: Usage, limits: TextLimits = NO_LIMITS,
+        most: int | None = None,
+    ) -> npt.NDArray[np.float32]:  # fmt: skip
+        if prompt and most is not None:
+            most += len(self._tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        if prompt and limits.cut_left():
+            raise ValueError(
+                f"truncation_side='left' would cut the prompt {prompt!r} that this checkpoint puts before its texts"
+            )
         blocks = []
         for begin in range(0, len(texts), BLOCK_TEXTS):
             with usage.stage("tokenize"):
-                batch = self._tokenizer.singles([prompt + text for text in texts[begin : begin + BLOCK_TEXTS]])
+                block = [prompt + text for text in texts[begin : begin + BLOCK_TEXTS]]
+                batch = self._tokenizer.singles(block, limits.max_length, limits=limits, most=most)
             usage.count(batch)
             with usage.stage("compute"):
                 blocks.append(engine.forward(batch.ids, batch.type_ids, batch.offsets))
         return np.concatenate(blocks) if blocks else np.zeros((0, engine.width), np.float32)
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
         flat = [text for some in documents for text in some]
         if not flat:
             return [np.zeros(0, np.float32) for _ in queries]
-        query_vectors = self._encode(self.query_engine, queries, self.query_prompt, usage)
-        vectors = self._encode(self.engine, flat, self.document_prompt, usage)
+        limits = call.limits
+        query_vectors = self._encode(
+            self.query_engine, queries, self.query_prompt, usage, self._of_query(limits), limits.max_tokens_per_query
+        )
+        vectors = self._encode(self.engine, flat, self.document_prompt, usage, limits, limits.max_tokens_per_doc)
         bounds = np.cumsum([0, *map(len, documents)])
         # A dot product per document: late interaction between one-token texts, in the kernel's fixed order.
         with usage.stage("score"):

@@ -11,7 +11,9 @@ from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint, Module
 from fastrerank.engine.heads import Head, module_head
 from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.vectors import VectorReranker
+from fastrerank.text.limits import TextLimits
 
 __all__ = ["LateInteractionReranker"]
 
@@ -37,6 +39,7 @@ class LateInteractionReranker(VectorReranker):
     """
 
     method: ClassVar[str] = "late-interaction"
+    independent: ClassVar[bool] = True
     _reads: ClassVar[str] = "token vectors"
 
     def _head(self, checkpoint: Checkpoint) -> Head:
@@ -47,24 +50,29 @@ class LateInteractionReranker(VectorReranker):
             )
         return module_head(_token_modules(checkpoint.modules), tokens=True)
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
         results = []
+        limits = call.limits
         for query, texts in zip(queries, documents, strict=True):
             scores = [np.zeros(0, np.float32)]
             if texts:
                 with usage.stage("tokenize"):
-                    batch = self._tokenizer.singles([query])
+                    batch = self._tokenizer.singles(
+                        [query], limits.max_length, limits=self._of_query(limits), most=limits.max_tokens_per_query
+                    )
                 usage.count(batch)
                 with usage.stage("compute"):
                     vectors = self.query_engine.forward(batch.ids, batch.type_ids, batch.offsets)
-                scores += [self._block(vectors, texts[i : i + BLOCK_TEXTS], usage)
+                scores += [self._block(vectors, texts[i : i + BLOCK_TEXTS], usage, limits)
                            for i in range(0, len(texts), BLOCK_TEXTS)]  # fmt: skip
             results.append(np.concatenate(scores))
         return results
 
-    def _block(self, query: npt.NDArray[np.float32], texts: list[str], usage: Usage) -> Scores:
+    def _block(self, query: npt.NDArray[np.float32], texts: list[str], usage: Usage, limits: TextLimits) -> Scores:
         with usage.stage("tokenize"):
-            batch = self._tokenizer.singles(texts)
+            batch = self._tokenizer.singles(texts, limits.max_length, limits=limits, most=limits.max_tokens_per_doc)
         usage.count(batch)
         parts = []
         begin = 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 
@@ -45,6 +46,7 @@ class Texts:
     queries: list[str]
     documents: list[list[str]]
     notes: list[list[str]] | None = None
+    call: CallOptions = NO_OPTIONS
 
 
 class ListReranker(LLMReranker):
@@ -131,6 +133,7 @@ class ListReranker(LLMReranker):
 
     def _encode(self, texts: Texts, requests: Sequence[Request], usage: Usage) -> list[Any]:
         prompts = []
+        tokenizer = self.prompts.with_instruction(texts.call.instruction)
         with usage.stage("tokenize"):
             for query, some in groupby(requests, key=lambda request: request[0]):
                 shown = [documents for _, documents in some]
@@ -138,7 +141,7 @@ class ListReranker(LLMReranker):
                 notes = None
                 if texts.notes is not None:
                     notes = [[texts.notes[query][i] for i in documents] for documents in shown]
-                prompts += self.prompts.encode(texts.queries[query], lists, notes=notes)
+                prompts += tokenizer.encode(texts.queries[query], lists, notes=notes, limits=texts.call.limits)
         return prompts
 
     def _label_logits(self, texts: Texts, requests: Sequence[Request], usage: Usage) -> list[Scores]:

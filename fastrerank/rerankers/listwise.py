@@ -6,17 +6,23 @@ import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fastrerank.rerankers.base import Scores, Usage, check_top_k, order, ranked
+from fastrerank.rerankers.base import Scores, Usage, check_top_k, order
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate
 from fastrerank.rerankers.lists import ListReranker, Request, Texts
 from fastrerank.rerankers.permutation import answer_of, parse_permutation, parse_scores
 from fastrerank.rerankers.schedules import Ranking, check_windows, groups, run_together, sliding_windows, untouched
 from fastrerank.text.columns import as_column
 from fastrerank.text.tokenizer import check_texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.rerankers.call import Options
 
 __all__ = ["ListwiseReranker"]
 
@@ -92,13 +98,17 @@ class ListwiseReranker(ListReranker):
         self.window, self.stride, self.window_rule = window, stride, window_rule
         self.algorithm, self.epochs, self.seed = algorithm, epochs, seed
 
-    def score(self, query: str, documents: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Scores:
+    def score(
+        self, query: str, documents: Sequence[str], *, first_stage: Sequence[float] | None = None,
+        **options: Unpack[Options],
+    ) -> Scores:  # fmt: skip
         """Return one score per document, float32 (N,), higher is better; see the class for what they are.
 
         Args:
             query: the query. documents: N str.
             first_stage: N finite scores of the first stage, for templates that print them (InsertRank: required) and
                 for groups (GroupRank: the result is 0.6 * score + 0.4 * first_stage).
+            options: as in `Reranker.score`.
 
         Raises TypeError for texts that are not str; ValueError for `first_stage` of another length, with values that
         are not finite, missing where the template prints it, or given where nothing reads it.
@@ -106,30 +116,33 @@ class ListwiseReranker(ListReranker):
         Example:
             >>> reranker.score("who?", ["the owl", "the cat"], first_stage=[12.1, 9.7])  # doctest: +SKIP
         """
+        call = self.check_options(**options)
         given = None if first_stage is None else [first_stage]
         (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
         with self._call() as usage:
-            return self._finite(self._rank_many([checked], [texts], given, usage))[0]
+            return self._finite(self._rank_many([checked], [texts], given, usage, call))[0]
 
     def score_many(
         self, queries: Sequence[str], documents: Sequence[Sequence[str]], *,
-        first_stage: Sequence[Sequence[float]] | None = None,
+        first_stage: Sequence[Sequence[float]] | None = None, **options: Unpack[Options],
     ) -> list[Scores]:  # fmt: skip
         """Return `[score(q, d) for q, d in zip(queries, documents)]`; each step's windows of all queries run together.
 
         `documents` and `first_stage` hold one list per query. Raises as `score`, and ValueError if lengths differ.
         """
+        call = self.check_options(**options)
         checked, documents = check_texts(queries, "queries"), as_column(documents, "documents")
         if len(documents) != len(checked):
             raise ValueError(f"documents must hold one list per query: {len(checked)}, got {len(documents)}")
         texts = [check_texts(some, f"documents[{i}]") for i, some in enumerate(documents)]
         with self._call() as usage:
-            return self._finite(self._rank_many(checked, texts, first_stage, usage))
+            return self._finite(self._rank_many(checked, texts, first_stage, usage, call))
 
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        first_stage: Sequence[float] | None = None,
+        first_stage: Sequence[float] | None = None, raw: bool = False, score_threshold: float | None = None,
+        **options: Unpack[Options],
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Return documents sorted by `score`, best first; ties keep the order they came in.
 
@@ -137,21 +150,23 @@ class ListwiseReranker(ListReranker):
         """
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
-        scores = self.score(query, texts, first_stage=first_stage)
-        return ranked(order(scores), scores, texts if return_documents else None, top_k)
+        scores = self.score(query, texts, first_stage=first_stage, **options)
+        return self._ranked(scores, texts if return_documents else None, top_k, raw, score_threshold)
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
-        return self._rank_many(queries, documents, None, usage)
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        return self._rank_many(queries, documents, None, usage, call)
 
     def _rank_many(
         self, queries: list[str], documents: list[list[str]], first_stage: Sequence[Sequence[float]] | None,
-        usage: Usage,
+        usage: Usage, call: CallOptions,
     ) -> list[Scores]:  # fmt: skip
         first = self._checked(documents, first_stage)
         notes = None
         if self.template.uses_notes and first is not None:
             notes = [[f"{value:.3f}" for value in values] for values in first]
-        texts = Texts(queries, documents, notes)
+        texts = Texts(queries, documents, notes, call)
         if self.algorithm == "groups":
             rankings = self._rank_groups(texts, first, usage)
             results = [np.array(ranking.scores, np.float32) for ranking in rankings]

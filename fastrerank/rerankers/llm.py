@@ -13,6 +13,7 @@ from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.cost import Cost
 from fastrerank.engine.select import plan
 from fastrerank.rerankers.base import Reranker, Usage
+from fastrerank.rerankers.call import LIMITS, CallOptions
 from fastrerank.rerankers.recognise import recognised_template
 from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.text.prompts import Template, list_templates
@@ -57,6 +58,7 @@ class LLMReranker(Reranker):
     a part of the prompt; ImportError without torch and transformers.
     """
 
+    call_options: ClassVar[frozenset[str]] = frozenset({"instruction"}) | LIMITS
     kind: ClassVar[str]
     default_template: ClassVar[str]
     default_seq2seq: ClassVar[str]  # the default for encoder-decoders
@@ -129,6 +131,15 @@ class LLMReranker(Reranker):
             checkpoint, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
             share_prefixes=share_prefixes, head="classification" if classifier else "causal",
         )  # fmt: skip
+
+    def check_options(self, **options: Any) -> CallOptions:
+        """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.
+
+        Raises ValueError also for an instruction where the template prints none.
+        """
+        call = super().check_options(**options)
+        self.prompts.with_instruction(call.instruction)
+        return call
 
     def _logits(
         self, prompts: Sequence[Prompt], labels: npt.NDArray[np.integer], usage: Usage

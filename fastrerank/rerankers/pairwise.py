@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.lists import ListReranker, Texts
 from fastrerank.rerankers.schedules import Schedule, all_pairs, heapsort, run_together, sliding
 
@@ -68,8 +69,10 @@ class PairwiseReranker(ListReranker):
         self.algorithm, self.top_k, self.soft = algorithm, top_k, soft
         self.passes = top_k if passes is None else passes
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
-        texts = Texts(queries, documents)
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        texts = Texts(queries, documents, call=call)
         schedules = [self._schedule(len(some)) for some in documents]
         rankings, usage.steps = run_together(schedules, lambda pairs: self._compare(texts, pairs, usage))
         return [np.array(ranking.scores, np.float32) for ranking in rankings]

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint
+from fastrerank.rerankers.activations import sigmoid
 from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
@@ -31,7 +33,8 @@ class PointwiseReranker(LLMReranker):
     label (pairs as its CrossEncoder reads them), and any instruction-tuned model by a plain question (template
     "relevance"). Prompts of one query begin alike: that part passes through the network once. `score` is float32 and
     raw: logit(yes) - logit(no) where there are two labels, the logit where there is one, and the expected value where
-    labels are numbers.
+    labels are numbers. `rank` shows the sigmoid of a logit, which for two labels is P(yes), and an expected value as it
+    is.
 
     ERank's published score is another: the model reasons and writes an integer, and the score is that integer times the
     probability of its last token. readout="generation" computes it; a text without an integer scores 0 and is counted
@@ -54,6 +57,7 @@ class PointwiseReranker(LLMReranker):
     """
 
     method: ClassVar[str] = "pointwise"
+    independent: ClassVar[bool] = True
     kind: ClassVar[str] = "pointwise"
     default_template: ClassVar[str] = "relevance"
     default_seq2seq: ClassVar[str] = "monot5"
@@ -125,12 +129,19 @@ class PointwiseReranker(LLMReranker):
             self._labels = self.prompts.label_ids()
         return scorer
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
+    def activated(self, scores: Scores) -> Scores:
+        """Return the probabilities of raw scores, their sigmoid; expected values of numbers stay as they are."""
+        return scores if self.template.score == "expectation" else sigmoid(scores)
+
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
         with usage.stage("tokenize"):
+            tokenizer = self.prompts.with_instruction(call.instruction)
             prompts = [
                 prompt
                 for query, texts in zip(queries, documents, strict=True)
-                for prompt in self.prompts.encode(query, [[text] for text in texts])
+                for prompt in tokenizer.encode(query, [[text] for text in texts], limits=call.limits)
             ]
         if self._generator is None:
             scores = self._formula(self._logits(prompts, self._labels, usage))

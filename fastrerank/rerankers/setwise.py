@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastrerank.rerankers.base import Scores, Usage
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate
 from fastrerank.rerankers.lists import ListReranker, Request, Texts
 from fastrerank.rerankers.pairwise import check_count
@@ -62,8 +63,10 @@ class SetwiseReranker(ListReranker):
         )  # fmt: skip
         self.set_size, self.top_k = set_size, top_k
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Usage) -> list[Scores]:
-        texts = Texts(queries, documents)
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        texts = Texts(queries, documents, call=call)
 
         def ask(requests: list[Request]) -> list[int]:
             usage.comparisons += len(requests)

@@ -13,7 +13,9 @@ from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.call import LIMITS
 from fastrerank.rerankers.recognise import is_classifier, other_training
+from fastrerank.text.limits import TextLimits
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = ["VectorReranker"]
@@ -37,6 +39,7 @@ class VectorReranker(Reranker):
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
     """
 
+    call_options: ClassVar[frozenset[str]] = LIMITS
     _reads: ClassVar[str]  # whose vectors are compared, for messages
 
     def __init__(
@@ -84,6 +87,11 @@ class VectorReranker(Reranker):
         if self.query_engine is not self.engine:
             warm_up(self.query_engine)
         return self
+
+    @staticmethod
+    def _of_query(limits: TextLimits) -> TextLimits:
+        """The limits of a call for its query: `truncation_side` is about documents."""
+        return replace(limits, truncation_side=None)
 
     @abstractmethod
     def _head(self, checkpoint: Checkpoint) -> Head:

@@ -9,6 +9,7 @@ holds one of the document's characters: one that merges the document's end with 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,8 @@ EMPTY_QUERY = "N/A"
 _INTRODUCTION, _QUERY = " Here are some paragraphs:", "Query: "
 # Context that a text is tokenised in, behind a place where tokens on both sides do not depend on each other.
 _CONTEXT = 6
+# Instructions of single calls whose layout is kept.
+_KEPT_INSTRUCTIONS = 4
 _PROBES = (
     "The owl sleeps.",
     "7 mice, 12 owls",
@@ -127,6 +130,9 @@ class AttentionPrompts:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"prompts need a fast tokenizer (a tokenizer.json), got {type(tokenizer).__name__}")
+        self._tokenizer, self._model_type, self._cache_bytes = tokenizer, model_type, cache_bytes
+        self._others: dict[str, AttentionPrompts] = {}  # by the instruction of a call
+        self._lock = threading.Lock()
         self._whole = backend
         if backend.truncation is not None or backend.padding is not None:
             self._whole = type(backend).from_str(backend.to_str())
@@ -205,6 +211,33 @@ class AttentionPrompts:
             np.concatenate([shift, places[:, :first]], 1),
             run + self._end,
         )
+
+    def with_instruction(self, instruction: str | None) -> AttentionPrompts:
+        """Return these prompts with another instruction; None: unchanged. Those of the last few are kept.
+
+        Raises ValueError as `__init__` does.
+        """
+        if instruction is None or encodable(instruction) == self.instruction:
+            return self
+        with self._lock:
+            found = self._others.get(instruction)
+            if found is None:
+                found = AttentionPrompts(
+                    self._tokenizer, self.policy, model_type=self._model_type, instruction=instruction,
+                    words=self.words, cache_bytes=self._cache_bytes,
+                )  # fmt: skip
+                while len(self._others) >= _KEPT_INSTRUCTIONS:
+                    self._others.pop(next(iter(self._others)))
+                self._others[instruction] = found
+            return found
+
+    def shorten(self, text: str, most: int | None) -> tuple[str, bool]:
+        """The beginning of a text that its first `most` tokens stand for, and whether anything is left out."""
+        text = encodable(text)
+        if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
+            return text, False
+        _, spans = self._text.encode_spans(text, False)
+        return (text[: spans[most - 1][1]], True) if len(spans) > most else (text, False)
 
     def prepare_query(self, query: str) -> str:
         """The query as it is printed."""

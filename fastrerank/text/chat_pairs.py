@@ -13,6 +13,7 @@ import numpy as np
 
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.text.files import ChatTemplate, template_of_pairs
+from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import PromptTokenizer
 from fastrerank.text.prompts import Message, Template
 from fastrerank.text.shapes import contents, options
@@ -136,14 +137,16 @@ class ChatPairs:
 
     def pair_list(
         self, pairs: Sequence[tuple[str, str]], max_length: int | None = None, *, prompt: str = "",
-        chat_options: Mapping[str, Any] | None = None,
+        chat_options: Mapping[str, Any] | None = None, limits: TextLimits = NO_LIMITS,
     ) -> TokenBatch:  # fmt: skip
         """Pack the prompts of N pairs of str.
 
         The document is cut to fit `max_length`, never what follows it. The query is cut only if it alone does not fit:
         to three quarters of the room. `prompt` is a system turn, `chat_options` are arguments of the chat template.
+        `limits` are further limits of this call; its own `max_length` is not read.
 
-        Raises ValueError where `max_length` leaves no room for a pair, or the template drops the prompt.
+        Raises ValueError where `max_length` leaves no room for a pair, or the template drops the prompt; TooLong where
+        `limits.truncate` is False and a text would be cut.
         """
         prompts = self._laid_out(prompt, chat_options or {})
         members: dict[str, list[int]] = {}
@@ -152,9 +155,13 @@ class ChatPairs:
         rows: list[Any] = [None] * len(pairs)
         query_truncated = False
         for query, places in members.items():
-            fitting, cut = self._fitting(prompts, query, max_length)
-            query_truncated |= cut
-            found = prompts.encode(fitting, [[pairs[i][1]] for i in places], max_length=max_length)
+            fitting, cut = prompts.within("the query", query, limits.max_tokens_per_query, limits)
+            fitting, more = self._fitting(prompts, fitting, max_length)
+            if more and max_length is not None and not limits.truncate:
+                raise TooLong("the query with the template", _size(prompts, query), max_length)
+            query_truncated |= cut or more
+            rest = replace(limits, max_length=None, max_tokens_per_query=None)
+            found = prompts.encode(fitting, [[pairs[i][1]] for i in places], max_length=max_length, limits=rest)
             for i, one in zip(places, found, strict=True):
                 rows[i] = one
         ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])

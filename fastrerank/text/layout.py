@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
 from fastrerank.text.shapes import Piece, Slot, Turn, Values
 
@@ -17,7 +18,7 @@ __all__ = ["Part", "Run", "Shape", "Span", "fit", "int32", "kind_of", "lay_runs"
 
 @dataclass(frozen=True)
 class Part:
-    """Ids of a prompt; ids[start:end] belong to `document` (-1: none) and may be shortened from their end."""
+    """Ids of a prompt; ids[start:end] belong to `document` (-1: none) and may be shortened."""
 
     ids: npt.NDArray[np.int32]
     document: int = -1
@@ -184,9 +185,12 @@ def strip_sides(text: str, kind: tuple[Any, ...]) -> str:
 
 
 def fit(
-    parts: list[Part], count: int, limit: int | None, name: str
+    parts: list[Part], count: int, limit: int | None, name: str, limits: TextLimits = NO_LIMITS
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Join the parts, the longest documents cut evenly to `limit` tokens in all; (T,) and (count,) which were cut."""
+    """Join the parts, the longest documents cut evenly to `limit` tokens in all; (T,) and (count,) which were cut.
+
+    `limits` says from which end (the last, unless it does) and whether documents may be cut at all: TooLong if not.
+    """
     truncated = np.zeros(count, np.bool_)
     sizes: dict[int, int] = {}
     for part in parts:
@@ -195,6 +199,8 @@ def fit(
             sizes[part.document] = part.end - part.start
     total = sum(len(part.ids) for part in parts)
     if limit is not None and total > limit:
+        if not limits.truncate:
+            raise TooLong("the prompt", total, limit)
         room = limit - (total - sum(sizes.values()))
         least = sum(min(1, size) for size in sizes.values())
         if room < least:
@@ -207,8 +213,9 @@ def fit(
         for part in parts:
             if part.document >= 0 and keep[part.document] < sizes[part.document]:
                 truncated[part.document] = True
-                kept = part.ids[: part.start + keep[part.document]]
-                cut.append(Part(np.concatenate([kept, part.ids[part.end :]])))
+                gone = sizes[part.document] - keep[part.document]
+                first = part.start if limits.cut_left() else part.end - gone
+                cut.append(Part(np.concatenate([part.ids[:first], part.ids[first + gone :]])))
             else:
                 cut.append(part)
         parts = cut

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
+from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, encodable, strip_left, strip_right
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
@@ -30,6 +33,9 @@ _PROBES = (
     "",
     " x ",
 )
+
+# Instructions of single calls whose layout is kept.
+_KEPT_INSTRUCTIONS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +108,7 @@ class PromptTokenizer:
         if readout not in (None, "logits", "generate", "head"):
             raise ValueError(f"readout must be logits, generate or head, got {readout!r}")
         if instruction is not None:
-            check_texts([instruction], "instruction", scalar=True)
-            if instruction and not template.uses_instruction:
-                raise ValueError(f"template {template.name!r} prints no instruction, got {instruction!r}")
+            _check_instruction(template, instruction)
         self.template = template
         self.max_length = template.max_length if max_length is None else _check_limit(max_length)
         self._tokenizer = tokenizer
@@ -132,6 +136,9 @@ class PromptTokenizer:
         self._specials = self._special_tokens(layouts[self._counts[0]][1][0])
         self._cache: TokenCache[tuple[Any, ...]] = TokenCache(cache_bytes)
         self._shapes = {count: self._shape(*layout) for count, layout in layouts.items()}
+        self._cache_bytes = cache_bytes
+        self._others: dict[str, PromptTokenizer] = {}  # by the instruction of a call
+        self._lock = threading.Lock()
         self._check_exact()
 
     @classmethod
@@ -170,7 +177,7 @@ class PromptTokenizer:
 
     def encode(
         self, query: str, lists: Sequence[Sequence[str]], *, notes: Sequence[Sequence[str]] | None = None,
-        reserve: int = 0, max_length: int | None = None,
+        reserve: int = 0, max_length: int | None = None, limits: TextLimits = NO_LIMITS,
     ) -> list[Prompt]:  # fmt: skip
         """One prompt per list: 1 document for a pointwise template, 2 for a pairwise one, else as many as there are.
 
@@ -183,9 +190,11 @@ class PromptTokenizer:
             notes: one str per document, for templates that print one.
             reserve: tokens to keep free below `max_length`, for an answer.
             max_length: the limit in tokens of this call's prompts; None: `self.max_length`.
+            limits: further limits of this call; its `max_length` can only lower the limit.
 
         Raises TypeError naming the position of what is no str; ValueError for a wrong number of documents or notes, and
-        where query and fixed text leave less than one token per document (it says by how many tokens).
+        where query and fixed text leave less than one token per document (it says by how many tokens); TooLong where
+        `limits.truncate` is False and a text would be cut.
         """
         query = encodable(check_texts([query], "query", scalar=True)[0])
         if isinstance(lists, (str, bytes)) or not hasattr(lists, "__iter__"):
@@ -195,8 +204,69 @@ class PromptTokenizer:
             self._check_count(len(documents), f"lists[{i}]")
         all_notes = self._check_notes(checked, notes)
         most = self.max_length if max_length is None else _check_limit(max_length)
+        if limits.max_length is not None:
+            if most is not None and limits.max_length > most:
+                raise ValueError(f"max_length must be at most {most}, the limit of a prompt, got {limits.max_length}")
+            most = limits.max_length
         limit = None if most is None else most - reserve
-        return list(self._encode(query, checked, all_notes, limit))
+        if limits == NO_LIMITS:
+            return list(self._encode(query, checked, all_notes, limit))
+        query, _ = self.within("the query", query, limits.max_tokens_per_query, limits)
+        most, left = limits.max_tokens_per_doc, limits.cut_left()
+        shorter = [
+            [self.within(f"document {k} of lists[{i}]", text, most, limits, left) for k, text in enumerate(some)]
+            for i, some in enumerate(checked)
+        ]
+        prompts = list(self._encode(query, [[text for text, _ in some] for some in shorter], all_notes, limit, limits))
+        for prompt, some in zip(prompts, shorter, strict=True):
+            if not limits.truncate and prompt.truncated.any():  # by the template's own limit
+                most = self.template.document_limit or 0
+                raise TooLong("a document", most + 1, most, self.template.document_unit)
+            prompt.truncated[:] |= np.array([cut for _, cut in some], np.bool_)
+        return prompts
+
+    def with_instruction(self, instruction: str | None) -> PromptTokenizer:
+        """Return these prompts with another instruction; None: unchanged. Layouts of the last few are kept.
+
+        Raises ValueError where the template prints no instruction, and as `__init__` does.
+        """
+        if instruction is None or encodable(instruction) == self._instruction:
+            return self
+        _check_instruction(self.template, instruction)
+        with self._lock:
+            found = self._others.get(instruction)
+            if found is None:
+                found = self._other(encodable(instruction))
+                while len(self._others) >= _KEPT_INSTRUCTIONS:
+                    self._others.pop(next(iter(self._others)))
+                self._others[instruction] = found
+            return found
+
+    def _other(self, instruction: str) -> PromptTokenizer:
+        if bool(instruction) != bool(self._instruction):  # the layout's literals differ
+            return PromptTokenizer(
+                self._tokenizer, self.template, max_length=self.max_length, instruction=instruction,
+                readout=self._readout, cache_bytes=self._cache_bytes,
+            )  # fmt: skip
+        other = copy.copy(self)  # the instruction is a value between the same literals; documents' ids are shared
+        other._instruction, other._others, other._lock = instruction, {}, threading.Lock()
+        return other
+
+    def within(
+        self, what: str, text: str, most: int | None, limits: TextLimits, left: bool = False
+    ) -> tuple[str, bool]:
+        """The part of a text that its first (or last) `most` tokens stand for, and whether anything is left out.
+
+        Raises TooLong naming `what` where something would be, and `limits.truncate` is False.
+        """
+        if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
+            return text, False
+        _, spans = self._text.encode_spans(text, False)
+        if len(spans) <= most:
+            return text, False
+        if not limits.truncate:
+            raise TooLong(what, len(spans), most)
+        return (text[spans[-most][0] :] if left else text[: spans[most - 1][1]]), True
 
     def shorten(self, text: str, count: int) -> str:
         """The beginning of `text` that its first `count` tokens stand for, when it is tokenised on its own."""
@@ -281,8 +351,9 @@ class PromptTokenizer:
     # ---- encoding
 
     def _encode(
-        self, query: str, lists: list[list[str]], notes: list[list[str]], limit: int | None
-    ) -> Iterator[Prompt]:
+        self, query: str, lists: list[list[str]], notes: list[list[str]], limit: int | None,
+        limits: TextLimits = NO_LIMITS,
+    ) -> Iterator[Prompt]:  # fmt: skip
         query = self.template.prepare_query(query)
         shapes = {count: self._shape_of(count) for count in {len(documents) for documents in lists}}
         found = self._documents(lists, shapes)
@@ -292,7 +363,7 @@ class PromptTokenizer:
             shape = shapes[len(documents)]
             values = Values(query, self._instruction, _Prepared(self, documents, prepared), texts)
             parts = [part for item in shape.parts for part in self._parts(item, values, documents, found, spans)]
-            ids, truncated = fit(parts, len(documents), limit, self.template.name)
+            ids, truncated = fit(parts, len(documents), limit, self.template.name, limits)
             yield Prompt(ids, truncated, shape.turns, values)
 
     def _shape_of(self, count: int) -> Shape:
@@ -487,6 +558,12 @@ class _Prepared(Sequence[str]):
         if document not in self._memo:
             self._memo[document] = self._owner._prepare(document)
         return self._memo[document]
+
+
+def _check_instruction(template: Template, instruction: str) -> None:
+    check_texts([instruction], "instruction", scalar=True)
+    if instruction and not template.uses_instruction:
+        raise ValueError(f"template {template.name!r} prints no instruction, got {instruction!r}")
 
 
 def _check_limit(max_length: int) -> int:

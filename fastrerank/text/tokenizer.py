@@ -15,6 +15,7 @@ from fastrerank.checkpoint import max_length_of, position_limit, read_json
 from fastrerank.text.columns import as_column
 from fastrerank.text.columns import describe as _describe
 from fastrerank.text.files import load_tokenizer
+from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 
 if TYPE_CHECKING:
     import tokenizers
@@ -123,7 +124,9 @@ class Tokenizer:
             use_type_ids=_uses_type_ids(config, settings),
         )
 
-    def pairs(self, query: str, documents: Sequence[str], max_length: int | None = None) -> TokenBatch:
+    def pairs(
+        self, query: str, documents: Sequence[str], max_length: int | None = None, limits: TextLimits = NO_LIMITS
+    ) -> TokenBatch:
         """Pack (query, document) for every document; the query is tokenised once.
 
         The document is cut to fit. The query is cut only if it alone exceeds max_length less the special tokens: then
@@ -133,14 +136,18 @@ class Tokenizer:
             query: the query.
             documents: list, tuple or 1-D array of N str.
             max_length: limit in tokens, special tokens included; None: `self.max_length`.
+            limits: further limits of this call; its own `max_length` is not read.
 
-        Raises TypeError naming the position of what is not a str; ValueError for an impossible max_length.
+        Raises TypeError naming the position of what is not a str; ValueError for an impossible max_length; TooLong
+        where `limits.truncate` is False and a text would be cut.
         """
         (query,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
-        return self._pack_pairs([query] * len(texts), texts, max_length)
+        return self._pack_pairs([query] * len(texts), texts, max_length, limits)
 
-    def pair_list(self, pairs: Sequence[tuple[str, str]], max_length: int | None = None) -> TokenBatch:
+    def pair_list(
+        self, pairs: Sequence[tuple[str, str]], max_length: int | None = None, limits: TextLimits = NO_LIMITS
+    ) -> TokenBatch:
         """Pack (query, document) pairs; like `pairs`, and each distinct query is tokenised once."""
         if isinstance(pairs, (str, bytes, Mapping, Set)) or not hasattr(pairs, "__iter__"):
             raise TypeError(f"pairs must be a sequence of (query, document) pairs, got {_describe(pairs)}")
@@ -151,24 +158,37 @@ class Tokenizer:
             if len(pair) != 2:
                 raise TypeError(f"pairs[{position}] must be a (query, document) pair, got {len(pair)} items")
             flat += check_texts(pair, f"pairs[{position}]")
-        return self._pack_pairs(flat[0::2], flat[1::2], max_length)
+        return self._pack_pairs(flat[0::2], flat[1::2], max_length, limits)
 
-    def singles(self, texts: Sequence[str], max_length: int | None = None) -> TokenBatch:
+    def singles(
+        self, texts: Sequence[str], max_length: int | None = None, *, limits: TextLimits = NO_LIMITS,
+        most: int | None = None,
+    ) -> TokenBatch:  # fmt: skip
         """Pack single texts with the special tokens of a single sequence, cut to max_length.
 
-        Raises TypeError naming the position of what is not a str; ValueError for an impossible max_length.
+        Args:
+            texts: N str.
+            max_length: limit in tokens, special tokens included; None: `self.max_length`.
+            limits: `truncation_side` and `truncate` of this call.
+            most: tokens of a text itself; None for as many as fit.
+
+        Raises TypeError naming the position of what is not a str; ValueError for an impossible max_length; TooLong
+        where `limits.truncate` is False and a text would be cut.
         """
         checked = check_texts(texts, "texts")
         template = self._single
-        room = self._room(max_length, template)
+        room = _smaller(self._room(max_length, template), most)
+        left = limits.cut_left(self._cut_left)
         head, tail = template.specials
         ids: list[int] = []
         ends = np.zeros(len(checked) + 1, np.int64)
         truncated = np.zeros(len(checked), np.bool_)
-        for i, tokens in enumerate(self._encode(checked, room)):
+        for i, tokens in enumerate(self._encode(checked, room, left)):
             truncated[i] = room is not None and len(tokens) > room
+            if room is not None and truncated[i] and not limits.truncate:
+                raise TooLong(f"texts[{i}]", len(tokens), room)
             ids += head
-            ids += self._cut(tokens, room)
+            ids += _cut(tokens, room, left)
             ids += tail
             ends[i + 1] = len(ids)
         types = np.full(len(ids), template.segment_types[0], np.int32)
@@ -177,29 +197,39 @@ class Tokenizer:
         _paint(types, ends[1:] - len(after), after)
         return TokenBatch(_int32(ids), types, ends, truncated)
 
-    def _pack_pairs(self, queries: list[str], documents: list[str], max_length: int | None) -> TokenBatch:
+    def _pack_pairs(
+        self, queries: list[str], documents: list[str], max_length: int | None, limits: TextLimits
+    ) -> TokenBatch:
         template = self._pair
         room = self._room(max_length, template)
+        left = limits.cut_left(self._cut_left)
         before, between, after = template.specials
         heads: dict[str, list[int]] = {}  # query -> everything before the document
         query_truncated = False
         distinct = list(dict.fromkeys(queries))
-        for query, tokens in zip(distinct, self._encode(distinct, room), strict=True):
-            if room is not None and len(tokens) > room:
-                tokens, query_truncated = self._cut(tokens, room * 3 // 4), True
+        most = _smaller(room, limits.max_tokens_per_query)
+        for query, tokens in zip(distinct, self._encode(distinct, most, self._cut_left), strict=True):
+            if most is not None and len(tokens) > most:
+                if not limits.truncate:
+                    raise TooLong("the query", len(tokens), most)
+                kept = most if room is None or most < room else room * 3 // 4
+                tokens, query_truncated = _cut(tokens, kept, self._cut_left), True
             heads[query] = [*before, *tokens, *between]
         fixed = len(before) + len(between)
         ids: list[int] = []
         ends = np.zeros(len(documents) + 1, np.int64)
         starts = np.zeros(len(documents), np.int64)  # of the document's own tokens
         truncated = np.zeros(len(documents), np.bool_)
-        for i, tokens in enumerate(self._encode(documents, room)):
+        for i, tokens in enumerate(self._encode(documents, _smaller(room, limits.max_tokens_per_doc), left)):
             head = heads[queries[i]]
-            left = None if room is None else room - (len(head) - fixed)
-            truncated[i] = left is not None and len(tokens) > left
+            free = None if room is None else room - (len(head) - fixed)
+            fits = _smaller(free, limits.max_tokens_per_doc)
+            truncated[i] = fits is not None and len(tokens) > fits
+            if fits is not None and truncated[i] and not limits.truncate:
+                raise TooLong(f"document {i}", len(tokens), fits)
             ids += head
             starts[i] = len(ids)
-            ids += self._cut(tokens, left)
+            ids += _cut(tokens, fits, left)
             ids += after
             ends[i + 1] = len(ids)
         first, second = template.segment_types
@@ -212,10 +242,13 @@ class Tokenizer:
         _paint(types, ends[1:] - len(after), template.special_types[2])
         return TokenBatch(_int32(ids), types, ends, truncated, query_truncated)
 
-    def _encode(self, texts: list[str], room: int | None) -> Iterator[list[int]]:
-        """Token ids of each text without special tokens: all of them, or (of a long text) more than `room`."""
+    def _encode(self, texts: list[str], room: int | None, left: bool) -> Iterator[list[int]]:
+        """Token ids of each text without special tokens: all of them, or (of a long text) more than `room`.
+
+        With `left` they are those of the text's end.
+        """
         for block in _blocks(texts):
-            shortened = block if room is None else self._shorten(block, room)
+            shortened = block if room is None or left else self._shorten(block, room)
             encodings = self._encode_block(shortened)
             for i, encoding in enumerate(encodings):
                 tokens: list[int] = encoding.ids
@@ -236,15 +269,10 @@ class Tokenizer:
     def _shorten(self, block: list[str], room: int) -> list[str]:
         """Cut very long texts at the end of a word, far behind what fits, if words are tokenised independently."""
         most = _CHARS_PER_TOKEN * room + 64
-        if not self._word_local or self._cut_left or all(len(text) <= most for text in block):
+        if not self._word_local or all(len(text) <= most for text in block):
             return block
         ends = [_WORD_END.search(text, most) if len(text) > most else None for text in block]
         return [text if end is None else text[: end.end()] for text, end in zip(block, ends, strict=True)]
-
-    def _cut(self, tokens: list[int], room: int | None) -> list[int]:
-        if room is None or len(tokens) <= room:
-            return tokens
-        return tokens[len(tokens) - room :] if self._cut_left else tokens[:room]
 
     def _room(self, max_length: int | None, template: _Template) -> int | None:
         limit = self.max_length if max_length is None else self.checked_max_length(max_length)
@@ -310,6 +338,17 @@ def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bo
         return "token_type_ids" in names
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     return not isinstance(name, str) or name.removesuffix("Fast") in _TYPED_CLASSES
+
+
+def _cut(tokens: list[int], room: int | None, left: bool) -> list[int]:
+    if room is None or len(tokens) <= room:
+        return tokens
+    return tokens[len(tokens) - room :] if left else tokens[:room]
+
+
+def _smaller(first: int | None, second: int | None) -> int | None:
+    """The smaller of two limits, None for none."""
+    return min((limit for limit in (first, second) if limit is not None), default=None)
 
 
 def _int32(ids: list[int]) -> npt.NDArray[np.int32]:
