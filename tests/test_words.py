@@ -29,8 +29,9 @@ FOREIGN = {
 }  # fmt: skip
 # Programs whose command lines are their own affair.
 PROGRAMS = (
-    "pip", "docker", "kubectl", "git", "make", "cmake", "ray", "curl", "pytest", "nvcc", "nvidia-smi", "serve", "taskset",
-    "numactl", "auditwheel", "hf", "huggingface-cli", "perf", "sudo", "helm", "vllm", "text-embeddings-router",
+    "pip", "docker", "kubectl", "git", "make", "cmake", "ray", "curl", "pytest", "nvcc", "nvidia-smi", "serve",
+    "taskset", "numactl", "auditwheel", "hf", "huggingface-cli", "perf", "sudo", "helm", "vllm",
+    "text-embeddings-router",
 )  # fmt: skip
 
 
