@@ -101,6 +101,13 @@ MaxLength = Annotated[
         help="Tokens of a query and a document together; longer documents are cut.",
     ),
 ]  # fmt: skip
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label", metavar="LABEL", rich_help_panel=MODEL, show_default="the one whose name tells",
+        help="Of a head with several labels the one that ranks: its name, or its number from 0.",
+    ),
+]  # fmt: skip
 EngineOption = Annotated[
     Engine | None,
     typer.Option(
@@ -218,6 +225,11 @@ def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) 
             raise
         what = f"method {method}" if method else "the method of this checkpoint"
         raise typer.BadParameter(f"{what} does not know it", param_hint=option_of(found[1])) from None
+
+
+def label_option(value: str | None) -> str | int | None:
+    """A label's number where one is written, else its name."""
+    return int(value) if value is not None and re.fullmatch(r"[0-9]+", value) else value
 
 
 def load_options(dtype: Dtype, **options: Any) -> dict[str, Any]:

@@ -327,3 +327,25 @@ sys.exit(main(["serve", "--port", "0", "--model", sys.argv[1]]))
     assert f"Serving at http://127.0.0.1:{port}/ (all routes: http://127.0.0.1:{port}/docs). Ctrl-C ends it." in shown
     done = subprocess.run([sys.executable, "-c", code, str(model), "8"], capture_output=True, text=True, timeout=60)
     assert done.stdout == ""
+
+
+def test_raw_scores_and_a_label_are_those_of_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    import tiny as factory
+
+    model = factory.save(tmp_path / "model", "bert", labels=3)
+    texts = ["cat", "old cat"]
+    (tmp_path / "d.txt").write_text("\n".join(texts))
+    given = ["rank", "owl", str(tmp_path / "d.txt"), "--model", str(model), "--json"]
+    assert main(given) == 1  # LABEL_0, LABEL_1, LABEL_2 do not tell
+    assert "label must be one of" in capsys.readouterr().err
+    shown = []
+    for label in ("2", "LABEL_2"):
+        assert main([*given, "--label", label]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    want = fastrerank.CrossEncoder(model, label=2)
+    assert shown == [want.rank("owl", texts, return_documents=True)] * 2
+    assert main([*given, "--label", "2", "--raw"]) == 0
+    raw = json.loads(capsys.readouterr().out)
+    assert raw == want.rank("owl", texts, return_documents=True, raw=True)
+    assert raw[0]["score"] != shown[0][0]["score"]
