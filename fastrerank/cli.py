@@ -37,6 +37,7 @@ from .cli_shared import (
     HeadsOption,
     Instruction,
     Interrupted,
+    LabelOption,
     MaxLength,
     Method,
     Model,
@@ -47,6 +48,7 @@ from .cli_shared import (
     TrecRun,
     check_file,
     heads_option,
+    label_option,
     load_reranker,
     need_model,
     one_line,
@@ -134,6 +136,7 @@ def rank(
     template: TemplateOption = None,
     instruction: Instruction = None,
     heads: HeadsOption = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     format: Annotated[
         Format,
@@ -157,6 +160,9 @@ def rank(
             min=1, metavar="K", rich_help_panel=OUTPUT, show_default="all", help="Print only the best K documents."
         ),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", rich_help_panel=OUTPUT, help="Show raw scores, such as logits.")
+    ] = False,
     explain: Annotated[
         bool,
         typer.Option(
@@ -194,12 +200,12 @@ def rank(
         warn("there are no documents to rank")
     reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=heads_option(heads), max_length=max_length, engine=engine,
+        heads=heads_option(heads), label=label_option(label), max_length=max_length, engine=engine,
     )  # fmt: skip
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
-    options = {"explain": True} if explain else {}
+    options = {name: True for name, wanted in (("explain", explain), ("raw", raw)) if wanted}
     start = time.perf_counter()
     with progress_bar(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
         hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
@@ -327,6 +333,7 @@ def serve(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     engine: EngineOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -395,7 +402,7 @@ def serve(
     labels, aliases = parse_labels(label or [], named), hub_names(named) | parse_aliases(alias or [], named)
     options = {
         "device": device, "num_threads": threads, "template": template, "instruction": instruction,
-        "max_length": max_length, "engine": engine,
+        "label": label_option(label), "max_length": max_length, "engine": engine,
     }  # fmt: skip
     rerankers = {
         name: fastrerank.AsyncReranker(
@@ -456,6 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = app(args=given, prog_name="fastrerank", standalone_mode=False)
+        if code == Interrupted.exit_code:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader of the output has gone; Python must not flush into the closed pipe again at exit

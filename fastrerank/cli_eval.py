@@ -20,6 +20,7 @@ from .cli_shared import (
     EngineOption,
     HeadsOption,
     Instruction,
+    LabelOption,
     MaxLength,
     Method,
     Qrels,
@@ -69,6 +70,7 @@ def evaluate_command(
     template: TemplateOption = None,
     instruction: Instruction = None,
     heads: HeadsOption = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     trec_run: TrecRun = None,
     qrels: Qrels = None,
@@ -121,7 +123,7 @@ def evaluate_command(
     given = {
         "method": method, "device": device,
         "num_threads": threads, "template": template, "instruction": instruction, "heads": cli.heads_option(heads),
-        "max_length": max_length, "engine": engine,
+        "label": cli.label_option(label), "max_length": max_length, "engine": engine,
     }  # fmt: skip
     defaults = cli.load_options(dtype, **given)
     listed = _listed(model or [], systems, with_run or [], defaults)

@@ -15,6 +15,7 @@ from fastrerank.cli_shared import (
     DtypeOption,
     EngineOption,
     Instruction,
+    LabelOption,
     MaxLength,
     Method,
     Model,
@@ -32,6 +33,7 @@ def score(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     query_field: Annotated[str, cli.option(cli.DATA, "FIELD", "Column or field of the query.")] = "query",
     document_field: Annotated[str, cli.option(cli.DATA, "FIELD", "Column or field of the document.")] = "document",
@@ -68,8 +70,9 @@ def score(
         raise ImportError(f"scoring files needs {error.name}: pip install 'fastrerank[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     given = cli.load_options(
-        dtype, template=template, instruction=instruction, device=device, max_length=max_length, engine=engine
-    )
+        dtype, template=template, instruction=instruction, label=cli.label_option(label), device=device,
+        max_length=max_length, engine=engine,
+    )  # fmt: skip
     # Ray prints on standard output what workers print, and that one has died: here that is the result's.
     with (
         cli.resumable(f"the parts that are whole are in {output}"),

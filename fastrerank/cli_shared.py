@@ -101,6 +101,13 @@ MaxLength = Annotated[
         help="Tokens of a query and a document together; longer documents are cut.",
     ),
 ]  # fmt: skip
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label", metavar="LABEL", rich_help_panel=MODEL, show_default="the one whose name tells",
+        help="Of a head with several labels the one that ranks: its name, or its number from 0.",
+    ),
+]  # fmt: skip
 EngineOption = Annotated[
     Engine | None,
     typer.Option(
@@ -220,6 +227,11 @@ def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) 
         raise typer.BadParameter(f"{what} does not know it", param_hint=option_of(found[1])) from None
 
 
+def label_option(value: str | None) -> str | int | None:
+    """A label's number where one is written, else its name."""
+    return int(value) if value is not None and re.fullmatch(r"[0-9]+", value) else value
+
+
 def load_options(dtype: Dtype, **options: Any) -> dict[str, Any]:
     """The keywords of `fastrerank.load` for the options that were given."""
     given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
@@ -278,8 +290,11 @@ def print_table(
 
 
 def _print_lines(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None) -> None:
-    """A block of "column: cell" lines for each row, which the terminal wraps."""
+    """Lines that the terminal wraps: "name: value" of two columns, else a block of "column: cell" for each row."""
     for row in rows:
+        if len(columns) == 2:
+            console.print(Text(": ".join(row)), soft_wrap=True)
+            continue
         for name, cell in zip(columns, row, strict=True):
             console.print(Text(f"{name}: {cell}"), soft_wrap=True)
         console.print()

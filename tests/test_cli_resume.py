@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ class Stops:
     def __init__(self, model: Any, after: int) -> None:
         self.model, self.left = model, after
 
-    def score_many(self, *arguments: Any) -> Any:
+    def score_many(self, *arguments: Any, **options: Any) -> Any:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
-        return self.model.score_many(*arguments)
+        return self.model.score_many(*arguments, **options)
 
     rank = score_many
 
@@ -62,7 +63,7 @@ def test_an_index_goes_on(
     model = fastrerank.load(str(tiny[0]))
     calls: list[Any] = []
 
-    def load(name: str, **options: Any) -> Any:
+    def load(_name: str, **_options: Any) -> Any:
         calls.append(Stops(model, after=1 if not calls else 10**6))
         return calls[-1]
 
@@ -179,7 +180,10 @@ def test_a_real_signal_while_a_comparison_runs(tiny: list[Path], tmp_path: Path)
     out = tmp_path / "out"
     systems = [f"s{i}={tiny[i % 2]}" for i in range(40)]
     arguments = ["eval", str(data), *(part for one in systems for part in ("--model", one)), "--out", str(out)]
-    with subprocess.Popen([*CLI, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a test run in the background of a shell ignores SIGINT, and its children would too
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*CLI, *arguments], **pipes, preexec_fn=heard) as process:
         until = time.monotonic() + 60
         while not (out / "unfinished" / "s0.json").exists():
             assert process.poll() is None

@@ -226,4 +226,4 @@ def test_a_wrong_config_is_refused_before_weights_are_opened(tiny: Tiny, tmp_pat
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="intermediate_size in config.json must be an int from 1"):
         CrossEncoder(folder)
-    assert factory.MAX_LENGTH == config["max_position_embeddings"]
+    assert config["max_position_embeddings"] == factory.MAX_LENGTH

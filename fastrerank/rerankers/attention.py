@@ -353,9 +353,10 @@ def find_heads(
         return None
     if known:
         return next(iter(known.values()))
+    rule = "contrast" if policy.name == "core" else "ndcg"
     raise ValueError(
-        f"no {policy.name} heads are published for {checkpoint.path}: find them with `fastrerank heads --model MODEL "
-        f"--preset {policy.name} QUERIES.jsonl --save FILE.toml` and give heads=FILE.toml, or give heads=[(layer, "
+        f"no {policy.name} heads are published for {checkpoint.path}: find them with `fastrerank heads QUERIES.jsonl "
+        f"--model MODEL --rule {rule} --save FILE.toml` and give heads=FILE.toml, or give heads=[(layer, "
         "head), ...]; preset 'icr' reads all heads"
     )
 
