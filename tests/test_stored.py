@@ -1,4 +1,4 @@
-"""Every tensor of every native family: left out, of another shape or type, ruled out by config.json, or read by nobody."""
+"""Every tensor of every native family: left out, of another shape or type, ruled out by config.json, read by nobody."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def load(folder: Path) -> Any:
 
 
 @pytest.fixture(params=factory.FAMILIES)
-def broken(request: pytest.FixtureRequest, tiny: Tiny, tmp_path: Path) -> Iterator[tuple[Path, Tensors, Callable]]:
+def broken(
+    request: pytest.FixtureRequest, tiny: Tiny, tmp_path: Path
+) -> tuple[Path, Tensors, Callable[[Tensors], Path]]:
     """(folder of a copy, its tensors, `write(tensors)`), for each family."""
     folder = Path(shutil.copytree(tiny(request.param), tmp_path / "model"))
     file = folder / "model.safetensors"
@@ -46,7 +48,7 @@ def broken(request: pytest.FixtureRequest, tiny: Tiny, tmp_path: Path) -> Iterat
         save_file(changed, file)
         return folder
 
-    yield folder, tensors, write
+    return folder, tensors, write
 
 
 def test_a_tensor_that_is_left_out_is_named(broken: Any) -> None:

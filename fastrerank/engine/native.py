@@ -15,7 +15,8 @@ from fastrerank.engine import balance
 from fastrerank.engine.families import Family, Fused, family_of
 from fastrerank.engine.heads import DenseStep, Head, NormStep
 from fastrerank.engine.stored import check_body, check_unread, values
-from fastrerank.tensors import Span, Tensor, Tensors, copies_weights
+from fastrerank.tensors import Span, Tensor, Tensors
+from fastrerank.weight_files import copies_weights
 
 __all__ = ["DTYPES", "NativeEncoder", "body_prefix"]
 

@@ -313,7 +313,10 @@ def _describe(value: object) -> str:
 
 
 def _int32(ids: list[int]) -> npt.NDArray[np.int32]:
-    return np.fromiter(ids, np.int32, len(ids))
+    try:
+        return np.fromiter(ids, np.int32, len(ids))
+    except OverflowError:
+        raise ValueError(f"tokenizer.json gives the token id {max(ids)}, which no table of embeddings has") from None
 
 
 def _paint(types: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], special_types: Iterable[int]) -> None:
