@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.config_values import shown
-from fastrerank.weight_files import WeightFile
+from fastrerank.weight_files import Arena, WeightFile
 
 __all__ = ["Span", "Tensor", "Tensors", "find_weight_files"]
 
@@ -75,15 +75,15 @@ class Tensor:
         values = np.frombuffer(mapping, dtype, count, self.source.start) if count else np.empty(0, dtype)
         return self._shaped(values)
 
-    def read(self) -> npt.NDArray[Any]:
-        """Return what `raw` returns, read from the file into memory of its own.
+    def read(self, room: Arena | None = None) -> npt.NDArray[Any]:
+        """Return what `raw` returns, read from the file into memory of its own, or in `room`.
 
         Raises ValueError naming the file if it was changed since it was opened, or is closed.
         """
         if not isinstance(self.source, Span):
             return self.source
         _, dtype = self._layout(self.source)
-        content = self.source.file.read(self.source.start, self.source.end - self.source.start)
+        content = self.source.file.read(self.source.start, self.source.end - self.source.start, room)
         return self._shaped(content.view(dtype))
 
     def float32(self) -> npt.NDArray[np.float32]:

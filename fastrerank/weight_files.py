@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["WeightFile", "check_unchanged", "copies_weights", "file_marks"]
+__all__ = ["Arena", "WeightFile", "check_unchanged", "copies_weights", "file_marks"]
 
 
 def copies_weights() -> bool:
@@ -30,6 +30,32 @@ def copies_weights() -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"FASTRERANK_COPY_WEIGHTS must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+class Arena:
+    """Memory that is read into again and again: fresh pages for every tensor would cost more than reading it.
+
+    Example:
+        >>> arena = Arena(100)
+        >>> len(arena.take(70)), len(arena.take(70))
+        (70, 70)
+    """
+
+    def __init__(self, size: int) -> None:
+        self._memory = np.empty(size, np.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """Return `size` bytes, valid until `reset`; what does not fit gets memory of its own."""
+        begin, end = self._used, self._used + size
+        if end > len(self._memory):
+            return np.empty(size, np.uint8)
+        self._used = -(-end // 64) * 64
+        return self._memory[begin:end]
+
+    def reset(self) -> None:
+        """Give all of it away again: what was taken is overwritten by what is taken next."""
+        self._used = 0
 
 
 class WeightFile:
@@ -67,10 +93,13 @@ class WeightFile:
         self._open()
         return self._fd, self._noted.st_size, self._noted.st_mtime_ns
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.uint8]:
-        """Return bytes [start, start + length) in memory of their own. Raises ValueError if the file has changed."""
+    def read(self, start: int, length: int, room: Arena | None = None) -> npt.NDArray[np.uint8]:
+        """Return bytes [start, start + length) in memory of their own, or in `room`.
+
+        Raises ValueError naming the file if it ends before them.
+        """
         fd = self._open()
-        content = np.empty(length, np.uint8)
+        content = np.empty(length, np.uint8) if room is None else room.take(length)
         view: memoryview = content.data
         done = 0
         while done < length:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fastrerank.config_values import shown
 from fastrerank.engine.families import Dense, Family, Fused
 from fastrerank.tensors import Tensor, Tensors
+from fastrerank.weight_files import Arena
 
 __all__ = ["Slot", "body_slots", "check_body", "check_shape", "check_unread", "head_slots", "values", "warn_unread"]
 
@@ -163,9 +164,12 @@ def check_shape(path: Path, tensor: Tensor, shape: tuple[int | None, ...]) -> No
         )
 
 
-def values(tensor: Tensor) -> npt.NDArray[np.generic]:
-    """Return a weight as the kernels pack it: float32, float16, or bfloat16 as uint16, read into memory of its own."""
-    return tensor.float32() if tensor.dtype == "F64" else tensor.read()
+def values(tensor: Tensor, room: Arena | None = None) -> npt.NDArray[np.generic]:
+    """Return a weight as the kernels pack it: float32, float16, or bfloat16 as uint16, read into memory of its own.
+
+    In `room` it is valid until that is reset.
+    """
+    return tensor.float32() if tensor.dtype == "F64" else tensor.read(room)
 
 
 def check_unread(path: Path, family: Family, tensors: Tensors, prefix: str, read: set[str], *, task: bool) -> None:
