@@ -113,12 +113,12 @@ assert os.waitpid(child, 0)[1] == 0
     "truncated while it loads": """
 from fastrerank import weight_files
 read, count = weight_files.WeightFile.read, 0
-def counted(self, start, length):
+def counted(self, start, length, room=None):
     global count
     count += 1
     if count == 20:
         os.truncate(file, 5000)
-    return read(self, start, length)
+    return read(self, start, length, room)
 weight_files.WeightFile.read = counted
 refused(lambda: CrossEncoder(folder))
 assert count >= 20
@@ -126,12 +126,12 @@ assert count >= 20
     "rewritten while it loads": """
 from fastrerank import weight_files
 read, count = weight_files.WeightFile.read, 0
-def counted(self, start, length):
+def counted(self, start, length, room=None):
     global count
     count += 1
     if count == 20:
         flip()
-    return read(self, start, length)
+    return read(self, start, length, room)
 weight_files.WeightFile.read = counted
 refused(lambda: CrossEncoder(folder))
 """,
