@@ -214,7 +214,7 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 
 def untrained(checkpoint: Checkpoint, missing: str = "") -> ValueError:
-    """Return the error for a checkpoint without a classification head; `missing` is a tensor of it that is not there."""
+    """Return the error for a checkpoint without a classification head, `missing` being a tensor of it."""
     architectures = checkpoint.config.get("architectures") or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
         return ValueError(

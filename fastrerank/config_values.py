@@ -35,14 +35,14 @@ class InvalidConfig(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return what a message says of a value: its repr, cut to 60 characters.
+    """Return what a message says of a value: its repr, cut to 100 characters.
 
     Example:
-        >>> shown("x" * 100)[-3:]
+        >>> shown("x" * 200)[-3:]
         '...'
     """
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def whole(config: Config, key: str, default: Any = _MISSING, *, low: int = 1, high: int = MAX_SIZE) -> int:

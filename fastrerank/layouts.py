@@ -1,4 +1,4 @@
-"""Checkpoint layouts that mark themselves as a family fastrerank does not compute: refused by name, whatever the method.
+"""Layouts that mark a checkpoint as of a family that fastrerank does not compute: refused by name, whatever the method.
 
 Token vectors of a ColBERT model without its projection, its markers or its query padding look sane and rank wrongly, so
 none of them may be loaded as something else.
@@ -27,7 +27,10 @@ _EXPANSION_KEYS = ("query_expansion", "query_length", "document_length")
 
 
 def marked_layout(
-    folders: Sequence[Path], config: Mapping[str, Any], module_types: Sequence[str], st_config: Mapping[str, Any],
+    folders: Sequence[Path],
+    config: Mapping[str, Any],
+    module_types: Sequence[str],
+    st_config: Mapping[str, Any],
     sentence_config: Mapping[str, Any],
 ) -> tuple[str, str] | None:
     """Return (layout, the mark that tells it) of a multi-vector checkpoint; None for any other checkpoint.

@@ -1,7 +1,6 @@
 """Weight files as read-only arrays: safetensors, or PyTorch pickles through torch.
 
-What an engine packs or keeps is read with pread into memory of its own, so that a file that somebody truncates or
-rewrites meanwhile is an error with the file's name; a mapped page of it would be SIGBUS, or another model's weights.
+What an engine packs or keeps is read into memory of its own, see `weight_files`; only who asks for `Tensor.raw` maps.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Span", "Tensor", "Tensors", "WeightFile", "check_unchanged", "copies_weights", "file_marks", "find_weight_files"]
+from fastrerank.config_values import shown
+from fastrerank.weight_files import Arena, WeightFile
+
+__all__ = ["Span", "Tensor", "Tensors", "find_weight_files"]
 
 _DTYPES: dict[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
@@ -34,122 +34,6 @@ _OTHER_BITS = {
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _MAX_HEADER = 100_000_000
-
-
-def copies_weights() -> bool:
-    """Whether FASTRERANK_COPY_WEIGHTS asks that nothing stays in weight files once a model is loaded.
-
-    Raises ValueError for a value that is neither 0 nor 1.
-
-    Example:
-        >>> copies_weights()
-        False
-    """
-    value = os.environ.get("FASTRERANK_COPY_WEIGHTS", "0").strip()
-    if value not in ("", "0", "1"):
-        raise ValueError(f"FASTRERANK_COPY_WEIGHTS must be 0 or 1, got {value!r}")
-    return value == "1"
-
-
-class WeightFile:
-    """A file opened for reading that notices when it is changed in place.
-
-    Its size, time of change and inode are noted when it is opened. A file that is *replaced* (written elsewhere and
-    renamed, as package managers and huggingface_hub do) stays readable here as it was.
-
-    Example:
-        >>> file = WeightFile(Path("model.safetensors"))  # doctest: +SKIP
-        >>> file.read(0, 8).tobytes()                     # doctest: +SKIP
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open a regular file. Raises FileNotFoundError, another OSError, or ValueError for a device, a pipe, ..."""
-        self.path = path
-        # A pipe would wait for a writer; a regular file does not know the flag.
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        self._mapping: mmap.mmap | None = None
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._fd)
-            self._fd = -1
-            raise ValueError(f"{path}: not a regular file, so no weights can be read from it")
-        self._noted = status
-
-    @property
-    def size(self) -> int:
-        """Bytes that the file had when it was opened."""
-        return self._noted.st_size
-
-    @property
-    def noted(self) -> tuple[int, int, int]:
-        """(file descriptor, size, time of change in ns), for readers in C++ that copy the descriptor."""
-        self._open()
-        return self._fd, self._noted.st_size, self._noted.st_mtime_ns
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.uint8]:
-        """Return bytes [start, start + length) in memory of their own. Raises ValueError if the file has changed."""
-        fd = self._open()
-        content = np.empty(length, np.uint8)
-        view = memoryview(content)
-        done = 0
-        while done < length:
-            got = _read_into(fd, view[done:], start + done)
-            if got <= 0:
-                raise self._changed("it ends before its tensors do")
-            done += got
-        return content
-
-    def check(self, *, place: bool = False) -> None:
-        """Raise ValueError if the file was changed since it was opened; with `place`, also if another has its name."""
-        status = os.fstat(self._open())
-        if (status.st_size, status.st_mtime_ns) != (self._noted.st_size, self._noted.st_mtime_ns):
-            raise self._changed("its size or time of change differs")
-        if place:
-            try:
-                now = os.stat(self.path)
-            except OSError:
-                raise self._changed("it is gone") from None
-            if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
-                raise self._changed("another file has its name")
-
-    def map(self) -> mmap.mmap:
-        """Return the file mapped read-only, the same mapping every time. Only for files that nobody changes."""
-        if self._mapping is None:
-            self._mapping = mmap.mmap(self._open(), 0, access=mmap.ACCESS_READ)
-        return self._mapping
-
-    def mapped(self) -> mmap.mmap | None:
-        """Return the mapping if one was made."""
-        return self._mapping
-
-    def close(self) -> None:
-        """Close the file; a mapping ends when the last array that views it is gone."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._mapping = -1, None
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
-
-    def _open(self) -> int:
-        if self._fd < 0:
-            raise ValueError(f"the weights of {self.path} are closed")
-        return self._fd
-
-    def _changed(self, how: str) -> ValueError:
-        return ValueError(
-            f"{self.path} was changed while it was read ({how}), so its weights may be two models'; load it again, and "
-            "replace a model's files by renaming new ones into their place"
-        )
-
-
-def _read_into(fd: int, target: memoryview, at: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [target], at)
-    content = os.pread(fd, len(target), at)
-    target[: len(content)] = content
-    return len(content)
 
 
 @dataclass(frozen=True)
@@ -191,15 +75,15 @@ class Tensor:
         values = np.frombuffer(mapping, dtype, count, self.source.start) if count else np.empty(0, dtype)
         return self._shaped(values)
 
-    def read(self) -> npt.NDArray[Any]:
-        """Return what `raw` returns, read from the file into memory of its own.
+    def read(self, room: Arena | None = None) -> npt.NDArray[Any]:
+        """Return what `raw` returns, read from the file into memory of its own, or in `room`.
 
         Raises ValueError naming the file if it was changed since it was opened, or is closed.
         """
         if not isinstance(self.source, Span):
             return self.source
         _, dtype = self._layout(self.source)
-        content = self.source.file.read(self.source.start, self.source.end - self.source.start)
+        content = self.source.file.read(self.source.start, self.source.end - self.source.start, room)
         return self._shaped(content.view(dtype))
 
     def float32(self) -> npt.NDArray[np.float32]:
@@ -268,7 +152,9 @@ class Tensors(Mapping[str, Tensor]):
                 raise FileNotFoundError(f"{file} is named by the checkpoint's index but does not exist")
             found = _load_pickle(file) if file.suffix != ".safetensors" else _open_safetensors(file, opened)
             for name in found.keys() & tensors.keys():
-                raise ValueError(f"{file}: the tensor {name!r} is also in another shard, so it is not clear which counts")
+                raise ValueError(
+                    f"{file}: the tensor {shown(name)} is also in another shard, so it is not clear which counts"
+                )
             tensors |= found
             _check_index(file, found)
         return cls(tensors, opened, folder)
@@ -330,33 +216,6 @@ class Tensors(Mapping[str, Tensor]):
         return self._tensors
 
 
-def file_marks(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """Return size, time of change, device and inode of each weight file of a folder, for `check_unchanged`.
-
-    Example:
-        >>> check_unchanged(file_marks(Path("path/to/model")))  # doctest: +SKIP
-    """
-    return {path: _mark(path) for path in find_weight_files(folder)}
-
-
-def check_unchanged(marks: Mapping[Path, tuple[int, ...]]) -> None:
-    """Raise ValueError naming a weight file that was changed, replaced or removed since `file_marks`."""
-    for path, mark in marks.items():
-        if _mark(path) != mark:
-            raise ValueError(
-                f"{path} was changed while it was read, so its weights may be two models'; load it again, and replace a "
-                "model's files by renaming new ones into their place"
-            )
-
-
-def _mark(path: Path) -> tuple[int, ...]:
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
-
-
 def find_weight_files(folder: Path) -> list[Path]:
     """Weight files of a checkpoint folder in the order of transformers' preference; [] if it holds none."""
     for name in (_SAFETENSORS, _PICKLE):
@@ -391,7 +250,7 @@ def _check_index(file: Path, found: Mapping[str, Tensor]) -> None:
     index = file.parent / f"{_SAFETENSORS if file.suffix == '.safetensors' else _PICKLE}.index.json"
     for name, place in _weight_map(index).items():
         if place == file.name and name not in found:
-            raise ValueError(f"{file}: lacks the tensor {name!r}, which {index.name} says is in it")
+            raise ValueError(f"{file}: lacks the tensor {shown(name)}, which {index.name} says is in it")
 
 
 def _open_safetensors(path: Path, opened: list[WeightFile]) -> dict[str, Tensor]:
@@ -442,7 +301,7 @@ def _tensors_of(file: WeightFile, base: int, header: dict[str, Any]) -> dict[str
     reached = 0
     for begin, end, name in sorted(spans):
         if begin != reached:
-            raise ValueError(f"the bytes of tensor {name!r} do not begin where the ones before end")
+            raise ValueError(f"the bytes of tensor {shown(name)} do not begin where the ones before end")
         reached = end
     if base + reached != file.size:
         raise ValueError(f"its tensors need {base + reached} bytes, the file has {file.size}")
@@ -451,7 +310,7 @@ def _tensors_of(file: WeightFile, base: int, header: dict[str, Any]) -> dict[str
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     """Type, shape and byte range of a tensor by the header."""
-    wrong = ValueError(f"the entry of tensor {name!r} is malformed")
+    wrong = ValueError(f"the entry of tensor {shown(name)} is malformed")
     if not isinstance(entry, dict):
         raise wrong
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -460,11 +319,13 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]
     if not all(type(size) is int and 0 <= size < 1 << 62 for size in (*shape, *offsets)):
         raise wrong
     if dtype not in _DTYPES and dtype not in _OTHER_BITS:
-        raise ValueError(f"tensor {name!r} has the unknown type {dtype!r}")
+        raise ValueError(f"tensor {shown(name)} has the unknown type {shown(dtype)}")
     bits = np.dtype(_DTYPES[dtype]).itemsize * 8 if dtype in _DTYPES else _OTHER_BITS[dtype]
     begin, end = offsets
     if begin > end or math.prod(shape) * bits != (end - begin) * 8:
-        raise ValueError(f"tensor {name!r} of shape {shape} does not take the {end - begin} bytes that it has")
+        raise ValueError(
+            f"tensor {shown(name)} of shape {shown(shape)} does not take the {end - begin} bytes that it has"
+        )
     return dtype, tuple(shape), (begin, end)
 
 

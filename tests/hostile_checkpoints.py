@@ -46,7 +46,20 @@ def config_value(folder: Path, draw: random.Random) -> None:
 
 def size_value(folder: Path, draw: random.Random) -> None:
     config = _json(folder / "config.json")
-    words = ("hidden", "layers", "heads", "size", "dim", "position", "eps", "pad", "window", "attention", "rope", "types")
+    words = (
+        "hidden",
+        "layers",
+        "heads",
+        "size",
+        "dim",
+        "position",
+        "eps",
+        "pad",
+        "window",
+        "attention",
+        "rope",
+        "types",
+    )
     keys = [key for key in config if any(word in key for word in words)]
     for _ in range(draw.choice((1, 1, 2))):
         config[draw.choice(sorted(keys))] = draw.choice(NUMBERS)
@@ -245,8 +258,8 @@ def shards(folder: Path, draw: random.Random) -> None:
     first, second = parts
     name = draw.choice(parts[first])
     kind = draw.choice((
-        "right", "right", "gone", "other", "up", "absolute", "number", "twice", "lacks", "unnamed", "deep", "list", "null",
-        "folder", "cut",
+        "right", "right", "gone", "other", "up", "absolute", "number", "twice", "lacks", "unnamed", "deep", "list",
+        "null", "folder", "cut",
     ))  # fmt: skip
     index: Any = {"metadata": {"total_size": draw.choice((0, 10**30, -1))}, "weight_map": weight_map}
     (folder / "model.safetensors").unlink()
@@ -276,14 +289,17 @@ def modules_file(folder: Path, draw: random.Random) -> None:
     """What a sentence-transformers save says of its modules; for folders that have one."""
     file = folder / "modules.json"
     if not file.exists():
-        return tensor_shape(folder, draw)
+        tensor_shape(folder, draw)
+        return
     entries = json.loads(file.read_text())
     entry = draw.choice(entries)
     kind = draw.randrange(9)
     if kind == 0:
         entry["path"] = draw.choice(("../..", "/etc", "", "nothing", "C:\\x", "a\0b"))
     elif kind == 1:
-        entry["type"] = draw.choice(("os.system", "", "pylate.models.Dense", "x.MultiVectorMask", "x.Dense", "x.WordWeights"))
+        entry["type"] = draw.choice(
+            ("os.system", "", "pylate.models.Dense", "x.MultiVectorMask", "x.Dense", "x.WordWeights")
+        )
     elif kind == 2:
         entry[draw.choice(("path", "type"))] = draw.choice((3, None, [], {}))
     elif kind == 3:
@@ -303,15 +319,15 @@ def modules_file(folder: Path, draw: random.Random) -> None:
         draw.choice((tensor_value, tensor_lacks, file_cut, header_lies))(folder / "2_Dense", draw)
     else:
         (folder / "config_sentence_transformers.json").write_text(json.dumps({
-            draw.choice(("prompts", "model_type", "similarity_fn_name", "query_prefix")): draw.choice((3, [], "ColBERT"))
+            draw.choice(("prompts", "model_type", "similarity_fn_name")): draw.choice((3, [], "ColBERT"))
         }))  # fmt: skip
     file.write_text(json.dumps(entries))
 
 
 MUTATIONS = (
     config_value, size_value, size_value, config_lacks, model_type, config_text, odd_place, tokenizer_limit,
-    tokenizer_ids, tensor_lacks, tensor_shape, tensor_type, tensor_value, tensor_extra, tensor_swap, file_cut, header_lies,
-    header_lies, shards, shards, modules_file,
+    tokenizer_ids, tensor_lacks, tensor_shape, tensor_type, tensor_value, tensor_extra, tensor_swap, file_cut,
+    header_lies, header_lies, shards, shards, modules_file,
 )  # fmt: skip
 
 
@@ -324,7 +340,7 @@ def make(base: Path, folder: Path, seed: int, count: int = 1) -> list[str]:
         mutation = MUTATIONS[seed % len(MUTATIONS)] if not done else draw.choice(MUTATIONS)
         try:
             mutation(folder, draw)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except Exception:  # of json, NumPy or safetensors
             if not done:
                 raise  # a second mutation may meet files that the first left unreadable
         done.append(mutation.__name__)
@@ -346,7 +362,11 @@ def outcome(folder: Path, engine: str | None) -> dict[str, Any]:
             model = CrossEncoder(folder, engine=engine, num_threads=1)
             scores = model.predict(PAIRS, activation_fn="identity")
     except BaseException as error:
-        return {"error": type(error).__name__, "message": str(error), "bases": [t.__name__ for t in type(error).__mro__]}
+        return {
+            "error": type(error).__name__,
+            "message": str(error),
+            "bases": [t.__name__ for t in type(error).__mro__],
+        }
     return {"scores": np.asarray(scores, np.float64).reshape(-1).tolist()}
 
 
@@ -362,9 +382,11 @@ def transformers_scores(folder: Path) -> list[float] | None:
         )
         if info["missing_keys"]:
             return None
-        rows = []
+        from fastrerank.checkpoint import open_checkpoint
+
+        rows, limit = [], open_checkpoint(folder).max_seq_length
         for query, text in PAIRS:
-            inputs = tokenizer(query, text, return_tensors="pt", truncation=False)
+            inputs = tokenizer(query, text, return_tensors="pt", truncation=limit is not None, max_length=limit)
             with torch.inference_mode():
                 rows.append(model.eval()(**inputs).logits[0].double().numpy())
     except Exception:  # it refuses: then there is no other score to compare with

@@ -37,7 +37,7 @@ SIZE_KEYS = {
     ),
 }  # fmt: skip
 OTHERS: list[tuple[str, dict[str, Any], str]] = [
-    *[("bert", {"layer_norm_eps": x}, "layer_norm_eps") for x in (NAN, float("inf"), 0, -1e-5, "1e-5", None, True, 5)],
+    *[("bert", {"layer_norm_eps": x}, "layer_norm_eps") for x in (NAN, float("inf"), 0, -1e-5, "1e-5", None, True, 1)],
     *[("modernbert", {"norm_eps": x}, "norm_eps") for x in (NAN, 0, "x")],
     *[("roberta", {"pad_token_id": x}, "pad_token_id") for x in (-2, -1, None, 1.0, True, "1", 10**9, 161, [1])],
     *[("bert", {"hidden_act": x}, "hidden_act") for x in (None, 3, ["gelu"], {})],
@@ -46,7 +46,7 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
         [], ["full_attention"], ["full_attention"] * 5, ["full_attention"] * 3 + ["linear"], "full_attention", 4,
         [["full_attention"]] * 4, [None] * 4,
     )],
-    *[("modernbert", {"layer_types": None, "global_attn_every_n_layers": x}, "global_attn_every") for x in (0, -1, 1.5)],
+    *[("modernbert", {"layer_types": None, "global_attn_every_n_layers": x}, "global_attn_") for x in (0, -1, 1.5)],
     *[("modernbert", {"local_attention": x}, "local_attention") for x in (-8, 0, 1, "8", None, HUGE)],
     *[("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": x}}}, "rope_theta") for x in (
         0, -1, NAN, "1", None, [1])],
@@ -119,7 +119,7 @@ def test_scaled_rotary_positions_are_not_computed_as_plain_ones(
     tiny: Tiny, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     folder = with_config(tiny("modernbert"), tmp_path / "model", changes)
-    with pytest.raises(ValueError, match="rope_type '(yarn|linear)' .* not supported"):
+    with pytest.raises(ValueError, match=r"rope_type '(yarn|linear)' .* not supported"):
         CrossEncoder(folder, engine="native")
 
 
@@ -156,7 +156,7 @@ def run(config: dict[str, Any], random: np.random.Generator) -> np.ndarray:
     """An encoder of this config with weights of the sizes that it states, run on a few tokens."""
     encoder = _cpu.Encoder(config, ops.isa())
     hidden, columns, inner = config["hidden"], config["heads"] * config["head_dim"], config["intermediate"]
-    if max(hidden, columns, inner, config["vocabulary"], config["positions"], config["layers"]) > 1 << 10:
+    if max(hidden, columns, inner, config["vocabulary"], config["positions"], config["layers"]) > 1 << 9:
         raise ValueError("accepted, but too large for a test to give it weights")
 
     def draw(*shape: int) -> np.ndarray:
@@ -189,7 +189,7 @@ def test_the_constructor_in_cpp_takes_nothing_that_divides_by_zero_or_reads_beyo
     cases: list[dict[str, Any]] = [{key: value} for key in numbers for value in NUMBERS]
     cases += [{key: value} for key in ("window", "rope") for value in ([], [0], [-1] * 3, [9, 9], [-9, -9], [0, 0])]
     cases += [{key: value} for key in ("eps", "attention_scale") for value in (NAN, float("inf"), -1.0, 0.0)]
-    for _ in range(200):
+    for _ in range(100):
         keys = random.choice(numbers, 3, replace=False)
         cases.append({str(key): int(random.choice(NUMBERS)) for key in keys})
     for changes in cases:
@@ -224,6 +224,6 @@ def test_a_wrong_config_is_refused_before_weights_are_opened(tiny: Tiny, tmp_pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 0}))
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="intermediate_size in config.json must be an int from 1"):
+    with pytest.raises(ValueError, match=r"intermediate_size in config\.json must be an int from 1"):
         CrossEncoder(folder)
     assert config["max_position_embeddings"] == factory.MAX_LENGTH

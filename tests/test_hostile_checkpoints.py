@@ -51,7 +51,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 def judge(worker: hostile.Worker, right: dict[str, Any], folder: Path, engine: str | None) -> str:
-    """"" if a folder is refused or scored rightly; else what is wrong with the answer."""
+    """ "" if a folder is refused or scored rightly; else what is wrong with the answer."""
     answer = worker.ask(folder, engine)
     if "died" in answer:
         return f"the process died with {answer['died']}"

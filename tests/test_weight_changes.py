@@ -17,7 +17,8 @@ pytest.importorskip("transformers")
 import tiny as factory
 from safetensors.numpy import load_file, save_file
 
-from fastrerank.tensors import Tensors, WeightFile, check_unchanged, file_marks
+from fastrerank.tensors import Tensors
+from fastrerank.weight_files import WeightFile, check_unchanged, file_marks
 
 ROWS = 60_000  # x 40 float32 are 9.6 MB: more than what is read whole
 
@@ -110,28 +111,28 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """,
     "truncated while it loads": """
-from fastrerank import tensors
-read, count = tensors.WeightFile.read, 0
-def counted(self, start, length):
+from fastrerank import weight_files
+read, count = weight_files.WeightFile.read, 0
+def counted(self, start, length, room=None):
     global count
     count += 1
     if count == 20:
         os.truncate(file, 5000)
-    return read(self, start, length)
-tensors.WeightFile.read = counted
+    return read(self, start, length, room)
+weight_files.WeightFile.read = counted
 refused(lambda: CrossEncoder(folder))
 assert count >= 20
 """,
     "rewritten while it loads": """
-from fastrerank import tensors
-read, count = tensors.WeightFile.read, 0
-def counted(self, start, length):
+from fastrerank import weight_files
+read, count = weight_files.WeightFile.read, 0
+def counted(self, start, length, room=None):
     global count
     count += 1
     if count == 20:
         flip()
-    return read(self, start, length)
-tensors.WeightFile.read = counted
+    return read(self, start, length, room)
+weight_files.WeightFile.read = counted
 refused(lambda: CrossEncoder(folder))
 """,
 }
@@ -143,7 +144,7 @@ def test_a_large_table_of_words(tmp_path: Path, case: str) -> None:
 
 
 COPIED = """
-model = CrossEncoder(folder, engine=sys.argv[2] if len(sys.argv) > 2 else None)
+model = CrossEncoder(folder, engine=None)
 expected = score(CrossEncoder(folder), "river bank")
 os.truncate(file, 0)
 assert abs(score(model, "river bank") - expected) < 1e-5 * abs(expected), (score(model, "river bank"), expected)
@@ -155,7 +156,10 @@ def test_a_small_model_leaves_its_file(tmp_path: Path) -> None:
 
 
 def test_a_small_model_of_the_torch_engine_leaves_its_file(tmp_path: Path) -> None:
-    run(factory.save(tmp_path / "model", "bert"), COPIED.replace("sys.argv[2] if len(sys.argv) > 2 else None", "'torch'"))
+    run(
+        factory.save(tmp_path / "model", "bert"),
+        COPIED.replace("None", "'torch'"),
+    )
 
 
 def test_the_environment_asks_for_a_copy(tmp_path: Path) -> None:
@@ -186,11 +190,11 @@ def test_rows_that_are_read_late_give_the_same_scores(tmp_path: Path, monkeypatc
 def test_a_weight_file_says_that_it_changed(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": np.arange(4, dtype=np.float32)}, path)
-    marks, file = file_marks(tmp_path), WeightFile(path)
+    marks, file = file_marks([path]), WeightFile(path)
     check_unchanged(marks)
     file.check(place=True)
     (tmp_path / "new").write_bytes(path.read_bytes())
-    os.rename(tmp_path / "new", path)
+    (tmp_path / "new").rename(path)
     file.check()  # what is open is the old file, whole
     with pytest.raises(ValueError, match="another file has its name"):
         file.check(place=True)

@@ -116,7 +116,8 @@ def _activation(config: Config, key: str, default: str = "gelu") -> str:
         raise InvalidConfig(f"{key} in config.json must be the name of an activation, got {shown(name)}")
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"{key} = {shown(name)} in config.json is not one that the native encoder computes: {', '.join(_ACTIVATIONS)}"
+            f"{key} = {shown(name)} in config.json is not one that the native encoder computes: "
+            f"{', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]
 
@@ -169,7 +170,7 @@ def _bert_like(config: Config, base: str, head: tuple[Dense | HeadNorm, ...], **
         "intermediate": whole(config, "intermediate_size"),
         "positions": whole(config, "max_position_embeddings"),
         "types": whole(config, "type_vocab_size", 2),
-        "eps": number(config, "layer_norm_eps", 1e-12, high=1),
+        "eps": number(config, "layer_norm_eps", 1e-12, high=0.1),
         "activation": _activation(config, "hidden_act"),
         "word": "embeddings.word_embeddings.weight",
         "position": "embeddings.position_embeddings.weight",
@@ -236,7 +237,7 @@ def _distilbert(config: Config) -> Family:
 
 def _modernbert(config: Config) -> Family:
     layers = whole(config, "num_hidden_layers")
-    eps = number(config, "norm_eps", 1e-5, high=1)
+    eps = number(config, "norm_eps", 1e-5, high=0.1)
     layer: dict[str, str | Fused] = {
         slot: Fused("layers.{}.attn.Wqkv", index, 3) for index, slot in enumerate(("q", "k", "v"))
     }
@@ -375,7 +376,5 @@ def family_of(config: Config) -> Family:
         )
     vocabulary = None if config.get("vocab_size") is None else whole(config, "vocab_size")
     if vocabulary is not None and family.pad_id >= vocabulary:
-        raise InvalidConfig(
-            f"pad_token_id in config.json must be below vocab_size, {vocabulary}, got {family.pad_id}"
-        )
+        raise InvalidConfig(f"pad_token_id in config.json must be below vocab_size, {vocabulary}, got {family.pad_id}")
     return replace(family, vocabulary=vocabulary, labels=_stated_labels(config))

@@ -13,7 +13,7 @@ import transformers
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.select import plan
 from fastrerank.engine.torch_loading import cast_parameters, check_files, leave_files, one_error, quiet
-from fastrerank.tensors import check_unchanged
+from fastrerank.weight_files import check_unchanged
 
 __all__ = ["CausalGenerator", "load_causal"]
 

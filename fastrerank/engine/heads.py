@@ -186,8 +186,10 @@ def _layer_norm(module: Module) -> NormStep:
 
 
 def _check_module(module: Module, slots: tuple[Slot, ...], tensors: Tensors) -> None:
-    """Check that a module's file holds these tensors and no others. Raises ValueError naming the first that is wrong."""
+    """Raise ValueError unless a module's file holds these tensors and no others, naming the first that is wrong."""
     read = check_slots(module.path, slots, tensors)
     for name in tensors:
         if name not in read:
-            raise ValueError(f"{module.path}: the weights hold {name!r}, which a {module.type} module does not read")
+            raise ValueError(
+                f"{module.path}: the weights hold {shown(name)}, which a {module.type} module does not read"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from fastrerank.engine import balance
 from fastrerank.engine.families import Family, Fused, family_of
 from fastrerank.engine.heads import DenseStep, Head, NormStep
 from fastrerank.engine.stored import check_body, check_unread, values
-from fastrerank.tensors import Span, Tensor, Tensors, copies_weights
+from fastrerank.tensors import Span, Tensor, Tensors
+from fastrerank.weight_files import Arena, copies_weights
 
 __all__ = ["DTYPES", "NativeEncoder", "body_prefix"]
 
@@ -207,12 +209,13 @@ class NativeEncoder:
         if family.final_norm:
             self._set_norm(tensors, -1, "final", prefix + family.final_norm)
         if family.projection:
-            self._set_linear(-1, "projection", self._linear(tensors, -1, family.projection, prefix, {}))
+            self._set_linear(-1, "projection", self._linear(tensors, -1, family.projection, prefix, {}, Arena(0)))
+        room = self._room(tensors, prefix)
         for i in range(family.layers):
             for slot, norm in family.norms.items():
                 if i > 0 or slot != "attention" or family.first_norm:
                     norms[i, slot] = self._set_norm(tensors, i, slot, prefix + norm.format(i))
-            self._set_layer(tensors, i, prefix, norms)
+            self._set_layer(tensors, i, prefix, norms, room)
 
     def _set_word_table(self, word: Tensor, position: Any, types: Any) -> None:
         """Give the encoder the word table: a large one row by row, when a text first has a row's token.
@@ -238,13 +241,37 @@ class NativeEncoder:
         self._encoder.set_norm(layer, slot, gamma, beta)
         return gamma, beta
 
-    def _set_layer(self, tensors: Tensors, i: int, prefix: str, norms: dict[tuple[int, str], _Norm]) -> None:
+    def _balanced(self, layer: int) -> bool:
+        return self.dtype == "int8" and layer < self.family.layers - self._precise_layers
+
+    def _room(self, tensors: Tensors, prefix: str) -> Arena:
+        """Room for what is read at once: the matrices of a layer that is balanced, else the largest of them."""
+        names = {part.name if isinstance(part, Fused) else part for part in self.family.layer.values()}
+        stored = (tensors[f"{prefix}{name.format(0)}.weight"] for name in names)
+        sizes = [math.prod(tensor.shape) * (2 if tensor.dtype in ("F16", "BF16") else 4) + 64 for tensor in stored]
+        return Arena(sum(sizes) if self._balanced(0) else max(sizes))
+
+    def _set_layer(
+        self, tensors: Tensors, i: int, prefix: str, norms: dict[tuple[int, str], _Norm], room: Arena
+    ) -> None:
         stored: dict[str, npt.NDArray[Any]] = {}
-        linears = {slot: self._linear(tensors, i, name, prefix, stored) for slot, name in self.family.layer.items()}
-        if self.dtype == "int8" and i < self.family.layers - self._precise_layers:
+        room.reset()
+        if self._balanced(i):
+            linears = {
+                slot: self._linear(tensors, i, name, prefix, stored, room) for slot, name in self.family.layer.items()
+            }
             self._balance(linears, i, norms)
-        for slot, linear in linears.items():
-            self._set_linear(i, slot, linear)
+            for slot, linear in linears.items():
+                self._set_linear(i, slot, linear)
+            return
+        before = ""
+        for slot, part in self.family.layer.items():
+            name = part.name if isinstance(part, Fused) else part
+            if name != before:  # slots of a fused matrix follow one another
+                stored.clear()
+                room.reset()
+                before = name
+            self._set_linear(i, slot, self._linear(tensors, i, part, prefix, stored, room))
 
     def _balance(self, linears: dict[str, _Linear], i: int, norms: dict[tuple[int, str], _Norm]) -> None:
         """Move what int8 rounding cannot hold out of the inputs of v, up, gate and down; see `engine.balance`.
@@ -279,15 +306,16 @@ class NativeEncoder:
         self._encoder.set_factor(layer, slot, factor)
 
     def _linear(
-        self, tensors: Tensors, layer: int, name: str | Fused, prefix: str, stored: dict[str, npt.NDArray[Any]]
-    ) -> _Linear:
+        self, tensors: Tensors, layer: int, name: str | Fused, prefix: str, stored: dict[str, npt.NDArray[Any]],
+        room: Arena,
+    ) -> _Linear:  # fmt: skip
         """The weight and bias of a slot; `stored` keeps what was read, as several slots share a fused matrix."""
         part = name if isinstance(name, Fused) else Fused(name, 0, 1)
         full = prefix + part.name.format(layer)
-        for kind, read in (("weight", values), ("bias", Tensor.float32)):
-            key = f"{full}.{kind}"
-            if key in tensors and key not in stored:
-                stored[key] = read(tensors[key])
+        if f"{full}.weight" not in stored:
+            stored[f"{full}.weight"] = values(tensors[f"{full}.weight"], room)
+        if f"{full}.bias" in tensors and f"{full}.bias" not in stored:
+            stored[f"{full}.bias"] = tensors[f"{full}.bias"].float32()
         bias = stored.get(f"{full}.bias")
         return _Linear(
             f"{full}.weight", _block(stored[f"{full}.weight"], part), None if bias is None else _block(bias, part)

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank.config_values import shown
 from fastrerank.engine.families import Dense, Family, Fused
 from fastrerank.tensors import Tensor, Tensors
+from fastrerank.weight_files import Arena
 
 __all__ = ["Slot", "body_slots", "check_body", "check_shape", "check_unread", "head_slots", "values", "warn_unread"]
 
@@ -140,8 +142,8 @@ def check_slots(path: Path, slots: Iterable[Slot], tensors: Mapping[str, Tensor]
             read.add(found)
         elif found is not None:
             raise ValueError(
-                f"{path}: the weights hold {found!r}, which config.json rules out; a score without it would not be "
-                "the trained model's"
+                f"{path}: the weights hold {shown(found)}, which config.json rules out; a score without it would not "
+                "be the trained model's"
             )
     return read
 
@@ -150,7 +152,7 @@ def check_shape(path: Path, tensor: Tensor, shape: tuple[int | None, ...]) -> No
     """Raise ValueError unless a tensor has this shape (None is any size but 0) and holds floating point numbers."""
     if tensor.dtype not in _FLOATS:
         raise ValueError(
-            f"{path}: the tensor {tensor.name!r} is stored as {tensor.dtype}; weights must be {', '.join(_FLOATS)}"
+            f"{path}: the tensor {shown(tensor.name)} is stored as {tensor.dtype}; weights must be {', '.join(_FLOATS)}"
         )
     fits = len(tensor.shape) == len(shape) and all(
         size == wanted if wanted is not None else size > 0 for size, wanted in zip(tensor.shape, shape, strict=True)
@@ -158,13 +160,16 @@ def check_shape(path: Path, tensor: Tensor, shape: tuple[int | None, ...]) -> No
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(
-            f"{path}: the weight {tensor.name!r} has shape {tensor.shape}, expected ({wanted}) by config.json"
+            f"{path}: the weight {shown(tensor.name)} has shape {tensor.shape}, expected ({wanted}) by config.json"
         )
 
 
-def values(tensor: Tensor) -> npt.NDArray[np.generic]:
-    """Return a weight as the kernels pack it: float32, float16, or bfloat16 as uint16, read into memory of its own."""
-    return tensor.float32() if tensor.dtype == "F64" else tensor.read()
+def values(tensor: Tensor, room: Arena | None = None) -> npt.NDArray[np.generic]:
+    """Return a weight as the kernels pack it: float32, float16, or bfloat16 as uint16, read into memory of its own.
+
+    In `room` it is valid until that is reset.
+    """
+    return tensor.float32() if tensor.dtype == "F64" else tensor.read(room)
 
 
 def check_unread(path: Path, family: Family, tensors: Tensors, prefix: str, read: set[str], *, task: bool) -> None:
@@ -176,7 +181,8 @@ def check_unread(path: Path, family: Family, tensors: Tensors, prefix: str, read
     names = [name for name in tensors if name not in read and not _HARMLESS.match(name)]
     roots = {slot.name.removeprefix(prefix).split(".")[0] for slot in body_slots(_one_layer(family), prefix)}
     own = {part.name.split(".")[0] for part in family.head} | {"pooler"}
-    foreign, left = [], []
+    foreign: list[str] = []
+    left: list[str] = []
     for name in names:
         inside = prefix and name.startswith(prefix)
         root = name.removeprefix(prefix).split(".")[0]
@@ -187,8 +193,8 @@ def check_unread(path: Path, family: Family, tensors: Tensors, prefix: str, read
     if foreign and task:
         raise ValueError(
             f"{path}: the weights hold {_listed(foreign)}, outside the body and no part of the classification head of "
-            f"{family.model_type!r}; a score without it would not be the trained model's. Serve the checkpoint with the "
-            "library that it was trained with, or remove what is left over from another task"
+            f"{family.model_type!r}; a score without it would not be the trained model's. Serve the checkpoint with "
+            "the library that it was trained with, or remove what is left over from another task"
         )
     warn_unread(path, foreign + left)
 
@@ -216,9 +222,9 @@ def warn_unread(path: Path, names: list[str]) -> None:
 def _refuse_projection(path: Path, names: list[str]) -> None:
     if "linear.weight" in names:
         raise ValueError(
-            f"{path}: the weights hold 'linear.weight' beside the body: a ColBERT checkpoint in Stanford's layout, whose "
-            "projection and markers fastrerank does not compute; its scores would be wrong. colbert-ai, PyLate or "
-            "sentence-transformers' MultiVectorEncoder serve it"
+            f"{path}: the weights hold 'linear.weight' beside the body: a ColBERT checkpoint in Stanford's layout, "
+            "whose projection and markers fastrerank does not compute; its scores would be wrong. colbert-ai, PyLate "
+            "or sentence-transformers' MultiVectorEncoder serve it"
         )
 
 
@@ -229,5 +235,5 @@ def _one_layer(family: Family) -> Family:
 
 
 def _listed(names: list[str]) -> str:
-    first = ", ".join(map(repr, names[:3]))
+    first = ", ".join(map(shown, names[:3]))
     return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")

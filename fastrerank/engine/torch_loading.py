@@ -16,7 +16,8 @@ from transformers.utils import logging as messages
 
 from fastrerank.checkpoint import Checkpoint, Tensors, position_limit, untrained
 from fastrerank.engine.stored import check_unexpected
-from fastrerank.tensors import check_unchanged, copies_weights, file_marks
+from fastrerank.tensors import find_weight_files
+from fastrerank.weight_files import check_unchanged, copies_weights, file_marks
 
 __all__ = [
     "cast_parameters",
@@ -103,7 +104,7 @@ def check_files(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
 
     Raises FileNotFoundError, or ValueError naming a damaged file or a size in config.json that no tensor has.
     """
-    marks = file_marks(checkpoint.transformer_path)
+    marks = file_marks(find_weight_files(checkpoint.transformer_path))
     with checkpoint.tensors() as tensors:
         _check_sizes(checkpoint, tensors)
     return marks
@@ -127,7 +128,7 @@ def _check_sizes(checkpoint: Checkpoint, tensors: Tensors) -> None:
             value = text.get(key)
             if isinstance(value, int) and value > largest:
                 raise ValueError(
-                    f"{checkpoint.transformer_path}: {key} = {value} in config.json, but the largest size of any stored "
+                    f"{checkpoint.transformer_path}: {key} = {value} in config.json, but the largest size of a stored "
                     f"tensor is {largest}: the two are not one checkpoint's"
                 )
         for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
@@ -140,7 +141,7 @@ def _check_sizes(checkpoint: Checkpoint, tensors: Tensors) -> None:
 
 
 def _shares_layers(config: Any) -> bool:
-    return config.get("model_type") == "albert"
+    return str(config.get("model_type")) == "albert"
 
 
 def leave_files(model: Any) -> None:
@@ -165,6 +166,20 @@ def _weight_files_in_memory() -> list[tuple[int, int]]:
         return []
     lines = [line for line in _MAPS.read_text().splitlines() if line.endswith(".safetensors")]
     return [(int(low, 16), int(high, 16)) for low, high in (line.split(maxsplit=1)[0].split("-") for line in lines)]
+
+
+def _shortened(checkpoint: Checkpoint, layers: int) -> Any:
+    """The checkpoint's transformers configuration with its first layers only."""
+    config = transformers.AutoConfig.from_pretrained(
+        str(checkpoint.transformer_path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+    )
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, (list, tuple)) and len(value) == whole:  # one entry per layer, as layer_types
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
 
 
 def _finite(tensor: torch.Tensor) -> bool:

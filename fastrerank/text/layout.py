@@ -241,4 +241,7 @@ def _share(sizes: dict[int, int], room: int) -> dict[int, int]:
 
 
 def int32(ids: Sequence[int]) -> npt.NDArray[np.int32]:
-    return np.fromiter(ids, np.int32, len(ids))
+    try:
+        return np.fromiter(ids, np.int32, len(ids))
+    except OverflowError:
+        raise ValueError(f"tokenizer.json gives the token id {max(ids)}, which no table of embeddings has") from None
