@@ -114,8 +114,9 @@ class Tokenizer:
         """
         path = Path(path)
         config, settings = read_json(path / "config.json"), read_json(path / "tokenizer_config.json")
+        tokenizer = load_tokenizer(path, settings)
         return cls(
-            load_tokenizer(path, settings),
+            tokenizer,
             max_length_of(path, config) if max_length is None else max_length,
             position_limit=position_limit(config),
             truncation_side=settings.get("truncation_side", "right"),
@@ -335,7 +336,10 @@ def _derive_template(tokenizer: tokenizers.Tokenizer, use_type_ids: bool, *, seg
     probe = next((text for text in _PROBES if len(tokenizer.encode(text, add_special_tokens=False))), None)
     if probe is None:
         raise ValueError(f"the tokenizer gives no tokens for any of {_PROBES}: its vocabulary is unusable")
-    encoding = tokenizer.encode(probe, probe) if segments == 2 else tokenizer.encode(probe)
+    encoding = guarded(
+        lambda: tokenizer.encode(probe, probe) if segments == 2 else tokenizer.encode(probe),
+        lambda: "the tokenizer's special tokens cannot be put around a text",
+    )
     specials: list[list[int]] = [[]]
     special_types: list[list[int]] = [[]]
     segment_types: list[int] = []
