@@ -150,13 +150,14 @@ class Windows:
         window = made.window(text, 0, size(), inside=False)
         inside = False
         while window.origin + window.size < len(text):
-            if _last_boundary(window) == 0:
-                # The token, or the gap without tokens, is as long as the window. Nothing but its two ends tells what it
+            begin = _long_token(window)
+            if begin is not None:
+                # A token, or a gap without tokens, goes on to the window's end. Nothing but its two ends tells what it
                 # is, so its first characters stand for what the window leaves behind.
-                kept = window.kept or text[window.origin : window.origin + _KEPT]
+                kept = window.kept or text[window.origin : window.origin + begin + _KEPT]
+                source = window.source if window.kept else window.origin
                 place = window.origin + window.size - _OVERLAP
                 place = _behind_repeats(text, place) if window.kept else place
-                source = window.source if window.kept else window.origin
                 window = made.window(text, place, _WINDOW + _OVERLAP, inside=inside, kept=kept, source=source)
                 continue
             count, following = _joined(made, text, window, size())
@@ -286,6 +287,15 @@ def _last_boundary(window: _Window) -> int:
     """How many tokens end before the stretch that two windows share."""
     count = bisect_right(window.ends, window.size - _OVERLAP)
     return max(0, min(count, len(window.ids) - 1))
+
+
+def _long_token(window: _Window) -> int | None:
+    """Where the token, or the gap, begins that reaches from where two windows begin to share to the window's end."""
+    before = bisect_right(window.ends, window.size - _OVERLAP)
+    if before < bisect_right(window.ends, window.size - _MARGIN):
+        return None
+    begin = window.ends[before - 1] if before else 0
+    return None if window.kept and begin >= len(window.kept) else begin
 
 
 def _agreement(window: _Window, count: int, following: _Window) -> tuple[int, int]:
