@@ -25,7 +25,7 @@ __all__ = ["TokenBatch", "Tokenizer", "check_texts"]
 # An Encoding takes some 150 bytes per token, so they are made and dropped in blocks of this many texts and characters.
 _BLOCK_TEXTS = 256
 _BLOCK_CHARS = 1 << 20
-_WORD_END = re.compile(r"\w(?= )")
+_WORD_END, _LONGEST_WORD = re.compile(r"\w(?= )"), 4096
 _PROBES = ("a", "the", "hello", "1", ".")
 # The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
 _TYPED_CLASSES = {
@@ -238,7 +238,7 @@ class Tokenizer:
         most = CHARS_PER_TOKEN * room + 64
         if not self._word_local or self._cut_left or all(len(text) <= most for text in block):
             return block
-        ends = [_WORD_END.search(text, most) if len(text) > most else None for text in block]
+        ends = [_WORD_END.search(text, most, most + _LONGEST_WORD) if len(text) > most else None for text in block]
         return [text if end is None else text[: end.end()] for text, end in zip(block, ends, strict=True)]
 
     def _cut(self, tokens: Sequence[int], room: int | None) -> Sequence[int]:

@@ -154,11 +154,16 @@ class Windows:
             if begin is not None:
                 # A token, or a gap without tokens, goes on to the window's end. Nothing but its two ends tells what it
                 # is, so its first characters stand for what the window leaves behind.
-                kept = window.kept or text[window.origin : window.origin + begin + _KEPT]
                 source = window.source if window.kept else window.origin
                 place = window.origin + window.size - _OVERLAP
                 place = _behind_repeats(text, place) if window.kept else place
+                kept = _beginning(text, source, source + begin + _KEPT, place)
                 window = made.window(text, place, _WINDOW + _OVERLAP, inside=inside, kept=kept, source=source)
+                continue
+            last = _last_boundary(window)
+            if last == 0 or window.ends[last - 1] < len(window.kept):  # a token ends too near to the window's end
+                place, long = window.origin + len(window.kept), window.size - len(window.kept) + _WINDOW
+                window = made.window(text, place, long, inside=inside, kept=window.kept, source=window.source)
                 continue
             count, following = _joined(made, text, window, size())
             yield Piece(window.ids[:count], window, following.origin)
@@ -257,6 +262,15 @@ def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[i
         place = window.origin + window.ends[last - 1]
         return last, made.window(text, place, size, inside=True)
     return best[1], best[2]
+
+
+def _beginning(text: str, begin: int, end: int, place: int) -> str:
+    """The text from `begin` to about `end`, where it ends as the text before `place` does, so that nothing new meets."""
+    for size in (16, 4, 2, 1):
+        found = text.rfind(text[place - size : place], end - _KEPT // 2, end)
+        if found >= 0:
+            return text[begin : found + size]
+    return text[begin:end]
 
 
 def _behind_repeats(text: str, place: int) -> int:
