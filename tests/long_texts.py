@@ -28,8 +28,10 @@ CORPUS = [
     "123456789 2024 1000000", "東京東京大大大国国国 東京は", "e\u0301e\u0301 ﬁﬂ½ ＡＢＣ カ゛",
 ]  # fmt: skip
 ATOMS = [
-    "!", "?!", "-", "  ", " ", "\n", " \n", "\t", "a", "A", "aB", "ab", "banana", "1", "123", "東", "京", "東京国", "。", "é",
-    "e\u0301", "\u0301", "カ゛", "ｶﾞ", "👩‍👩‍👧", "🦉", "🇫🇷", "\u0000", "\u200d", "\u00a0", "ﬁ", "½", "Ａ", "</s>", "<|end|>",
+    "!", "?!", "-", "  ", " ", "\n", " \n", "\t", "a", "A", "aB", "ab", "banana", "1", "123", "東", "京", "東京国",
+    "。",
+    "é", "e\u0301", "\u0301", "カ゛", "ｶﾞ", "👩‍👩‍👧", "🦉", "🇫🇷", "\u0000", "\u200d", "\u00a0", "ﬁ", "½", "Ａ", "</s>",
+    "<|end|>",
     "[SEP]", "'s", "x" * 150, "ا", "ไทย", "क्षि", "\u3000", "_", ".", "The owl sleeps, ", "\ud83d", "한국",
     "\u1100\u1161\u11a8", "İ", "ß", "Σ",
 ]  # fmt: skip
@@ -62,9 +64,7 @@ def bert(lowercase: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -74,9 +74,7 @@ def unigram(words: bool = False, strip: bool = False, scheme: str = "always") ->
     steps = [normalizers.NFKC(), *([normalizers.Strip(left=False, right=True)] if strip else [])]
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(" {2,}"), " ")])
     space = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if words else space
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if words else space
     trainer = trainers.UnigramTrainer(
         vocab_size=260, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
     )

@@ -114,7 +114,8 @@ def test_long_documents_and_queries_are_cut_as_transformers_cuts_them(kind: str,
     )
     ours = Tokenizer(own, 128, truncation_side=side)
     texts = [
-        "!" * 70_000, " " * 70_000 + "x", "東京国大" * 20_000, "ab" * 40_000, "The owl sleeps. " * 6000, "?!.,- " * 12_000,
+        "!" * 70_000, " " * 70_000 + "x", "東京国大" * 20_000, "ab" * 40_000, "The owl sleeps. " * 6000,
+        "?!.,- " * 12_000,
         "a" + "\u0301" * 70_000, encodable(make(5, 70_000)), encodable(make(6, 70_000)),
     ]  # fmt: skip
     batch = ours.pairs("who?", texts)

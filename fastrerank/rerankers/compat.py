@@ -205,9 +205,7 @@ class SharedTokenizer:
             )
             return {"input_ids": one.ids, "attention_mask": one.attention_mask}
         some = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
-        found = guarded(
-            lambda: self._own.tokenizer.encode_batch(some, add_special_tokens=add_special_tokens), _FAILURE
-        )
+        found = guarded(lambda: self._own.tokenizer.encode_batch(some, add_special_tokens=add_special_tokens), _FAILURE)
         return {"input_ids": [one.ids for one in found], "attention_mask": [one.attention_mask for one in found]}
 
 

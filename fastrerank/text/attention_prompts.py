@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.text.attention_policy import Layout, Policy, layout_of
-from fastrerank.text.layout import int32
 from fastrerank.text.backend import encodable
 from fastrerank.text.chat_rendering import render
+from fastrerank.text.layout import int32
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template

@@ -167,7 +167,7 @@ def _environment() -> Any:
             _check_operands(operator, left, right)
             return sized(super().call_binop(context, operator, left, right))
 
-        def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: PLW3201
+        def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
             owner = getattr(obj, "__self__", None)  # of str.format, which the sandbox wraps, a level down
             owner = getattr(getattr(obj, "__wrapped__", None), "__self__", None) if owner is None else owner
             _check_call(getattr(obj, "__name__", ""), owner, args, kwargs)
@@ -176,7 +176,8 @@ def _environment() -> Any:
     theirs = _compile_jinja_template("").environment
     made = Environment(
         trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks,
-        keep_trailing_newline=theirs.keep_trailing_newline, extensions=[type(one) for one in theirs.extensions.values()],
+        keep_trailing_newline=theirs.keep_trailing_newline,
+        extensions=[type(one) for one in theirs.extensions.values()],
         finalize=_finalized, optimized=False, cache_size=0,
     )  # fmt: skip
     made.globals.update({name: value for name, value in theirs.globals.items() if name != "lipsum"})

@@ -34,7 +34,8 @@ _CONVERT = 'make one with transformers: AutoTokenizer.from_pretrained("{folder}"
 def load_tokenizer(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Load tokenizer.json of `folder`, else vocab.json with merges.txt, else a BERT vocab.txt.
 
-    `settings` is its tokenizer_config.json. Raises FileNotFoundError if there is none of them, ValueError naming the file if it is damaged.
+    `settings` is its tokenizer_config.json. Raises FileNotFoundError if there is none of them, ValueError naming the
+    file if it is damaged.
     """
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -150,7 +151,9 @@ def _from_wordpiece(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tok
     convert = _CONVERT.format(folder=folder)
     file = folder / "vocab.txt"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json (nor a vocab.json with merges.txt, nor a BERT vocab.txt); {convert}")
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json (nor a vocab.json with merges.txt, nor a BERT vocab.txt); {convert}"
+        )
     vocabulary = models.WordPiece.read_file(str(file))
     tokens: dict[str, str] = {}
     for key, default in _WORDPIECE_TOKENS.items():

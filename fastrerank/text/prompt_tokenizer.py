@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.backend import encodable
 from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.prompts import Template
-from fastrerank.text.backend import encodable
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
 from fastrerank.text.screening import load_fast
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
@@ -298,7 +298,9 @@ class PromptTokenizer:
         for documents, texts in zip(lists, notes, strict=True):
             shape = shapes[len(documents)]
             values = Values(query, self._instruction, _Prepared(self, documents, prepared), texts)
-            shown = values if limit is None else replace(values, documents=_Bounded(self._text, values.documents, limit))
+            shown = (
+                values if limit is None else replace(values, documents=_Bounded(self._text, values.documents, limit))
+            )
             parts = [part for item in shape.parts for part in self._parts(item, shown, documents, found, spans)]
             ids, truncated = fit(parts, len(documents), limit, self.template.name)
             yield Prompt(ids, truncated, shape.turns, values)

@@ -79,9 +79,7 @@ def load_fast(folder: Path, *, trust_remote_code: bool = False) -> Any:
     file = folder / "tokenizer.json"
     if file.is_file():
         check_strings(file)
-    tokenizer = loaded(
-        lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code), file
-    )
+    tokenizer = loaded(lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code), file)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         check_parts(backend, file)

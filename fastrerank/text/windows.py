@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["CHARS_PER_TOKEN", "Windows", "most_whole"]
 
 CHARS_PER_TOKEN = 8
-# Characters of a window (a multiple of every small number, so that repetitions fill it), of the stretch that two windows
-# must agree on, and of its end that the cut may change.
+# Characters of a window (a multiple of every small number, so that repetitions fill it), of the stretch that two
+# windows must agree on, and of its end that the cut may change.
 _WINDOW, _OVERLAP, _MARGIN = 15120, 1 << 11, 1 << 8
 # Of a token or a gap that is longer than a window, so much of its beginning stands for all of it.
 _KEPT = 1 << 11
@@ -145,7 +145,9 @@ class Windows:
         taken = 0
 
         def size() -> int:  # of the next window, so that little is tokenised behind the tokens that are taken
-            return _OVERLAP + (_WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * max(0, room - taken) + _OVERLAP))
+            return _OVERLAP + (
+                _WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * max(0, room - taken) + _OVERLAP)
+            )
 
         window = made.window(text, 0, size(), inside=False)
         inside = False
@@ -203,7 +205,8 @@ class _Tokenizers:
         self._added = re.compile("(?!)")
         if _without_start(data):
             self.inside = type(tokenizer).from_str(json.dumps(data))
-            # What happens at the beginning of a text also happens behind an added token, and where words are split first.
+            # What happens at the beginning of a text also happens behind an added token, and at a word's beginning
+            # where words are split first.
             spaces = r"\s*" if any(one["lstrip"] for one in data["added_tokens"]) else ""
             pattern = [f"{spaces}(?:{'|'.join(contents)})"] if contents else []
             if '"WhitespaceSplit"' in json.dumps(data["pre_tokenizer"]):
@@ -265,7 +268,7 @@ def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[i
 
 
 def _beginning(text: str, begin: int, end: int, place: int) -> str:
-    """The text from `begin` to about `end`, where it ends as the text before `place` does, so that nothing new meets."""
+    """The text from `begin` to near `end`, where it ends as the text before `place` does: nothing new meets there."""
     for size in (16, 4, 2, 1):
         found = text.rfind(text[place - size : place], end - _KEPT // 2, end)
         if found >= 0:
