@@ -23,16 +23,6 @@ NASTY: list[Any] = [
      "trim_offsets": True, "use_regex": False}, {"type": "Metaspace", "replacement": "▁▁", "prepend_scheme": "always"},
 ]  # fmt: skip
 TEXTS = ["", "a", "The owl sleeps, 7 mice.", "東京は é", "\0 \n", "x" * 300, "[SEP] </s> <unk>", "!!!!    ...."]
-    "",
-    "a",
-    "The owl sleeps, 7 mice.",
-    "東京は é",
-    "\0 \n",
-    "x" * 300,
-    "[SEP] </s> <unk>",
-    "!!!!    ....",
-    "👩‍👩‍👧",
-]
 
 
 def mutated(original: dict[str, Any], seed: int) -> dict[str, Any]:
