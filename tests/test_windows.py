@@ -130,6 +130,49 @@ def test_long_documents_and_queries_are_cut_as_transformers_cuts_them(kind: str,
     assert [ours.pairs(text, ["x"]).query_truncated for text in texts] == [count > 125 for count in counts]
 
 
+@pytest.mark.parametrize(
+    "style",
+    ["qwen", pytest.param("llama3", marks=pytest.mark.nightly), pytest.param("mistral", marks=pytest.mark.nightly)],
+)
+def test_prompts_of_long_texts_are_those_of_whole_texts(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents and queries through templates, pairs through a chat template, and documents in one prompt."""
+    import prompt_tokenizers
+
+    from fastrerank.text import prompt_tokenizer, runs
+    from fastrerank.text.attention_policy import Policy
+    from fastrerank.text.attention_prompts import AttentionPrompts
+    from fastrerank.text.prompts import Template
+
+    texts = [
+        "!" * 80_000,
+        "The owl sleeps. " * 6000,
+        "東京国大" * 20_000,
+        "ab" * 40_000,
+        encodable(make(8, 80_000)),
+        "x",
+    ]
+    own = getattr(prompt_tokenizers, style)()
+    policy = Policy.load("icr")
+    found = []
+    for whole in (False, True):
+        if whole:
+            for module in (windows, runs, prompt_tokenizer):
+                monkeypatch.setattr(module, "most_whole", lambda room: 1 << 30)
+        pointwise = prompt_tokenizer.PromptTokenizer(own, Template.load("prp"), max_length=400)
+        prompts = pointwise.encode("who?", [[texts[i], texts[i - 1]] for i in range(len(texts))])
+        attention = AttentionPrompts(
+            own, policy, instruction=policy.instructions[policy.instruction], words=None, max_length=300
+        )
+        read = attention.encode("who?", texts, most=50)
+        rows = [(prompt.ids.tolist(), prompt.truncated.tolist()) for prompt in prompts]
+        rows.append((read.context.tolist(), read.spans.tolist(), read.truncated.tolist()))
+        rows += [pointwise.shorten(text, 30) for text in texts]
+        found.append(rows)
+        with pytest.raises(ValueError, match="leave no room for the documents"):
+            pointwise.encode("The owl sleeps. " * 6000, [["a", "b"]])
+    assert found[0] == found[1]
+
+
 def test_a_text_without_a_limit_is_tokenised_to_its_end() -> None:
     own = tokenizer("qwen")
     text = "?!.,- " * 20_000
