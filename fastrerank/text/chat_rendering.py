@@ -155,7 +155,7 @@ def _environment() -> Any:
         def sized(self, value: Any) -> Any:
             return sized(value)
 
-        def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+        def concat(self, parts: Iterable[str]) -> str:
             texts = []
             for part in parts:
                 _budget.step()

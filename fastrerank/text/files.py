@@ -138,10 +138,9 @@ def _from_merges(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokeni
     prefix = bool(settings.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
-    ends = [(tokens[key].content, vocabulary[tokens[key].content]) for key in ("sep_token", "cls_token")]
-    tokenizer.post_processor = processors.RobertaProcessing(
-        *ends, trim_offsets=bool(settings.get("trim_offsets", True)), add_prefix_space=prefix
-    )
+    first, last = ((tokens[key].content, vocabulary[tokens[key].content]) for key in ("cls_token", "sep_token"))
+    trims = bool(settings.get("trim_offsets", True))
+    tokenizer.post_processor = processors.RobertaProcessing(last, first, trim_offsets=trims, add_prefix_space=prefix)
     return tokenizer
 
 

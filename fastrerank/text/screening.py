@@ -101,5 +101,5 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
         yield from _nodes(item)
 
 
-def _probe(tokenizer: tokenizers.Tokenizer, text: str) -> None:
-    tokenizer.encode(text, add_special_tokens=False)
+def _probe(tokenizer: tokenizers.Tokenizer, text: str) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
