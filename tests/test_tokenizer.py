@@ -505,3 +505,42 @@ def test_eight_threads_at_once(bert: Tokenizer) -> None:
     for ours, theirs in zip(results, expected, strict=True):
         assert rows_of(ours) == rows_of(theirs)
         assert ours.truncated.tolist() == theirs.truncated.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_prefix_space": True},
+        {"mask_token": {"content": "<mask>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": True,
+                        "__type": "AddedToken"}},
+    ],
+)  # fmt: skip
+def test_vocab_json_with_merges_is_read_as_transformers_reads_it(tmp_path: Path, options: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    train_roberta(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    write(tmp_path / "vocab.json", model["vocab"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (tmp_path / "tokenizer.json").unlink()
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write(tmp_path / "tokenizer_config.json", stored | options)
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*DOCUMENTS, "a <mask> b", "<s>x </s> <mask>"]:
+        assert ours.singles([text]).ids.tolist() == theirs(text)["input_ids"], text
+        assert ours.pairs(QUERY, [text]).ids.tolist() == theirs([QUERY], [text])["input_ids"][0], text
+
+
+def test_vocab_json_of_another_class_and_damaged_merges_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "vocab.json", {"a": 0})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    write(tmp_path / "config.json", {"model_type": "clip"})
+    with pytest.raises(FileNotFoundError, match=r"those of clip.*save_pretrained"):
+        Tokenizer.load(tmp_path)
+    write(tmp_path / "config.json", {"model_type": "roberta"})
+    with pytest.raises(ValueError, match=r"not a RoBERTa vocabulary \(no <s>"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nq z\n")
+    with pytest.raises(ValueError, match=r"merges.txt: not a readable tokenizer"):
+        Tokenizer.load(tmp_path)

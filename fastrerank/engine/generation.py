@@ -13,6 +13,7 @@ import transformers
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.select import plan
 from fastrerank.engine.torch_loading import cast_parameters, check_files, leave_files, one_error, quiet
+from fastrerank.text.screening import load_fast
 from fastrerank.weight_files import check_unchanged
 
 __all__ = ["CausalGenerator", "load_causal"]
@@ -36,9 +37,7 @@ def load_causal(checkpoint: Checkpoint, device: Any, dtype: Any) -> CausalGenera
             str(path), dtype=torch.float32 if chosen.dtype == "float32" else "auto", output_loading_info=True,
             local_files_only=True, trust_remote_code=checkpoint.trust_remote_code,
         )  # fmt: skip
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-        )
+        tokenizer = load_fast(path, trust_remote_code=checkpoint.trust_remote_code)
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
         raise ValueError(f"{path}: the weights of a language model lack {lacking[0]!r}, so it cannot write text")

@@ -21,6 +21,7 @@ from fastrerank.rerankers.recognise import names_of
 from fastrerank.text.attention_policy import Policy, read_preset
 from fastrerank.text.attention_prompts import AttentionPrompt, AttentionPrompts
 from fastrerank.text.limits import TextLimits, TooLong
+from fastrerank.text.screening import load_fast
 from fastrerank.text.tokenizer import check_texts
 from fastrerank.types import DeviceLike, DtypeLike, Hit
 
@@ -363,11 +364,7 @@ def find_heads(
 
 def load_prompts(checkpoint: Checkpoint, policy: Policy, instruction: str, words: int | None) -> AttentionPrompts:
     """The prompts of a policy in the checkpoint's token ids."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(checkpoint.transformer_path), trust_remote_code=checkpoint.trust_remote_code
-    )
+    tokenizer = load_fast(checkpoint.transformer_path, trust_remote_code=checkpoint.trust_remote_code)
     kind = str(checkpoint.config.get("model_type") or "")
     return AttentionPrompts(tokenizer, policy, model_type=kind, instruction=instruction, words=words)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastrerank.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.dtype import Dtype
+from fastrerank.text.backend import encode_batch, guarded
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -43,6 +44,7 @@ _DICTIONARIES: dict[str, dict[str, str]] = {
 # The head is float32 whatever is asked, and there is no dropout in inference.
 _WITHOUT_EFFECT = ("keep_in_fp32_modules", "classifier_dropout", "model_card_data")
 _BACKENDS = ("torch", "onnx", "openvino")
+_FAILURE = "the checkpoint's tokenizer fails on a text".__str__
 _PREDICT_WITHOUT_EFFECT = ("num_workers", "device", "pool", "chunk_size")
 _RANK_WITHOUT_EFFECT = ("apply_softmax", "convert_to_numpy", "convert_to_tensor", *_PREDICT_WITHOUT_EFFECT)
 
@@ -229,15 +231,17 @@ class SharedTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of a text, without special tokens."""
-        return list(self._own.tokenizer.encode(text, add_special_tokens=False).tokens)
+        return list(encode_batch(self._own.tokenizer, [text], spans=True)[0].tokens)
 
     def __call__(self, text: Any, text_pair: Any = None, *, add_special_tokens: bool = True) -> dict[str, list[Any]]:
         """Return {"input_ids", "attention_mask"} of a text or a pair, or lists of them for lists of texts."""
         if isinstance(text, str):
-            one = self._own.tokenizer.encode(text, text_pair, add_special_tokens=add_special_tokens)
+            one = guarded(
+                lambda: self._own.tokenizer.encode(text, text_pair, add_special_tokens=add_special_tokens), _FAILURE
+            )
             return {"input_ids": one.ids, "attention_mask": one.attention_mask}
         some = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
-        found = self._own.tokenizer.encode_batch(some, add_special_tokens=add_special_tokens)
+        found = guarded(lambda: self._own.tokenizer.encode_batch(some, add_special_tokens=add_special_tokens), _FAILURE)
         return {"input_ids": [one.ids for one in found], "attention_mask": [one.attention_mask for one in found]}
 
 

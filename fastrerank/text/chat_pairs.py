@@ -18,6 +18,7 @@ from fastrerank.text.files import ChatTemplate, template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import PromptTokenizer
 from fastrerank.text.prompts import Message, Template
+from fastrerank.text.screening import load_fast
 from fastrerank.text.shapes import contents, options
 from fastrerank.text.tokenizer import TokenBatch
 
@@ -89,15 +90,13 @@ def chat_tokenizer(checkpoint: Checkpoint, chat_template: ChatTemplate | None = 
         return None
     try:
         import jinja2  # noqa: F401
-        from transformers import AutoTokenizer
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"{checkpoint.path} puts pairs through its chat template, which needs {error.name}: pip install "
             "'fastrerank[torch]'; CrossEncoder(..., chat_template='') joins them as the tokenizer does"
         ) from None
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(checkpoint.transformer_path), trust_remote_code=checkpoint.trust_remote_code
-    )
+    tokenizer = load_fast(checkpoint.transformer_path, trust_remote_code=checkpoint.trust_remote_code)
     tokenizer.chat_template = source
     problem = _refusal(tokenizer, pair_template(checkpoint, source))
     if problem and isinstance(source, dict) and _working_names(checkpoint, tokenizer):

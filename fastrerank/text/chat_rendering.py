@@ -155,7 +155,7 @@ def _environment() -> Any:
         def sized(self, value: Any) -> Any:
             return sized(value)
 
-        def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+        def concat(self, parts: Iterable[str]) -> str:
             texts = []
             for part in parts:
                 _budget.step()
@@ -176,7 +176,8 @@ def _environment() -> Any:
     theirs = _compile_jinja_template("").environment
     made = Environment(
         trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks,
-        keep_trailing_newline=theirs.keep_trailing_newline, extensions=[type(one) for one in theirs.extensions.values()],
+        keep_trailing_newline=theirs.keep_trailing_newline,
+        extensions=[type(one) for one in theirs.extensions.values()],
         finalize=_finalized, optimized=False, cache_size=0,
     )  # fmt: skip
     made.globals.update({name: value for name, value in theirs.globals.items() if name != "lipsum"})

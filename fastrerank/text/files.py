@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrerank.checkpoint import Checkpoint, read_json
+from fastrerank.text.screening import check_parts, check_strings, loaded
 
 if TYPE_CHECKING:
     import tokenizers
@@ -22,15 +23,27 @@ _WORDPIECE_TOKENS = {
     "pad_token": "[PAD]",
     "mask_token": "[MASK]",
 }
+_ROBERTA_TOKENS = {
+    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
+    "cls_token": "<s>", "mask_token": "<mask>",
+}  # fmt: skip
+_ROBERTA_LIKE = ("roberta", "bart", "longformer", "led", "mvp")
+_CONVERT = 'make one with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
 
 
 def load_tokenizer(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Load tokenizer.json of `folder`, else its BERT vocab.txt; `settings` is its tokenizer_config.json.
+    """Load tokenizer.json of `folder`, else vocab.json with merges.txt, else a BERT vocab.txt.
 
-    Raises FileNotFoundError if there is neither, ValueError naming the file if it is damaged.
+    `settings` is its tokenizer_config.json. Raises FileNotFoundError if there is none of them, ValueError naming the
+    file if it is damaged.
     """
     file = folder / "tokenizer.json"
-    tokenizer = _from_json(file, settings) if file.is_file() else _from_wordpiece(folder, settings)
+    if file.is_file():
+        tokenizer = _from_json(file, settings)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = _from_merges(folder, settings)
+    else:
+        tokenizer = _from_wordpiece(folder, settings)
     if read_json(folder / "sentence_bert_config.json").get("do_lower_case"):
         from tokenizers import normalizers
 
@@ -68,10 +81,11 @@ def template_of_pairs(checkpoint: Checkpoint, given: ChatTemplate | None = None)
 def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises a bare Exception for everything
-        raise ValueError(f"{file}: not a readable tokenizer ({error})") from error
+    check_strings(file)
+    tokenizer = loaded(lambda: tokenizers.Tokenizer.from_file(str(file)), file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    check_parts(tokenizer, file)
     # The tokenizer classes of transformers let tokenizer_config.json overrule these parts of tokenizer.json; its
     # generic class, which has no options of its own, does not.
     if settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
@@ -89,13 +103,56 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _from_merges(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The byte-level BPE that transformers' class for RoBERTa makes of vocab.json and merges.txt."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    convert = _CONVERT.format(folder=folder)
+    config = read_json(folder / "config.json")
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or config.get("model_type") or "roberta"
+    if not str(name).lower().startswith(_ROBERTA_LIKE):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json, and its vocab.json and merges.txt are those of {name}, where RoBERTa's "
+            f"and BART's can be read; {convert}"
+        )
+    if read_json(folder / "added_tokens.json"):
+        raise FileNotFoundError(f"{folder} has an added_tokens.json and no tokenizer.json; {convert}")
+    file = folder / "vocab.json"
+    vocabulary, merges = loaded(lambda: models.BPE.read_file(str(file), str(folder / "merges.txt")), file)
+    model = loaded(
+        lambda: models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False),
+        folder / "merges.txt",
+    )
+    tokenizer = Tokenizer(model)
+    stored = {**_ROBERTA_TOKENS, **read_json(folder / "special_tokens_map.json"), **settings}
+    tokens: dict[str, AddedToken] = {}
+    for key in _ROBERTA_TOKENS:
+        value = stored[key]
+        value = value if isinstance(value, Mapping) else {"content": value}
+        flags = {flag: bool(value.get(flag, False)) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+        tokens[key] = AddedToken(str(value["content"]), special=True, **flags)
+    missing = [token.content for token in tokens.values() if token.content not in vocabulary]
+    if missing:
+        raise ValueError(f"{file} is not a RoBERTa vocabulary (no {', '.join(missing)}); {convert}")
+    tokenizer.add_special_tokens(list(tokens.values()))
+    prefix = bool(settings.get("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder = decoders.ByteLevel()
+    first, last = ((tokens[key].content, vocabulary[tokens[key].content]) for key in ("cls_token", "sep_token"))
+    trims = bool(settings.get("trim_offsets", True))
+    tokenizer.post_processor = processors.RobertaProcessing(last, first, trim_offsets=trims, add_prefix_space=prefix)
+    return tokenizer
+
+
 def _from_wordpiece(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    convert = f'make one with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+    convert = _CONVERT.format(folder=folder)
     file = folder / "vocab.txt"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json (nor a BERT vocab.txt); {convert}")
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json (nor a vocab.json with merges.txt, nor a BERT vocab.txt); {convert}"
+        )
     vocabulary = models.WordPiece.read_file(str(file))
     tokens: dict[str, str] = {}
     for key, default in _WORDPIECE_TOKENS.items():

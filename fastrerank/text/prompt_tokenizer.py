@@ -19,6 +19,7 @@ from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, 
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template
 from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
+from fastrerank.text.screening import load_fast
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template, check_texts
@@ -154,8 +155,6 @@ class PromptTokenizer:
         `max_length` None: the template's limit or the checkpoint's, whichever is smaller. Raises ValueError if the
         given one exceeds the positions that the model has.
         """
-        from transformers import AutoTokenizer
-
         path = Path(path)
         config = read_json(path / "config.json")
         positions, own = position_limit(config), max_length_of(path, config)
@@ -163,7 +162,7 @@ class PromptTokenizer:
             max_length = min((limit for limit in (template.max_length, own) if limit is not None), default=None)
         elif positions is not None and _check_limit(max_length) > positions:
             raise ValueError(f"max_length must be at most {positions}, the model's positions, got {max_length}")
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = load_fast(path, trust_remote_code=trust_remote_code)
         return cls(
             tokenizer,
             template,

@@ -28,7 +28,7 @@ __all__ = ["TokenBatch", "Tokenizer", "check_texts"]
 # An Encoding takes some 150 bytes per token, so they are made and dropped in blocks of this many texts and characters.
 _BLOCK_TEXTS = 256
 _BLOCK_CHARS = 1 << 20
-_WORD_END = re.compile(r"\w(?= )")
+_WORD_END, _LONGEST_WORD = re.compile(r"\w(?= )"), 4096
 _PROBES = ("a", "the", "hello", "1", ".")
 # The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
 _TYPED_CLASSES = {
@@ -117,8 +117,9 @@ class Tokenizer:
         """
         path = Path(path)
         config, settings = read_json(path / "config.json"), read_json(path / "tokenizer_config.json")
+        tokenizer = load_tokenizer(path, settings)
         return cls(
-            load_tokenizer(path, settings),
+            tokenizer,
             max_length_of(path, config) if max_length is None else max_length,
             position_limit=position_limit(config),
             truncation_side=settings.get("truncation_side", "right"),
@@ -269,7 +270,7 @@ class Tokenizer:
         most = CHARS_PER_TOKEN * room + 64
         if not self._word_local or all(len(text) <= most for text in block):
             return block
-        ends = [_WORD_END.search(text, most) if len(text) > most else None for text in block]
+        ends = [_WORD_END.search(text, most, most + _LONGEST_WORD) if len(text) > most else None for text in block]
         return [text if end is None else text[: end.end()] for text, end in zip(block, ends, strict=True)]
 
     def _room(self, max_length: int | None, template: _Template) -> int | None:
@@ -371,7 +372,10 @@ def _derive_template(tokenizer: tokenizers.Tokenizer, use_type_ids: bool, *, seg
     probe = next((text for text in _PROBES if len(tokenizer.encode(text, add_special_tokens=False))), None)
     if probe is None:
         raise ValueError(f"the tokenizer gives no tokens for any of {_PROBES}: its vocabulary is unusable")
-    encoding = tokenizer.encode(probe, probe) if segments == 2 else tokenizer.encode(probe)
+    encoding = guarded(
+        lambda: tokenizer.encode(probe, probe) if segments == 2 else tokenizer.encode(probe),
+        lambda: "the tokenizer's special tokens cannot be put around a text",
+    )
     specials: list[list[int]] = [[]]
     special_types: list[list[int]] = [[]]
     segment_types: list[int] = []

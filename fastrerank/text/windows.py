@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["CHARS_PER_TOKEN", "Windows", "most_whole"]
 
 CHARS_PER_TOKEN = 8
-# Characters of a window (a multiple of every small number, so that repetitions fill it), of the stretch that two windows
-# must agree on, and of its end that the cut may change.
+# Characters of a window (a multiple of every small number, so that repetitions fill it), of the stretch that two
+# windows must agree on, and of its end that the cut may change.
 _WINDOW, _OVERLAP, _MARGIN = 15120, 1 << 11, 1 << 8
 # Of a token or a gap that is longer than a window, so much of its beginning stands for all of it.
 _KEPT = 1 << 11
@@ -145,19 +145,27 @@ class Windows:
         taken = 0
 
         def size() -> int:  # of the next window, so that little is tokenised behind the tokens that are taken
-            return _OVERLAP + (_WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * max(0, room - taken) + _OVERLAP))
+            return _OVERLAP + (
+                _WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * max(0, room - taken) + _OVERLAP)
+            )
 
         window = made.window(text, 0, size(), inside=False)
         inside = False
         while window.origin + window.size < len(text):
-            if _last_boundary(window) == 0:
-                # The token, or the gap without tokens, is as long as the window. Nothing but its two ends tells what it
+            begin = _long_token(window)
+            if begin is not None:
+                # A token, or a gap without tokens, goes on to the window's end. Nothing but its two ends tells what it
                 # is, so its first characters stand for what the window leaves behind.
-                kept = window.kept or text[window.origin : window.origin + _KEPT]
+                source = window.source if window.kept else window.origin
                 place = window.origin + window.size - _OVERLAP
                 place = _behind_repeats(text, place) if window.kept else place
-                source = window.source if window.kept else window.origin
+                kept = _beginning(text, source, source + begin + _KEPT, place)
                 window = made.window(text, place, _WINDOW + _OVERLAP, inside=inside, kept=kept, source=source)
+                continue
+            last = _last_boundary(window)
+            if last == 0 or window.ends[last - 1] < len(window.kept):  # a token ends too near to the window's end
+                place, long = window.origin + len(window.kept), window.size - len(window.kept) + _WINDOW
+                window = made.window(text, place, long, inside=inside, kept=window.kept, source=window.source)
                 continue
             count, following = _joined(made, text, window, size())
             yield Piece(window.ids[:count], window, following.origin)
@@ -197,7 +205,8 @@ class _Tokenizers:
         self._added = re.compile("(?!)")
         if _without_start(data):
             self.inside = type(tokenizer).from_str(json.dumps(data))
-            # What happens at the beginning of a text also happens behind an added token, and where words are split first.
+            # What happens at the beginning of a text also happens behind an added token, and at a word's beginning
+            # where words are split first.
             spaces = r"\s*" if any(one["lstrip"] for one in data["added_tokens"]) else ""
             pattern = [f"{spaces}(?:{'|'.join(contents)})"] if contents else []
             if '"WhitespaceSplit"' in json.dumps(data["pre_tokenizer"]):
@@ -258,6 +267,15 @@ def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[i
     return best[1], best[2]
 
 
+def _beginning(text: str, begin: int, end: int, place: int) -> str:
+    """The text from `begin` to near `end`, where it ends as the text before `place` does: nothing new meets there."""
+    for size in (16, 4, 2, 1):
+        found = text.rfind(text[place - size : place], end - _KEPT // 2, end)
+        if found >= 0:
+            return text[begin : found + size]
+    return text[begin:end]
+
+
 def _behind_repeats(text: str, place: int) -> int:
     """`place`, or a later one, before which there are nothing but windows that equal the one before `place`."""
     same = text[place - _WINDOW : place]
@@ -286,6 +304,15 @@ def _last_boundary(window: _Window) -> int:
     """How many tokens end before the stretch that two windows share."""
     count = bisect_right(window.ends, window.size - _OVERLAP)
     return max(0, min(count, len(window.ids) - 1))
+
+
+def _long_token(window: _Window) -> int | None:
+    """Where the token, or the gap, begins that reaches from where two windows begin to share to the window's end."""
+    before = bisect_right(window.ends, window.size - _OVERLAP)
+    if before < bisect_right(window.ends, window.size - _MARGIN):
+        return None
+    begin = window.ends[before - 1] if before else 0
+    return None if window.kept and begin >= len(window.kept) else begin
 
 
 def _agreement(window: _Window, count: int, following: _Window) -> tuple[int, int]:
