@@ -56,7 +56,9 @@ struct HostLanes {
 std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::vector<float>& scores, int k, int batch,
                                                                    int blocks) {
     using namespace fastrerank::cuda;
-    if (k < 1 || batch < 1 || blocks < 1) throw std::invalid_argument("k, batch and blocks must be at least 1");
+    constexpr int64_t kMost = 1 << 20;
+    if (k < 1 || batch < 1 || blocks < 1 || k > kMost || batch > kMost || int64_t{k} * blocks > 16 * kMost)
+        throw std::invalid_argument("k, batch and blocks must be at least 1 and of a device's size");
     const int size = reservoir_size(k, batch);
     std::vector<Entry> best(static_cast<size_t>(blocks) * k, kNoEntry);
     const auto barrier = [] {};

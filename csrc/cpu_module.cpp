@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -59,6 +60,10 @@ Weight weight_of(const py::array& a, const char* what) {
         source = Source::kBF16;
     else
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
+    if (a.dtype().byteorder() == '>')  // of every array in the machine's order NumPy says '='
+        throw std::invalid_argument(std::string(what) + " must be in the machine's byte order");
+    if (std::max(a.shape(0), a.shape(1)) > std::numeric_limits<int>::max() - 64)
+        throw std::invalid_argument(std::string(what) + " must have fewer than 2^31 rows and columns");
     if (a.strides(1) != size || a.strides(0) % size)
         throw std::invalid_argument(std::string(what) + " must have contiguous rows");
     return {a.data(), source, a.strides(0) / size, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1))};
