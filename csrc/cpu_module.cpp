@@ -143,6 +143,7 @@ public:
         if (types && types->size() != tokens) throw std::invalid_argument("types must have as many entries as ids");
         check_offsets(offsets, tokens);
         const Readout r = readout_of(readout);
+        threads = threads_of(threads);
         const int documents = static_cast<int>(offsets.size() - 1);
         F32Array out({r == Readout::kTokens ? tokens : static_cast<int64_t>(documents),
                       static_cast<int64_t>(encoder_.output_width())});
@@ -187,6 +188,7 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     if (query.shape(0) < 1) throw std::invalid_argument("query must have at least one token");
     check_offsets(offsets, tokens.shape(0));
     const Kernels& k = *kernels_of(isa);
+    threads = threads_of(threads);
     const int lq = static_cast<int>(query.shape(0)), dim = static_cast<int>(query.shape(1));
     const int documents = static_cast<int>(offsets.size() - 1);
     F32Array out(documents);
@@ -272,6 +274,7 @@ public:
     void run(uintptr_t x, int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy, int threads) const {
         if (packed_.precision == Precision::kInt8)
             throw std::invalid_argument("run takes float32 or bfloat16 products");
+        threads = threads_of(threads);
         const Format format = stored();
         const bool terms = format != k_.input_format(packed_.precision);
         const int64_t element = static_cast<int64_t>(bytes_of(format));
@@ -311,6 +314,7 @@ public:
             throw std::invalid_argument("run_feed_forward takes float32 products or bfloat16 products");
         if ((up && (up->packed_.k != gate.k || up->packed_.n != gate.n)) || out.k != gate.n)
             throw std::invalid_argument("run_feed_forward takes products of one shape, and `down` of their outputs");
+        threads = threads_of(threads);
         const Activation act = activation_of(activation);
         const Format format = stored(), inputs = k_.input_format(gate.precision);
         const bool terms = format != inputs;
@@ -439,6 +443,7 @@ py::tuple quantise(const F32Array& x, const std::optional<F32Array>& factor, con
 double peak(const std::string& dtype, int threads, const std::string& isa) {
     const Kernels& k = *kernels_of(isa);
     const Precision p = precision_of(dtype);
+    threads = threads_of(threads);
     double best = 0;
     without_gil([&] {
         for (int round = 0; round < 25; ++round) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-REFUSALS = (TypeError, ValueError)
+REFUSALS = (TypeError, ValueError, IndexError)  # the last of a layer that an encoder lacks
 Arguments = dict[str, Any]
 random = np.random.default_rng(0)
 
@@ -94,7 +95,8 @@ def spoilt_array(a: Any) -> Any:
 def spoilt_tensor(t: Any) -> Any:
     import torch
 
-    if chance(0.4):
+    if chance(0.4) and t.layout == torch.strided and t.device.type == "cpu" and not t.requires_grad:
+        t = t.resolve_neg()
         array = spoilt_array(t.float().numpy() if t.dtype == torch.bfloat16 else t.numpy())
         if not isinstance(array, np.ndarray):
             return array
@@ -331,10 +333,11 @@ def on_gpus() -> Case:
         for op in (lambda: _rotary.rotary(x, x, cos, cos), lambda: _gated.gated(x, name),
                    lambda: _norm_rows.norm_rows(x, norm, weight, None, eps)):  # fmt: skip
             try:
-                op()
+                found = op()
             except REFUSALS:
                 continue
-            raise AssertionError("a CPU tensor was taken")
+            if not all(tensor.numel() == 0 for tensor in (found if isinstance(found, tuple) else [found])):
+                raise AssertionError("a CPU tensor was taken")
 
     return given, call, nothing
 
@@ -431,9 +434,10 @@ KINDS = [max_sim, cur_topk, packed, linear, rows, encoder, others, attention, at
 
 
 def run(seed: int, calls: int) -> collections.Counter[str]:
-    """Make the calls; AssertionError naming the first whose outcome is neither a refusal nor right."""
+    """Make the calls; AssertionError naming those whose outcome is neither a refusal nor right."""
     global random
     outcomes: collections.Counter[str] = collections.Counter()
+    wrong: list[str] = []
     kinds = KINDS if importlib.util.find_spec("torch") else KINDS[:7]
     for number in range(calls):
         random = np.random.default_rng((seed, number))
@@ -443,6 +447,8 @@ def run(seed: int, calls: int) -> collections.Counter[str]:
             name = pick(*given)
             given[name] = spoilt(given[name])
         named = f"seed {seed}, call {number}: {kind.__name__}({', '.join(f'{k}={_said(v)}' for k, v in given.items())})"
+        if "FUZZ_SHOWS" in os.environ:  # what a crash was in
+            print(named, flush=True)
         try:
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
@@ -451,12 +457,15 @@ def run(seed: int, calls: int) -> collections.Counter[str]:
             outcomes[f"{kind.__name__} refused"] += 1
             continue
         except Exception as error:
-            raise AssertionError(f"{type(error).__name__}: {error}; {named}") from error
+            wrong.append(f"{type(error).__name__}: {error}; {named}")
+            continue
         try:
             check(found, given)
         except Exception as error:
-            raise AssertionError(f"wrong: {type(error).__name__}: {error}; {named}") from error
+            wrong.append(f"wrong: {type(error).__name__}: {str(error)[:300]}; {named}")
+            continue
         outcomes[f"{kind.__name__} right"] += 1
+    assert not wrong, f"{len(wrong)} of {calls} calls:\n" + "\n".join(wrong[:10])
     return outcomes
 
 
