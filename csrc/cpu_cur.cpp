@@ -39,6 +39,7 @@ std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t,
     g.left_out_begin = left_out_begin ? reinterpret_cast<const int64_t*>(left_out_begin) : none.data();
     g.ids = reinterpret_cast<int64_t*>(ids), g.scores = reinterpret_cast<float*>(scores);
     const Kernels& level = *kernels_of(isa);
+    threads = threads_of(threads);
     CurFault fault;
     without_gil([&] { fault = run_cur_topk(level, g, threads); });
     return {static_cast<int>(fault.kind), fault.row, fault.item};
@@ -56,7 +57,9 @@ struct HostLanes {
 std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::vector<float>& scores, int k, int batch,
                                                                    int blocks) {
     using namespace fastrerank::cuda;
-    if (k < 1 || batch < 1 || blocks < 1) throw std::invalid_argument("k, batch and blocks must be at least 1");
+    constexpr int64_t kMost = 1 << 20;
+    if (k < 1 || batch < 1 || blocks < 1 || k > kMost || batch > kMost || int64_t{k} * blocks > 16 * kMost)
+        throw std::invalid_argument("k, batch and blocks must be at least 1 and of a device's size");
     const int size = reservoir_size(k, batch);
     std::vector<Entry> best(static_cast<size_t>(blocks) * k, kNoEntry);
     const auto barrier = [] {};

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -59,6 +60,10 @@ Weight weight_of(const py::array& a, const char* what) {
         source = Source::kBF16;
     else
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
+    if (a.dtype().byteorder() == '>')  // of every array in the machine's order NumPy says '='
+        throw std::invalid_argument(std::string(what) + " must be in the machine's byte order");
+    if (std::max(a.shape(0), a.shape(1)) > std::numeric_limits<int>::max() - 64)
+        throw std::invalid_argument(std::string(what) + " must have fewer than 2^31 rows and columns");
     if (a.strides(1) != size || a.strides(0) % size)
         throw std::invalid_argument(std::string(what) + " must have contiguous rows");
     constexpr py::ssize_t most = 1 << 30;
@@ -156,6 +161,7 @@ public:
         if (types && types->size() != tokens) throw std::invalid_argument("types must have as many entries as ids");
         check_offsets(offsets, tokens);
         const Readout r = readout_of(readout);
+        threads = threads_of(threads);
         const int documents = static_cast<int>(offsets.size() - 1);
         F32Array out({r == Readout::kTokens ? tokens : static_cast<int64_t>(documents),
                       static_cast<int64_t>(encoder_.output_width())});
@@ -200,6 +206,7 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     if (query.shape(0) < 1) throw std::invalid_argument("query must have at least one token");
     check_offsets(offsets, tokens.shape(0));
     const Kernels& k = *kernels_of(isa);
+    threads = threads_of(threads);
     const int lq = static_cast<int>(query.shape(0)), dim = static_cast<int>(query.shape(1));
     const int documents = static_cast<int>(offsets.size() - 1);
     F32Array out(documents);
@@ -285,6 +292,7 @@ public:
     void run(uintptr_t x, int64_t ldx, int64_t rows, uintptr_t y, int64_t ldy, int threads) const {
         if (packed_.precision == Precision::kInt8)
             throw std::invalid_argument("run takes float32 or bfloat16 products");
+        threads = threads_of(threads);
         const Format format = stored();
         const bool terms = format != k_.input_format(packed_.precision);
         const int64_t element = static_cast<int64_t>(bytes_of(format));
@@ -324,6 +332,7 @@ public:
             throw std::invalid_argument("run_feed_forward takes float32 products or bfloat16 products");
         if ((up && (up->packed_.k != gate.k || up->packed_.n != gate.n)) || out.k != gate.n)
             throw std::invalid_argument("run_feed_forward takes products of one shape, and `down` of their outputs");
+        threads = threads_of(threads);
         const Activation act = activation_of(activation);
         const Format format = stored(), inputs = k_.input_format(gate.precision);
         const bool terms = format != inputs;
@@ -452,6 +461,7 @@ py::tuple quantise(const F32Array& x, const std::optional<F32Array>& factor, con
 double peak(const std::string& dtype, int threads, const std::string& isa) {
     const Kernels& k = *kernels_of(isa);
     const Precision p = precision_of(dtype);
+    threads = threads_of(threads);
     double best = 0;
     without_gil([&] {
         for (int round = 0; round < 25; ++round) {

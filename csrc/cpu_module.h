@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -35,6 +36,12 @@ inline const fastrerank::cpu::Kernels* kernels_of(const std::string& name) {
     }
     throw std::invalid_argument("instruction-set level must be one of those this CPU runs (" + valid + "), got '" +
                                 name + "'");
+}
+
+// Threads of a call, at least 1; more than any machine has are as good as fewer.
+inline int threads_of(int threads) {
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    return std::min(threads, 4096);
 }
 
 void add_tensor_ops(pybind11::module_& m);

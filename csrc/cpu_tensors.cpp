@@ -62,6 +62,7 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t l
                               {integers(plo), integers(lo)},
                               {integers(phi), integers(hi)}};
     const Kernels& level = *kernels_of(isa);
+    threads = threads_of(threads);
     without_gil([&] {
         const OnOpenMp workers;
         run_interval_attention(level, g, rows, keys, threads);
@@ -81,6 +82,7 @@ void attention_mass(uintptr_t q, uintptr_t k, uintptr_t lse, uintptr_t lo, uintp
     g.lo = reinterpret_cast<const int32_t*>(lo), g.hi = reinterpret_cast<const int32_t*>(hi);
     g.scale = scale, g.softcap = softcap, g.per_head = per_head, g.out = reinterpret_cast<float*>(out);
     const Kernels& level = *kernels_of(isa);
+    threads = threads_of(threads);
     without_gil([&] {
         const OnOpenMp workers;
         run_attention_mass(level, g, threads);
@@ -101,6 +103,7 @@ void label_logits(uintptr_t hidden, const std::string& hidden_dtype, int64_t hid
     g.bias = floats(bias), g.scale = scale, g.softcap = softcap;
     g.out = reinterpret_cast<float*>(logits);
     const Kernels& level = *kernels_of(isa);
+    threads = threads_of(threads);
     without_gil([&] {
         const OnOpenMp workers;
         run_label_logits(level, g, reinterpret_cast<int32_t*>(order), threads);
@@ -116,6 +119,7 @@ void norm_rows(uintptr_t x, const std::string& dtype, int64_t x_row, int64_t row
     g.norm = norm_of(norm), g.gamma = floats(gamma), g.beta = floats(beta), g.eps = eps;
     if (g.x_source == Source::kF16) throw std::invalid_argument("norm_rows takes float32 or bfloat16 rows");
     const Kernels& level = *kernels_of(isa);
+    threads = threads_of(threads);
     without_gil([&] {
         const OnOpenMp workers;
         run_norm_rows(level, g, reinterpret_cast<void*>(y), y_row, threads);

@@ -190,10 +190,19 @@ def max_sim(
         >>> max_sim(q, t, np.array([0, 1, 4])).tolist()
         [0.5, 0.5]
     """
-    query = np.ascontiguousarray(query, np.float32)
-    tokens = np.ascontiguousarray(tokens, np.float32)
+    query, tokens = _numbers("query", query), _numbers("tokens", tokens)
+    offsets = np.asarray(offsets)
+    if offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+        raise ValueError(f"offsets must be integers (N+1,), got {offsets.dtype} of shape {offsets.shape}")
     offsets = np.ascontiguousarray(offsets, np.int64)
     if (np.diff(offsets) < 1).any():
         raise ValueError(f"offsets must give every document at least one token, got lengths {np.diff(offsets)}")
     result: npt.NDArray[np.float32] = _cpu.max_sim(query, tokens, offsets, num_threads(threads), isa())
     return result
+
+
+def _numbers(name: str, value: Any) -> npt.NDArray[np.float32]:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be an array of real numbers, got {array.dtype} of shape {array.shape}")
+    return np.require(array, np.float32, ["C", "A"])

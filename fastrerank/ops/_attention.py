@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
-from fastrerank.ops._tensors import DTYPES, choose_backend, said
+from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
 
 __all__ = ["attention"]
 
@@ -77,7 +76,8 @@ def attention(
         >>> attention(q, q, v, lo, hi)[:, 0, 0].tolist()
         [0.5, 0.5, 2.0]
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    given = (q, k, v)
+    if torch.is_grad_enabled() and any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in given):
         raise ValueError("attention has no gradient: call it under torch.inference_mode() or torch.no_grad()")
     if torch.compiler.is_compiling():
         result, lse = torch.ops.fastrerank.attention(q, k, v, lo, hi, plo, phi, scale, softcap, return_lse, backend)
@@ -98,10 +98,11 @@ def _run(
     _check(q, k, v, lo, hi, plo, phi, out)
     backend = choose_backend(q.device, backend, "q")
     head_dim = q.shape[2]
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
+    scale = head_dim**-0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
+    if scale <= 0:
         raise ValueError(f"scale must be positive and finite or None, got {scale}")
-    if not 0 <= softcap < math.inf:
+    softcap = as_float("softcap", softcap, "finite and at least 0")
+    if softcap < 0:
         raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
     if head_dim % 8:  # zeros change no score, and what they add to the output is cut off
         q, k, v = (torch.nn.functional.pad(x, (0, -x.shape[2] % 8)) for x in (q, k, v))
@@ -162,8 +163,7 @@ def _check(
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
         if tensor is None and name == "out":
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
+        check_tensor(name, tensor)
         if tensor.ndim != 3 or tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16 (rows, heads, D), got {said(tensor)}")
         if tensor.stride(2) != 1 and tensor.numel():
@@ -187,8 +187,7 @@ def _check(
     for name, tensor in (("lo", lo), ("hi", hi), ("plo", plo), ("phi", phi)):
         if tensor is None and name in ("plo", "phi"):
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
+        check_tensor(name, tensor)
         if tensor.dtype != torch.int32 or tensor.shape != (rows,):
             raise ValueError(f"{name} must be int32 of shape ({rows},), got {said(tensor)}")
         if tensor.device != q.device:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
-from fastrerank.ops._tensors import DTYPES, choose_backend, said
+from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
 
 __all__ = ["attention_mass"]
 
@@ -79,10 +78,11 @@ def _run(
 ) -> torch.Tensor:  # fmt: skip
     _check(q, k, lse, lo, hi, row_weight, head_weight)
     backend = choose_backend(q.device, backend, "q")
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
+    scale = q.shape[2] ** -0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
+    if scale <= 0:
         raise ValueError(f"scale must be positive and finite or None, got {scale}")
-    if not 0 <= softcap < math.inf:
+    softcap = as_float("softcap", softcap, "finite and at least 0")
+    if softcap < 0:
         raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
     if per_head and head_weight is not None:
         raise ValueError("head_weight must be None with per_head, which weighs no heads against each other")
@@ -129,8 +129,7 @@ def _shape(q: torch.Tensor, k: torch.Tensor, per_head: bool) -> tuple[int, ...]:
 
 
 def _check_out(q: torch.Tensor, k: torch.Tensor, per_head: bool, out: torch.Tensor) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out must be a torch.Tensor or None, got {said(out)}")
+    check_tensor("out", out)
     shape = _shape(q, k, per_head)
     if out.dtype != torch.float32 or out.shape != shape:
         raise ValueError(f"out must be float32 of shape {shape}, got {said(out)}")
@@ -147,8 +146,7 @@ def _check(
     head_weight: torch.Tensor | None,
 ) -> None:  # fmt: skip
     for name, tensor in (("q", q), ("k", k)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
+        check_tensor(name, tensor)
         if tensor.ndim != 3 or tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16 (rows, heads, D), got {said(tensor)}")
         if tensor.stride(2) != 1 and tensor.numel() and tensor.shape[2] > 1:
@@ -171,8 +169,7 @@ def _check(
     for name, vector, dtype, shape in vectors:
         if vector is None and name == "head_weight":
             continue
-        if not isinstance(vector, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {said(vector)}")
+        check_tensor(name, vector)
         if vector.dtype != dtype or vector.shape != shape:
             raise ValueError(f"{name} must be {str(dtype)[6:]} of shape {shape}, got {said(vector)}")
         if vector.device != q.device:

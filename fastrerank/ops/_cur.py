@@ -60,9 +60,9 @@ class PackedItems:
         shape = (-(-count // TILE), tile_bytes(storage, width))
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             raise TypeError(f"data must be a uint8 NumPy array, got {getattr(data, 'dtype', type(data).__name__)}")
-        if data.shape != shape or not data.flags.c_contiguous:
+        if data.shape != shape or not data.flags.c_contiguous or data.ctypes.data % 4:
             raise ValueError(
-                f"data must be C-contiguous {shape} for {count} items of width {width} in {storage}, got {data.shape}"
+                f"data must be C-contiguous {shape} from a multiple of 4 bytes on for {count} items of width {width} in {storage}, got {data.shape}"
             )
         if storage != "int8":
             if scale is not None:
@@ -72,7 +72,7 @@ class PackedItems:
                 raise TypeError(f"scale must be a float32 NumPy array for int8, got {type(scale).__name__}")
             if scale.shape not in ((count,), (width, 1)):
                 raise ValueError(f"scale must be ({count},), of items, or ({width}, 1), of rows, got {scale.shape}")
-            scale = np.ascontiguousarray(scale)
+            scale = np.require(scale, requirements=["C", "A"])
             if not ((scale > 0) & np.isfinite(scale)).all():
                 raise ValueError("scale must be positive and finite")
         self.data, self.scale, self.storage = data, scale, storage

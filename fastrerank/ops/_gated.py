@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrerank.ops._tensors import DTYPES, on_device, said
+from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
 
 __all__ = ["gated"]
 
@@ -36,6 +36,7 @@ def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
 def _run(x: torch.Tensor, activation: str) -> torch.Tensor:
     from fastrerank.ops.triton.gated import gated as launch
 
+    check_tensor("x", x)
     if x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1]:
         raise ValueError(f"x must be float32, float16 or bfloat16 (..., 2 W), got {said(x)}")
     if activation not in _ACTIVATIONS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -10,7 +9,7 @@ import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
-from fastrerank.ops._tensors import DTYPES, choose_backend, said
+from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
 
 __all__ = ["label_logits"]
 
@@ -89,11 +88,11 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(hidden, weight, norm, norm_weight, norm_bias, bias)
     backend = choose_backend(hidden.device, backend, "hidden")
-    if not 0 <= eps < math.inf:
+    eps, scale = as_float("eps", eps, "finite and at least 0"), as_float("scale", scale, "finite")
+    if eps < 0:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if not 0 <= softcap < math.inf:
+    softcap = as_float("softcap", softcap, "finite and at least 0")
+    if softcap < 0:
         raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
     rows, labels = hidden.shape[0], weight.shape[0]
     logits = torch.empty((rows, labels), dtype=torch.float32, device=hidden.device)
@@ -136,8 +135,7 @@ def _check(
     norm_bias: torch.Tensor | None, bias: torch.Tensor | None,
 ) -> None:  # fmt: skip
     for name, tensor, letter in (("hidden", hidden, "N"), ("weight", weight, "K")):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {said(tensor)}")
+        check_tensor(name, tensor)
         if tensor.ndim != 2 or tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16 ({letter}, h), got {said(tensor)}")
         if tensor.stride(1) != 1 and tensor.shape[1] > 1 and tensor.numel():
@@ -159,8 +157,7 @@ def _check(
                                ("bias", bias, labels)):  # fmt: skip
         if vector is None:
             continue
-        if not isinstance(vector, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or None, got {said(vector)}")
+        check_tensor(name, vector)
         if vector.shape != (size,) or vector.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16 of shape ({size},), got {said(vector)}")
         if vector.device != hidden.device:

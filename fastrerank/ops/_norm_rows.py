@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrerank.ops._tensors import DTYPES, on_device, said
+from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
 
 __all__ = ["norm_rows"]
 
@@ -62,6 +62,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _check(
     x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> None:
+    check_tensor("x", x)
     if x.dtype not in DTYPES or x.ndim < 1 or not 1 <= x.shape[-1] <= _WIDEST:
         raise ValueError(f"x must be float32, float16 or bfloat16 (..., W) with W of 1 to {_WIDEST}, got {said(x)}")
     if norm not in ("rms", "layer"):
@@ -69,12 +70,15 @@ def _check(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is None:
             continue
+        check_tensor(name, vector)
         if vector.shape != x.shape[-1:] or vector.dtype not in DTYPES or not vector.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous float32, float16 or bfloat16 of shape ({x.shape[-1]},), got {said(vector)}"
             )
         if vector.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {vector.device}")
+    if residual is not None:
+        check_tensor("residual", residual)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         raise ValueError(f"residual must be {said(x)} on {x.device} like x, got {said(residual)} on {residual.device}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrerank.ops._tensors import DTYPES, on_device, said
+from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
 
 __all__ = ["rotary"]
 
@@ -32,7 +32,8 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         [[[[-4.0, 3.0]]]]
     """
     run = torch.ops.fastrerank.rotary if torch.compiler.is_compiling() else _run
-    heads, both = q.shape[1], run(q, k, cos, sin).transpose(0, 1)[None]
+    both = run(q, k, cos, sin).transpose(0, 1)[None]
+    heads = q.shape[1]
     return both[:, :heads], both[:, heads:]
 
 
@@ -49,6 +50,10 @@ def _run(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    for name, tensor, dimensions in (("q", q, 4), ("k", k, 4), ("cos", cos, 3), ("sin", sin, 3)):
+        check_tensor(name, tensor)
+        if tensor.ndim != dimensions:
+            raise ValueError(f"{name} must have {dimensions} dimensions, got {said(tensor)}")
     batch, heads, tokens, head_dim = q.shape
     rotated = cos.shape[-1]
     if batch != 1 or heads < 1 or q.dtype not in DTYPES:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastrerank._cpu as _cpu
 
-__all__ = ["DTYPES", "choose_backend", "on_device", "said"]
+__all__ = ["DTYPES", "as_float", "check_tensor", "choose_backend", "on_device", "said"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKENDS = ("cpp", "triton")
@@ -49,6 +51,30 @@ def on_device(tensor: torch.Tensor, name: str) -> contextlib.AbstractContextMana
         return _HERE if tensor.device.index == torch.cuda.current_device() else torch.cuda.device(tensor.device)
     choose_backend(tensor.device, "triton", name)
     return _HERE
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError for what is no tensor, ValueError for one whose memory does not hold its values as they are."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {said(value)}")
+    if value.layout != torch.strided or value.is_neg():
+        what = "a tensor that is still to be negated; call .resolve_neg()" if value.is_neg() else str(value.layout)
+        raise ValueError(f"{name} must be a dense tensor, got {what}")
+
+
+def as_float(name: str, value: Any, valid: str) -> float:
+    """`value` as a float that float32 holds too: neither infinite there nor, unless it is 0, 0.
+
+    Raises TypeError for what is no number, ValueError that says what is `valid`.
+    """
+    try:
+        number = float(value)
+        narrow = ctypes.c_float(number).value
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {said(value)}") from error
+    if not math.isfinite(narrow) or (narrow == 0) != (number == 0):
+        raise ValueError(f"{name} must be {valid}, within the range of float32, got {number}")
+    return number
 
 
 def said(value: object) -> str:
