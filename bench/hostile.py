@@ -97,11 +97,11 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
 }  # fmt: skip
 
 
-def bodies(count: int, size: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
-    """Yield `count` bodies as (kind, route, bytes): all kinds in turn, of about `size` bytes at most."""
+def bodies(count: int, size: int, seed: int = 0, first: int = 0) -> Iterator[tuple[str, str, bytes]]:
+    """Yield `count` bodies as (kind, route, bytes): all kinds in turn from the `first`, of about `size` bytes at most."""
     random_ = random.Random(seed)
     names = list(KINDS)
-    for i in range(count):
+    for i in range(first, first + count):
         name = names[i % len(names)]
         route, make = KINDS[name]
         most = size if i < len(names) else random_.choice((size, size, size // 3, size // 50))
