@@ -79,9 +79,7 @@ def run(options: Options, log: Any) -> Findings:
     """Equals the findings of all phases; `log` is a rich console for progress."""
     import fastrerank
 
-    reranker = fastrerank.load(
-        str(options.checkpoint), device="cpu", dtype=options.dtype, num_threads=options.threads
-    )
+    reranker = fastrerank.load(str(options.checkpoint), device="cpu", dtype=options.dtype, num_threads=options.threads)
     expected = reranker.score_many(*map(list, zip(*options.asked, strict=True)))
     findings = Findings(host(options), {
         "clients": options.clients, "documents": len(options.asked[0][1]), "large_documents": options.large_documents,

@@ -368,7 +368,7 @@ def soak(
     cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
 ) -> None:
-    """The server under honest and hostile traffic and faults: answers bitwise right, health, memory, a killed worker."""
+    """The server under honest and hostile traffic and faults: right answers, health, memory, a killed worker."""
     from rich.console import Console
 
     from bench import serve

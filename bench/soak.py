@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from bench.cross_encoder import host
 from bench.faulty import BREAK, DIE, PANIC
 from bench.hostile import KINDS, bodies
-from bench.load import Address, Connection, Reply, compare, http_request
+from bench.load import Connection, Reply, compare, http_request
 from bench.servers import NAME, Server
 
 MOST_HEALTH_SECONDS, MOST_GROWTH = 1.0, 50 << 20
@@ -224,11 +224,11 @@ class _Soak:
     async def partly(self, first: bytes, more: bytes, seconds: float) -> None:
         end = time.monotonic() + seconds
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection(self.address.host, self.address.port)
+            _, writer = await asyncio.open_connection(self.address.host, self.address.port)
             with suppress(OSError):
                 writer.write(first)
                 await writer.drain()
-                while time.monotonic() < end and not reader.at_eof():
+                while time.monotonic() < end and not writer.is_closing():
                     writer.write(more)
                     await asyncio.sleep(0.1)
             writer.close()
@@ -275,7 +275,8 @@ def run(options: Options, log: Any) -> Findings:
 
 def _server(options: Options) -> Server:
     command = [sys.executable, "-m", "bench.faulty", "--model", f"{NAME}={options.checkpoint}", "--max-queue-tokens",
-               str(QUEUE_TOKENS), "--max-body-mb", str(BODY_MB), "--header-timeout", "2", "--body-timeout", "2"]  # fmt: skip
+               str(QUEUE_TOKENS), "--max-body-mb", str(BODY_MB), "--header-timeout", "2",
+               "--body-timeout", "2"]  # fmt: skip
     return Server("bench.faulty", version("fastrerank"), command, options.logs / "soak.log")
 
 

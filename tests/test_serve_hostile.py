@@ -1,4 +1,4 @@
-"""Bodies of hostile clients: refused or answered, while memory stays within what docs/serve.md says and health answers."""
+"""Bodies of hostile clients: refused or answered, while memory stays within what is promised and health answers."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def storm(server: Running, count: int, size: int, clients: int) -> tuple[list[An
 
     with Health(server.url) as health, ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(send, bodies(count, size)))
-    print(f"health {health.longest:.3f} s of {health.asked}, memory {(server.status('VmHWM') - idle) >> 20} MiB,",
-          sorted(((round(seconds, 2), kind, status) for kind, status, seconds in answers), reverse=True)[:8])  # fmt: skip
+    slowest = sorted(((round(seconds, 2), kind, status) for kind, status, seconds in answers), reverse=True)[:8]
+    print(
+        f"health {health.longest:.3f} s of {health.asked}, memory {(server.status('VmHWM') - idle) >> 20} MiB,", slowest
+    )
     return answers, health.longest, server.status("VmHWM") - idle
 
 
