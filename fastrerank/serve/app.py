@@ -287,6 +287,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
     )  # fmt: skip
     app.router.route_class = body_route(Bodies())
     app.state.server = server
+    app.router.route_class = body_route(Bodies())
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
     app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)
     app.add_middleware(Keys, keys=settings.keys, body=partial(_refused_key, settings))
