@@ -95,7 +95,7 @@ class _Server:
         name = self.settings.aliases.get(name, name)
         if name not in self.models:
             known = ", ".join((*self.models, *self.settings.aliases))
-            raise Problem(404, "Validation", f"no model {name!r} here; one of {known}", field="model")
+            raise Problem(404, "Validation", f"no model {name[:100]!r} here; one of {known}", field="model")
         return name, self.models[name]
 
     async def scored(
@@ -285,7 +285,6 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
         title="fastrerank", version=fastrerank.__version__, lifespan=lifespan,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
     )  # fmt: skip
-    app.router.route_class = body_route(Bodies())
     app.state.server = server
     app.router.route_class = body_route(Bodies())
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
