@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 
+
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """The address of a server of `app`, http://127.0.0.1:PORT, while the block runs."""

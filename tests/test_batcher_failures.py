@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from serve_fakes import Explaining, Lengths
 
-from fastrerank.rerankers.call import CallOptions
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, ScoringFailed
 from fastrerank.serve.health import dead
 
@@ -168,7 +168,7 @@ class Optioned(Lengths):
 
     call_options = frozenset({"max_tokens_per_doc", "instruction"})
 
-    def _score_many(self, queries: Any, documents: Any, usage: Any, call: CallOptions = CallOptions()) -> Any:
+    def _score_many(self, queries: Any, documents: Any, usage: Any, call: CallOptions = NO_OPTIONS) -> Any:
         more = call.limits.max_tokens_per_doc or 0
         return [row + np.float32(more) for row in super()._score_many(queries, documents, usage)]
 

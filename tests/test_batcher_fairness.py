@@ -24,7 +24,7 @@ class Stepped(Lengths):
         self._lock = threading.Lock()
         self._held: list[tuple[list[str], threading.Event]] = []
 
-    def _score_many(self, queries: list[str], documents: list[list[str]], usage: Any) -> Any:
+    def _score_many(self, _queries: list[str], documents: list[list[str]], usage: Any) -> Any:
         held = [text for texts in documents for text in texts], threading.Event()
         with self._lock:
             self._held.append(held)

@@ -440,7 +440,7 @@ class AsyncReranker:
             got, wanted = [len(scores) for scores in results], [piece.end - piece.begin for piece in pieces]
             if got != wanted:
                 raise RuntimeError(f"the reranker returned {got} scores for {wanted} documents")
-            results = [np.asarray(scores, np.float32).reshape(count) for scores, count in zip(results, wanted)]
+            results = [np.asarray(scores, np.float32).reshape(n) for scores, n in zip(results, wanted, strict=True)]
             usage = self.reranker.last_usage
             tokens, counted = int(usage["tokens"]), list(usage["query_tokens"])
             tokenized = float(usage["seconds"].get("tokenize", 0.0))

@@ -1,4 +1,4 @@
-"""What waits to be scored: small requests in the order of their arrival, large ones in turn, and how batches are taken."""
+"""What waits to be scored: small requests as they came, large ones in turn, and how batches are taken from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Request:
         sizes: bytes of each (query, document) pair, at least 1.
         whole: the documents are scored together or not at all, as methods of lists need it.
         explain: the tokens of the documents are wanted with what each gets, in `explained`.
-        large: scored in slices, in turn with other large ones. heavy: one slice may take long, as slices cannot be small.
+        large: scored in slices, in turn with other large ones.
+        heavy: one slice may take long, as it cannot be made small.
         options: of the reranker's call; only requests with equal ones share one.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
@@ -160,7 +161,7 @@ class Waiting:
         return found
 
     def take(self, budget: int) -> list[Piece]:
-        """Take a batch of about `budget` bytes from small requests in the order of their arrival; at least one document.
+        """Take a batch of about `budget` bytes from small requests in their order; at least one document.
 
         Every request in turn gives at most `LARGEST_SHARE` of the budget; what is left goes to those that have more,
         the longest waiting first. Requests that are taken to their end wait no more.

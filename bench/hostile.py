@@ -9,7 +9,20 @@ from collections.abc import Callable, Iterator
 __all__ = ["KINDS", "bodies"]
 
 # What is repeated to fill a document: text that is nothing but one thing.
-FILLS = ["!?", "a", "的", "  \n", "😀", "ﷺ", "\\ud800", "\\u0000", "e\u0301", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ", "\\\"", "#@ 1,"]
+FILLS = [
+    "!?",
+    "a",
+    "的",
+    "  \n",
+    "😀",
+    "ﷺ",
+    "\\ud800",
+    "\\u0000",
+    "e\u0301",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ",
+    '\\"',
+    "#@ 1,",
+]
 
 
 def _filled(before: str, unit: str, after: str, size: int) -> bytes:
@@ -18,7 +31,7 @@ def _filled(before: str, unit: str, after: str, size: int) -> bytes:
 
 
 def _listed(name: str, unit: str) -> Callable[[random.Random, int], bytes]:
-    return lambda _, size: _filled('{"query":"q","%s":[' % name, unit + ",", unit + "]}", size)
+    return lambda _, size: _filled('{"query":"q","' + name + '":[', unit + ",", unit + "]}", size)
 
 
 def _document(_random: random.Random, size: int) -> bytes:
@@ -87,8 +100,10 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
     "a document of one thing": ("/rerank", _document),
     "a query of one thing": ("/rerank", _query),
     "a long query and many letters": ("/rerank", _query_and_letters),
-    "a long name of a model": ("/rerank", lambda _, size: _filled('{"query":"q","documents":["a"],"model":"', "m", '"}', size)),
-    "a long field": ("/rerank", lambda _, size: _filled('{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size)),
+    "a long name of a model": ("/rerank", lambda _, size: _filled(
+        '{"query":"q","documents":["a"],"model":"', "m", '"}', size)),
+    "a long field": ("/rerank", lambda _, size: _filled(
+        '{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size)),
     "as many queries as documents": ("/score", _pairs),
     "a body that is cut": ("/rerank", _cut),
     "a body with wrong bytes": ("/v1/rerank", _flipped),
@@ -97,11 +112,11 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
 }  # fmt: skip
 
 
-def bodies(count: int, size: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
-    """Yield `count` bodies as (kind, route, bytes): all kinds in turn, of about `size` bytes at most."""
+def bodies(count: int, size: int, seed: int = 0, first: int = 0) -> Iterator[tuple[str, str, bytes]]:
+    """Yield `count` bodies as (kind, route, bytes): all kinds in turn from `first`, about `size` bytes at most."""
     random_ = random.Random(seed)
     names = list(KINDS)
-    for i in range(count):
+    for i in range(first, first + count):
         name = names[i % len(names)]
         route, make = KINDS[name]
         most = size if i < len(names) else random_.choice((size, size, size // 3, size // 50))
