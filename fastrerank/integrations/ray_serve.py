@@ -10,8 +10,9 @@ from ray import serve
 import fastrerank
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.dialects import Flavor
+from fastrerank.serve.errors import Flavor
 from fastrerank.serve.health import WorkerDied, dead
+from fastrerank.serve.names import hub_names, parse_aliases
 from fastrerank.serve.run import parse_models, read_keys
 
 __all__ = ["Arguments", "Replica", "app"]
@@ -22,6 +23,7 @@ class Arguments(BaseModel):
 
     Attributes:
         model: checkpoint, or NAME=CHECKPOINT; or several. The first is the one that requests need not name.
+        alias: ALIAS=NAME, or several: further names of models.
         method, options: as in `fastrerank.load`, for all models.
         num_threads, num_gpus: what a replica computes with, and reserves.
         max_batch_tokens, max_wait_ms, max_queue_tokens: as in `fastrerank.AsyncReranker`, in each replica.
@@ -35,6 +37,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | list[str]
+    alias: str | list[str] = Field(default_factory=list)
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     num_threads: int = Field(1, ge=1)
@@ -61,17 +64,20 @@ class Replica:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         given = Arguments(**arguments)
+        named = parse_models(_list(given.model))
+        aliases = hub_names(named) | parse_aliases(_list(given.alias), named)
         self.models = {
             name: AsyncReranker(
                 fastrerank.load(checkpoint, method=given.method, num_threads=given.num_threads, **given.options),
                 max_batch_tokens=given.max_batch_tokens, max_wait_ms=given.max_wait_ms,
                 max_queue_tokens=given.max_queue_tokens,
             )
-            for name, checkpoint in parse_models(_list(given.model)).items()
+            for name, checkpoint in named.items()
         }  # fmt: skip
         settings = Settings(
-            keys=read_keys(None), flavor=given.api_flavor, max_documents=given.max_documents, timeout=given.timeout
-        )
+            keys=read_keys(None), flavor=given.api_flavor, max_documents=given.max_documents, timeout=given.timeout,
+            aliases=aliases,
+        )  # fmt: skip
         self.routes = create_app(self.models, settings)
 
     def check_health(self) -> None:
@@ -109,7 +115,8 @@ def app(arguments: Arguments) -> serve.Application:
     Example:
         >>> serve.run(app(Arguments(model="BAAI/bge-reranker-base", max_replicas=8)))         # doctest: +SKIP
     """
-    parse_models(_list(arguments.model))  # a wrong name is told here, not by replicas that do not start
+    # A wrong name is told here, not by replicas that do not start.
+    parse_aliases(_list(arguments.alias), parse_models(_list(arguments.model)))
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="fastrerank",
