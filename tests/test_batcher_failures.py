@@ -208,3 +208,26 @@ def test_rank_and_score_show_what_the_rerankers_own_show() -> None:
             assert given.scores.tolist() == [11.0]
 
     asyncio.run(run())
+
+
+def test_a_request_may_have_a_query_for_each_document() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1)
+    first = shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    several = shared.submit(["q", "q", "qqq"], ["abc", "abcd", "abc"])  # type: ignore[arg-type]
+    other = shared.submit("qq", ["abc"])
+    reranker.gate.set()
+    assert several.result(10).tolist() == [2.0, 3.0, 0.0]
+    assert [first.result(10).tolist(), other.result(10).tolist()] == [[0.0], [1.0]]
+    assert reranker.calls[1] == [["abc", "abcd"], ["abc"], ["abc"]]
+    with pytest.raises(ValueError, match="one for each of 2 documents, got 1"):
+        shared.submit(["q"], ["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"query\[0\]"):
+        shared.submit([1], ["a"])  # type: ignore[arg-type, list-item]
+    shared.close()
+    lists = AsyncReranker(Lengths(independent=False))
+    with pytest.raises(ValueError, match="ranks the documents of one query"):
+        lists.submit(["q"], ["a"])  # type: ignore[arg-type]
+    lists.close()

@@ -221,6 +221,18 @@ def test_a_long_query_counts_with_every_document() -> None:
     shared.close()
 
 
+def test_many_queries_of_one_request_are_one_large_request(single: tuple[Stepped, AsyncReranker]) -> None:
+    reranker, shared = single
+    queries = [f"q{i}" for i in range(len(LARGE))]
+    shared.submit(queries, LARGE)  # type: ignore[arg-type]
+    reranker.wait()
+    small = shared.submit("q", ["s"])
+    assert kind(reranker.step()) == "large"
+    reranker.wait()
+    assert kind(reranker.step()) == "s"
+    assert small.result(5).shape == (1,)
+
+
 def test_a_pair_counts_no_more_than_the_model_reads() -> None:
     reranker = Stepped(max_length=128)
     shared = shared_by(reranker, workers=1)

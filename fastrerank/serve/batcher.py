@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -156,12 +157,14 @@ class AsyncReranker:
         return (await self.scored(query, documents, timeout=timeout, options=options)).scores
 
     async def scored(
-        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
+        self, query: str | Sequence[str], documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
         options: CallOptions | Options | None = None,
     ) -> Scored:  # fmt: skip
         """Like `score`, with what the request cost.
 
         Args:
+            query: the query; or one for each document, where a method scores documents one by one: ValueError for
+                others, and where there are fewer or more. It is one request, however many queries it has.
             explain: whether the result says what each token of a document gets, as `AttentionReranker.rank` does;
                 ValueError for a method that does not read attention.
             options: those of `score`, as a mapping or as `CallOptions`.
@@ -266,13 +269,13 @@ class AsyncReranker:
         await self.aclose()
 
     def _enqueue(
-        self, query: str, documents: Sequence[str], timeout: float | None, explain: bool,
+        self, query: str | Sequence[str], documents: Sequence[str], timeout: float | None, explain: bool,
         options: CallOptions | Options | None,
     ) -> Request:  # fmt: skip
         given = options.keywords() if isinstance(options, CallOptions) else dict(options or {})
         call = self.reranker.check_options(**given)
-        (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
+        checked = self._queries(query, len(texts), explain)
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout!r}")
         if explain and not self.explains:
@@ -296,20 +299,35 @@ class AsyncReranker:
         request.future.add_done_callback(lambda _: self._forget(request))
         return request
 
+    def _queries(self, query: str | Sequence[str], count: int, explain: bool) -> str | list[str]:
+        if isinstance(query, str) or not isinstance(query, Sequence):
+            return check_texts([query], "query", scalar=True)[0]
+        queries = check_texts(query, "query")
+        if explain or not self.reranker.independent:
+            raise ValueError(f"method {self.reranker.method!r} ranks the documents of one query, got a list of queries")
+        if len(queries) != count:
+            raise ValueError(f"query must be one, or one for each of {count} documents, got {len(queries)}")
+        return queries
+
     def _request(
-        self, query: str, texts: list[str], timeout: float | None, explain: bool, call: CallOptions
+        self, query: str | list[str], texts: list[str], timeout: float | None, explain: bool, call: CallOptions
     ) -> Request:
         # A lone surrogate has no UTF-8 form; for a size any will do.
-        base = len(query.encode("utf-8", "replace"))
+        own = [query] * len(texts) if isinstance(query, str) else query
+        known = {one: len(one.encode("utf-8", "replace")) for one in set(own)}
+        bases = [known[one] for one in own]
         texts_bytes = [len(text.encode("utf-8", "replace")) for text in texts]
         limits = call.limits
         most = self._bytes(limits.max_length or self.max_length)
-        read, most_read = min(base, self._bytes(limits.max_tokens_per_query)), self._bytes(limits.max_tokens_per_doc)
-        sizes = [min(most, read + min(size, most_read) + PAIR_BYTES) for size in texts_bytes]
+        first, second = self._bytes(limits.max_tokens_per_query), self._bytes(limits.max_tokens_per_doc)
+        sizes = [
+            min(most, min(base, first) + min(size, second) + PAIR_BYTES)
+            for base, size in zip(bases, texts_bytes, strict=True)
+        ]
         whole = not self.reranker.independent or explain
-        effort = sum(sizes) + (base + sum(texts_bytes)) // BYTES_AS_ONE
+        effort = sum(sizes) + (sum(known.values()) + sum(texts_bytes)) // BYTES_AS_ONE
         large = effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
-        heavy = large and (whole or max(base, *texts_bytes) > HEAVY_BYTES)
+        heavy = large and (whole or max(*bases, *texts_bytes) > HEAVY_BYTES)
         deadline = None if timeout is None else time.monotonic() + timeout
         return Request(query, texts, sizes, whole, deadline, explain, large, heavy, call)
 
@@ -436,7 +454,8 @@ class AsyncReranker:
     def _run_batch(self, pieces: list[Piece]) -> None:
         begin = time.perf_counter()
         try:
-            results = self._explained(pieces[0]) if pieces[0].request.explain else self._results(pieces)
+            asked = [piece.request.asked(piece.begin, piece.end) for piece in pieces]
+            results = self._explained(pieces[0]) if pieces[0].request.explain else self._results(pieces, asked)
             got, wanted = [len(scores) for scores in results], [piece.end - piece.begin for piece in pieces]
             if got != wanted:
                 raise RuntimeError(f"the reranker returned {got} scores for {wanted} documents")
@@ -444,8 +463,11 @@ class AsyncReranker:
             usage = self.reranker.last_usage
             tokens, counted = int(usage["tokens"]), list(usage["query_tokens"])
             tokenized = float(usage["seconds"].get("tokenize", 0.0))
-            if len(counted) not in (0, len(pieces)):
-                raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {len(pieces)}")
+            count = sum(map(len, asked))
+            if len(counted) not in (0, count):
+                raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {count}")
+            left = iter(counted)
+            counted = [sum(islice(left, len(one))) for one in asked] if counted else []
         except BaseException as error:  # a panic of native code too, or the thread would end
             if len(pieces) == 1:
                 pieces[0].request.end(_for_callers(error))
@@ -457,12 +479,17 @@ class AsyncReranker:
             piece.request.tokenized += tokenized
         self._note(pieces, results, tokens, counted, time.perf_counter() - begin)
 
-    def _results(self, pieces: list[Piece]) -> list[Scores]:
-        return self.reranker.score_many(
-            [piece.request.query for piece in pieces],
-            [piece.request.documents[piece.begin : piece.end] for piece in pieces],
+    def _results(self, pieces: list[Piece], asked: list[list[tuple[str, list[str]]]]) -> list[Scores]:
+        """Scores of each piece, whose queries with their documents are `asked`."""
+        rows = self.reranker.score_many(
+            [query for one in asked for query, _ in one], [texts for one in asked for _, texts in one],
             **pieces[0].request.options.keywords(),
-        )
+        )  # fmt: skip
+        if len(rows) != sum(map(len, asked)):
+            raise RuntimeError(f"the reranker returned scores of {len(rows)} queries, not of {sum(map(len, asked))}")
+        left = iter(rows)
+        taken = [list(islice(left, len(one))) for one in asked]
+        return [one[0] if len(one) == 1 else np.concatenate(one) for one in taken]
 
     def _explained(self, piece: Piece) -> list[Scores]:
         request, reranker = piece.request, cast(Any, self.reranker)
