@@ -56,7 +56,7 @@ def _nested_documents(_random: random.Random, size: int) -> bytes:
 
 
 def _pairs(_random: random.Random, size: int) -> bytes:
-    texts = [f"q{i}" for i in range(min(size // 20, 10_000))]
+    texts = [f"q{i}" for i in range(min(size // 2000, 10_000))]
     return json.dumps({"queries": texts, "documents": texts}).encode()
 
 

@@ -157,8 +157,8 @@ class AsyncReranker:
         return (await self.scored(query, documents, timeout=timeout, options=options)).scores
 
     async def scored(
-        self, query: str | Sequence[str], documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
-        options: CallOptions | Options | None = None,
+        self, query: str | Sequence[str], documents: Sequence[str], *, timeout: float | None = None,
+        explain: bool = False, options: CallOptions | Options | None = None,
     ) -> Scored:  # fmt: skip
         """Like `score`, with what the request cost.
 
