@@ -231,3 +231,29 @@ def test_a_request_may_have_a_query_for_each_document() -> None:
     with pytest.raises(ValueError, match="ranks the documents of one query"):
         lists.submit(["q"], ["a"])  # type: ignore[arg-type]
     lists.close()
+
+
+def test_a_method_that_does_not_state_whether_its_documents_are_independent_is_refused() -> None:
+    reranker = Lengths()
+    del reranker.independent
+    with pytest.raises(TypeError, match="Lengths must state whether its documents are independent"):
+        AsyncReranker(reranker)
+
+
+def test_requests_of_dependent_documents_rank_alike_explained_or_not() -> None:
+    """Beside others and in any number: a split would compare other documents with each other."""
+
+    class Compared(Explaining):
+        def _score_many(self, queries: Any, documents: Any, usage: Any) -> Any:
+            return [row * np.float32(len(row)) for row in super()._score_many(queries, documents, usage)]
+
+    texts = [f"word{i % 7} " * (i % 5 + 1) for i in range(300)]
+    expected = Compared().rank("q", texts)
+
+    async def run() -> list[Any]:
+        async with AsyncReranker(Compared(), max_batch_tokens=100) as shared:
+            jobs = [shared.rank("q", texts, explain=i % 2 == 0) for i in range(8)]
+            return await asyncio.gather(*jobs)
+
+    for rows in asyncio.run(run()):
+        assert [{key: row[key] for key in ("corpus_id", "score")} for row in rows] == expected

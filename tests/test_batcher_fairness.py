@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from serve_fakes import Lengths
 
-from fastrerank.serve.batcher import HEAVY_BYTES, QUIET_SLICES, REQUEST_SHARE, AsyncReranker, Overloaded, TooLarge
+from fastrerank.serve.admission import HEAVY_BYTES, REQUEST_SHARE
+from fastrerank.serve.batcher import QUIET_SLICES, AsyncReranker, Overloaded, TooLarge
 from fastrerank.serve.queue import LEAST_SLICE_TOKENS, SLICE_SECONDS, Speed
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from fastrerank.rerankers.base import Reranker, check_top_k
 from fastrerank.rerankers.call import CallOptions
+from fastrerank.serve.admission import HEAVY_BYTES, Overloaded, TooLarge, admit, measure
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
 
@@ -32,27 +32,8 @@ __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored"
 log = logging.getLogger("fastrerank.serve")
 Scores = npt.NDArray[np.float32]
 
-# Share of the queue that large requests may take together, so the most that one may take: the rest is for small ones.
-REQUEST_SHARE = 0.75
-# What a pair costs beside its texts: special tokens, in bytes of text.
-PAIR_BYTES = 8
-# A text of so many bytes takes long to be tokenised, however few of its tokens count; tokenising so many bytes takes
-# about as long as computing one byte's tokens.
-HEAVY_BYTES, BYTES_AS_ONE = 256 << 10, 64
 # After so many slices without a new small request every worker may take slices of large ones; else one is kept free.
 QUIET_SLICES = 64
-
-
-class Overloaded(RuntimeError):
-    """The queue is full. `retry_after`: seconds after which there should be room."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class TooLarge(ValueError):
-    """The request alone is more than the share of the queue that one request may have: it can never be taken."""
 
 
 class ScoringFailed(RuntimeError):
@@ -122,6 +103,9 @@ class AsyncReranker:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if not 0 <= max_wait_ms < float("inf"):
             raise ValueError(f"max_wait_ms must be at least 0 and finite, got {max_wait_ms!r}")
+        if not isinstance(getattr(reranker, "independent", None), bool):
+            name = type(reranker).__name__
+            raise TypeError(f"{name} must state whether its documents are independent: independent = True, or False")
         self.reranker = reranker
         self.max_batch_tokens, self.max_queue_tokens = max_batch_tokens, max_queue_tokens
         self.max_wait = max_wait_ms / 1e3
@@ -282,13 +266,13 @@ class AsyncReranker:
             method = self.reranker.method
             raise ValueError(f"explain needs a method that reads attention (icr, qrhead, core), not {method}")
         request = self._request(checked, texts, timeout, explain, call)
-        size = request.waiting_bytes
         with self._changed:
             if self._closing:
                 raise Closed("the reranker takes no more requests: it is closed")
             if self.failure is not None:
                 raise Closed(f"the reranker takes no more requests: {self.failure}")
-            self._admit(size, request.large)
+            large = self._flying_large + self._waiting.large.bytes if request.large else 0
+            admit(request.waiting_bytes, self._load(), large, self.speed, self.max_queue_tokens)
             if not texts:
                 request.end()
                 return request
@@ -312,49 +296,12 @@ class AsyncReranker:
     def _request(
         self, query: str | list[str], texts: list[str], timeout: float | None, explain: bool, call: CallOptions
     ) -> Request:
-        # A lone surrogate has no UTF-8 form; for a size any will do.
-        own = [query] * len(texts) if isinstance(query, str) else query
-        known = {one: len(one.encode("utf-8", "replace")) for one in set(own)}
-        bases = [known[one] for one in own]
-        texts_bytes = [len(text.encode("utf-8", "replace")) for text in texts]
-        limits = call.limits
-        most = self._bytes(limits.max_length or self.max_length)
-        first, second = self._bytes(limits.max_tokens_per_query), self._bytes(limits.max_tokens_per_doc)
-        sizes = [
-            min(most, min(base, first) + min(size, second) + PAIR_BYTES)
-            for base, size in zip(bases, texts_bytes, strict=True)
-        ]
+        measured = measure(query, texts, call.limits, self.max_length, self.speed)
         whole = not self.reranker.independent or explain
-        effort = sum(sizes) + (sum(known.values()) + sum(texts_bytes)) // BYTES_AS_ONE
-        large = effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
-        heavy = large and (whole or max(*bases, *texts_bytes) > HEAVY_BYTES)
+        large = measured.effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
+        heavy = large and (whole or measured.longest > HEAVY_BYTES)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return Request(query, texts, sizes, whole, deadline, explain, large, heavy, call)
-
-    def _bytes(self, tokens: int | None) -> int:
-        """About how many bytes of a text are read where `tokens` are."""
-        return sys.maxsize if tokens is None else self.speed.bytes(tokens)
-
-    def _admit(self, size: int, large: bool) -> None:
-        """Raise TooLarge or Overloaded where there is no room for a request of `size` bytes."""
-        tokens, queue = self.speed.tokens(size), self.max_queue_tokens
-        share = int(REQUEST_SHARE * queue)
-        if tokens > share:
-            raise TooLarge(
-                f"the request is about {tokens} tokens (a query counts with each document), but one request may be at "
-                f"most {share}, {REQUEST_SHARE:.0%} of max_queue_tokens={queue}: send fewer documents at a time"
-            )
-        loads = [(self._load(), queue)]
-        if large:
-            loads.append((self._flying_large + self._waiting.large.bytes, share))
-        for load, most in loads:
-            if load and self.speed.tokens(load + size) > most:
-                excess = load + size - self.speed.bytes(most)
-                raise Overloaded(
-                    f"{self.speed.tokens(load)} tokens wait, {tokens} more would exceed "
-                    + (f"max_queue_tokens={queue}" if most == queue else f"{most}, what large requests may take of it"),
-                    retry_after=self.speed.seconds(min(excess, load)),
-                )
+        return Request(query, texts, measured.sizes, whole, deadline, explain, large, heavy, call)
 
     def _load(self) -> int:
         return self._flying + self._waiting.bytes
