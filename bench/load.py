@@ -83,7 +83,7 @@ def http_request(path: str, body: object, address: Address) -> bytes:
     return head.encode() + raw
 
 
-class _Connection:
+class Connection:
     """One kept-alive connection, opened when it is first used and whenever the server has closed it."""
 
     def __init__(self, address: Address) -> None:
@@ -128,7 +128,7 @@ def closed(address: Address, requests: Sequence[bytes], clients: int, seconds: f
     numbers = itertools.count()
 
     async def client(phase: Phase) -> None:
-        connection = _Connection(address)
+        connection = Connection(address)
         while time.perf_counter() < phase.begin + seconds:
             number = next(numbers) % len(requests)
             phase.replies.append(await connection.ask(number, requests[number]))
@@ -152,10 +152,10 @@ def opened(address: Address, requests: Sequence[bytes], rate: float, seconds: fl
 
     async def run() -> Phase:
         phase = Phase(time.perf_counter())
-        idle: list[_Connection] = []
+        idle: list[Connection] = []
 
         async def one(number: int) -> None:
-            connection = idle.pop() if idle else _Connection(address)
+            connection = idle.pop() if idle else Connection(address)
             phase.replies.append(await connection.ask(number, requests[number]))
             idle.append(connection)
 

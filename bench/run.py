@@ -322,6 +322,75 @@ def serve(
     raise typer.Exit(0 if found.sound else 1)
 
 
+@app.command("beside")
+def beside(
+    dtype: Annotated[str, typer.Option(help="precision: float32, bfloat16 or int8")] = "float32",
+    clients: Annotated[int, typer.Option(min=1, help="that send small requests")] = 2,
+    docs: Annotated[int, typer.Option(min=1, max=100, help="documents of a small request")] = 10,
+    large: Annotated[int, typer.Option(min=1, help="documents of a large request")] = 10_000,
+    query_bytes: Annotated[int, typer.Option(min=1, help="of the long query")] = 2_000_000,
+    seconds: Annotated[float, typer.Option(min=1, help="of each phase")] = 30.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the library alone; default: the cores")] = None,
+    data: Annotated[Path, typer.Option(help="folder with the DL19 file")] = DATA,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
+) -> None:
+    """The server's small requests, alone and beside large ones: p50 and p99, and p50 over a kept connection."""
+    from rich.console import Console
+
+    from bench import beside as bench
+    from bench import serve
+    from bench.servers import ServerError
+
+    log, folder = Console(stderr=True), cache or models.default_cache()
+    try:
+        options = bench.Options(
+            models.build("minilm", folder).path, serve.texts(data, 40, docs), dtype, clients, large, query_bytes,
+            seconds, threads or _cores(), folder / "logs", "python -m bench.run " + " ".join(sys.argv[1:]),
+        )  # fmt: skip
+        found = bench.run(options, log)
+    except (ValueError, FileNotFoundError, ServerError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    if json_file:
+        bench.write_json(found, json_file)
+    bench.show(found)
+    raise typer.Exit(0 if found.sound else 1)
+
+
+@app.command("soak")
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.2, help="in all, a third or two minutes of it to warm up")] = 20.0,
+    clients: Annotated[int, typer.Option(min=1, help="honest ones")] = 4,
+    docs: Annotated[int, typer.Option(min=1, max=100, help="documents of an honest request")] = 10,
+    seed: Annotated[int, typer.Option(help="of what hostile clients send")] = 0,
+    data: Annotated[Path, typer.Option(help="folder with the DL19 file")] = DATA,
+    cache: Annotated[Path | None, typer.Option(help="checkpoints; default ~/.cache")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything")] = None,
+) -> None:
+    """The server under honest and hostile traffic and faults: right answers, health, memory, a killed worker."""
+    from rich.console import Console
+
+    from bench import serve
+    from bench import soak as bench
+    from bench.servers import ServerError
+
+    log, folder = Console(stderr=True), cache or models.default_cache()
+    try:
+        options = bench.Options(
+            models.build("minilm", folder).path, serve.texts(data, 60, docs), minutes, clients, _cores(),
+            folder / "logs", "python -m bench.run " + " ".join(sys.argv[1:]), seed,
+        )  # fmt: skip
+        found = bench.run(options, log)
+    except (ValueError, FileNotFoundError, ServerError) as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    if json_file:
+        bench.write_json(found, json_file)
+    bench.show(found)
+    raise typer.Exit(1 if found.problems else 0)
+
+
 @app.command("ray")
 def ray(
     rows: Annotated[int, typer.Option(min=1000, help="pairs: DL19's, repeated")] = 200_000,

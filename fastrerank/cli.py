@@ -406,8 +406,8 @@ def serve(
     }  # fmt: skip
     rerankers = {
         name: fastrerank.AsyncReranker(
-            load_reranker(checkpoint, method, dtype, label=labels.get(name), **options), max_batch_tokens=max_batch_tokens,
-            max_wait_ms=max_wait_ms, max_queue_tokens=max_queue_tokens,
+            load_reranker(checkpoint, method, dtype, label=labels.get(name), **options),
+            max_batch_tokens=max_batch_tokens, max_wait_ms=max_wait_ms, max_queue_tokens=max_queue_tokens,
         )
         for name, checkpoint in named.items()
     }  # fmt: skip

@@ -57,7 +57,7 @@ def test_cohere_v1_documents(url: str) -> None:
     assert (rows[0].document.text, rows[0].document.kept) == ("abc", "x")
 
 
-@pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm", "huggingface", "infinity"])
+@pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm", "huggingface", "infinity", "voyage"])
 def test_litellm(url: str, infinity_url: str, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the internet when it is imported
     litellm = pytest.importorskip("litellm")
@@ -89,3 +89,25 @@ def test_llama_index(url: str) -> None:
     nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in DOCUMENTS]
     found = rerank.postprocess_nodes(nodes, QueryBundle(query_str="qq"))
     assert [(DOCUMENTS.index(each.node.get_content()), each.score) for each in found] == BEST
+
+
+def test_voyage(url: str) -> None:
+    voyage = pytest.importorskip("voyageai")
+    client = voyage.Client(api_key="key", base_url=f"{url}/v1")
+    answer = client.rerank("qq", DOCUMENTS, model="fake", top_k=2)
+    assert [(row.index, row.relevance_score) for row in answer.results] == BEST
+    assert [row.document for row in answer.results] == ["cccc", "bbb"]
+    assert answer.total_tokens == 3
+    with pytest.raises(voyage.error.InvalidRequestError, match="top_k"):
+        client.rerank("qq", DOCUMENTS, model="fake", top_k=-1)
+    with pytest.raises(voyage.error.AuthenticationError):
+        voyage.Client(api_key="wrong", base_url=f"{url}/v1").rerank("q", ["a"], model="fake")
+
+
+def test_infinity_lists_models(url: str) -> None:
+    """The client that is generated from Infinity's schema."""
+    models = pytest.importorskip("infinity_client.models")
+    httpx = pytest.importorskip("httpx")
+    answer = httpx.get(f"{url}/models", headers={"authorization": "Bearer key"}).json()
+    (row,) = models.OpenAIModelInfo.from_dict(answer).data
+    assert (row.id, row.stats["batch_size"], row.capabilities) == ("fake", 16384, ["rerank"])

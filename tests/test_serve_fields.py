@@ -142,7 +142,7 @@ FIELDS = [
     Field("score_threshold", 0.07, ("0.5", True, [], {}), least=0.07, rerank_only=True),
     Field("min_score", 0.07, ("0.5", True, [], {}), least=0.07, rerank_only=True),
     Field("min_score", 0.07, (0.1,), least=0.07, beside={"score_threshold": 0.07}, rerank_only=True),
-    Field("threshold", 0.1, ("x", 0, False), refused=True),
+    Field("threshold", 0.1, ("x", 0, False, [], {}), refused=True),
     Field("return_documents", True, NOT_BOOLS, carries=True, rerank_only=True),
     Field("return_text", True, NOT_BOOLS, carries=True, rerank_only=True),
     Field("return_text", False, (True,), carries=False, beside={"return_documents": False}),

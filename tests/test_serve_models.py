@@ -85,8 +85,10 @@ def test_labels_of_the_command_line() -> None:
     assert parse_labels(["1"], ["m", "n"]) == {"m": 1, "n": 1}
     assert parse_labels(["m=entailment", "2"], ["m", "n"]) == {"m": "entailment", "n": 2}
     assert parse_labels(["a=b"], ["m"]) == {"m": "a=b"}  # a label may hold the sign
-    for wrong, message in ((["m="], "LABEL or NAME=LABEL"), ([""], "LABEL or NAME=LABEL"), (["1", "2"], "for all models"),
-                           (["m=1", "m=2"], "has the label 1 already")):  # fmt: skip
+    for wrong, message in (
+        (["m="], "LABEL or NAME=LABEL"), ([""], "LABEL or NAME=LABEL"), (["1", "2"], "for all models"),
+        (["m=1", "m=2"], "has the label 1 already"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             parse_labels(wrong, ["m", "n"])
 

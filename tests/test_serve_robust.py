@@ -85,7 +85,7 @@ def test_health_and_readiness_fail_where_a_worker_has_died() -> None:
     shared.close()
 
 
-def test_connections_have_no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_have_no_delay() -> None:
     options = []
 
     class Watched(_Protocol):

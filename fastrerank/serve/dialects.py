@@ -71,7 +71,7 @@ def _top_n(body: RerankBody, flavor: Flavor) -> int | None:
     """How many results; None for all."""
     name, count = agreed((("top_n", body.top_n), ("top_k", body.top_k), ("topN", body.topN)))
     if count is None or count > 0:
-        return count
+        return None if count is None else int(count)
     if name != "topN" and flavor not in _ZERO_IS_ALL:
         raise refuse(name, "must be at least 1")
     return None

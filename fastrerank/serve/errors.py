@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 __all__ = ["Flavor", "Problem", "Source", "dialect", "error_body", "error_status"]
 
+LONGEST_MESSAGE = 2000
 # Where an error comes from: a body that is no JSON, one that the schema refuses, a route or its middleware, or what
 # serves the request.
 Source = Literal["json", "schema", "route", "request"]
@@ -36,7 +37,8 @@ class Problem(Exception):
     def __init__(
         self, status: int, kind: str, message: str, headers: dict[str, str] | None = None, field: str | None = None
     ) -> None:
-        super().__init__(message)
+        # A client's own text in a message may be megabytes.
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
         self.status, self.kind, self.headers, self.field = status, kind, headers or {}, field
 
 

@@ -1,4 +1,4 @@
-"""The listening socket, and accepting from it: small answers go out at once, and a lack of descriptors is waited out."""
+"""The listening socket, and accepting from it: answers go out at once, and a lack of descriptors is waited out."""
 
 from __future__ import annotations
 

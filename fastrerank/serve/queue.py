@@ -1,4 +1,4 @@
-"""What waits to be scored: small requests in the order of their arrival, large ones in turn, and how batches are taken."""
+"""What waits to be scored: small requests as they came, large ones in turn, and how batches are taken from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +34,12 @@ class Request:
     """One query with N documents, and how far they are.
 
     Attributes:
+        query: of all documents; or one for each of them, where a list.
         sizes: bytes of each (query, document) pair, at least 1.
         whole: the documents are scored together or not at all, as methods of lists need it.
         explain: the tokens of the documents are wanted with what each gets, in `explained`.
-        large: scored in slices, in turn with other large ones. heavy: one slice may take long, as slices cannot be small.
+        large: scored in slices, in turn with other large ones.
+        heavy: one slice may take long, as it cannot be made small.
         options: of the reranker's call; only requests with equal ones share one.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
@@ -46,7 +49,7 @@ class Request:
         waiting_bytes: bytes of the documents that no batch has taken.
     """
 
-    query: str
+    query: str | list[str]
     documents: list[str]
     sizes: list[int]
     whole: bool
@@ -72,6 +75,13 @@ class Request:
         self.missing = len(self.documents)
         self.waiting_bytes = sum(self.sizes)
         self.scores = np.full(len(self.documents), np.nan, np.float32)
+
+    def asked(self, begin: int, end: int) -> list[tuple[str, list[str]]]:
+        """Return documents [begin, end) as (query, its documents), in their order."""
+        if isinstance(self.query, str):
+            return [(self.query, self.documents[begin:end])]
+        pairs = zip(self.query[begin:end], self.documents[begin:end], strict=True)
+        return [(query, [text for _, text in group]) for query, group in groupby(pairs, key=itemgetter(0))]
 
     def end(self, error: BaseException | None = None) -> None:
         """Set the future's result; a request that has ended before, or was cancelled, stays as it is."""
@@ -160,7 +170,7 @@ class Waiting:
         return found
 
     def take(self, budget: int) -> list[Piece]:
-        """Take a batch of about `budget` bytes from small requests in the order of their arrival; at least one document.
+        """Take a batch of about `budget` bytes from small requests in their order; at least one document.
 
         Every request in turn gives at most `LARGEST_SHARE` of the budget; what is left goes to those that have more,
         the longest waiting first. Requests that are taken to their end wait no more.

@@ -51,7 +51,7 @@ class Common(BaseModel):
     )
     relevant_spans: dict[str, Any] | None = Field(None, description='Refused, unless its `mode` is "disabled".')
     return_embeddings: StrictBool | None = Field(None, description="true is refused.")
-    threshold: Any = Field(None, description="Refused: `score_threshold` drops results by their score.")
+    threshold: Number | None = Field(None, description="Refused: `score_threshold` drops results by their score.")
     raw_scores: StrictBool | None = Field(None, description="Logits instead of probabilities.")
     raw: StrictBool | None = Field(None, description="Same as `raw_scores`.")
     use_activation: StrictBool | None = Field(None, description="vLLM's: false is `raw_scores`.")

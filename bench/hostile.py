@@ -9,7 +9,20 @@ from collections.abc import Callable, Iterator
 __all__ = ["KINDS", "bodies"]
 
 # What is repeated to fill a document: text that is nothing but one thing.
-FILLS = ["!?", "a", "的", "  \n", "😀", "ﷺ", "\\ud800", "\\u0000", "e\u0301", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ", "\\\"", "#@ 1,"]
+FILLS = [
+    "!?",
+    "a",
+    "的",
+    "  \n",
+    "😀",
+    "ﷺ",
+    "\\ud800",
+    "\\u0000",
+    "e\u0301",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ",
+    '\\"',
+    "#@ 1,",
+]
 
 
 def _filled(before: str, unit: str, after: str, size: int) -> bytes:
@@ -18,7 +31,7 @@ def _filled(before: str, unit: str, after: str, size: int) -> bytes:
 
 
 def _listed(name: str, unit: str) -> Callable[[random.Random, int], bytes]:
-    return lambda _, size: _filled('{"query":"q","%s":[' % name, unit + ",", unit + "]}", size)
+    return lambda _, size: _filled('{"query":"q","' + name + '":[', unit + ",", unit + "]}", size)
 
 
 def _document(_random: random.Random, size: int) -> bytes:
@@ -43,8 +56,14 @@ def _nested_documents(_random: random.Random, size: int) -> bytes:
 
 
 def _pairs(_random: random.Random, size: int) -> bytes:
-    texts = [f"q{i}" for i in range(min(size // 12, 60_000))]
+    texts = [f"q{i}" for i in range(min(size // 2000, 10_000))]
     return json.dumps({"queries": texts, "documents": texts}).encode()
+
+
+def _at_the_bounds(_random: random.Random, size: int) -> bytes:
+    """As many values as are allowed, each as large as one gets, and one character that makes all of a text wide."""
+    objects = b'{"":0},' * min(240_000, size // 14)
+    return b'{"query":"' + "😀".encode() + b"x" * (size - len(objects)) + b'","documents":[' + objects + b'"a"]}'
 
 
 def _cut(random_: random.Random, size: int) -> bytes:
@@ -87,9 +106,12 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
     "a document of one thing": ("/rerank", _document),
     "a query of one thing": ("/rerank", _query),
     "a long query and many letters": ("/rerank", _query_and_letters),
-    "a long name of a model": ("/rerank", lambda _, size: _filled('{"query":"q","documents":["a"],"model":"', "m", '"}', size)),
-    "a long field": ("/rerank", lambda _, size: _filled('{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size)),
+    "a long name of a model": ("/rerank", lambda _, size: _filled(
+        '{"query":"q","documents":["a"],"model":"', "m", '"}', size)),
+    "a long field": ("/rerank", lambda _, size: _filled(
+        '{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size)),
     "as many queries as documents": ("/score", _pairs),
+    "all bounds at once": ("/rerank", _at_the_bounds),
     "a body that is cut": ("/rerank", _cut),
     "a body with wrong bytes": ("/v1/rerank", _flipped),
     "UTF-16": ("/rerank", lambda _, size: ('{"query":"q","documents":["' + "x" * (size // 2) + '"]}').encode("utf-16")),
@@ -97,11 +119,11 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
 }  # fmt: skip
 
 
-def bodies(count: int, size: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
-    """Yield `count` bodies as (kind, route, bytes): all kinds in turn, of about `size` bytes at most."""
+def bodies(count: int, size: int, seed: int = 0, first: int = 0) -> Iterator[tuple[str, str, bytes]]:
+    """Yield `count` bodies as (kind, route, bytes): all kinds in turn from `first`, about `size` bytes at most."""
     random_ = random.Random(seed)
     names = list(KINDS)
-    for i in range(count):
+    for i in range(first, first + count):
         name = names[i % len(names)]
         route, make = KINDS[name]
         most = size if i < len(names) else random_.choice((size, size, size // 3, size // 50))
