@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -496,25 +495,6 @@ class TestRealLimits:
         refused = post("/rerank", body | {"truncate": False, "truncate_prompt_tokens": 9}, models={"tiny": model})
         assert (refused.status_code, refused.json()["error_type"]) == (422, "Validation")
         assert "the limit is 2" in refused.json()["error"]
-
-
-def test_an_instruction_reaches_the_prompt(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from test_pointwise import save
-
-    from fastrerank.rerankers.pointwise import PointwiseReranker
-
-    folder = save(tmp_path / "Qwen3-Reranker-tiny")
-    model = PointwiseReranker(folder)
-    expected = model.score(QUERY, DOCUMENTS, instruction="find the owl")
-    assert not np.array_equal(expected, model.score(QUERY, DOCUMENTS))
-    for path in ("/v1/rerank", "/score"):
-        body: dict[str, Any] = {"query": QUERY, "documents": DOCUMENTS}
-        body = {"text_1": QUERY, "text_2": DOCUMENTS} if path == "/score" else body
-        answer = post(path, body | {"instruct": "find the owl", "raw_scores": True}, models={"qwen": model})
-        assert answer.status_code == 200, answer.text
-        np.testing.assert_allclose([s for _, s in sorted(rows_of(answer.json()))], expected, rtol=2e-5)
 
 
 def tiny_words(model: CrossEncoder) -> list[str]:
