@@ -56,8 +56,14 @@ def _nested_documents(_random: random.Random, size: int) -> bytes:
 
 
 def _pairs(_random: random.Random, size: int) -> bytes:
-    texts = [f"q{i}" for i in range(min(size // 12, 60_000))]
+    texts = [f"q{i}" for i in range(min(size // 2000, 10_000))]
     return json.dumps({"queries": texts, "documents": texts}).encode()
+
+
+def _at_the_bounds(_random: random.Random, size: int) -> bytes:
+    """As many values as are allowed, each as large as one gets, and one character that makes all of a text wide."""
+    objects = b'{"":0},' * min(240_000, size // 14)
+    return b'{"query":"' + "😀".encode() + b"x" * (size - len(objects)) + b'","documents":[' + objects + b'"a"]}'
 
 
 def _cut(random_: random.Random, size: int) -> bytes:
@@ -105,6 +111,7 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
     "a long field": ("/rerank", lambda _, size: _filled(
         '{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size)),
     "as many queries as documents": ("/score", _pairs),
+    "all bounds at once": ("/rerank", _at_the_bounds),
     "a body that is cut": ("/rerank", _cut),
     "a body with wrong bytes": ("/v1/rerank", _flipped),
     "UTF-16": ("/rerank", lambda _, size: ('{"query":"q","documents":["' + "x" * (size // 2) + '"]}').encode("utf-16")),

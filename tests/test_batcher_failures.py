@@ -208,3 +208,52 @@ def test_rank_and_score_show_what_the_rerankers_own_show() -> None:
             assert given.scores.tolist() == [11.0]
 
     asyncio.run(run())
+
+
+def test_a_request_may_have_a_query_for_each_document() -> None:
+    reranker = Lengths()
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1)
+    first = shared.submit("q", ["a"])
+    reranker.entered.acquire()
+    several = shared.submit(["q", "q", "qqq"], ["abc", "abcd", "abc"])  # type: ignore[arg-type]
+    other = shared.submit("qq", ["abc"])
+    reranker.gate.set()
+    assert several.result(10).tolist() == [2.0, 3.0, 0.0]
+    assert [first.result(10).tolist(), other.result(10).tolist()] == [[0.0], [1.0]]
+    assert reranker.calls[1] == [["abc", "abcd"], ["abc"], ["abc"]]
+    with pytest.raises(ValueError, match="one for each of 2 documents, got 1"):
+        shared.submit(["q"], ["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"query\[0\]"):
+        shared.submit([1], ["a"])  # type: ignore[arg-type, list-item]
+    shared.close()
+    lists = AsyncReranker(Lengths(independent=False))
+    with pytest.raises(ValueError, match="ranks the documents of one query"):
+        lists.submit(["q"], ["a"])  # type: ignore[arg-type]
+    lists.close()
+
+
+def test_a_method_that_does_not_state_whether_its_documents_are_independent_is_refused() -> None:
+    reranker = Lengths()
+    del reranker.independent
+    with pytest.raises(TypeError, match="Lengths must state whether its documents are independent"):
+        AsyncReranker(reranker)
+
+
+def test_requests_of_dependent_documents_rank_alike_explained_or_not() -> None:
+    """Beside others and in any number: a split would compare other documents with each other."""
+
+    class Compared(Explaining):
+        def _score_many(self, queries: Any, documents: Any, usage: Any) -> Any:
+            return [row * np.float32(len(row)) for row in super()._score_many(queries, documents, usage)]
+
+    texts = [f"word{i % 7} " * (i % 5 + 1) for i in range(300)]
+    expected = Compared().rank("q", texts)
+
+    async def run() -> list[Any]:
+        async with AsyncReranker(Compared(), max_batch_tokens=100) as shared:
+            jobs = [shared.rank("q", texts, explain=i % 2 == 0) for i in range(8)]
+            return await asyncio.gather(*jobs)
+
+    for rows in asyncio.run(run()):
+        assert [{key: row[key] for key in ("corpus_id", "score")} for row in rows] == expected

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from serve_fakes import Lengths
 
-from fastrerank.serve.batcher import HEAVY_BYTES, QUIET_SLICES, REQUEST_SHARE, AsyncReranker, Overloaded, TooLarge
+from fastrerank.serve.admission import HEAVY_BYTES, REQUEST_SHARE
+from fastrerank.serve.batcher import QUIET_SLICES, AsyncReranker, Overloaded, TooLarge
 from fastrerank.serve.queue import LEAST_SLICE_TOKENS, SLICE_SECONDS, Speed
 
 
@@ -219,6 +220,18 @@ def test_a_long_query_counts_with_every_document() -> None:
         shared.submit(query, letters)
     assert shared.submit("of", letters).result(30).shape == (10_000,)
     shared.close()
+
+
+def test_many_queries_of_one_request_are_one_large_request(single: tuple[Stepped, AsyncReranker]) -> None:
+    reranker, shared = single
+    queries = [f"q{i}" for i in range(len(LARGE))]
+    shared.submit(queries, LARGE)  # type: ignore[arg-type]
+    reranker.wait()
+    small = shared.submit("q", ["s"])
+    assert kind(reranker.step()) == "large"
+    reranker.wait()
+    assert kind(reranker.step()) == "s"
+    assert small.result(5).shape == (1,)
 
 
 def test_a_pair_counts_no_more_than_the_model_reads() -> None:

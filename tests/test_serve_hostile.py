@@ -69,7 +69,7 @@ def storm(server: Running, count: int, size: int, clients: int) -> tuple[list[An
     def send(one: tuple[str, str, bytes]) -> tuple[str, int, float]:
         begin = time.monotonic()
         while True:
-            answer = httpx.post(server.url + one[1], content=one[2], headers=JSON, timeout=120)
+            answer = httpx.post(server.url + one[1], content=one[2], headers=JSON, timeout=600)
             if answer.status_code != 429:  # the bodies of all together are bounded
                 return one[0], answer.status_code, time.monotonic() - begin
             assert answer.headers["retry-after"]

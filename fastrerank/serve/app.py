@@ -99,10 +99,10 @@ class _Server:
         return name, self.models[name]
 
     async def scored(
-        self, request: Request, name: str, query: str, texts: list[str], explain: bool = False,
+        self, request: Request, name: str, query: str | list[str], texts: list[str], explain: bool = False,
         options: CallOptions = NO_OPTIONS,
     ) -> Scored:  # fmt: skip
-        """Score one query's texts; errors become what a client should see."""
+        """Score the texts of one query, or of one each; errors become what a client should see."""
         reranker = self.models[name]
         self.limit(len(texts))
         request.state.fields |= {"model": name, "documents": len(texts)}
@@ -187,12 +187,16 @@ class _Server:
         groups: dict[str, list[int]] = {}
         for i, query in enumerate(left):
             groups.setdefault(query, []).append(i)
+        jobs: list[tuple[list[int], str | list[str]]] = [(members, query) for query, members in groups.items()]
+        if len(groups) > 1 and reranker.reranker.independent:
+            # One request, which the queue sees as large as it is, and not thousands of small ones.
+            members = [i for group in groups.values() for i in group]
+            jobs = [(members, [left[i] for i in members])]
         results = await _all(
-            [self.scored(request, name, query, [right[i] for i in members], options=options)
-             for query, members in groups.items()]
-        )  # fmt: skip
+            [self.scored(request, name, asked, [right[i] for i in members], options=options) for members, asked in jobs]
+        )
         raw = np.zeros(len(left), np.float32)
-        for members, result in zip(groups.values(), results, strict=True):
+        for (members, _), result in zip(jobs, results, strict=True):
             raw[members] = result.scores
         request.state.fields |= {"documents": len(left)}
         values = raw if raw_wanted(body) else activated(reranker, raw, flavor)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from fastrerank.rerankers.base import Reranker, check_top_k
 from fastrerank.rerankers.call import CallOptions
+from fastrerank.serve.admission import HEAVY_BYTES, Overloaded, TooLarge, admit, measure
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
 
@@ -31,27 +32,8 @@ __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored"
 log = logging.getLogger("fastrerank.serve")
 Scores = npt.NDArray[np.float32]
 
-# Share of the queue that large requests may take together, so the most that one may take: the rest is for small ones.
-REQUEST_SHARE = 0.75
-# What a pair costs beside its texts: special tokens, in bytes of text.
-PAIR_BYTES = 8
-# A text of so many bytes takes long to be tokenised, however few of its tokens count; tokenising so many bytes takes
-# about as long as computing one byte's tokens.
-HEAVY_BYTES, BYTES_AS_ONE = 256 << 10, 64
 # After so many slices without a new small request every worker may take slices of large ones; else one is kept free.
 QUIET_SLICES = 64
-
-
-class Overloaded(RuntimeError):
-    """The queue is full. `retry_after`: seconds after which there should be room."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class TooLarge(ValueError):
-    """The request alone is more than the share of the queue that one request may have: it can never be taken."""
 
 
 class ScoringFailed(RuntimeError):
@@ -121,6 +103,9 @@ class AsyncReranker:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if not 0 <= max_wait_ms < float("inf"):
             raise ValueError(f"max_wait_ms must be at least 0 and finite, got {max_wait_ms!r}")
+        if not isinstance(getattr(reranker, "independent", None), bool):
+            name = type(reranker).__name__
+            raise TypeError(f"{name} must state whether its documents are independent: independent = True, or False")
         self.reranker = reranker
         self.max_batch_tokens, self.max_queue_tokens = max_batch_tokens, max_queue_tokens
         self.max_wait = max_wait_ms / 1e3
@@ -156,12 +141,14 @@ class AsyncReranker:
         return (await self.scored(query, documents, timeout=timeout, options=options)).scores
 
     async def scored(
-        self, query: str, documents: Sequence[str], *, timeout: float | None = None, explain: bool = False,
-        options: CallOptions | Options | None = None,
+        self, query: str | Sequence[str], documents: Sequence[str], *, timeout: float | None = None,
+        explain: bool = False, options: CallOptions | Options | None = None,
     ) -> Scored:  # fmt: skip
         """Like `score`, with what the request cost.
 
         Args:
+            query: the query; or one for each document, where a method scores documents one by one: ValueError for
+                others, and where there are fewer or more. It is one request, however many queries it has.
             explain: whether the result says what each token of a document gets, as `AttentionReranker.rank` does;
                 ValueError for a method that does not read attention.
             options: those of `score`, as a mapping or as `CallOptions`.
@@ -266,26 +253,26 @@ class AsyncReranker:
         await self.aclose()
 
     def _enqueue(
-        self, query: str, documents: Sequence[str], timeout: float | None, explain: bool,
+        self, query: str | Sequence[str], documents: Sequence[str], timeout: float | None, explain: bool,
         options: CallOptions | Options | None,
     ) -> Request:  # fmt: skip
         given = options.keywords() if isinstance(options, CallOptions) else dict(options or {})
         call = self.reranker.check_options(**given)
-        (checked,) = check_texts([query], "query", scalar=True)
         texts = check_texts(documents, "documents")
+        checked = self._queries(query, len(texts), explain)
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout!r}")
         if explain and not self.explains:
             method = self.reranker.method
             raise ValueError(f"explain needs a method that reads attention (icr, qrhead, core), not {method}")
         request = self._request(checked, texts, timeout, explain, call)
-        size = request.waiting_bytes
         with self._changed:
             if self._closing:
                 raise Closed("the reranker takes no more requests: it is closed")
             if self.failure is not None:
                 raise Closed(f"the reranker takes no more requests: {self.failure}")
-            self._admit(size, request.large)
+            large = self._flying_large + self._waiting.large.bytes if request.large else 0
+            admit(request.waiting_bytes, self._load(), large, self.speed, self.max_queue_tokens)
             if not texts:
                 request.end()
                 return request
@@ -296,47 +283,25 @@ class AsyncReranker:
         request.future.add_done_callback(lambda _: self._forget(request))
         return request
 
+    def _queries(self, query: str | Sequence[str], count: int, explain: bool) -> str | list[str]:
+        if isinstance(query, str) or not isinstance(query, Sequence):
+            return check_texts([query], "query", scalar=True)[0]
+        queries = check_texts(query, "query")
+        if explain or not self.reranker.independent:
+            raise ValueError(f"method {self.reranker.method!r} ranks the documents of one query, got a list of queries")
+        if len(queries) != count:
+            raise ValueError(f"query must be one, or one for each of {count} documents, got {len(queries)}")
+        return queries
+
     def _request(
-        self, query: str, texts: list[str], timeout: float | None, explain: bool, call: CallOptions
+        self, query: str | list[str], texts: list[str], timeout: float | None, explain: bool, call: CallOptions
     ) -> Request:
-        # A lone surrogate has no UTF-8 form; for a size any will do.
-        base = len(query.encode("utf-8", "replace"))
-        texts_bytes = [len(text.encode("utf-8", "replace")) for text in texts]
-        limits = call.limits
-        most = self._bytes(limits.max_length or self.max_length)
-        read, most_read = min(base, self._bytes(limits.max_tokens_per_query)), self._bytes(limits.max_tokens_per_doc)
-        sizes = [min(most, read + min(size, most_read) + PAIR_BYTES) for size in texts_bytes]
+        measured = measure(query, texts, call.limits, self.max_length, self.speed)
         whole = not self.reranker.independent or explain
-        effort = sum(sizes) + (base + sum(texts_bytes)) // BYTES_AS_ONE
-        large = effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
-        heavy = large and (whole or max(base, *texts_bytes) > HEAVY_BYTES)
+        large = measured.effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
+        heavy = large and (whole or measured.longest > HEAVY_BYTES)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return Request(query, texts, sizes, whole, deadline, explain, large, heavy, call)
-
-    def _bytes(self, tokens: int | None) -> int:
-        """About how many bytes of a text are read where `tokens` are."""
-        return sys.maxsize if tokens is None else self.speed.bytes(tokens)
-
-    def _admit(self, size: int, large: bool) -> None:
-        """Raise TooLarge or Overloaded where there is no room for a request of `size` bytes."""
-        tokens, queue = self.speed.tokens(size), self.max_queue_tokens
-        share = int(REQUEST_SHARE * queue)
-        if tokens > share:
-            raise TooLarge(
-                f"the request is about {tokens} tokens (a query counts with each document), but one request may be at "
-                f"most {share}, {REQUEST_SHARE:.0%} of max_queue_tokens={queue}: send fewer documents at a time"
-            )
-        loads = [(self._load(), queue)]
-        if large:
-            loads.append((self._flying_large + self._waiting.large.bytes, share))
-        for load, most in loads:
-            if load and self.speed.tokens(load + size) > most:
-                excess = load + size - self.speed.bytes(most)
-                raise Overloaded(
-                    f"{self.speed.tokens(load)} tokens wait, {tokens} more would exceed "
-                    + (f"max_queue_tokens={queue}" if most == queue else f"{most}, what large requests may take of it"),
-                    retry_after=self.speed.seconds(min(excess, load)),
-                )
+        return Request(query, texts, measured.sizes, whole, deadline, explain, large, heavy, call)
 
     def _load(self) -> int:
         return self._flying + self._waiting.bytes
@@ -436,7 +401,8 @@ class AsyncReranker:
     def _run_batch(self, pieces: list[Piece]) -> None:
         begin = time.perf_counter()
         try:
-            results = self._explained(pieces[0]) if pieces[0].request.explain else self._results(pieces)
+            asked = [piece.request.asked(piece.begin, piece.end) for piece in pieces]
+            results = self._explained(pieces[0]) if pieces[0].request.explain else self._results(pieces, asked)
             got, wanted = [len(scores) for scores in results], [piece.end - piece.begin for piece in pieces]
             if got != wanted:
                 raise RuntimeError(f"the reranker returned {got} scores for {wanted} documents")
@@ -444,8 +410,11 @@ class AsyncReranker:
             usage = self.reranker.last_usage
             tokens, counted = int(usage["tokens"]), list(usage["query_tokens"])
             tokenized = float(usage["seconds"].get("tokenize", 0.0))
-            if len(counted) not in (0, len(pieces)):
-                raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {len(pieces)}")
+            count = sum(map(len, asked))
+            if len(counted) not in (0, count):
+                raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {count}")
+            left = iter(counted)
+            counted = [sum(islice(left, len(one))) for one in asked] if counted else []
         except BaseException as error:  # a panic of native code too, or the thread would end
             if len(pieces) == 1:
                 pieces[0].request.end(_for_callers(error))
@@ -457,12 +426,17 @@ class AsyncReranker:
             piece.request.tokenized += tokenized
         self._note(pieces, results, tokens, counted, time.perf_counter() - begin)
 
-    def _results(self, pieces: list[Piece]) -> list[Scores]:
-        return self.reranker.score_many(
-            [piece.request.query for piece in pieces],
-            [piece.request.documents[piece.begin : piece.end] for piece in pieces],
+    def _results(self, pieces: list[Piece], asked: list[list[tuple[str, list[str]]]]) -> list[Scores]:
+        """Scores of each piece, whose queries with their documents are `asked`."""
+        rows = self.reranker.score_many(
+            [query for one in asked for query, _ in one], [texts for one in asked for _, texts in one],
             **pieces[0].request.options.keywords(),
-        )
+        )  # fmt: skip
+        if len(rows) != sum(map(len, asked)):
+            raise RuntimeError(f"the reranker returned scores of {len(rows)} queries, not of {sum(map(len, asked))}")
+        left = iter(rows)
+        taken = [list(islice(left, len(one))) for one in asked]
+        return [one[0] if len(one) == 1 else np.concatenate(one) for one in taken]
 
     def _explained(self, piece: Piece) -> list[Scores]:
         request, reranker = piece.request, cast(Any, self.reranker)

@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ class Request:
     """One query with N documents, and how far they are.
 
     Attributes:
+        query: of all documents; or one for each of them, where a list.
         sizes: bytes of each (query, document) pair, at least 1.
         whole: the documents are scored together or not at all, as methods of lists need it.
         explain: the tokens of the documents are wanted with what each gets, in `explained`.
@@ -47,7 +49,7 @@ class Request:
         waiting_bytes: bytes of the documents that no batch has taken.
     """
 
-    query: str
+    query: str | list[str]
     documents: list[str]
     sizes: list[int]
     whole: bool
@@ -73,6 +75,13 @@ class Request:
         self.missing = len(self.documents)
         self.waiting_bytes = sum(self.sizes)
         self.scores = np.full(len(self.documents), np.nan, np.float32)
+
+    def asked(self, begin: int, end: int) -> list[tuple[str, list[str]]]:
+        """Return documents [begin, end) as (query, its documents), in their order."""
+        if isinstance(self.query, str):
+            return [(self.query, self.documents[begin:end])]
+        pairs = zip(self.query[begin:end], self.documents[begin:end], strict=True)
+        return [(query, [text for _, text in group]) for query, group in groupby(pairs, key=itemgetter(0))]
 
     def end(self, error: BaseException | None = None) -> None:
         """Set the future's result; a request that has ended before, or was cancelled, stays as it is."""

@@ -1,0 +1,98 @@
+"""What a request costs, estimated before anything is tokenised, and whether the queue has room for it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from fastrerank.serve.queue import Speed
+from fastrerank.text.limits import TextLimits
+
+__all__ = ["HEAVY_BYTES", "REQUEST_SHARE", "Measured", "Overloaded", "TooLarge", "admit", "measure"]
+
+# Share of the queue that large requests may take together, so the most that one may take: the rest is for small ones.
+REQUEST_SHARE = 0.75
+# What a pair costs beside its texts: special tokens, in bytes of text.
+PAIR_BYTES = 8
+# A text of so many bytes takes long to be tokenised, however few of its tokens count; tokenising so many bytes takes
+# about as long as computing one byte's tokens.
+HEAVY_BYTES, BYTES_AS_ONE = 256 << 10, 64
+
+
+class Overloaded(RuntimeError):
+    """The queue is full. `retry_after`: seconds after which there should be room."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooLarge(ValueError):
+    """The request alone is more than the share of the queue that one request may have: it can never be taken."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of a request: `sizes` of each pair that are read, `effort` of all with what tokenising adds, and of the
+    `longest` text.
+    """
+
+    sizes: list[int]
+    effort: int
+    longest: int
+
+
+def measure(
+    query: str | list[str], texts: list[str], limits: TextLimits, max_length: int | None, speed: Speed
+) -> Measured:
+    """Return what the pairs of `texts` with their query cost: a query counts with each of its documents.
+
+    A pair counts no more than the tokens that are read of it, by the call's limits or the reranker's `max_length`.
+
+    Example:
+        >>> measure("who?", ["the owl", "a cat"], TextLimits(), 512, Speed()).sizes
+        [19, 17]
+    """
+    # A lone surrogate has no UTF-8 form; for a size any will do.
+    own = [query] * len(texts) if isinstance(query, str) else query
+    known = {one: len(one.encode("utf-8", "replace")) for one in set(own)}
+    bases = [known[one] for one in own]
+    lengths = [len(text.encode("utf-8", "replace")) for text in texts]
+
+    def most(tokens: int | None) -> int:
+        return sys.maxsize if tokens is None else speed.bytes(tokens)
+
+    pair, first, second = (
+        most(tokens) for tokens in (limits.max_length or max_length, limits.max_tokens_per_query,
+                                    limits.max_tokens_per_doc)
+    )  # fmt: skip
+    sizes = [
+        min(pair, min(base, first) + min(length, second) + PAIR_BYTES)
+        for base, length in zip(bases, lengths, strict=True)
+    ]
+    effort = sum(sizes) + (sum(known.values()) + sum(lengths)) // BYTES_AS_ONE
+    return Measured(sizes, effort, max((*known.values(), *lengths), default=0))
+
+
+def admit(size: int, load: int, large_load: int, speed: Speed, queue: int) -> None:
+    """Raise TooLarge or Overloaded where a queue of `queue` tokens has no room for a request of `size` bytes.
+
+    `load` bytes wait or are computed; `large_load` of large requests, where this is one.
+
+    Example:
+        >>> admit(1000, 0, 0, Speed(), 1000)
+    """
+    tokens, share = speed.tokens(size), int(REQUEST_SHARE * queue)
+    if tokens > share:
+        raise TooLarge(
+            f"the request is about {tokens} tokens (a query counts with each document), but one request may be at "
+            f"most {share}, {REQUEST_SHARE:.0%} of max_queue_tokens={queue}: send fewer documents at a time"
+        )
+    for held, most in ((load, queue), (large_load, share)):
+        if held and speed.tokens(held + size) > most:
+            excess = held + size - speed.bytes(most)
+            limit = f"max_queue_tokens={queue}" if most == queue else f"{most}, what large requests may take of it"
+            raise Overloaded(
+                f"{speed.tokens(held)} tokens wait, {tokens} more would exceed {limit}",
+                retry_after=speed.seconds(min(excess, held)),
+            )
