@@ -176,6 +176,15 @@ def test_what_a_worker_cannot_do_is_one_message(checkpoint: str, tmp_path: Path)
         score_files([str(path), str(path)], str(tmp_path / "c"), checkpoint)
 
 
+def test_wrong_names_are_told_before_replicas_start() -> None:
+    from fastrerank.integrations.ray_serve import Arguments, app
+
+    for wrong, message in (({"model": ["a=x", "a=y"]}, "two models are named 'a'"),
+                           ({"model": "a=x", "alias": "b=c"}, "no model is named 'c'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            app(Arguments(**wrong))
+
+
 @pytest.mark.usefixtures("cluster")
 def test_serve(checkpoint: str) -> None:
     pytest.importorskip("fastapi")

@@ -154,3 +154,34 @@ def test_infinity_names_the_place_of_an_error() -> None:
     assert rows[0]["loc"] == ["body", "top_n"]
     vllm = request("POST", "/score", json=PAIRS | {"priority": "x"}).json()["error"]
     assert (vllm["type"], vllm["param"], vllm["code"]) == ("Bad Request", "priority", 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"query": "q", "documents": ["a", None]}, "documents[1] must be a valid string or an object"),
+        ({"query": "q", "documents": 5}, "documents must be a valid list or a valid string or an object"),
+        ({"query": "q", "documents": ["a"], "truncate": 1}, "truncate must be a valid boolean or 'NONE' or 'END'"),
+        ({"query": "q", "documents": ["a"], "top_n": -1}, "top_n must be greater than or equal to 0"),
+        ({"query": 5, "documents": ["a"], "top_n": "x"},
+         "query must be a valid string or an object; top_n must be a valid integer"),
+        ({"query": "q"}, "the body needs either `documents` or `texts`"),
+        ({}, "query: Field required"),
+    ],
+)  # fmt: skip
+def test_messages_name_the_place_and_what_is_valid(body: Any, message: str) -> None:
+    assert request("POST", "/rerank", json=body).json()["message"] == message
+
+
+def test_messages_of_the_place_in_a_text_that_is_no_json() -> None:
+    headers = {"content-type": "application/json"}
+    answer = request("POST", "/rerank", content=b'{"query": x}', headers=headers).json()
+    assert answer["message"] == "the body at position 10: JSON decode error: Expecting value"
+
+
+def test_messages_are_bounded() -> None:
+    long = "x" * 100_000
+    for wrong in ({"label": long}, {"model": long}, {"rank_fields": [long]}, {"chat_template_kwargs": {long: 1}}):
+        answer = request("POST", "/v1/rerank", json=DOCUMENTS | wrong)
+        assert answer.status_code in (404, 422)
+        assert len(answer.content) < 10_000

@@ -497,6 +497,15 @@ class TestRealLimits:
         assert "the limit is 2" in refused.json()["error"]
 
 
+def test_limits_below_what_a_pair_needs_are_refused(model: CrossEncoder) -> None:
+    body = {"query": "a", "documents": ["b"]}
+    for length in (1, 2, 3):
+        answer = post("/v1/rerank", body | {"truncate_prompt_tokens": length}, models={"tiny": model})
+        assert answer.status_code in (200, 422), answer.text
+        assert answer.status_code == 200 or "max_length" in answer.json()["message"]
+    assert post("/v1/rerank", body | {"truncate_prompt_tokens": 1}, models={"tiny": model}).status_code == 422
+
+
 def tiny_words(model: CrossEncoder) -> list[str]:
     """Words of the model's vocabulary, each of one token."""
     vocabulary = model.tokenizer.get_vocab()

@@ -196,3 +196,18 @@ def test_voyages_answer_is_read_by_clients_of_other_dialects_too() -> None:
     assert answer["usage"]["total_tokens"] == 2
     bare = request("POST", "/v1/rerank", {"fake": Lengths()}, top_k=None, truncation=True, **BODY).json()
     assert bare["data"][0].keys() == {"index", "relevance_score"}
+
+
+def test_an_instruction_reaches_the_prompt(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from test_pointwise import save
+
+    from fastrerank.rerankers.pointwise import PointwiseReranker
+
+    model, texts = PointwiseReranker(save(tmp_path / "Qwen3-Reranker-tiny")), ["the owl", "a cat"]
+    expected = model.score("who", texts, instruction="find the owl")
+    assert not np.array_equal(expected, model.score("who", texts))
+    body = {"text_1": "who", "text_2": texts, "instruct": "find the owl", "raw_scores": True}
+    answer = request("POST", "/score", {"qwen": model}, **body)
+    np.testing.assert_allclose([row["score"] for row in answer.json()["data"]], expected, rtol=2e-5)

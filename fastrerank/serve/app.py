@@ -30,7 +30,7 @@ from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
 from fastrerank.serve.docs_page import add_docs_page
-from fastrerank.serve.errors import Flavor, Problem, Source, dialect, error_body, error_status
+from fastrerank.serve.errors import Flavor, Problem, Source, dialect, error_body, error_status, schema_problem
 from fastrerank.serve.fields import call_options, ignored_header, raw_wanted, refuses_to_cut, unknown_names
 from fastrerank.serve.health import dead
 from fastrerank.serve.info import infinity_models, openai_models, tei_info
@@ -326,12 +326,10 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         if isinstance(error.body, dict):
             request.state.flavor = dialect(request.url.path, error.body.keys(), settings.flavor)
-        rows = error.errors()[:5]
-        told = [f"{'.'.join(map(str, row['loc'][1:])) or 'body'}: {row['msg']}" for row in rows]
-        place = rows[0]["loc"][1:2] if rows else ()
-        name = place[0] if place and isinstance(place[0], str) else None
-        source: Source = "json" if rows and rows[0]["type"] == "json_invalid" else "schema"
-        return problem(request, 422, "Validation", "; ".join(told), source=source, field=name, rows=rows)
+        errors = error.errors()
+        message, name, rows = schema_problem(errors)
+        source: Source = "json" if errors and errors[0]["type"] == "json_invalid" else "schema"
+        return problem(request, 422, "Validation", message, source=source, field=name, rows=rows)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:

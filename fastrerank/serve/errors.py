@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, Literal
 
-__all__ = ["Flavor", "Problem", "Source", "dialect", "error_body", "error_status"]
+__all__ = ["Flavor", "Problem", "Source", "dialect", "error_body", "error_status", "schema_problem"]
 
 LONGEST_MESSAGE = 2000
 # Where an error comes from: a body that is no JSON, one that the schema refuses, a route or its middleware, or what
@@ -71,6 +71,46 @@ def dialect(path: str, names: Collection[str], pinned: Flavor) -> Flavor:
     return Flavor.auto
 
 
+def schema_problem(errors: Sequence[Any]) -> tuple[str, str | None, list[dict[str, Any]]]:
+    """Return what pydantic's errors of a body say: one message, the first field, and rows {"loc", "msg", "type"}.
+
+    Where a field may be of several kinds pydantic has an error of each: they become one, of the deepest place.
+
+    Example:
+        >>> schema_problem([{"loc": ("body", "texts", 0), "msg": "Input should be a string", "type": "x"}])[0]
+        'texts[0] must be a string'
+    """
+    found: dict[str, dict[tuple[str | int, ...], list[Any]]] = {}
+    for error in errors:
+        loc = error["loc"][1:]
+        # Of what follows a field's name only positions are the client's; strings are pydantic's names of kinds.
+        place = (*loc[:1], *(part for part in loc[1:] if isinstance(part, int)))
+        found.setdefault(str(loc[:1]), {}).setdefault(place, []).append(error)
+    told, rows = [], []
+    for places in found.values():
+        place = max(places, key=len)
+        kept = list({error["msg"]: error for error in places[place]}.values())
+        rows += [{"loc": ["body", *place], "msg": error["msg"], "type": error["type"]} for error in kept]
+        told.append(_told(place, [str(error["msg"]).replace("a valid dictionary", "an object") for error in kept]))
+    names = [row["loc"][1] for row in rows if row["loc"][1:] and isinstance(row["loc"][1], str)]
+    return "; ".join(told), names[0] if names else None, rows
+
+
+def _told(place: tuple[str | int, ...], messages: list[str]) -> str:
+    begin = "Input should be "
+    if not place:
+        name = "the body"
+    elif isinstance(place[0], int):
+        name = f"the body at position {place[0]}"
+    else:
+        name = place[0] + "".join(f"[{part}]" for part in place[1:])
+    if all(message.startswith(begin) for message in messages):
+        return f"{name} must be {' or '.join(message.removeprefix(begin) for message in messages)}"
+    if all(message.startswith("Value error, ") for message in messages):  # our own, which name what they are about
+        return ", or ".join(message.removeprefix("Value error, ") for message in messages)
+    return f"{name}: {', or '.join(messages)}"
+
+
 def error_status(flavor: Flavor, status: int, kind: str, source: Source) -> int:
     """Return the status with which a dialect says that a request is wrong; all others stay as they are."""
     if source == "json":
@@ -89,7 +129,7 @@ def error_body(
     """Return an error as a dialect writes it; `auto` is read by the clients of all but TEI.
 
     Args:
-        kind: TEI's, such as "Validation". field: the one that is wrong. rows: pydantic's errors of a schema.
+        kind: TEI's, such as "Validation". field: the one that is wrong. rows: as `schema_problem` returns them.
     """
     if flavor is Flavor.tei:
         return {"error": message, "error_type": kind}
@@ -99,8 +139,7 @@ def error_body(
         return {"detail": message}
     if flavor is Flavor.infinity and status == 422:
         place = ["body"] if field is None else ["body", field]
-        listed = [{"loc": list(row["loc"]), "msg": row["msg"], "type": row["type"]} for row in rows]
-        return {"detail": listed or [{"loc": place, "msg": message, "type": "value_error"}]}
+        return {"detail": list(rows) or [{"loc": place, "msg": message, "type": "value_error"}]}
     if flavor in (Flavor.vllm, Flavor.infinity):
         kind = _vllm_kind(status, source)
     error = {"message": message, "type": kind, "param": field, "code": status}

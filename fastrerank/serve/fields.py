@@ -93,8 +93,9 @@ def call_options(
     if flavor is Flavor.vllm and not cut and not _said_to_cut(body) and "truncate" in can:
         options["truncate"] = False
     roomy = served.max_length is None or served.max_length > COHERE_TOKENS_PER_DOC
-    if cohere_v2 and roomy and body.max_tokens_per_doc is None and "max_tokens_per_doc" in can:
-        options.setdefault("max_tokens_per_doc", COHERE_TOKENS_PER_DOC)
+    said = body.max_tokens_per_doc is not None or body.max_doc_length is not None
+    if cohere_v2 and roomy and not said and "max_tokens_per_doc" in can:
+        options["max_tokens_per_doc"] = COHERE_TOKENS_PER_DOC
     if not options:
         return NO_OPTIONS, ignored
     try:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt
 __all__ = ["Common", "RerankBody", "ScoreBody"]
 
 Text = StrictStr | dict[str, Any]
+# Else a long list of what is no text would be an error of each element.
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
 Count = Annotated[StrictInt, Field(ge=0)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
@@ -65,10 +68,8 @@ class RerankBody(Common):
     )
 
     query: Text
-    texts: list[StrictStr] | None = Field(
-        None, description="Candidates, in the dialect of TEI: the answer is a bare array."
-    )
-    documents: list[Text] | Text | None = Field(
+    texts: Strings | None = Field(None, description="Candidates, in the dialect of TEI: the answer is a bare array.")
+    documents: Texts | Text | None = Field(
         None, description="Candidates: strings, or objects with a `text`; one alone where vLLM's dialect takes it."
     )
     top_n: Count | None = Field(None, description="How many results; all where it is missing.")
@@ -82,7 +83,7 @@ class RerankBody(Common):
         None,
         description="Whether results carry `tokens`, [[text, what it gets], ...]; for methods that read attention.",
     )
-    rank_fields: Annotated[list[StrictStr], Field(min_length=1)] | None = Field(
+    rank_fields: Annotated[Strings, Field(min_length=1)] | None = Field(
         None, description="Fields of document objects that make up their text."
     )
 
@@ -96,10 +97,10 @@ class RerankBody(Common):
 class ScoreBody(Common):
     """Pairs to score, one to one, one to many or many to many, under vLLM's four names for the two sides."""
 
-    queries: Text | list[Text] | None = None
-    documents: Text | list[Text] | None = None
-    items: Text | list[Text] | None = None
-    text_1: Text | list[Text] | None = None
-    text_2: Text | list[Text] | None = None
-    data_1: Text | list[Text] | None = None
-    data_2: Text | list[Text] | None = None
+    queries: Text | Texts | None = None
+    documents: Text | Texts | None = None
+    items: Text | Texts | None = None
+    text_1: Text | Texts | None = None
+    text_2: Text | Texts | None = None
+    data_1: Text | Texts | None = None
+    data_2: Text | Texts | None = None
