@@ -252,8 +252,16 @@ def serve(
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     threads: Threads = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a head with several labels the one that ranks, a name or number; or NAME=LABEL."),
+    ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="ALIAS=NAME: a further name of a model.")] = None,
     api_flavor: Annotated[
-        str, typer.Option(help="Pins what dialects do differently: auto, tei, cohere, jina, vllm, infinity, sglang.")
+        str,
+        typer.Option(
+            help="Pins what dialects do differently: auto, tei, cohere, jina, vllm, infinity, sglang, voyage."
+        ),
     ] = "auto",
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one a line; else those of FASTRERANK_API_KEY.")
@@ -285,7 +293,8 @@ def serve(
     """Serve rerankers over HTTP: TEI's, Cohere's, Jina's, vLLM's and Infinity's routes, and a page to try them on."""
     try:
         from fastrerank.serve.app import Settings, create_app
-        from fastrerank.serve.dialects import Flavor
+        from fastrerank.serve.errors import Flavor
+        from fastrerank.serve.names import hub_names, parse_aliases, parse_labels
         from fastrerank.serve.run import parse_models, read_keys
         from fastrerank.serve.run import serve as run_server
     except ModuleNotFoundError as error:
@@ -294,10 +303,11 @@ def serve(
         raise typer.BadParameter(f"{api_flavor!r} is no flavor; one of {', '.join(flavors)}", param_hint="--api-flavor")
     need_model(model[0] if model else None)
     named, keys = parse_models(model or []), read_keys(api_key_file)
+    labels, aliases = parse_labels(label or [], named), hub_names(named) | parse_aliases(alias or [], named)
     options = {"device": device, "num_threads": threads, "template": template, "instruction": instruction}
     rerankers = {
         name: fastrerank.AsyncReranker(
-            load_reranker(checkpoint, method, dtype, **options), max_batch_tokens=max_batch_tokens,
+            load_reranker(checkpoint, method, dtype, label=labels.get(name), **options), max_batch_tokens=max_batch_tokens,
             max_wait_ms=max_wait_ms, max_queue_tokens=max_queue_tokens,
         )
         for name, checkpoint in named.items()
@@ -305,7 +315,7 @@ def serve(
     settings = Settings(
         keys=keys, flavor=Flavor(api_flavor), max_body_bytes=int(max_body_mb * 2**20), max_documents=max_documents,
         max_bodies_bytes=None if max_bodies_mb is None else int(max_bodies_mb * 2**20), body_seconds=body_timeout,
-        timeout=timeout, origins=tuple(cors_origin or ()),
+        timeout=timeout, origins=tuple(cors_origin or ()), aliases=aliases,
     )  # fmt: skip
     run_server(create_app(rerankers, settings), host, port, grace=grace, header_seconds=header_timeout)
 

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastrerank.rerankers.base import Reranker, Scores, Usage
+from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
+from fastrerank.rerankers.labels import resolve_label
+from fastrerank.text.limits import TextLimits, TooLong
 
 
 class Lengths(Reranker):
@@ -69,3 +72,55 @@ class Explaining(Lengths):
         for row in rows if explain else ():
             row["tokens"] = self._masses(documents[row["corpus_id"]])
         return rows
+
+
+class Optioned(Lengths):
+    """Honours every option: a token is a letter, a pair has at most `max_length` of them.
+
+    What a document scores: see `value`; `saved` is what the checkpoint says that a raw score is shown as.
+    """
+
+    call_options: ClassVar[frozenset[str]] = frozenset({"label", "instruction"}) | LIMITS
+    labels = ("no", "yes", "maybe")
+    max_length = 40
+
+    def __init__(self, *, saved: Any = None, options: frozenset[str] | None = None) -> None:
+        super().__init__()
+        self.saved = saved
+        if options is not None:
+            self.call_options = options  # type: ignore[misc]
+
+    def check_options(self, **options: Any) -> CallOptions:
+        call = super().check_options(**options)
+        if call.label is not None:
+            resolve_label(call.label, self.labels)
+        return call
+
+    def activated(self, scores: Scores) -> Scores:
+        return scores if self.saved is None else np.asarray(self.saved(scores), np.float32)
+
+    def value(self, query: str, text: str, call: CallOptions = NO_OPTIONS) -> float:
+        """The sum of the document's letters (a is 0.01) less the query's length, and what label and instruction add."""
+        if text == "nan":
+            return float("nan")
+        limits = call.limits
+        query = _cut("the query", query, limits.max_tokens_per_query, limits)
+        text = _cut("the document", text, limits.max_tokens_per_doc, limits)
+        text = _cut("the document", text, max(0, (limits.max_length or self.max_length) - len(query)), limits)
+        label = 0 if call.label is None else resolve_label(call.label, self.labels)
+        return sum(ord(letter) - 96 for letter in text) / 100 - len(query) + label / 4 + len(call.instruction or "") / 8
+
+    def _score_many(
+        self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
+    ) -> list[Scores]:
+        super()._score_many(queries, documents, usage)
+        return [np.array([self.value(query, text, call) for text in texts], np.float32)
+                for query, texts in zip(queries, documents, strict=True)]  # fmt: skip
+
+
+def _cut(what: str, text: str, most: int | None, limits: TextLimits) -> str:
+    if most is None or len(text) <= most:
+        return text
+    if not limits.truncate:
+        raise TooLong(what, len(text), most)
+    return text[len(text) - most :] if limits.cut_left() else text[:most]

@@ -14,7 +14,7 @@ from serve_running import running
 
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.dialects import Flavor
+from fastrerank.serve.errors import Flavor
 
 DOCUMENTS = ["a", "cccc", "bbb"]
 BEST = [(1, 0.8807970779778823), (2, 0.7310585786300049)]
@@ -57,7 +57,7 @@ def test_cohere_v1_documents(url: str) -> None:
     assert (rows[0].document.text, rows[0].document.kept) == ("abc", "x")
 
 
-@pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm", "huggingface", "infinity"])
+@pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm", "huggingface", "infinity", "voyage"])
 def test_litellm(url: str, infinity_url: str, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the internet when it is imported
     litellm = pytest.importorskip("litellm")

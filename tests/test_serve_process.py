@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,41 +25,9 @@ pytest.importorskip("httpx")
 
 import httpx
 from helpers_tiny import save_tiny_cross_encoder
+from serve_running import CLI, Running
 
 import fastrerank
-
-CLI = [sys.executable, "-m", "fastrerank.cli", "serve", "--port", "0", "--device", "cpu"]
-
-
-class Running:
-    """A started server; `lines` are its log so far."""
-
-    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [*CLI, *options], stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-        )
-        self.lines: list[dict[str, Any]] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(json.loads(line))
-            if self.lines[-1]["message"] == "serving":
-                break
-        self.port = self.lines[-1]["port"]
-        self.url = f"http://127.0.0.1:{self.port}"
-        for _ in range(200):
-            try:
-                if httpx.get(f"{self.url}/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.02)
-        raise AssertionError("the server did not become ready")
-
-    def end(self) -> tuple[int, str]:
-        """SIGTERM; the exit code and the rest of the log."""
-        self.process.send_signal(signal.SIGTERM)
-        _, rest = self.process.communicate(timeout=40)
-        return self.process.returncode, rest
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -71,9 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path) -> Iterator[Running]:
     running = Running("--model", f"small={checkpoint}", "--header-timeout", "1", "--body-timeout", "1")
     yield running
-    if running.process.poll() is None:
-        running.process.kill()
-        running.process.communicate()
+    running.kill()
 
 
 def test_scores_are_those_of_the_library(server: Running, checkpoint: Path) -> None:
@@ -160,7 +125,7 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(checkpoint: Pa
 
 
 def test_keys_come_from_a_file_or_the_environment(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfone\r\n\n two \n")  # as an editor on Windows writes it
     running = Running(
         "--model", str(checkpoint), "--api-key-file", str(tmp_path / "keys"), env={"FASTRERANK_API_KEY": "no"}
     )
@@ -171,8 +136,10 @@ def test_keys_come_from_a_file_or_the_environment(checkpoint: Path, tmp_path: Pa
     assert running.end()[0] == 0
 
 
-def fails(*options: str) -> str:
-    done = subprocess.run([*CLI, *options], capture_output=True, text=True, timeout=60, check=False)
+def fails(*options: str, **variables: str) -> str:
+    done = subprocess.run(
+        [*CLI, *options], capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **variables}
+    )
     assert done.returncode in (1, 2)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     return f"{done.returncode} {done.stderr}"
@@ -186,6 +153,7 @@ def test_what_cannot_start_says_so_in_one_line(checkpoint: Path, tmp_path: Path)
     assert "two models" in fails("--model", str(checkpoint), "--model", str(checkpoint))
     (tmp_path / "empty").write_text("\n")
     assert "holds no key" in fails("--model", str(checkpoint), "--api-key-file", str(tmp_path / "empty"))
+    assert "holds no key" in fails("--model", str(checkpoint), FASTRERANK_API_KEY=" , ")
     assert re.match(r"2 .*flavor", fails("--model", str(checkpoint), "--api-flavor", "sour"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -11,8 +11,9 @@ from fastrerank.integrations.loading import call_options, load_reranker
 from fastrerank.rerankers.base import Reranker
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.dialects import Flavor
+from fastrerank.serve.errors import Flavor
 from fastrerank.serve.health import WorkerDied, dead
+from fastrerank.serve.names import hub_names, parse_aliases
 from fastrerank.serve.run import parse_models, read_keys
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Arguments(BaseModel):
 
     Attributes:
         model: checkpoint, or NAME=CHECKPOINT; or several. The first is the one that requests need not name.
+        alias: ALIAS=NAME, or several: further names of models.
         method, options: as in `fastrerank.load`, for all models.
         label: of heads with several labels the one that ranks, by name or number. A replica does not start where
             nothing tells it.
@@ -43,6 +45,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | list[str]
+    alias: str | list[str] = Field(default_factory=list)
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     label: str | int | None = None
@@ -70,17 +73,20 @@ class Replica:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         given = Arguments(**arguments)
+        named = parse_models(_list(given.model))
+        aliases = hub_names(named) | parse_aliases(_list(given.alias), named)
         self.models = {
             name: AsyncReranker(
                 _loaded(checkpoint, given),
                 max_batch_tokens=given.max_batch_tokens, max_wait_ms=given.max_wait_ms,
                 max_queue_tokens=given.max_queue_tokens,
             )
-            for name, checkpoint in parse_models(_list(given.model)).items()
+            for name, checkpoint in named.items()
         }  # fmt: skip
         settings = Settings(
-            keys=read_keys(None), flavor=given.api_flavor, max_documents=given.max_documents, timeout=given.timeout
-        )
+            keys=read_keys(None), flavor=given.api_flavor, max_documents=given.max_documents, timeout=given.timeout,
+            aliases=aliases,
+        )  # fmt: skip
         self.routes = create_app(self.models, settings)
 
     def check_health(self) -> None:
@@ -121,7 +127,8 @@ def app(arguments: Arguments) -> serve.Application:
     Example:
         >>> serve.run(app(Arguments(model="BAAI/bge-reranker-base", max_replicas=8)))         # doctest: +SKIP
     """
-    parse_models(_list(arguments.model))  # a wrong name is told here, not by replicas that do not start
+    # A wrong name is told here, not by replicas that do not start.
+    parse_aliases(_list(arguments.alias), parse_models(_list(arguments.model)))
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="fastrerank",

@@ -1,4 +1,4 @@
-"""The HTTP application: rerank and score routes in the dialects of TEI, Cohere, Jina, vLLM and Infinity."""
+"""The HTTP application: rerank and score routes in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -24,27 +26,23 @@ from starlette.middleware.cors import CORSMiddleware
 
 import fastrerank
 from fastrerank.rerankers.base import order
+from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
-from fastrerank.serve.dialects import (
-    Flavor,
-    Problem,
-    error_body,
-    rerank_answer,
-    score_answer,
-    score_pairs,
-    to_ask,
-)
+from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
+from fastrerank.serve.errors import Flavor, Problem, Source, dialect, error_body, error_status
+from fastrerank.serve.fields import call_options, ignored_header, raw_wanted, refuses_to_cut, unknown_names
 from fastrerank.serve.health import dead
+from fastrerank.serve.info import infinity_models, openai_models, tei_info
 from fastrerank.serve.metrics import Metrics
 from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
-from fastrerank.serve.schemas import RerankBody, ScoreBody
+from fastrerank.serve.names import check_labels
+from fastrerank.serve.schemas import Common, RerankBody, ScoreBody
 from fastrerank.serve.validation import Bodies, body_route
+from fastrerank.text.limits import TooLong
 
 __all__ = ["Settings", "create_app"]
 
 T = TypeVar("T")
-# Methods whose raw score is a logit: without raw_scores the answer is its sigmoid, as all dialects have it.
-LOGITS = ("cross-encoder", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Settings:
     `keys`: bearer tokens, any of which opens; none: open to all. `flavor`: pins what the dialects do differently.
     `max_body_bytes`, `max_documents`, `body_seconds`: bounds of a request; `max_bodies_bytes`: of the bodies of all
     requests that are not answered yet, None for four of the largest. `timeout`: seconds a request may take in all, None
-    for no bound. `origins`: for CORS; none: off.
+    for no bound. `origins`: for CORS; none: off. `aliases`: {other name: model} under which models are served too.
     """
 
     keys: tuple[str, ...] = ()
@@ -65,6 +63,7 @@ class Settings:
     body_seconds: float = 30.0
     timeout: float | None = None
     origins: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 class _ClientGone(Exception):
@@ -88,21 +87,29 @@ class _Server:
         self.models, self.settings = models, settings
         self.metrics = Metrics(models)
         self.draining = False
+        self.begun = int(time.time())
 
     def model(self, name: str | None) -> tuple[str, AsyncReranker]:
         if name is None or name in ("default", "default/not-specified"):
             name = next(iter(self.models))
+        name = self.settings.aliases.get(name, name)
         if name not in self.models:
-            raise Problem(404, "Validation", f"no model {name!r} here; one of {', '.join(self.models)}")
+            known = ", ".join((*self.models, *self.settings.aliases))
+            raise Problem(404, "Validation", f"no model {name!r} here; one of {known}", field="model")
         return name, self.models[name]
 
-    async def scored(self, request: Request, name: str, query: str, texts: list[str], explain: bool = False) -> Scored:
+    async def scored(
+        self, request: Request, name: str, query: str, texts: list[str], explain: bool = False,
+        options: CallOptions = NO_OPTIONS,
+    ) -> Scored:  # fmt: skip
         """Score one query's texts; errors become what a client should see."""
         reranker = self.models[name]
         self.limit(len(texts))
         request.state.fields |= {"model": name, "documents": len(texts)}
         try:
-            result = await reranker.scored(query, texts, timeout=self.settings.timeout, explain=explain)
+            result = await reranker.scored(
+                query, texts, timeout=self.settings.timeout, explain=explain, options=options
+            )
         except Overloaded as error:
             self.metrics.refused.labels(name).inc()
             wait = str(max(1, math.ceil(error.retry_after)))
@@ -115,6 +122,11 @@ class _Server:
             raise Problem(503, "Unhealthy", str(error)) from None
         except FloatingPointError as error:
             raise Problem(424, "Backend", str(error)) from None
+        except TooLong as error:
+            what = str(error).partition(", and truncate=False")[0]
+            field = getattr(request.state, "uncut", None)
+            advice = f"leave out `{field}`" if field else "send `truncate_prompt_tokens`: -1"
+            raise Problem(422, "Validation", f"{what}: shorten it, or {advice} to have it cut", field=field) from None
         except (ValueError, TypeError) as error:
             raise Problem(422, "Validation", str(error)) from None
         self.metrics.scored(name, result)
@@ -132,20 +144,32 @@ class _Server:
             most = self.settings.max_documents
             raise Problem(422, "Validation", f"batch size {count} > maximum allowed batch size {most}")
 
-    async def rerank(self, request: Request, body: RerankBody, path: str) -> Response:
-        ask = to_ask(body, path, self.settings.flavor)
+    def options(self, request: Request, body: Common, flavor: Flavor, served: AsyncReranker) -> CallOptions:
+        """The options of the reranker's call; what is ignored is counted, and told in the answer's header."""
+        request.state.ignored = unknown = unknown_names(body)
+        version_2 = flavor is Flavor.cohere and request.url.path != "/v1/rerank"
+        options, ignored = call_options(body, flavor, served, cohere_v2=version_2)
+        request.state.ignored = [*ignored, *unknown]
+        request.state.uncut = refuses_to_cut(body)
+        return options
+
+    async def rerank(self, request: Request, body: RerankBody, flavor: Flavor) -> Response:
+        ask = to_ask(body, request.url.path, flavor)
         name, reranker = self.model(ask.model)
+        options = self.options(request, body, flavor, reranker)
         begin = time.perf_counter()
-        result = await self.scored(request, name, ask.query, ask.texts, ask.explain)
-        values = result.scores if ask.raw else self.activated(reranker, result.scores)
-        positions = order(result.scores)[: ask.top_n]  # by raw score: a sigmoid makes ties of large ones
-        ranking = [(int(i), float(values[i])) for i in positions]
+        result = await self.scored(request, name, ask.query, ask.texts, ask.explain, options)
+        values = result.scores if ask.raw else activated(reranker, result.scores, flavor)
+        ranking = _ranking(ask, result.scores, values)
         answer = rerank_answer(ask, ranking, name, result.tokens, result.explained)
+        total = _ms(time.perf_counter() - begin)
         headers = {
             "x-compute-type": reranker.device_name,
-            "x-total-time": _ms(time.perf_counter() - begin),
+            "x-compute-time": total,
+            "x-total-time": total,
+            "x-tokenization-time": _ms(result.tokenized),
             "x-queue-time": _ms(result.waited),
-            "x-inference-time": _ms(result.compute),
+            "x-inference-time": _ms(max(0.0, result.compute - result.tokenized)),
             "x-compute-characters": str(sum(len(ask.query) + len(text) for text in ask.texts)),
             "x-compute-tokens": str(result.tokens),
         }
@@ -155,43 +179,44 @@ class _Server:
             message = "a document is nested too deep, or holds a number that JSON does not have, to be returned"
             raise Problem(422, "Validation", message) from None
 
-    async def score(self, request: Request, body: ScoreBody) -> Response:
+    async def score(self, request: Request, body: ScoreBody, flavor: Flavor) -> Response:
         left, right = score_pairs(body)
         name, reranker = self.model(body.model)
+        options = self.options(request, body, flavor, reranker)
         self.limit(len(left))
         groups: dict[str, list[int]] = {}
         for i, query in enumerate(left):
             groups.setdefault(query, []).append(i)
         results = await _all(
-            [self.scored(request, name, query, [right[i] for i in members]) for query, members in groups.items()]
-        )
+            [self.scored(request, name, query, [right[i] for i in members], options=options)
+             for query, members in groups.items()]
+        )  # fmt: skip
         raw = np.zeros(len(left), np.float32)
         for members, result in zip(groups.values(), results, strict=True):
             raw[members] = result.scores
         request.state.fields |= {"documents": len(left)}
-        values = raw if body.raw_scores or body.use_activation is False else self.activated(reranker, raw)
+        values = raw if raw_wanted(body) else activated(reranker, raw, flavor)
         tokens = sum(result.tokens for result in results)
         return JSONResponse(score_answer([float(value) for value in values], name, tokens))
 
-    @staticmethod
-    def activated(reranker: AsyncReranker, raw: Any) -> Any:
-        if reranker.reranker.method not in LOGITS:
-            return raw
-        return 1.0 / (1.0 + np.exp(-raw.astype(np.float64)))
 
-    def info(self) -> dict[str, Any]:
-        """What is served, in TEI's fields where it has one."""
-        name, first = self.model(None)
-        rows = {
-            name: {"method": one.reranker.method, "score": "logit" if one.reranker.method in LOGITS else "raw",
-                   "max_length": one.max_length, "device": one.device_name, "explain": one.explains}
-            for name, one in self.models.items()
-        }  # fmt: skip
-        return {
-            "model_id": name, "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-            "max_input_length": first.max_length, "max_batch_tokens": first.max_batch_tokens,
-            "max_client_batch_size": self.settings.max_documents, "version": fastrerank.__version__, "models": rows,
-        }  # fmt: skip
+def activated(served: AsyncReranker, raw: npt.NDArray[np.float32], flavor: Flavor) -> npt.NDArray[Any]:
+    """Return what a dialect shows for raw scores.
+
+    vLLM shows what the checkpoint says that its scores are; the others the sigmoid of a classification head's logit,
+    whatever activation the checkpoint names.
+    """
+    if served.reranker.method == "cross-encoder" and flavor is not Flavor.vllm:
+        return np.asarray(1.0 / (1.0 + np.exp(-raw.astype(np.float64))))
+    return served.reranker.activated(raw)
+
+
+def _ranking(ask: Ask, raw: npt.NDArray[np.float32], values: npt.NDArray[Any]) -> list[tuple[int, float]]:
+    """(position, score) of the results: by raw score, as a sigmoid makes ties of large ones."""
+    positions = order(raw)
+    if ask.score_threshold is not None:
+        positions = positions[values[positions] >= ask.score_threshold]
+    return [(int(i), float(values[i])) for i in positions[: ask.top_n]]
 
 
 async def _all(jobs: list[Coroutine[Any, Any, T]]) -> list[T]:
@@ -225,10 +250,16 @@ def _ms(seconds: float) -> str:
     return str(round(1e3 * seconds))
 
 
+def _told(ignored: Sequence[str]) -> dict[str, str]:
+    """The header that names fields without effect."""
+    return {"x-ignored-fields": ignored_header(ignored)} if ignored else {}
+
+
 def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = None) -> FastAPI:
     """Return the ASGI application that serves `models` by name; the first is the one that requests need not name.
 
-    When it shuts down, what was accepted is finished and the models are closed. Raises ValueError without a model.
+    When it shuts down, what was accepted is finished and the models are closed. Raises ValueError without a model, for
+    an alias of none, and for a model with several labels of which nothing tells the one that ranks.
 
     Example:
         >>> app = create_app({"minilm": AsyncReranker(fastrerank.load("path"))})     # doctest: +SKIP
@@ -236,6 +267,10 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
     settings = settings or Settings()
     if not models:
         raise ValueError("models must name at least one reranker, got none")
+    for alias, name in settings.aliases.items():
+        if name not in models or alias in models:
+            raise ValueError(f"aliases must map other names to {', '.join(models)}, got {alias!r}: {name!r}")
+    check_labels(models)
     server = _Server(models, settings)
 
     @asynccontextmanager
@@ -248,12 +283,14 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
 
     app = FastAPI(
         title="fastrerank", version=fastrerank.__version__, lifespan=lifespan,
-        description="Reranking in the dialects of TEI, Cohere, Jina, vLLM and Infinity.",
+        description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
     )  # fmt: skip
+    app.router.route_class = body_route(Bodies())
     app.state.server = server
+    app.router.route_class = body_route(Bodies())
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
     app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)
-    app.add_middleware(Keys, keys=settings.keys)
+    app.add_middleware(Keys, keys=settings.keys, body=partial(_refused_key, settings))
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(AccessLog, observe=server.metrics.request)
@@ -262,28 +299,39 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
     return app
 
 
+def _refused_key(settings: Settings, path: str, message: str) -> Any:
+    return error_body(dialect(path, (), settings.flavor), 401, "Validation", message, source="route")
+
+
 def _add_errors(app: FastAPI, settings: Settings) -> None:
-    def problem(request: Request, status: int, kind: str, message: str, headers: Any = None) -> JSONResponse:
-        flavor = settings.flavor
-        if flavor is Flavor.auto:
-            flavor = getattr(request.state, "flavor", Flavor.auto)
-        return JSONResponse(error_body(flavor, status, kind, message), status, headers)
+    def problem(
+        request: Request, status: int, kind: str, message: str, headers: Any = None, *, source: Source = "request",
+        field: str | None = None, rows: Sequence[Any] = (),
+    ) -> JSONResponse:  # fmt: skip
+        flavor = getattr(request.state, "flavor", None) or dialect(request.url.path, (), settings.flavor)
+        status = error_status(flavor, status, kind, source)
+        body = error_body(flavor, status, kind, message, source=source, field=field, rows=rows)
+        ignored = getattr(request.state, "ignored", None)
+        return _Answer(body, status, dict(headers or {}) | _told(ignored or ()))
 
     @app.exception_handler(Problem)
     async def _problem(request: Request, error: Problem) -> Response:
-        return problem(request, error.status, error.kind, str(error), error.headers)
+        return problem(request, error.status, error.kind, str(error), error.headers, field=error.field)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        if isinstance(error.body, dict) and "texts" in error.body:
-            request.state.flavor = Flavor.tei
-        rows = [f"{'.'.join(map(str, row['loc'][1:])) or 'body'}: {row['msg']}" for row in error.errors()]
-        status = 400 if settings.flavor is Flavor.vllm else 422
-        return problem(request, status, "Validation", "; ".join(rows[:5]))
+        if isinstance(error.body, dict):
+            request.state.flavor = dialect(request.url.path, error.body.keys(), settings.flavor)
+        rows = error.errors()[:5]
+        told = [f"{'.'.join(map(str, row['loc'][1:])) or 'body'}: {row['msg']}" for row in rows]
+        place = rows[0]["loc"][1:2] if rows else ()
+        name = place[0] if place and isinstance(place[0], str) else None
+        source: Source = "json" if rows and rows[0]["type"] == "json_invalid" else "schema"
+        return problem(request, 422, "Validation", "; ".join(told), source=source, field=name, rows=rows)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        return problem(request, error.status_code, "Validation", str(error.detail), error.headers)
+        return problem(request, error.status_code, "Validation", str(error.detail), error.headers, source="route")
 
     @app.exception_handler(_ClientGone)
     async def _gone(request: Request, _: _ClientGone) -> Response:
@@ -297,16 +345,27 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_routes(app: FastAPI, server: _Server) -> None:
+    def begun(request: Request, body: Common) -> Flavor:
+        """The request's dialect, which its errors are written in too."""
+        names = body.model_fields_set
+        request.state.flavor = flavor = dialect(request.url.path, names, server.settings.flavor)
+        return flavor
+
+    async def answered(request: Request, job: Coroutine[Any, Any, Response]) -> Response:
+        """The answer, with the names of the fields that had no effect."""
+        try:
+            answer = await _while_there(request, job)
+        finally:
+            ignored = getattr(request.state, "ignored", None) or ()
+            server.metrics.ignore(ignored)
+        answer.headers.update(_told(ignored))
+        return answer
+
     async def rerank(request: Request, body: RerankBody) -> Response:
-        if body.texts is not None:
-            request.state.flavor = Flavor.tei
-        elif request.url.path == "/v2/rerank":
-            request.state.flavor = Flavor.cohere
-        return await _while_there(request, server.rerank(request, body, request.url.path))
+        return await answered(request, server.rerank(request, body, begun(request, body)))
 
     async def score(request: Request, body: ScoreBody) -> Response:
-        request.state.flavor = Flavor.vllm
-        return await _while_there(request, server.score(request, body))
+        return await answered(request, server.score(request, body, begun(request, body)))
 
     errors: dict[int | str, dict[str, Any]] = {
         400: {"description": "Nothing to rank."},
@@ -329,12 +388,15 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        rows = [{"id": name, "object": "model", "owned_by": "fastrerank"} for name in server.models]
-        return {"object": "list", "data": rows}
+        return openai_models(server.models, server.settings.aliases, server.begun)
+
+    @app.get("/models")
+    async def models_with_stats() -> dict[str, Any]:
+        return infinity_models(server.models, server.begun)
 
     @app.get("/info")
     async def info() -> dict[str, Any]:
-        return server.info()
+        return tei_info(server.models, server.settings.aliases, server.settings.max_documents)
 
     @app.get("/health", responses={503: {"description": "A worker thread has died; the process ends."}})
     async def health() -> dict[str, str]:

@@ -71,8 +71,9 @@ class Scored:
     """A request's scores, float32 (N,), and what it cost.
 
     `tokens` of its pairs (shared out by bytes over a batch where the method does not count them: `exact` is False),
-    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`). `explained`: of each
-    document its tokens and what each gets, if that was asked for.
+    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`), of them those of tokenising
+    (`tokenized`; 0 where the method does not tell). `explained`: of each document its tokens and what each gets, if
+    that was asked for.
     """
 
     scores: Scores
@@ -81,6 +82,7 @@ class Scored:
     waited: float
     compute: float
     explained: list[list[tuple[str, float]]] | None = None
+    tokenized: float = 0.0
 
 
 class AsyncReranker:
@@ -208,6 +210,11 @@ class AsyncReranker:
     def max_length(self) -> int | None:
         """Tokens of a pair, where the reranker names a limit."""
         return getattr(self.reranker, "max_length", None)
+
+    @property
+    def workers(self) -> int:
+        """How many threads call the reranker."""
+        return len(self._threads)
 
     @property
     def explains(self) -> bool:
@@ -436,6 +443,7 @@ class AsyncReranker:
             results = [np.asarray(scores, np.float32).reshape(count) for scores, count in zip(results, wanted)]
             usage = self.reranker.last_usage
             tokens, counted = int(usage["tokens"]), list(usage["query_tokens"])
+            tokenized = float(usage["seconds"].get("tokenize", 0.0))
             if len(counted) not in (0, len(pieces)):
                 raise RuntimeError(f"the reranker counted tokens of {len(counted)} queries, not of {len(pieces)}")
         except BaseException as error:  # a panic of native code too, or the thread would end
@@ -445,6 +453,8 @@ class AsyncReranker:
                 for piece in pieces:  # one by one, so that only those fail whose own texts do
                     self._run([piece])
             return
+        for piece in pieces:
+            piece.request.tokenized += tokenized
         self._note(pieces, results, tokens, counted, time.perf_counter() - begin)
 
     def _results(self, pieces: list[Piece]) -> list[Scores]:
@@ -503,4 +513,6 @@ def _late(request: Request) -> DeadlineExceeded:
 
 def _scored(request: Request) -> Scored:
     waited = 0.0 if request.started is None else request.started - request.arrived
-    return Scored(request.scores, request.tokens, request.exact, waited, request.compute, request.explained)
+    return Scored(
+        request.scores, request.tokens, request.exact, waited, request.compute, request.explained, request.tokenized
+    )

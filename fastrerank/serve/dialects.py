@@ -1,4 +1,4 @@
-"""One meaning in five spellings: what a body asks for, and results and errors as each dialect writes them."""
+"""One meaning in many spellings: what a body asks for, and results as each dialect writes them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from fastrerank.serve.errors import Flavor, Problem
+from fastrerank.serve.fields import agreed, raw_wanted, refuse
 from fastrerank.serve.schemas import RerankBody, ScoreBody
 
-__all__ = ["Ask", "Flavor", "Problem", "error_body", "rerank_answer", "score_answer", "score_pairs", "to_ask"]
-
-
-class Flavor(str, Enum):
-    """Whose rules settle what the dialects do differently; `auto` goes by the path and the body."""
-
-    auto = "auto"
-    tei = "tei"
-    cohere = "cohere"
-    jina = "jina"
-    vllm = "vllm"
-    infinity = "infinity"
-    sglang = "sglang"
-
-
-class Problem(Exception):
-    """A request that cannot be served: status, TEI's kind of error, and what the client did wrong."""
-
-    def __init__(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.headers = status, kind, headers or {}
+__all__ = ["Ask", "Flavor", "Problem", "rerank_answer", "score_answer", "score_pairs", "to_ask"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +22,7 @@ class Ask:
 
     `texts` are what is scored, `documents` what the client sent; `flavor` is never `auto`, unless `documents` came to
     /rerank or /v1/rerank: then the answer is a superset that Cohere's, Jina's, vLLM's and Infinity's clients read.
+    `version`: of Cohere's API. `score_threshold`: results whose returned score is lower are left out.
     """
 
     query: str
@@ -48,50 +30,63 @@ class Ask:
     documents: Sequence[Any]
     model: str | None
     top_n: int | None
+    score_threshold: float | None
     return_documents: bool
     raw: bool
     explain: bool
     flavor: Flavor
+    version: str
 
 
 # Whether results carry their documents where the request does not say.
-_RETURNS = {Flavor.jina: True, Flavor.vllm: True, Flavor.sglang: True}
+_RETURNS = frozenset({Flavor.jina, Flavor.vllm, Flavor.sglang})
+# Who takes `top_n: 0` for all; the others refuse it.
+_ZERO_IS_ALL = frozenset({Flavor.auto, Flavor.tei, Flavor.vllm})
 
 
-def to_ask(body: RerankBody, path: str, pinned: Flavor) -> Ask:
-    """Return what `body` asks for; raises Problem where its dialect would."""
-    flavor = pinned
-    if pinned is Flavor.auto:
-        flavor = Flavor.tei if body.texts is not None else Flavor.cohere if path == "/v2/rerank" else Flavor.auto
-    documents: Sequence[Any] = body.texts if body.texts is not None else body.documents or []
+def to_ask(body: RerankBody, path: str, flavor: Flavor) -> Ask:
+    """Return what `body` asks for in the dialect `flavor`; raises Problem where that dialect would."""
+    field = "documents" if body.texts is None else "texts"
+    given = body.documents if body.texts is None else body.texts
+    if isinstance(given, (str, dict)):
+        # One document alone is vLLM's, whose routes are /rerank and /v1/rerank too.
+        if flavor not in (Flavor.vllm, Flavor.auto):
+            raise refuse(field, "must be an array")
+        given = [given]
+    documents: Sequence[Any] = given or []
     if not documents:
-        name = "texts" if body.texts is not None else "documents"
-        raise Problem(400, "Empty", f"`{name}` cannot be empty")
-    top_n = body.top_n
-    if top_n == 0:
-        if flavor in (Flavor.jina, Flavor.infinity, Flavor.sglang, Flavor.cohere):
-            raise Problem(422, "Validation", "`top_n` must be at least 1")
-        top_n = None  # vLLM's way of asking for all
-    returns = body.return_text if flavor is Flavor.tei else body.return_documents
-    if returns is None:
-        returns = _RETURNS.get(flavor, False)
-    if flavor is Flavor.vllm:
-        returns = True
-    raw = body.raw_scores or body.use_activation is False
-    texts = [_text(document, f"documents[{i}]", body.rank_fields) for i, document in enumerate(documents)]
+        raise Problem(400, "Empty", f"`{field}` cannot be empty", field=field)
+    texts = [_text(document, f"{field}[{i}]", body.rank_fields) for i, document in enumerate(documents)]
+    returned = agreed((("return_documents", body.return_documents), ("return_text", body.return_text)))[1]
     return Ask(
-        _text(body.query, "query", None), texts, documents, body.model, top_n, returns, raw, body.explain, flavor
-    )
+        query=_text(body.query, "query", None), texts=texts, documents=documents, model=body.model,
+        top_n=_top_n(body, flavor),
+        score_threshold=agreed((("score_threshold", body.score_threshold), ("min_score", body.min_score)))[1],
+        return_documents=flavor in _RETURNS if returned is None else returned, raw=raw_wanted(body),
+        explain=bool(body.explain), flavor=flavor, version="1" if path == "/v1/rerank" else "2",
+    )  # fmt: skip
+
+
+def _top_n(body: RerankBody, flavor: Flavor) -> int | None:
+    """How many results; None for all."""
+    name, count = agreed((("top_n", body.top_n), ("top_k", body.top_k), ("topN", body.topN)))
+    if count is None or count > 0:
+        return count
+    if name != "topN" and flavor not in _ZERO_IS_ALL:
+        raise refuse(name, "must be at least 1")
+    return None
 
 
 def _text(value: Any, name: str, fields: list[str] | None) -> str:
     """The text of a string, of an object's `text` or `rank_fields`, or of vLLM's `content` parts."""
     if isinstance(value, str):
-        return value
-    if fields:
+        if fields is None or fields == ["text"]:
+            return value
+        value = {"text": value}  # a string lacks every other field
+    if fields is not None:
         missing = [field for field in fields if field not in value]
         if missing:
-            raise Problem(422, "Validation", f"{name} lacks the field `{missing[0]}` of `rank_fields`")
+            raise Problem(422, "Validation", f"{name} lacks the field `{missing[0]}` of `rank_fields`", field=name)
         return "\n".join(
             value[field] if isinstance(value[field], str) else json.dumps(value[field]) for field in fields
         )
@@ -100,7 +95,7 @@ def _text(value: Any, name: str, fields: list[str] | None) -> str:
     parts = value.get("content")
     if isinstance(parts, list) and parts and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
         return "\n".join(part["text"] for part in parts)
-    raise Problem(422, "Validation", f"{name} must be a string or an object with a string `text`")
+    raise Problem(422, "Validation", f"{name} must be a string or an object with a string `text`", field=name)
 
 
 def rerank_answer(
@@ -127,18 +122,31 @@ def rerank_answer(
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     name = f"rerank-{uuid.uuid4().hex}"
     if ask.flavor is Flavor.cohere:
-        meta = {
-            "api_version": {"version": "2"},
-            "billed_units": {"search_units": 1},
-            "tokens": {"input_tokens": tokens},
-        }
-        return {"id": name, "results": results, "meta": meta}
-    answer: dict[str, Any] = {"id": name, "model": model, "usage": usage, "results": results}
+        return {"id": name, "results": results, "meta": _meta(ask, tokens)}
+    answer: dict[str, Any] = {"id": name, "model": model, "usage": usage}
+    if ask.flavor is Flavor.voyage:
+        # `results` too: what was told by `top_k` alone may be a client of another dialect.
+        return answer | {"object": "list", "data": [_voyage(ask, result) for result in results], "results": results}
+    answer["results"] = results
     if ask.flavor in (Flavor.auto, Flavor.infinity):
         answer |= {"object": "rerank", "created": int(time.time())}
     if ask.flavor is Flavor.auto:
-        answer["meta"] = {"billed_units": {"search_units": 1}, "tokens": {"input_tokens": tokens}}
+        answer["meta"] = _meta(ask, tokens)
     return answer
+
+
+def _meta(ask: Ask, tokens: int) -> dict[str, Any]:
+    """Cohere's."""
+    return {
+        "api_version": {"version": ask.version},
+        "billed_units": {"search_units": 1},
+        "tokens": {"input_tokens": tokens},
+    }
+
+
+def _voyage(ask: Ask, result: dict[str, Any]) -> dict[str, Any]:
+    """A result as Voyage writes it: a document is its text."""
+    return result | {"document": ask.texts[result["index"]]} if "document" in result else result
 
 
 def _echo(ask: Ask, i: int) -> Any:
@@ -162,6 +170,9 @@ def score_pairs(body: ScoreBody) -> tuple[list[str], list[str]]:
     else:
         names = ", ".join(" and ".join(f"`{name}`" for name in pair) for pair in _SIDES)
         raise Problem(400, "Validation", f"the body needs two sides: {names}")
+    for name in dict.fromkeys(side for pair in _SIDES for side in pair):
+        if name not in (first, second) and getattr(body, name) is not None:
+            raise refuse(name, f"came beside `{first}` and `{second}`: send two sides only", 400)
     a, b = ([_text(value, f"{name}[{i}]", None) for i, value in enumerate(side if isinstance(side, list) else [side])]
             for name, side in ((first, left), (second, right)))  # fmt: skip
     if not a or not b:
@@ -183,15 +194,3 @@ def score_answer(scores: Sequence[float], model: str, tokens: int) -> dict[str, 
         "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     }
-
-
-def error_body(flavor: Flavor, status: int, kind: str, message: str) -> Any:
-    """Return an error as a dialect writes it; `auto` is read by the clients of all but TEI."""
-    if flavor is Flavor.tei:
-        return {"error": message, "error_type": kind}
-    if flavor is Flavor.cohere:
-        return {"message": message}
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    if flavor is Flavor.auto:
-        return {"message": message, "error": error, "detail": message}
-    return {"error": error}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,6 +12,9 @@ from fastrerank.serve.batcher import AsyncReranker, Scored
 
 __all__ = ["Metrics"]
 
+# Names of ignored fields that have a count of their own; what clients make up beyond is counted together.
+_MOST_NAMES = 64
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -33,6 +37,10 @@ class Metrics:
         self.refused = Counter(
             "fastrerank_overloaded", "Requests refused because the queue was full.", ["model"], registry=registry
         )
+        self.ignored = Counter(
+            "fastrerank_ignored_fields", "Fields of requests that had no effect, by name.", ["field"], registry=registry
+        )
+        self._names: set[str] = set()
         queued = Gauge(
             "fastrerank_queued_tokens", "About how many tokens wait or are computed.", ["model"], registry=registry
         )
@@ -58,6 +66,17 @@ class Metrics:
         self.documents.labels(model).inc(len(result.scores))
         self.tokens.labels(model).inc(result.tokens)
         self.waited.labels(model).observe(result.waited)
+
+    def ignore(self, names: Sequence[str]) -> None:
+        """Count fields that had no effect: the first names by themselves, all others as "other"."""
+        for name in names[:_MOST_NAMES]:
+            if name not in self._names and (len(self._names) >= _MOST_NAMES or not _PLAIN.fullmatch(name)):
+                name = "other"
+            else:
+                self._names.add(name)
+            self.ignored.labels(name).inc()
+        if len(names) > _MOST_NAMES:
+            self.ignored.labels("other").inc(len(names) - _MOST_NAMES)
 
     def text(self) -> bytes:
         """Return the exposition format."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from fastrerank.serve.dialects import Problem
+from fastrerank.serve.errors import Problem
 
 __all__ = ["AccessLog", "BodyLimit", "JsonFormatter", "Keys"]
 
@@ -88,14 +88,18 @@ class Keys:
 
     OPEN = ("/health", "/ready")
 
-    def __init__(self, app: App, keys: Sequence[str], open_page: bool = True) -> None:
+    def __init__(
+        self, app: App, keys: Sequence[str], open_page: bool = True, body: Callable[[str, str], Any] | None = None
+    ) -> None:
+        """`body`: (path, message) -> what the answer holds, as JSON."""
         self.app, self.keys = app, [key.encode() for key in keys]
+        self.body = body or (lambda _, message: {"message": message})
         self.open = (*self.OPEN, "/") if open_page else self.OPEN
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.keys and not self._may(scope):
-            await respond(send, 401, {"message": "a valid API key is needed: Authorization: Bearer KEY"},
-                          {"www-authenticate": "Bearer"})  # fmt: skip
+            message = "a valid API key is needed: Authorization: Bearer KEY"
+            await respond(send, 401, self.body(scope["path"], message), {"www-authenticate": "Bearer"})
             return
         await self.app(scope, receive, send)
 

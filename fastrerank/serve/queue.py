@@ -40,7 +40,8 @@ class Request:
         options: of the reranker's call; only requests with equal ones share one.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
-        tokens, compute: tokens of its scored documents, and seconds of the batches that they were in.
+        tokens, compute, tokenized: tokens of its scored documents, seconds of the batches that they were in, and of
+            them those of tokenising.
         exact: whether `tokens` was counted; else it is the batches' tokens shared out by bytes.
         waiting_bytes: bytes of the documents that no batch has taken.
     """
@@ -61,6 +62,7 @@ class Request:
     tokens: int = 0
     exact: bool = True
     compute: float = 0.0
+    tokenized: float = 0.0
     missing: int = 0  # documents without a score
     waiting_bytes: int = 0
     scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))

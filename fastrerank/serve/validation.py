@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import SchemaValidator
 
-from fastrerank.serve.dialects import Problem
+from fastrerank.serve.errors import Problem
 
 __all__ = ["Bodies", "body_route"]
 

@@ -1,0 +1,118 @@
+"""Which dialect a request speaks, and errors as each of them writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum
+from http import HTTPStatus
+from typing import Any, Literal
+
+__all__ = ["Flavor", "Problem", "Source", "dialect", "error_body", "error_status"]
+
+# Where an error comes from: a body that is no JSON, one that the schema refuses, a route or its middleware, or what
+# serves the request.
+Source = Literal["json", "schema", "route", "request"]
+
+
+class Flavor(str, Enum):
+    """Whose rules settle what the dialects do differently; `auto` goes by the path and the body."""
+
+    auto = "auto"
+    tei = "tei"
+    cohere = "cohere"
+    jina = "jina"
+    vllm = "vllm"
+    infinity = "infinity"
+    sglang = "sglang"
+    voyage = "voyage"
+
+
+class Problem(Exception):
+    """A request that cannot be served: status, TEI's kind of error, what the client did wrong, and in which field.
+
+    The status is that of most dialects; `error_status` says what it is in one of them.
+    """
+
+    def __init__(
+        self, status: int, kind: str, message: str, headers: dict[str, str] | None = None, field: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.headers, self.field = status, kind, headers or {}, field
+
+
+# Paths that one dialect alone has.
+_ROUTES = {"/score": Flavor.vllm, "/v1/score": Flavor.vllm, "/info": Flavor.tei, "/models": Flavor.infinity}
+
+
+def dialect(path: str, names: Collection[str], pinned: Flavor) -> Flavor:
+    """Return the dialect of a request: that of its path, else the pinned one, else what its fields tell.
+
+    Args:
+        path: of the route. names: the fields of the body; none where there is no body, or none that can be read.
+
+    `auto` is for what several dialects write alike.
+
+    Example:
+        >>> dialect("/rerank", {"query", "texts"}, Flavor.auto).value
+        'tei'
+    """
+    if path in _ROUTES:
+        return _ROUTES[path]
+    if pinned is not Flavor.auto:
+        return pinned
+    if "texts" in names or (path == "/" and "documents" not in names):
+        return Flavor.tei
+    if path == "/v2/rerank":
+        return Flavor.cohere
+    if "documents" in names and ("truncation" in names or ("top_k" in names and "top_n" not in names)):
+        return Flavor.voyage
+    return Flavor.auto
+
+
+def error_status(flavor: Flavor, status: int, kind: str, source: Source) -> int:
+    """Return the status with which a dialect says that a request is wrong; all others stay as they are."""
+    if source == "json":
+        return 422 if flavor in (Flavor.auto, Flavor.infinity, Flavor.jina, Flavor.sglang) else 400
+    if status == 422 and flavor in (Flavor.vllm, Flavor.voyage):
+        return 400
+    if status == 400 and (flavor is Flavor.infinity or (flavor is Flavor.tei and kind == "Validation")):
+        return 422
+    return status
+
+
+def error_body(
+    flavor: Flavor, status: int, kind: str, message: str, *, source: Source = "request", field: str | None = None,
+    rows: Collection[Any] = (),
+) -> Any:  # fmt: skip
+    """Return an error as a dialect writes it; `auto` is read by the clients of all but TEI.
+
+    Args:
+        kind: TEI's, such as "Validation". field: the one that is wrong. rows: pydantic's errors of a schema.
+    """
+    if flavor is Flavor.tei:
+        return {"error": message, "error_type": kind}
+    if flavor is Flavor.cohere:
+        return {"message": message}
+    if flavor is Flavor.voyage or (flavor is Flavor.infinity and source == "route"):
+        return {"detail": message}
+    if flavor is Flavor.infinity and status == 422:
+        place = ["body"] if field is None else ["body", field]
+        listed = [{"loc": list(row["loc"]), "msg": row["msg"], "type": row["type"]} for row in rows]
+        return {"detail": listed or [{"loc": place, "msg": message, "type": "value_error"}]}
+    if flavor in (Flavor.vllm, Flavor.infinity):
+        kind = _vllm_kind(status, source)
+    error = {"message": message, "type": kind, "param": field, "code": status}
+    if flavor is Flavor.auto:
+        return {"message": message, "error": error, "detail": message}
+    return {"error": error}
+
+
+def _vllm_kind(status: int, source: Source) -> str:
+    if source == "request":
+        named = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+        if status in named:
+            return named[status]
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Error"
