@@ -1,12 +1,13 @@
 # make demo   rank a few passages with real weights            make lint    what a review would say by machine
 # make test   the whole test suite                             make bench   this library against its rivals
 # make clean  remove what the others made
+# make test-all   the suite and the tests that are marked nightly
 # make test-gpu   what a CUDA device can show, in the Python that `PYTHON` names, see docs/gpu.md
 #
 # Everything happens in .venv, with the versions of constraints.txt. The package is installed editable: tests and demo
 # run the Python files of this clone and kernels that were compiled from its csrc.
 
-# The CUDA kernels are left out (ON builds them, AUTO where nvcc is found): demo and tests on a CPU do not wait for nvcc.
+# The CUDA kernels are left out (ON builds them, AUTO where a driver and nvcc are found): demo and tests on a CPU do not wait for nvcc.
 export FASTRERANK_CUDA ?= OFF
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean build-gpu test-gpu
+.PHONY: demo test test-all lint bench clean build-gpu test-gpu
 
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,10 @@ demo: $(VENV)/.installed $(VENV)/.weights
 # Two processes, and a file's tests in one of them: they share what takes long to make.
 test: $(VENV)/.test $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Tests that are marked nightly too: an -m on the command line replaces that of pyproject.toml.
+test-all: $(VENV)/.test $(VENV)/.installed $(VENV)/.weights
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -41,7 +46,7 @@ build-gpu:
 	$(PYTHON) -m pip -q --disable-pip-version-check install --no-index --no-deps --no-build-isolation --editable .
 
 test-gpu: build-gpu
-	$(PYTHON) -m pytest -m gpu --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
+	$(PYTHON) -m pytest -m 'gpu and not nightly' --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
 		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py tests/test_rotary.py tests/test_norm_rows.py tests/test_gated.py tests/test_gpu_layers.py \
 		tests/test_seq2seq.py tests/test_gpu_cur.py tests/test_upload.py tests/test_gpu_sanitizer.py
 

@@ -13,6 +13,7 @@
 #include "cpu/cur_topk.h"
 #include "cpu_module.h"
 #include "cuda/reservoir.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
 using namespace fastrerank::cpu;
@@ -38,8 +39,8 @@ std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t,
     g.left_out_begin = left_out_begin ? reinterpret_cast<const int64_t*>(left_out_begin) : none.data();
     g.ids = reinterpret_cast<int64_t*>(ids), g.scores = reinterpret_cast<float*>(scores);
     const Kernels& level = *kernels_of(isa);
-    const py::gil_scoped_release release;
-    const CurFault fault = run_cur_topk(level, g, threads);
+    CurFault fault;
+    without_gil([&] { fault = run_cur_topk(level, g, threads); });
     return {static_cast<int>(fault.kind), fault.row, fault.item};
 }
 

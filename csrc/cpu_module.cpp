@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu_module.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
 using namespace fastrerank::cpu;
@@ -59,6 +61,9 @@ Weight weight_of(const py::array& a, const char* what) {
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
     if (a.strides(1) != size || a.strides(0) % size)
         throw std::invalid_argument(std::string(what) + " must have contiguous rows");
+    constexpr py::ssize_t most = 1 << 30;
+    if (a.shape(0) < 1 || a.shape(1) < 1 || a.shape(0) > most || a.shape(1) > most)
+        throw std::invalid_argument(std::string(what) + " must have 1 to 2^30 rows and columns");
     return {a.data(), source, a.strides(0) / size, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1))};
 }
 const float* vector_of(const std::optional<F32Array>& a, int64_t n, const char* what) {
@@ -91,10 +96,10 @@ public:
     void set_linear(int layer, const std::string& name, const py::array& w, const std::optional<F32Array>& bias) {
         const Weight m = weight_of(w, name.c_str());
         const float* b = vector_of(bias, m.n, "bias");
-        py::gil_scoped_release release;
-        encoder_.set_linear(layer, name, m.data, m.source, m.ld, m.n, m.k, b);
+        without_gil([&] { encoder_.set_linear(layer, name, m.data, m.source, m.ld, m.n, m.k, b); });
     }
     void set_norm(int layer, const std::string& name, const F32Array& gamma, const std::optional<F32Array>& beta) {
+        if (gamma.ndim() != 1) throw std::invalid_argument("gamma must be float32 of one dimension");
         const int n = static_cast<int>(gamma.size());
         encoder_.set_norm(layer, name, gamma.data(), vector_of(beta, n, "beta"), n);
     }
@@ -107,16 +112,29 @@ public:
             throw std::invalid_argument("strip must hold one column of weights for each of its columns");
         encoder_.set_strip(layer, columns.data(), weight.data(), m.n, m.k);
     }
-    void set_tables(const py::array& word, const std::optional<F32Array>& position,
+    void set_tables(const std::optional<py::array>& word, const std::optional<F32Array>& position,
                     const std::optional<F32Array>& type) {
         const EncoderConfig& c = encoder_.config();
-        const Weight m = weight_of(word, "word embeddings");
+        const float* positions = table_of(position, c.positions, c.embedding, "position embeddings");
+        const float* types = table_of(type, c.types, c.embedding, "type embeddings");
+        if (!word) return encoder_.set_tables(nullptr, Source::kF32, positions, types);
+        const Weight m = weight_of(*word, "word embeddings");
         if (m.n != c.vocabulary || m.k != c.embedding || m.ld != m.k)
             throw std::invalid_argument("word embeddings must have shape (" + std::to_string(c.vocabulary) + ", " +
                                         std::to_string(c.embedding) + ")");
-        encoder_.set_tables(m.data, m.source, table_of(position, c.positions, c.embedding, "position embeddings"),
-                            table_of(type, c.types, c.embedding, "type embeddings"));
-        word_ = word;
+        encoder_.set_tables(m.data, m.source, positions, types);
+        word_ = *word;
+    }
+    void set_word_rows(int fd, const std::string& path, int64_t offset, int64_t size, int64_t changed,
+                       const std::string& dtype) {
+        static const std::pair<const char*, Source> table[] = {
+            {"F32", Source::kF32}, {"F16", Source::kF16}, {"BF16", Source::kBF16}};
+        const Source source = by_name(table, dtype, "dtype");
+        const EncoderConfig& c = encoder_.config();
+        encoder_.set_word_rows(std::make_unique<RowTable>(fd, path, offset, c.vocabulary,
+                                                          c.embedding * int64_t{source == Source::kF32 ? 4 : 2}, size,
+                                                          changed),
+                               source);
     }
     void add_dense(const py::array& w, const std::optional<F32Array>& bias, const std::string& act) {
         const Weight m = weight_of(w, "head weight");
@@ -126,6 +144,7 @@ public:
         encoder_.add_dense(m.data, m.source, m.ld, m.n, m.k, vector_of(bias, m.n, "head bias"), activation_of(act));
     }
     void add_norm(const F32Array& gamma, const std::optional<F32Array>& beta, float eps) {
+        if (gamma.ndim() != 1) throw std::invalid_argument("gamma must be float32 of one dimension");
         const int n = static_cast<int>(gamma.size());
         if (n != encoder_.output_width()) throw std::invalid_argument("head norm width differs from its input");
         encoder_.add_norm(gamma.data(), vector_of(beta, n, "beta"), n, eps);
@@ -142,10 +161,7 @@ public:
                       static_cast<int64_t>(encoder_.output_width())});
         const int32_t* t = types ? types->data() : nullptr;
         float* o = out.mutable_data();
-        {
-            py::gil_scoped_release release;
-            encoder_.forward(ids.data(), t, offsets.data(), documents, r, threads, o);
-        }
+        without_gil([&] { encoder_.forward(ids.data(), t, offsets.data(), documents, r, threads, o); });
         return out;
     }
 
@@ -174,7 +190,7 @@ private:
     }
 
     Encoder encoder_;
-    py::array word_;  // keeps the mapping of the word table alive
+    py::array word_;  // keeps the word table alive
 };
 
 F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& offsets, int threads,
@@ -188,19 +204,28 @@ F32Array max_sim(const F32Array& query, const F32Array& tokens, const I64Array& 
     const int documents = static_cast<int>(offsets.size() - 1);
     F32Array out(documents);
     float* o = out.mutable_data();
-    py::gil_scoped_release release;
-    Bytes packed(k.packed_bytes(Precision::kFloat32, lq, dim));
-    if (!k.pack(Precision::kFloat32, query.data(), Source::kF32, dim, lq, dim, packed.get(), nullptr, nullptr))
-        throw std::invalid_argument("query has a value that is NaN or infinite");
-    // A document's value depends on its own rows only, so any split gives the same result.
-    constexpr int kPerTask = 16;
-    run_parallel((documents + kPerTask - 1) / kPerTask, threads, [&](int i) {
-        Bytes best(padded(lq) * sizeof(float));
-        const int begin = i * kPerTask, count = std::min(kPerTask, documents - begin);
-        k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(),
-                  o + begin);
+    without_gil([&] {
+        Bytes packed(k.packed_bytes(Precision::kFloat32, lq, dim));
+        if (!k.pack(Precision::kFloat32, query.data(), Source::kF32, dim, lq, dim, packed.get(), nullptr, nullptr))
+            throw std::invalid_argument("query has a value that is NaN or infinite");
+        // A document's value depends on its own rows only, so any split gives the same result.
+        constexpr int kPerTask = 16;
+        run_parallel((documents + kPerTask - 1) / kPerTask, threads, [&](int i) {
+            Bytes best(padded(lq) * sizeof(float));
+            const int begin = i * kPerTask, count = std::min(kPerTask, documents - begin);
+            k.max_sim(packed.get(), lq, dim, tokens.data(), dim, offsets.data() + begin, count, best.as<float>(),
+                      o + begin);
+        });
     });
     return out;
+}
+
+// run_parallel without the GIL, on the workers that torch uses.
+void on_openmp(int n, int threads, const std::function<void(int)>& f) {
+    without_gil([&] {
+        const OnOpenMp workers;
+        run_parallel(n, threads, f);
+    });
 }
 
 // y = activation(x W^T + b) through one level's packed product, with x converted as the encoder converts it.
@@ -274,9 +299,7 @@ public:
             k_.linear({&packed_, a, nullptr, lda, static_cast<int>(count), Activation::kIdentity, false, nullptr,
                        nullptr, b, ldb, format, terms});
         };
-        const py::gil_scoped_release release;
-        const OnOpenMp workers;
-        run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
+        on_openmp(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             int64_t begin = i * block;
             const int64_t end = std::min(begin + block, rows);
             const int64_t whole = in_place ? (end - begin) / tiles * tiles : 0;
@@ -314,9 +337,7 @@ public:
         const int64_t width = gate.n_padded, lda = padded(gate.k), ldb = out.n_padded;
         const int64_t share = ((rows + threads - 1) / threads + tile - 1) / tile * tile;
         const int64_t block = std::clamp<int64_t>(share, tile, most);
-        const py::gil_scoped_release release;
-        const OnOpenMp workers;
-        run_parallel(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
+        on_openmp(static_cast<int>((rows + block - 1) / block), threads, [&](int i) {
             const int64_t begin = i * block, count = std::min(begin + block, rows) - begin, tiled = count + kRowTile;
             const Bytes rows_in = inputs_of(from + begin * ldx * element, ldx, count);
             Bytes wide(up ? tiled * width * 4 : 0), inner(tiled * width * bytes_of(inputs)),
@@ -431,17 +452,18 @@ py::tuple quantise(const F32Array& x, const std::optional<F32Array>& factor, con
 double peak(const std::string& dtype, int threads, const std::string& isa) {
     const Kernels& k = *kernels_of(isa);
     const Precision p = precision_of(dtype);
-    py::gil_scoped_release release;
     double best = 0;
-    for (int round = 0; round < 25; ++round) {
-        std::vector<double> operations(threads);
-        const auto begin = std::chrono::steady_clock::now();
-        run_parallel(threads, threads, [&](int i) { operations[i] = k.peak(p, 2000000); });
-        const std::chrono::duration<double> s = std::chrono::steady_clock::now() - begin;
-        double total = 0;
-        for (const double o : operations) total += o;
-        best = std::max(best, total / s.count());
-    }
+    without_gil([&] {
+        for (int round = 0; round < 25; ++round) {
+            std::vector<double> operations(threads);
+            const auto begin = std::chrono::steady_clock::now();
+            run_parallel(threads, threads, [&](int i) { operations[i] = k.peak(p, 2000000); });
+            const std::chrono::duration<double> s = std::chrono::steady_clock::now() - begin;
+            double total = 0;
+            for (const double o : operations) total += o;
+            best = std::max(best, total / s.count());
+        }
+    });
     return best;
 }
 
@@ -486,7 +508,9 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("beta").none(true))
         .def("set_factor", &PyEncoder::set_factor, py::arg("layer"), py::arg("name"), py::arg("factor"))
         .def("set_strip", &PyEncoder::set_strip, py::arg("layer"), py::arg("columns"), py::arg("weight"))
-        .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position").none(true),
+        .def("set_word_rows", &PyEncoder::set_word_rows, py::arg("fd"), py::arg("path"), py::arg("offset"),
+             py::arg("size"), py::arg("changed"), py::arg("dtype"))
+        .def("set_tables", &PyEncoder::set_tables, py::arg("word").none(true), py::arg("position").none(true),
              py::arg("type").none(true))
         .def("add_rope", &PyEncoder::add_rope, py::arg("theta"), py::arg("half"))
         .def("add_dense", &PyEncoder::add_dense, py::arg("weight"), py::arg("bias").none(true), py::arg("activation"))

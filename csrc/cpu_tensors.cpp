@@ -12,6 +12,7 @@
 #include "cpu/label_logits.h"
 #include "cpu/parallel.h"
 #include "cpu_module.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
 using namespace fastrerank::cpu;
@@ -61,9 +62,10 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t l
                               {integers(plo), integers(lo)},
                               {integers(phi), integers(hi)}};
     const Kernels& level = *kernels_of(isa);
-    const py::gil_scoped_release release;
-    const OnOpenMp workers;
-    run_interval_attention(level, g, rows, keys, threads);
+    without_gil([&] {
+        const OnOpenMp workers;
+        run_interval_attention(level, g, rows, keys, threads);
+    });
 }
 
 // Strides: row and head of q and k, head of out. head_weight may be 0; out (keys,), or (heads, keys) if per_head.
@@ -79,9 +81,10 @@ void attention_mass(uintptr_t q, uintptr_t k, uintptr_t lse, uintptr_t lo, uintp
     g.lo = reinterpret_cast<const int32_t*>(lo), g.hi = reinterpret_cast<const int32_t*>(hi);
     g.scale = scale, g.softcap = softcap, g.per_head = per_head, g.out = reinterpret_cast<float*>(out);
     const Kernels& level = *kernels_of(isa);
-    const py::gil_scoped_release release;
-    const OnOpenMp workers;
-    run_attention_mass(level, g, threads);
+    without_gil([&] {
+        const OnOpenMp workers;
+        run_attention_mass(level, g, threads);
+    });
 }
 
 // Row strides of hidden (rows, width) and weight (labels, width). gamma and beta (width,) and bias (labels,) point to
@@ -98,9 +101,10 @@ void label_logits(uintptr_t hidden, const std::string& hidden_dtype, int64_t hid
     g.bias = floats(bias), g.scale = scale, g.softcap = softcap;
     g.out = reinterpret_cast<float*>(logits);
     const Kernels& level = *kernels_of(isa);
-    const py::gil_scoped_release release;
-    const OnOpenMp workers;
-    run_label_logits(level, g, reinterpret_cast<int32_t*>(order), threads);
+    without_gil([&] {
+        const OnOpenMp workers;
+        run_label_logits(level, g, reinterpret_cast<int32_t*>(order), threads);
+    });
 }
 
 // x (rows, width) and y (rows, y_row) in dtype, float32 or bfloat16; gamma and beta as above.
@@ -112,9 +116,10 @@ void norm_rows(uintptr_t x, const std::string& dtype, int64_t x_row, int64_t row
     g.norm = norm_of(norm), g.gamma = floats(gamma), g.beta = floats(beta), g.eps = eps;
     if (g.x_source == Source::kF16) throw std::invalid_argument("norm_rows takes float32 or bfloat16 rows");
     const Kernels& level = *kernels_of(isa);
-    const py::gil_scoped_release release;
-    const OnOpenMp workers;
-    run_norm_rows(level, g, reinterpret_cast<void*>(y), y_row, threads);
+    without_gil([&] {
+        const OnOpenMp workers;
+        run_norm_rows(level, g, reinterpret_cast<void*>(y), y_row, threads);
+    });
 }
 
 }  // namespace

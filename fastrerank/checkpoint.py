@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastrerank.config_values import InvalidConfig, check_sizes
+from fastrerank.layouts import marked_layout, refuse_marked_layout
 from fastrerank.tensors import Tensor, Tensors, find_weight_files
 
 __all__ = [
@@ -49,12 +51,14 @@ class Module:
     """One entry of a sentence-transformers `modules.json`.
 
     `type` is the last dotted component ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", ...), `path` the
-    module's folder (which need not exist for modules without files), `config` its config.json ({} if it has none).
+    module's folder (which need not exist for modules without files), `config` its config.json ({} if it has none),
+    `dotted` the whole name of its class.
     """
 
     type: str
     path: Path
     config: dict[str, Any]
+    dotted: str = ""
 
     def tensors(self) -> Tensors:
         """Open the module's weights, memory-mapped. Raises FileNotFoundError if its folder holds none."""
@@ -147,7 +151,8 @@ def open_checkpoint(
     Raises:
         FileNotFoundError: the folder or its config.json is missing.
         OSError: the hub could not provide the repository.
-        ValueError: a configuration file is malformed.
+        ValueError: a configuration file is malformed, holds a size that no model can have, or marks a multi-vector
+            model (ColBERT), which no method serves.
 
     Example:
         >>> open_checkpoint("path/to/model").max_seq_length  # doctest: +SKIP
@@ -200,23 +205,25 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
     """
     stated = [read_json(folder / name).get("max_seq_length") for name in _SENTENCE_CONFIGS]
     stated.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    limits = [int(value) for value in stated if isinstance(value, (int, float)) and 0 < value <= _SANE_LENGTH][:1]
+    numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    limits = [int(value) for value in numbers if 1 <= value <= _SANE_LENGTH][:1]
     rows = config.get("max_position_embeddings")
-    if isinstance(rows, int) and rows > 0:
+    if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
         limits.append(rows - _position_offset(config))
     return min(limits, default=None)
 
 
-def untrained(checkpoint: Checkpoint) -> ValueError:
-    """Return the error for a checkpoint without a classification head."""
+def untrained(checkpoint: Checkpoint, missing: str = "") -> ValueError:
+    """Return the error for a checkpoint without a classification head; `missing` is a tensor of it that is not there."""
     architectures = checkpoint.config.get("architectures") or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
         return ValueError(
             f"{checkpoint.path} is a language model without a trained classification head; load(..., "
             "method='pointwise') ranks by the logits of its labels"
         )
+    lacking = f" (the weights lack {missing!r})" if missing else ""
     return ValueError(
-        f"{checkpoint.path} has no trained classification head, so it cannot score pairs as a cross-encoder; "
+        f"{checkpoint.path} has no trained classification head{lacking}, so it cannot score pairs as a cross-encoder; "
         "its vectors can serve load(..., method='late-interaction') or load(..., method='embedding')"
     )
 
@@ -237,8 +244,10 @@ def _read_json_value(path: Path) -> Any:
         raise ValueError(f"{path}: not a UTF-8 text file ({error})") from error
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or an int of more digits than Python reads
         raise ValueError(f"{path}: malformed JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: malformed JSON (nested too deep)") from error
 
 
 def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
@@ -251,7 +260,11 @@ def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
             hint = "holds an adapter only: merge it into its base model first"
         raise FileNotFoundError(f"{config_file} does not exist: {transformer_path} {hint}")
     config = read_json(config_file)
-    return Checkpoint(
+    try:
+        check_sizes(config)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"{transformer_path}: {error}") from None
+    checkpoint = Checkpoint(
         path=root,
         transformer_path=transformer_path,
         config=config,
@@ -260,6 +273,12 @@ def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
         max_seq_length=max_length_of(transformer_path, config),
         trust_remote_code=trust_remote_code,
     )
+    marked = marked_layout(
+        (root, transformer_path), config, [module.dotted for module in modules], checkpoint.st_config,
+        checkpoint.sentence_config(),
+    )  # fmt: skip
+    refuse_marked_layout(root, marked)
+    return checkpoint
 
 
 def _read_modules(root: Path) -> list[Module]:
@@ -277,7 +296,8 @@ def _read_modules(root: Path) -> list[Module]:
         if relative.is_absolute() or ".." in relative.parts or ":" in entry["path"]:
             raise ValueError(f"{path}: entry {position} points outside the checkpoint: {entry['path']!r}")
         folder = root / relative
-        modules.append(Module(entry["type"].rpartition(".")[2], folder, read_json(folder / "config.json")))
+        kind = entry["type"]
+        modules.append(Module(kind.rpartition(".")[2], folder, read_json(folder / "config.json"), kind))
     return modules
 
 

@@ -1,19 +1,22 @@
 """The command line: `fastrerank rank | score | eval | heads | index | bench | serve | doctor | version`.
 
 Results go to standard output: a table on a terminal, tab-separated values elsewhere, JSON with `--json`. Everything
-else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage; an error is one line.
+else goes to standard error. Exit codes: 0 ok, 1 the work failed, 2 wrong usage, 130 Ctrl-C; an
+error is one line.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,24 +26,36 @@ import fastrerank
 from . import cli_index, cli_score
 from .cli_eval import evaluate_command
 from .cli_shared import (
+    DATA,
+    MODEL,
+    OUTPUT,
     AsJson,
     Device,
     Dtype,
     DtypeOption,
+    EngineOption,
     HeadsOption,
     Instruction,
+    Interrupted,
+    MaxLength,
     Method,
     Model,
+    Qrels,
+    QueriesFile,
     TemplateOption,
     Threads,
+    TrecRun,
+    check_file,
     heads_option,
     load_reranker,
     need_model,
     one_line,
+    option,
     plain,
     print_json,
     print_table,
     progress_bar,
+    resumable,
     warn,
 )
 from .datasets import load_dataset
@@ -67,6 +82,9 @@ class Suite(str, Enum):
     cur_scan = "cur-scan"
     serve = "serve"
     ray = "ray"
+
+
+SELECTION, LISTENING, LIMITS = "Selection", "Listening", "Limits"  # panels of --help
 
 
 class Rule(str, Enum):
@@ -107,42 +125,68 @@ def _root(
 
 @app.command()
 def rank(
-    query: Annotated[str, typer.Argument(help="The query.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE...", help="Files of documents; - is stdin.")
+        list[str] | None, typer.Argument(metavar="FILE", help="Files of documents; - is standard input.")
     ] = None,
     model: Model = None,
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
     heads: HeadsOption = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Colour the tokens by the attention that they get (icr, qrhead, core).")
-    ] = False,
-    explain_html: Annotated[
-        Path | None, typer.Option(help="Write a page that shows the same to this file; implies --explain.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Print only the best K documents.")] = None,
-    as_json: AsJson = False,
+    max_length: MaxLength = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            metavar="FORMAT",
+            rich_help_panel=DATA,
+            help="How files hold documents: lines, paragraphs, jsonl; auto: jsonl by file name or content, else lines.",
+        ),
+    ] = Format.auto,
+    text_field: Annotated[
+        str,
+        typer.Option(metavar="FIELD", rich_help_panel=DATA, help="Field of a JSONL row that holds the text."),
+    ] = "text",
+    engine: EngineOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     threads: Threads = None,
-    format: Annotated[
-        Format, typer.Option(help="How files hold documents; auto: jsonl by file name or content, else lines.")
-    ] = Format.auto,
-    text_field: Annotated[str, typer.Option(help="Field of a JSONL row that holds the text.")] = "text",
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="K", rich_help_panel=OUTPUT, show_default="all", help="Print only the best K documents."
+        ),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            rich_help_panel=OUTPUT,
+            help="Colour the tokens by the attention that they get (icr, qrhead, core).",
+        ),
+    ] = False,
+    explain_html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="Write a page that shows the same to this file; implies --explain.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rank the documents of FILE... by QUERY and print rank, score and text, best first."""
     checkpoint = need_model(model)
     if not files:
         if sys.stdin.isatty():
-            raise typer.BadParameter(
-                "name at least one file of documents, or - for standard input", param_hint="FILE..."
-            )
+            raise typer.BadParameter("name at least one file of documents, or - for standard input", param_hint="FILE")
         files = ["-"]
     for name in files:
-        if name != "-" and not Path(name).is_file():
-            raise typer.BadParameter(f"no such file: {name}", param_hint="FILE...")
+        check_file("FILE", name)
+    if explain_html is not None and (explain_html.is_dir() or not explain_html.resolve().parent.is_dir()):
+        raise typer.BadParameter(
+            f"must be a file in a folder that exists, got {explain_html}", param_hint="--explain-html"
+        )
     documents, undecodable = read_documents(files, format.value, text_field)
     for name in undecodable:
         warn(f"{name} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
@@ -150,7 +194,7 @@ def rank(
         warn("there are no documents to rank")
     reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=heads_option(heads),
+        heads=heads_option(heads), max_length=max_length, engine=engine,
     )  # fmt: skip
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
@@ -179,35 +223,63 @@ app.command("eval")(evaluate_command)
 
 @app.command()
 def heads(
-    dataset: Annotated[Path, typer.Argument(help="Labelled queries: JSONL rows, or a BEIR folder.")],
-    save: Annotated[Path, typer.Option(help="Write the heads to this file (.toml), for --heads.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Labelled queries: JSONL rows, or a BEIR folder.")],
+    save: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", rich_help_panel=OUTPUT, help="Write the heads to this file (.toml), for rank's --heads."
+        ),
+    ],
     model: Model = None,
-    rule: Annotated[
-        Rule, typer.Option(help="ndcg, gold: QRHead's rules; contrast: CoRe's.", case_sensitive=False)
-    ] = Rule.ndcg,
-    top: Annotated[int | None, typer.Option(min=1, help="Heads to keep; as published if unsaid (16, or 8).")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the rule contrast: 0.1, or 0.001 for Mistral, Granite.")] = 0.1,
-    trec_run: Annotated[Path | None, typer.Option(help="First-stage TREC run.")] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Judgements, TREC or BEIR.")] = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries, JSONL or TSV.")] = None,
     instruction: Instruction = None,
-    as_json: AsJson = False,
+    rule: Annotated[
+        Rule,
+        typer.Option(
+            metavar="RULE",
+            rich_help_panel=SELECTION,
+            case_sensitive=False,
+            help="How a head is scored: ndcg, gold (QRHead's rules) or contrast (CoRe's).",
+        ),
+    ] = Rule.ndcg,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=SELECTION,
+            show_default="as published: 16, of contrast 8",
+            help="Heads to keep.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T",
+            rich_help_panel=SELECTION,
+            help="Of the rule contrast; its paper takes 0.001 for Mistral and Granite.",
+        ),
+    ] = 0.1,
+    trec_run: TrecRun = None,
+    qrels: Qrels = None,
+    queries: QueriesFile = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find the heads of MODEL that retrieve, by the labelled queries of DATASET; goes on where it was ended."""
     from .rerankers.attention_heads import score_heads
 
     checkpoint = need_model(model)
-    for name, path in {"DATASET": dataset, "--trec-run": trec_run, "--qrels": qrels, "--queries": queries}.items():
-        if path is not None and not path.exists():
-            raise typer.BadParameter(f"no such file: {path}", param_hint=name)
+    check_file("DATASET", dataset, folders=True)
+    for name, path in {"--trec-run": trec_run, "--qrels": qrels, "--queries": queries}.items():
+        check_file(name, path)
     if save.suffix != ".toml" or not save.resolve().parent.is_dir():
         raise typer.BadParameter(f"must be a .toml file in a folder that exists, got {save}", param_hint="--save")
     labelled = load_dataset(dataset, run=trec_run, qrels=qrels, queries=queries)
     state = save.with_suffix(".progress.jsonl")
-    with progress_bar("scoring heads", total=len(labelled), shown=True) as advance:
+    kept_in = f"the heads' scores of the queries so far are in {state}"
+    with resumable(kept_in), progress_bar("scoring heads", total=len(labelled), shown=True) as advance:
         found = score_heads(
             checkpoint, labelled, rule=rule.value, temperature=temperature, instruction=instruction, state=state,
             progress=advance, device=device, dtype=dtype.value, num_threads=threads,
@@ -225,7 +297,10 @@ def heads(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.cross_encoder,
+    suite: Annotated[
+        Suite,
+        typer.Argument(metavar="SUITE", help=f"What to measure: {', '.join(suite.value for suite in Suite)}."),
+    ] = Suite.cross_encoder,
 ) -> None:
     """Compare with rival engines on this machine; further options go to `python -m bench.run`."""
     clone = Path(fastrerank.__file__).resolve().parent.parent
@@ -242,53 +317,66 @@ def bench(
 @app.command()
 def serve(
     model: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint, or NAME=CHECKPOINT; several are served by name (required).")
+        list[str] | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            rich_help_panel=MODEL,
+            help="Hugging Face id or local folder, or NAME=CHECKPOINT; several are served by name (required).",
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    max_length: MaxLength = None,
+    engine: EngineOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     threads: Threads = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="Of a head with several labels the one that ranks, a name or number; or NAME=LABEL."),
+        option(MODEL, "[NAME=]LABEL", "Of a head with several labels the one that ranks, a name or number."),
     ] = None,
-    alias: Annotated[list[str] | None, typer.Option(help="ALIAS=NAME: a further name of a model.")] = None,
+    alias: Annotated[list[str] | None, option(LISTENING, "ALIAS=NAME", "A further name of a model.")] = None,
+    host: Annotated[str, option(LISTENING, "HOST", "Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, option(LISTENING, "PORT", "Port; 0 takes a free one.", min=0, max=65535)] = 8080,
     api_flavor: Annotated[
         str,
-        typer.Option(
-            help="Pins what dialects do differently: auto, tei, cohere, jina, vllm, infinity, sglang, voyage."
+        option(
+            LISTENING,
+            "FLAVOR",
+            "Pins what dialects do differently: auto, tei, cohere, jina, vllm, infinity, sglang, voyage.",
         ),
     ] = "auto",
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line; else those of FASTRERANK_API_KEY.")
+        Path | None,
+        option(LISTENING, "FILE", "File of API keys, one a line.", show_default="those of FASTRERANK_API_KEY"),
     ] = None,
-    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one batch across requests.")] = 16384,
+    cors_origin: Annotated[
+        list[str] | None, option(LISTENING, "ORIGIN", "Origin that browsers may call from.", show_default="none")
+    ] = None,
+    max_batch_tokens: Annotated[int, option(LIMITS, "N", "Tokens of one batch across requests.", min=1)] = 16384,
     max_queue_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that may wait; beyond, requests get 429. One may be 3/4 of it (413).")
+        int,
+        option(LIMITS, "N", "Tokens that may wait; beyond, requests get 429. One may be 3/4 of it (413).", min=1),
     ] = 2_000_000,
     max_wait_ms: Annotated[
-        float, typer.Option(min=0, help="How long a request waits for others to share a batch.")
+        float, option(LIMITS, "MS", "How long a request waits for others to share a batch.", min=0)
     ] = 2.0,
-    max_documents: Annotated[int, typer.Option(min=1, help="Documents of one request.")] = 10_000,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of one request.")] = 8.0,
+    max_documents: Annotated[int, option(LIMITS, "N", "Documents of one request.", min=1)] = 10_000,
+    max_body_mb: Annotated[float, option(LIMITS, "MB", "Megabytes of one request.", min=0.001)] = 8.0,
     max_bodies_mb: Annotated[
-        float | None, typer.Option(min=0.001, help="Megabytes of all unanswered requests; 4 x --max-body-mb if unsaid.")
+        float | None,
+        option(LIMITS, "MB", "Megabytes of all unanswered requests.", min=0.001, show_default="4 x --max-body-mb"),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0.001, help="Seconds a request may take; then it gets 504.")
+        float | None,
+        option(LIMITS, "SECONDS", "How long a request may take; then it gets 504.", min=0.001, show_default="no bound"),
     ] = None,
     header_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds in which a request's headers must arrive.")
+        float, option(LIMITS, "SECONDS", "In which a request's headers must arrive.", min=0.001)
     ] = 10.0,
-    body_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds in which its body must arrive.")] = 30.0,
-    grace: Annotated[float, typer.Option(min=1, help="Seconds for running requests after SIGTERM.")] = 30.0,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="Origin that browsers may call from; off if unsaid.")
-    ] = None,
+    body_timeout: Annotated[float, option(LIMITS, "SECONDS", "In which its body must arrive.", min=0.001)] = 30.0,
+    grace: Annotated[float, option(LIMITS, "SECONDS", "That running requests get after SIGTERM.", min=1)] = 30.0,
 ) -> None:
     """Serve rerankers over HTTP: TEI's, Cohere's, Jina's, vLLM's and Infinity's routes, and a page to try them on."""
     try:
@@ -302,9 +390,13 @@ def serve(
     if api_flavor not in (flavors := [flavor.value for flavor in Flavor]):
         raise typer.BadParameter(f"{api_flavor!r} is no flavor; one of {', '.join(flavors)}", param_hint="--api-flavor")
     need_model(model[0] if model else None)
+    check_file("--api-key-file", api_key_file)
     named, keys = parse_models(model or []), read_keys(api_key_file)
     labels, aliases = parse_labels(label or [], named), hub_names(named) | parse_aliases(alias or [], named)
-    options = {"device": device, "num_threads": threads, "template": template, "instruction": instruction}
+    options = {
+        "device": device, "num_threads": threads, "template": template, "instruction": instruction,
+        "max_length": max_length, "engine": engine,
+    }  # fmt: skip
     rerankers = {
         name: fastrerank.AsyncReranker(
             load_reranker(checkpoint, method, dtype, label=labels.get(name), **options), max_batch_tokens=max_batch_tokens,
@@ -324,7 +416,8 @@ def serve(
 def doctor(
     as_json: AsJson = False,
     torch: Annotated[
-        bool, typer.Option("--torch", help="Import torch and ask it for its GPUs (takes seconds).")
+        bool,
+        typer.Option("--torch", rich_help_panel=OUTPUT, help="Import torch and ask it for its GPUs (takes seconds)."),
     ] = False,
 ) -> None:
     """Print what was found: versions, CPU level, threads, kernels, GPU, optional packages."""
@@ -342,7 +435,7 @@ def version() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 ok, 1 the work failed, 2 wrong usage.
+    """Run the command line and return its exit code: 0 ok, 1 the work failed, 2 wrong usage, 130 Ctrl-C.
 
     Args:
         arguments: what follows the program's name; None takes `sys.argv`.
@@ -353,23 +446,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["version"])                                                            # doctest: +SKIP
         0
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="fastrerank", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(args=given, prog_name="fastrerank", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader of the output has gone; Python must not flush into the closed pipe again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        kept = f"; {error}: {shlex.join(['fastrerank', *given])}" if isinstance(error, Interrupted) else ""
+        print(f"fastrerank: interrupted{one_line(kept)}", file=sys.stderr)
+        return Interrupted.exit_code
     except Exception as error:
         if os.environ.get("FASTRERANK_TRACEBACK") == "1":
             raise
         return _fail(error)
     return int(code or 0)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    warn(str(message))
 
 
 def _fail(error: Exception) -> int:

@@ -12,62 +12,103 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import cli_shared as cli
-from .cli_shared import AsJson, Device, Dtype, DtypeOption, HeadsOption, Instruction, Method, TemplateOption, Threads
+from .cli_shared import (
+    AsJson,
+    Device,
+    Dtype,
+    DtypeOption,
+    EngineOption,
+    HeadsOption,
+    Instruction,
+    MaxLength,
+    Method,
+    Qrels,
+    QueriesFile,
+    TemplateOption,
+    Threads,
+    TrecRun,
+)
 from .datasets import JudgedQuery, load_dataset, write_trec_run
 from .evaluation import Evaluation, System, compare, evaluate
 from .evaluation.comparison import dataset_name
+from .evaluation.measures import DEFAULT_MEASURES
 from .evaluation.systems import FIRST_STAGE, parse_run, parse_system, read_systems
 from .evaluation.table import print_comparison
 
 __all__ = ["evaluate_command"]
 
+SYSTEMS, MEASURING = "Systems", "Measuring"  # panels of --help
+
 
 def evaluate_command(
     datasets: Annotated[
-        list[Path], typer.Argument(metavar="DATASET...", help="JSONL rows, a BEIR folder, or the texts of a TREC run.")
+        list[Path], typer.Argument(metavar="DATASET", help="JSONL rows, a BEIR folder, or the texts of a TREC run.")
     ],
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]CHECKPOINT[,KEY=VALUE...]",
-            help="Hugging Face id or local folder; several are compared. KEY: method, dtype, engine, device, threads, "
-            "template, ..., any keyword of fastrerank.load; the options below hold for models that do not say theirs.",
+            metavar="SYSTEM",
+            rich_help_panel=SYSTEMS,
+            help="[NAME=]CHECKPOINT[,KEY=VALUE...]: Hugging Face id or local folder; several are compared. KEY: "
+            "method, dtype, engine, device, threads, template or another keyword of the method. The options of the "
+            "panels Model and Computing hold for models that do not say theirs.",
         ),
     ] = None,
     systems: Annotated[
-        Path | None, typer.Option(help="TOML file of systems to compare: tables systems.NAME, with model or run.")
+        Path | None,
+        cli.option(SYSTEMS, "FILE", "TOML file of systems to compare: tables systems.NAME, with model or run."),
     ] = None,
     with_run: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]FILE", help="Compare with this TREC run, too.")
+        list[str] | None, cli.option(SYSTEMS, "[NAME=]FILE", "Compare with this TREC run, too.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="System that the others are tested against; first-stage if unsaid.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write report.html, results.json and TREC runs to this folder; compares.")
-    ] = None,
-    measure: Annotated[
-        list[str] | None, typer.Option(help="Measure by ir_measures' name, e.g. P@5; the first is plotted; compares.")
+        str | None,
+        cli.option(SYSTEMS, "NAME", "System that the others are tested against.", show_default=FIRST_STAGE),
     ] = None,
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
     heads: HeadsOption = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Rerank only the first K candidates of each query.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Write a single model's order to this file, as a TREC run.")] = None,
-    trec_run: Annotated[
-        Path | None, typer.Option(help="First-stage TREC run: its documents are the candidates.")
+    max_length: MaxLength = None,
+    trec_run: TrecRun = None,
+    qrels: Qrels = None,
+    queries: QueriesFile = None,
+    top_k: Annotated[
+        int | None,
+        cli.option(
+            MEASURING, "K", "Rerank only the first K candidates of each query.", min=1, show_default="all of them"
+        ),
     ] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Judgements, TREC or BEIR; a BEIR folder has its own.")] = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries, JSONL or TSV; a BEIR folder has its own.")] = None,
+    measure: Annotated[
+        list[str] | None,
+        cli.option(
+            MEASURING,
+            "MEASURE",
+            "By ir_measures' name, e.g. P@5; the first is plotted; compares.",
+            show_default=f"{', '.join(DEFAULT_MEASURES)}",
+        ),
+    ] = None,
     min_relevance: Annotated[
-        int, typer.Option(min=1, help="Smallest grade that counts as relevant (not for nDCG).")
+        int, cli.option(MEASURING, "GRADE", "Smallest grade that counts as relevant (not for nDCG).", min=1)
     ] = 1,
-    warmup: Annotated[int, typer.Option(min=0, help="Queries that are ranked before the clock starts.")] = 1,
-    as_json: AsJson = False,
+    warmup: Annotated[int, cli.option(MEASURING, "N", "Queries that are ranked before the clock starts.", min=0)] = 1,
+    engine: EngineOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
     threads: Threads = None,
+    out: Annotated[
+        Path | None,
+        cli.option(
+            cli.OUTPUT,
+            "FOLDER",
+            "Write report.html, results.json and TREC runs to this folder; compares. "
+            "Interrupted, the same command goes on behind the systems that were finished.",
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, cli.option(cli.OUTPUT, "FILE", "Write a single model's order to this file, as a TREC run.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rerank the judged candidates of DATASET; print nDCG@10, MRR@10, Recall and latency, of several systems if asked.
 
@@ -78,10 +119,11 @@ def evaluate_command(
         cli.need_model(None)
     _check_files(datasets, trec_run, qrels, queries, systems)
     given = {
-        "method": method, "dtype": None if dtype is Dtype.auto else dtype.value, "device": device,
+        "method": method, "device": device,
         "num_threads": threads, "template": template, "instruction": instruction, "heads": cli.heads_option(heads),
+        "max_length": max_length, "engine": engine,
     }  # fmt: skip
-    defaults = {name: value for name, value in given.items() if value is not None}
+    defaults = cli.load_options(dtype, **given)
     listed = _listed(model or [], systems, with_run or [], defaults)
     checkpoint = None if several or listed[0].options != defaults else listed[0].model
     if checkpoint is None:
@@ -98,11 +140,9 @@ def evaluate_command(
     if run is not None and not run.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
     judged = load_dataset(datasets[0], run=trec_run, qrels=qrels, queries=queries)
-    reranker = cli.load_reranker(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=cli.heads_option(heads),
-    )  # fmt: skip
-    with cli.progress_bar("reranking", total=len(judged), shown=True) as advance:
+    reranker = cli.load_reranker(checkpoint, dtype=dtype, **given)
+    ending = cli.resumable("nothing is kept of a single model without --out FOLDER", again="begin again")
+    with ending, cli.progress_bar("reranking", total=len(judged), shown=True) as advance:
         result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, warmup=warmup, progress=advance)
     if run is not None:
         write_trec_run(run, result.run)
@@ -119,11 +159,11 @@ def evaluate_command(
 def _check_files(
     datasets: list[Path], trec_run: Path | None, qrels: Path | None, queries: Path | None, systems: Path | None
 ) -> None:
-    files: list[tuple[str, Path | None]] = [("DATASET", path) for path in datasets]
-    files += [("--trec-run", trec_run), ("--qrels", qrels), ("--queries", queries), ("--systems", systems)]
-    for name, path in files:
-        if path is not None and not path.exists():
-            raise typer.BadParameter(f"no such file: {path}", param_hint=name)
+    for path in datasets:
+        cli.check_file("DATASET", path, folders=True)
+    files = {"--trec-run": trec_run, "--qrels": qrels, "--queries": queries, "--systems": systems}
+    for name, file in files.items():
+        cli.check_file(name, file)
     if len(datasets) > 1 and (trec_run or qrels or queries):
         raise typer.BadParameter("go with one data set; write several as JSONL rows", param_hint="--trec-run, --qrels")
 
@@ -141,8 +181,8 @@ def _listed(models: list[str], file: Path | None, runs: list[str], defaults: dic
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=hint) from None
     for system in listed:
-        if isinstance(system.run, (str, Path)) and not Path(system.run).is_file():
-            raise typer.BadParameter(f"system {system.name!r}: no such file: {system.run}", param_hint="--with-run")
+        if isinstance(system.run, (str, Path)):
+            cli.check_file(f"--with-run {system.name}", system.run)
     return listed
 
 
@@ -166,8 +206,13 @@ def _compare(
 ) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    with _progress(len(listed)) as advance:
-        found = compare(listed, pools, progress=advance, **options)
+    keep = None if out is None else out / "unfinished"
+    if keep is None:
+        ending = cli.resumable("nothing is kept without --out FOLDER", again="begin again")
+    else:
+        ending = cli.resumable(f"the systems that were finished are in {keep}")
+    with ending, _progress(len(listed)) as advance:
+        found = compare(listed, pools, progress=advance, keep=keep, **options)
     if as_json:
         cli.print_json(found.to_json())
     else:

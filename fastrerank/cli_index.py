@@ -10,17 +10,37 @@ from typing import Annotated, Any
 import typer
 
 from fastrerank import cli_shared as cli
-from fastrerank.cli_shared import AsJson, Device, DtypeOption, Instruction, Method, Model, TemplateOption, Threads
+from fastrerank.cli_shared import (
+    AsJson,
+    Device,
+    DtypeOption,
+    EngineOption,
+    Instruction,
+    MaxLength,
+    Method,
+    Model,
+    TemplateOption,
+    Threads,
+)
 from fastrerank.cur import CURIndex
 from fastrerank.cur.tuning import as_rows, chart, hold_out, recall_curve
 from fastrerank.documents import read_documents
 
 app = typer.Typer(add_completion=False, help="Search many texts with few calls of a reranker.")
 
-Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
-K = Annotated[int, typer.Option("--top-k", min=1, help="How many items to find.")]
-Budget = Annotated[int, typer.Option(min=1, help="Calls of the reranker per query.")]
-Queries = Annotated[int, typer.Option("--queries", min=1, help="Anchor queries to hold out, at most half of them.")]
+SEARCH = "Search"  # a panel of --help
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the index.")]
+K = Annotated[int, typer.Option("--top-k", min=1, metavar="K", rich_help_panel=SEARCH, help="How many items to find.")]
+Budget = Annotated[
+    int, typer.Option(min=1, metavar="N", rich_help_panel=SEARCH, help="Calls of the reranker per query.")
+]
+Queries = Annotated[
+    int,
+    typer.Option(
+        "--queries", min=1, metavar="N", rich_help_panel=SEARCH,
+        help="Anchor queries to hold out, at most half of them.",
+    ),
+]  # fmt: skip
 
 
 class Storage(str, Enum):
@@ -32,8 +52,7 @@ class Storage(str, Enum):
 
 
 def _read(name: str, path: Path) -> list[str]:
-    if not path.is_file():
-        raise typer.BadParameter(f"no such file: {path}", param_hint=name)
+    cli.check_file(name, path)
     texts, undecodable = read_documents([str(path)], "auto", "text")
     for some in undecodable:
         cli.warn(f"{some} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
@@ -45,13 +64,34 @@ def _read(name: str, path: Path) -> list[str]:
 @app.command()
 def build(
     folder: Folder,
-    items: Annotated[Path, typer.Option(help="File of the texts to search: lines, or JSONL with a field text.")],
-    queries: Annotated[Path, typer.Option(help="File of anchor queries: queries like those to come.")],
+    items: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=cli.DATA,
+            help="File of the texts to search: lines, or JSONL with a field text.",
+        ),
+    ],
+    queries: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", rich_help_panel=cli.DATA, help="File of anchor queries: queries like those to come."
+        ),
+    ],
     model: Model = None,
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
-    storage: Annotated[Storage, typer.Option(help="Precision of the item vectors.")] = Storage.float32,
+    max_length: MaxLength = None,
+    storage: Annotated[
+        Storage,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel=cli.OUTPUT,
+            help=f"Precision of the item vectors: {', '.join(one.value for one in Storage)}.",
+        ),
+    ] = Storage.float32,
+    engine: EngineOption = None,
     dtype: DtypeOption = cli.Dtype.auto,
     device: Device = None,
     threads: Threads = None,
@@ -60,34 +100,47 @@ def build(
     checkpoint = cli.need_model(model)
     texts, anchors = _read("--items", items), _read("--queries", queries)
     reranker = cli.load_reranker(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction
-    )
-    index = CURIndex.build(reranker, texts, anchors, checkpoint=folder / "build", storage=storage.value)
-    index.save(folder)
+        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
+        max_length=max_length, engine=engine,
+    )  # fmt: skip
+    with cli.resumable(f"the scores made so far are in {folder / 'build'}"):
+        index = CURIndex.build(reranker, texts, anchors, checkpoint=folder / "build", storage=storage.value)
+        index.save(folder)
     cli.print_table(("what", "found"), [(name, cli.plain(value)) for name, value in index.info().items()])
 
 
 @app.command()
 def search(
     folder: Folder,
-    query: Annotated[str, typer.Argument(help="The query.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     model: Model = None,
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    max_length: MaxLength = None,
     top_k: K = 10,
     budget: Budget = 200,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the index's own if unsaid.")] = None,
-    as_json: AsJson = False,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=SEARCH,
+            show_default="the index's own",
+            help="In how many rounds the calls are made.",
+        ),
+    ] = None,
+    engine: EngineOption = None,
     dtype: DtypeOption = cli.Dtype.auto,
     device: Device = None,
     threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find the best texts of FOLDER for QUERY with at most --budget calls of the reranker."""
     index = CURIndex.load(folder)
     reranker = cli.load_reranker(
         cli.need_model(model), method, dtype, device=device, num_threads=threads, template=template,
-        instruction=instruction,
+        instruction=instruction, max_length=max_length, engine=engine,
     )  # fmt: skip
     ids, scores = index.search_reranker(reranker, query, k=top_k, budget=budget, rounds=rounds)
     texts = index.texts(ids)
@@ -117,7 +170,10 @@ def tune(
     top_k: K = 10,
     budget: Budget = 200,
     queries: Queries = 48,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print only; leave the index's settings.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=cli.OUTPUT, help="Print only; leave the index's settings."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose rounds, first share and ridge on held-out anchor queries, and save them in the index."""
@@ -137,9 +193,14 @@ def tune(
 def report(
     folder: Folder,
     top_k: K = 10,
-    budgets: Annotated[str, typer.Option(help="Calls per query, separated by commas.")] = "25,50,100,200,500",
+    budgets: Annotated[
+        str, typer.Option(metavar="N,N,...", rich_help_panel=SEARCH, help="Calls per query, separated by commas.")
+    ] = "25,50,100,200,500",
     queries: Queries = 48,
-    out: Annotated[Path | None, typer.Option(help="Write the plot to this file, an SVG.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=cli.OUTPUT, help="Write the plot to this file, an SVG."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print recall against the budget, on held-out anchor queries, whose scores of all items are in the index."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastrerank.documents import not_json
+
 __all__ = ["Candidate", "JudgedQuery", "Run", "judged_query", "load_dataset", "read_trec_run", "write_trec_run"]
 
 Run = dict[str, list[tuple[str, float]]]
@@ -105,25 +107,41 @@ def judged_query(row: Mapping[str, Any]) -> JudgedQuery:
         [1, 2]
     """
     rows = _field(row, "candidates", list)
-    candidates = tuple(Candidate(_field(c, "docid", str), _field(c, "text", str)) for c in rows)
+    candidates = tuple(
+        Candidate(_field(c, "docid", str, f"candidates[{i}]"), _field(c, "text", str, f"candidates[{i}]"))
+        for i, c in enumerate(rows)
+    )
     counts = Counter(candidate.docid for candidate in candidates)
     if len(counts) != len(candidates):
         raise ValueError(f"document {counts.most_common(1)[0][0]!r} is more than once among the candidates")
-    judgements = {str(c["docid"]): _field(c, "rel", int) for c in rows if c.get("rel") is not None}
+    judgements = {
+        str(c["docid"]): _field(c, "rel", int, f"candidates[{i}]")
+        for i, c in enumerate(rows)
+        if c.get("rel") is not None
+    }
     ideal = _field(row, "ideal_rels", list) if row.get("ideal_rels") is not None else []
+    for i, grade in enumerate(ideal):
+        if not isinstance(grade, int) or isinstance(grade, bool):
+            raise ValueError(f"'ideal_rels[{i}]' is {type(grade).__name__}, where int is needed")
     missing = Counter(ideal) - Counter(judgements.values())
     for number, grade in enumerate(missing.elements()):
         judgements[f"\tjudged, not a candidate {number}"] = grade  # no TREC document id has white space
     return JudgedQuery(_field(row, "qid", str), _field(row, "query", str), candidates, judgements)
 
 
-def _field(row: Any, name: str, kind: type) -> Any:
+def _field(row: Any, name: str, kind: type, where: str = "") -> Any:
+    """The field `name` of a JSON object; `where` is the object's own place in its line, for the message."""
     value = row.get(name) if isinstance(row, Mapping) else None
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # ids are often written as JSON numbers
     if not isinstance(value, kind) or isinstance(value, bool):
-        found = f"{name!r} is {type(value).__name__}" if isinstance(row, Mapping) and name in row else f"no {name!r}"
-        raise ValueError(f"{found}, where {kind.__name__} is needed")
+        inside = f" in {where}" if where else ""
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where or 'the line'} is {type(row).__name__}, where an object with {name!r} is needed")
+        if name in row:
+            raise ValueError(f"{name!r} is {type(value).__name__}{inside}, where {kind.__name__} is needed")
+        fields = ", ".join(map(repr, row)) or "none"
+        raise ValueError(f"no {name!r}{inside}, where {kind.__name__} is needed; the fields are {fields}")
     return value
 
 
@@ -243,7 +261,9 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON, one object per line ({error})") from error
+        raise ValueError(not_json(error)) from error
+    except RecursionError:
+        raise ValueError("the JSON value is nested too deep") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def read_documents(files: Sequence[str], format: str = "auto", text_field: str =
                 raw = gzip.decompress(raw)
             except EOFError as error:
                 raise ValueError(f"{name}: the gzip file is cut off") from error
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{name}: the gzip file is damaged: {error}") from error
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError:
@@ -75,11 +78,46 @@ def _jsonl(name: str, lines: Sequence[str], text_field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}:{number}: not JSON: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}:{number}: {not_json(error)}") from error
+        except RecursionError:
+            raise ValueError(f"{name}:{number}: the JSON value is nested too deep") from None
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            raise ValueError(f"{name}:{number}: not an object with a string field {text_field!r} (see --text-field)")
+            raise ValueError(
+                f"{name}:{number}: not an object with a string field {text_field!r}: {_found(row, text_field)} "
+                "(--text-field names another)"
+            )
         yield row[text_field]
+
+
+def not_json(error: json.JSONDecodeError) -> str:
+    """Return what is wrong with a line that is not JSON, and at which of its columns, from 1.
+
+    Example:
+        >>> try:
+        ...     json.loads('{"text": "a",}')
+        ... except json.JSONDecodeError as error:
+        ...     print(not_json(error))
+        not JSON, one object a line, at column 14: illegal trailing comma before end of object
+    """
+    message = error.msg[:1].lower() + error.msg[1:]
+    return f"not JSON, one object a line, at column {error.colno}: {message}"
+
+
+def _found(row: object, field: str) -> str:
+    if not isinstance(row, dict):
+        return f"the line is {_kind(row)}"
+    if field in row:
+        return f"it is {_kind(row[field])}"
+    return f"the fields are {', '.join(map(repr, row))}" if row else "the object is empty"
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    kinds = {str: "a string", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return kinds[type(value)]
 
 
 def _paragraphs(lines: Sequence[str]) -> Iterator[str]:

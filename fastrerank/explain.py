@@ -38,11 +38,13 @@ Point at a token for its value.</small></p>
 def print_tokens(console: Console, hits: Sequence[Mapping[str, Any]]) -> None:
     """Print ranked documents, their tokens on a ground that is the stronger the larger their mass is.
 
-    `hits` are what `AttentionReranker.rank(..., explain=True)` returns. Without colours, a token's mass follows it.
+    `hits` are what `AttentionReranker.rank(..., explain=True)` returns. A line begins with the document's rank, its
+    score and its number in the input, from 0: the `corpus_id` of a hit. Without colours, a token's mass follows it.
     """
     largest = _largest(hits)
+    wide = max((len(str(hit["corpus_id"])) for hit in hits), default=1)
     for place, hit in enumerate(hits, start=1):
-        line = Text(f"{place:>3} {hit['score']:9.4f}  ")
+        line = Text(f"{place:>3} {hit['score']:9.4f}  document {hit['corpus_id']:>{wide}}: ")
         for token, mass in hit["tokens"]:
             shown = _clean(token)
             if console.color_system is None:

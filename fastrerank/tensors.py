@@ -1,10 +1,16 @@
-"""Weight files as read-only arrays: memory-mapped safetensors, or PyTorch pickles through torch."""
+"""Weight files as read-only arrays: safetensors, or PyTorch pickles through torch.
+
+What an engine packs or keeps is read with pread into memory of its own, so that a file that somebody truncates or
+rewrites meanwhile is an error with the file's name; a mapped page of it would be SIGBUS, or another model's weights.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import mmap
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +19,146 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["Span", "Tensor", "Tensors", "WeightFile", "check_unchanged", "copies_weights", "file_marks", "find_weight_files"]
+
 _DTYPES: dict[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
+# Types that numpy lacks, by their bits.
+_OTHER_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "C64": 64,
+}  # fmt: skip
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
+_MAX_HEADER = 100_000_000
+
+
+def copies_weights() -> bool:
+    """Whether FASTRERANK_COPY_WEIGHTS asks that nothing stays in weight files once a model is loaded.
+
+    Raises ValueError for a value that is neither 0 nor 1.
+
+    Example:
+        >>> copies_weights()
+        False
+    """
+    value = os.environ.get("FASTRERANK_COPY_WEIGHTS", "0").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FASTRERANK_COPY_WEIGHTS must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+class WeightFile:
+    """A file opened for reading that notices when it is changed in place.
+
+    Its size, time of change and inode are noted when it is opened. A file that is *replaced* (written elsewhere and
+    renamed, as package managers and huggingface_hub do) stays readable here as it was.
+
+    Example:
+        >>> file = WeightFile(Path("model.safetensors"))  # doctest: +SKIP
+        >>> file.read(0, 8).tobytes()                     # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a regular file. Raises FileNotFoundError, another OSError, or ValueError for a device, a pipe, ..."""
+        self.path = path
+        # A pipe would wait for a writer; a regular file does not know the flag.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        self._mapping: mmap.mmap | None = None
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            self._fd = -1
+            raise ValueError(f"{path}: not a regular file, so no weights can be read from it")
+        self._noted = status
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file had when it was opened."""
+        return self._noted.st_size
+
+    @property
+    def noted(self) -> tuple[int, int, int]:
+        """(file descriptor, size, time of change in ns), for readers in C++ that copy the descriptor."""
+        self._open()
+        return self._fd, self._noted.st_size, self._noted.st_mtime_ns
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.uint8]:
+        """Return bytes [start, start + length) in memory of their own. Raises ValueError if the file has changed."""
+        fd = self._open()
+        content = np.empty(length, np.uint8)
+        view = memoryview(content)
+        done = 0
+        while done < length:
+            got = _read_into(fd, view[done:], start + done)
+            if got <= 0:
+                raise self._changed("it ends before its tensors do")
+            done += got
+        return content
+
+    def check(self, *, place: bool = False) -> None:
+        """Raise ValueError if the file was changed since it was opened; with `place`, also if another has its name."""
+        status = os.fstat(self._open())
+        if (status.st_size, status.st_mtime_ns) != (self._noted.st_size, self._noted.st_mtime_ns):
+            raise self._changed("its size or time of change differs")
+        if place:
+            try:
+                now = os.stat(self.path)
+            except OSError:
+                raise self._changed("it is gone") from None
+            if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
+                raise self._changed("another file has its name")
+
+    def map(self) -> mmap.mmap:
+        """Return the file mapped read-only, the same mapping every time. Only for files that nobody changes."""
+        if self._mapping is None:
+            self._mapping = mmap.mmap(self._open(), 0, access=mmap.ACCESS_READ)
+        return self._mapping
+
+    def mapped(self) -> mmap.mmap | None:
+        """Return the mapping if one was made."""
+        return self._mapping
+
+    def close(self) -> None:
+        """Close the file; a mapping ends when the last array that views it is gone."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._mapping = -1, None
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def _open(self) -> int:
+        if self._fd < 0:
+            raise ValueError(f"the weights of {self.path} are closed")
+        return self._fd
+
+    def _changed(self, how: str) -> ValueError:
+        return ValueError(
+            f"{self.path} was changed while it was read ({how}), so its weights may be two models'; load it again, and "
+            "replace a model's files by renaming new ones into their place"
+        )
+
+
+def _read_into(fd: int, target: memoryview, at: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [target], at)
+    content = os.pread(fd, len(target), at)
+    target[: len(content)] = content
+    return len(content)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, end) of a file."""
+
+    file: WeightFile
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -30,46 +169,83 @@ class Tensor:
         name: its name in the file.
         dtype: the safetensors name of its type: "F32", "F16", "BF16", "I64", ...
         shape: its shape.
-        raw: read-only array of that shape, a view of the file's mapping; BF16 as uint16 (the upper halves of float32).
+        source: where its values are: a `Span` of a file, or an array in memory.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    raw: npt.NDArray[Any]
+    source: Span | npt.NDArray[Any]
+
+    @property
+    def raw(self) -> npt.NDArray[Any]:
+        """Read-only array of that shape, a view of the file's mapping; BF16 as uint16 (upper halves of float32).
+
+        Only for files that nobody changes meanwhile: reading a page that a truncated file no longer has ends the
+        process. `read` does not.
+        """
+        if not isinstance(self.source, Span):
+            return self.source
+        count, dtype = self._layout(self.source)
+        mapping = self.source.file.map()
+        values = np.frombuffer(mapping, dtype, count, self.source.start) if count else np.empty(0, dtype)
+        return self._shaped(values)
+
+    def read(self) -> npt.NDArray[Any]:
+        """Return what `raw` returns, read from the file into memory of its own.
+
+        Raises ValueError naming the file if it was changed since it was opened, or is closed.
+        """
+        if not isinstance(self.source, Span):
+            return self.source
+        _, dtype = self._layout(self.source)
+        content = self.source.file.read(self.source.start, self.source.end - self.source.start)
+        return self._shaped(content.view(dtype))
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """The values as C-contiguous float32: `raw` itself where it is that already, else a new array.
+        """The values as C-contiguous float32 in memory of their own.
 
         Example:
             >>> Tensor("bias", "BF16", (2,), np.array([0x3F80, 0xC000], np.uint16)).float32().tolist()
             [1.0, -2.0]
 
-        Raises ValueError for a type that numpy cannot convert (8-bit floats).
+        Raises ValueError for a type that numpy cannot convert (8-bit floats), and as `read` does.
         """
         if self.dtype not in _DTYPES:
             raise ValueError(f"tensor {self.name!r} is stored as {self.dtype}; supported: {', '.join(_DTYPES)}")
+        values = self.read()
         if self.dtype == "BF16":
-            bits = self.raw.astype(np.uint32)
+            bits = values.astype(np.uint32)
             bits <<= np.uint32(16)
             return bits.view(np.float32)
-        # A view at an odd offset of the file is copied: kernels load whole aligned floats.
-        return np.require(self.raw, np.float32, ["C", "A"])
+        with np.errstate(over="ignore"):  # float64 beyond float32's range is infinite: who packs it says so
+            return np.require(values, np.float32, ["C", "A"])
+
+    def _layout(self, span: Span) -> tuple[int, np.dtype[Any]]:
+        # Types that numpy lacks (8-bit floats and smaller) are handed out as their bytes, flat if they are packed.
+        dtype = np.dtype(_DTYPES.get(self.dtype, "|u1"))
+        return (math.prod(self.shape) if self.dtype in _DTYPES else span.end - span.start), dtype
+
+    def _shaped(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if values.size == math.prod(self.shape):
+            values = values.reshape(self.shape)
+        values.flags.writeable = False
+        return values
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a folder by name, memory-mapped: nothing is read until a tensor's values are.
+    """The tensors of a folder by name: nothing is read until a tensor's values are.
 
-    A context manager. Arrays taken from it stay valid after `close`: each keeps its file's mapping alive.
+    A context manager. Arrays taken from it stay valid after `close`.
 
     Example:
         >>> with Tensors.open(Path("path/to/model")) as tensors:  # doctest: +SKIP
         ...     weight = tensors["classifier.weight"].float32()
     """
 
-    def __init__(self, tensors: dict[str, Tensor], spans: dict[str, tuple[mmap.mmap, int, int]], source: Path) -> None:
+    def __init__(self, tensors: dict[str, Tensor], files: list[WeightFile], source: Path) -> None:
         self._tensors: dict[str, Tensor] | None = tensors
-        self._spans = spans  # name -> mapping and the tensor's byte range in it
+        self._files = files
         self._source = source
 
     @classmethod
@@ -86,23 +262,22 @@ class Tensors(Mapping[str, Tensor]):
                 f"{_PICKLE}.index.json"
             )
         tensors: dict[str, Tensor] = {}
-        spans: dict[str, tuple[mmap.mmap, int, int]] = {}
+        opened: list[WeightFile] = []
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is named by the checkpoint's index but does not exist")
-            if file.suffix == ".safetensors":
-                _map_safetensors(file, tensors, spans)
-            else:
-                _load_pickle(file, tensors)
-        return cls(tensors, spans, folder)
+            found = _load_pickle(file) if file.suffix != ".safetensors" else _open_safetensors(file, opened)
+            for name in found.keys() & tensors.keys():
+                raise ValueError(f"{file}: the tensor {name!r} is also in another shard, so it is not clear which counts")
+            tensors |= found
+            _check_index(file, found)
+        return cls(tensors, opened, folder)
 
     @classmethod
     def of_file(cls, file: Path) -> Tensors:
         """Open one safetensors file. Raises FileNotFoundError, and ValueError naming it if it is damaged."""
-        tensors: dict[str, Tensor] = {}
-        spans: dict[str, tuple[mmap.mmap, int, int]] = {}
-        _map_safetensors(file, tensors, spans)
-        return cls(tensors, spans, file)
+        opened: list[WeightFile] = []
+        return cls(_open_safetensors(file, opened), opened, file)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._opened()[name]
@@ -125,24 +300,61 @@ class Tensors(Mapping[str, Tensor]):
         They leave the process's resident memory; reading the tensor again reads the file again. Does nothing where
         the platform has no madvise or the weights came from a pickle. KeyError for an unknown name.
         """
-        self._opened()[name]
-        if name not in self._spans or not hasattr(mmap, "MADV_DONTNEED"):
+        source = self._opened()[name].source
+        mapping = source.file.mapped() if isinstance(source, Span) else None
+        if mapping is None or not isinstance(source, Span) or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        mapping, start, end = self._spans[name]
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = end // mmap.PAGESIZE * mmap.PAGESIZE
+        first = -(-source.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = source.end // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:
             mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def check(self) -> None:
+        """Raise ValueError naming a file that was changed or replaced since it was opened.
+
+        To be called when everything is read: what came before the change and what came after are two models' weights.
+        """
+        for file in self._files:
+            file.check(place=True)
 
     def close(self) -> None:
         """Let go of the files. A mapping ends when the last array that views it is gone."""
         self._tensors = None
-        self._spans = {}
+        for file in self._files:
+            file.close()
+        self._files = []
 
     def _opened(self) -> dict[str, Tensor]:
         if self._tensors is None:
             raise ValueError(f"the weights of {self._source} are closed")
         return self._tensors
+
+
+def file_marks(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Return size, time of change, device and inode of each weight file of a folder, for `check_unchanged`.
+
+    Example:
+        >>> check_unchanged(file_marks(Path("path/to/model")))  # doctest: +SKIP
+    """
+    return {path: _mark(path) for path in find_weight_files(folder)}
+
+
+def check_unchanged(marks: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raise ValueError naming a weight file that was changed, replaced or removed since `file_marks`."""
+    for path, mark in marks.items():
+        if _mark(path) != mark:
+            raise ValueError(
+                f"{path} was changed while it was read, so its weights may be two models'; load it again, and replace a "
+                "model's files by renaming new ones into their place"
+            )
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -157,47 +369,106 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
+    return [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor by an index of shards."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: malformed index of weight shards ({type(error).__name__}: {error})") from error
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise ValueError(f"{index}: weight_map must map tensor names to files of the same folder")
-    return [index.parent / name for name in names]
+    return dict(weight_map)
 
 
-def _map_safetensors(path: Path, tensors: dict[str, Tensor], spans: dict[str, tuple[mmap.mmap, int, int]]) -> None:
-    from safetensors import SafetensorError, safe_open
+def _check_index(file: Path, found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the index of shards, where there is one, says that `file` holds a tensor that it lacks."""
+    if file.name in (_SAFETENSORS, _PICKLE):
+        return
+    index = file.parent / f"{_SAFETENSORS if file.suffix == '.safetensors' else _PICKLE}.index.json"
+    for name, place in _weight_map(index).items():
+        if place == file.name and name not in found:
+            raise ValueError(f"{file}: lacks the tensor {name!r}, which {index.name} says is in it")
 
+
+def _open_safetensors(path: Path, opened: list[WeightFile]) -> dict[str, Tensor]:
+    """The tensors of one file, which is appended to `opened`."""
+    file = WeightFile(path)
+    opened.append(file)
     try:
-        # Checks the header, that the tensors tile the file exactly, and the file's length; reads no values.
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
+        base, header = _read_header(file)
+        return _tensors_of(file, base, header)
+    except (ValueError, RecursionError) as error:
+        file.close()
+        reason = "its header is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ValueError(
-            f"{path}: damaged or truncated safetensors file ({error}); download or copy it again"
+            f"{path}: damaged or truncated safetensors file ({reason}); download or copy it again"
         ) from error
-    with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    base = 8 + int.from_bytes(mapping[:8], "little")
-    header: dict[str, Any] = json.loads(mapping[8:base])
+
+
+def _read_header(file: WeightFile) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and the entries of the header."""
+    if file.size < 8:
+        raise ValueError("it is too small for a header")
+    length = int.from_bytes(file.read(0, 8).tobytes(), "little")
+    if length > min(file.size - 8, _MAX_HEADER):
+        raise ValueError(f"its header of {length} bytes does not fit into {file.size}")
+    text = file.read(8, length).tobytes().decode("utf-8")
+    if not text.startswith("{"):
+        raise ValueError("its header is no JSON object")
+    return 8 + length, json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header names something twice")
+    return found
+
+
+def _tensors_of(file: WeightFile, base: int, header: dict[str, Any]) -> dict[str, Tensor]:
+    """Check that the tensors tile the file exactly; no values are read."""
+    tensors: dict[str, Tensor] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        start, end = (base + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        # Types that numpy lacks (8-bit floats and smaller) are handed out as their bytes, flat if they are packed.
-        dtype = np.dtype(_DTYPES.get(entry["dtype"], "|u1"))
-        count = math.prod(shape) if entry["dtype"] in _DTYPES else end - start
-        raw = np.frombuffer(mapping, dtype, count, start) if count else np.empty(0, dtype)
-        raw = raw.reshape(shape) if count == math.prod(shape) else raw
-        raw.flags.writeable = False
-        tensors[name] = Tensor(name, entry["dtype"], shape, raw)
-        spans[name] = (mapping, start, end)
+        dtype, shape, (begin, end) = _entry(name, entry)
+        spans.append((begin, end, name))
+        tensors[name] = Tensor(name, dtype, shape, Span(file, base + begin, base + end))
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:
+            raise ValueError(f"the bytes of tensor {name!r} do not begin where the ones before end")
+        reached = end
+    if base + reached != file.size:
+        raise ValueError(f"its tensors need {base + reached} bytes, the file has {file.size}")
+    return tensors
 
 
-def _load_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Type, shape and byte range of a tensor by the header."""
+    wrong = ValueError(f"the entry of tensor {name!r} is malformed")
+    if not isinstance(entry, dict):
+        raise wrong
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        raise wrong
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in (*shape, *offsets)):
+        raise wrong
+    if dtype not in _DTYPES and dtype not in _OTHER_BITS:
+        raise ValueError(f"tensor {name!r} has the unknown type {dtype!r}")
+    bits = np.dtype(_DTYPES[dtype]).itemsize * 8 if dtype in _DTYPES else _OTHER_BITS[dtype]
+    begin, end = offsets
+    if begin > end or math.prod(shape) * bits != (end - begin) * 8:
+        raise ValueError(f"tensor {name!r} of shape {shape} does not take the {end - begin} bytes that it has")
+    return dtype, tuple(shape), (begin, end)
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError as error:
@@ -218,7 +489,10 @@ def _load_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"{path}: not a readable PyTorch weight file ({reason})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
+    tensors = {}
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: expected a dict of tensors by name, found the key {name!r}")
         if not isinstance(value, torch.Tensor) or value.dtype not in names:
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"{path}: entry {name!r} is {kind}; expected dense tensors of a common type")
@@ -227,3 +501,4 @@ def _load_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
         raw = bits.numpy().view(_DTYPES[names[value.dtype]])
         raw.flags.writeable = False
         tensors[name] = Tensor(name, names[value.dtype], tuple(value.shape), raw)
+    return tensors

@@ -78,7 +78,11 @@ def test_safetensors_are_read_only_views(folder: Path) -> None:
             assert tensor.float32().flags.c_contiguous
             assert tensor.float32().flags.aligned
             assert not tensor.raw.flags.writeable
-        assert np.shares_memory(kept, tensors["embeddings"].raw)
+        raw = tensors["embeddings"].raw
+        assert np.shares_memory(raw, tensors["embeddings"].raw)
+        # What is read is memory of its own, which no change of the file reaches.
+        assert not np.shares_memory(kept, raw)
+        np.testing.assert_array_equal(tensors["embeddings"].read(), raw)
         assert tensors["ids"].dtype == "I64"
         assert tensors["half"].dtype == "F16"
     with pytest.raises(ValueError, match="are closed"):
@@ -86,6 +90,7 @@ def test_safetensors_are_read_only_views(folder: Path) -> None:
     del tensors
     gc.collect()
     np.testing.assert_array_equal(kept, WEIGHTS["embeddings"])
+    np.testing.assert_array_equal(raw, WEIGHTS["embeddings"])
 
 
 @pytest.mark.parametrize("pad", range(8))

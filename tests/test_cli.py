@@ -141,7 +141,7 @@ def test_undecodable_bytes_are_reported(tmp_path, capsys):
     [
         ([], "command"),
         (["frobnicate"], "frobnicate"),
-        (["rank"], "query"),
+        (["rank"], "QUERY"),
         (["rank", "q", "LINES"], "--model"),
         (["rank", "q", "absent.txt", "--model", "m"], "absent.txt"),
         (["rank", "q", "LINES", "--model", "m", "--method", "magic"], "late-interaction"),

@@ -17,6 +17,7 @@ import pytest
 from cur_data import Scorer, TextScorer, noisy, top
 
 import fastrerank
+from fastrerank import ops
 from fastrerank.cur import contents, store
 
 TESTS = Path(__file__).parent
@@ -70,6 +71,25 @@ def test_added_and_removed_items(scores: Any, tmp_path: Path, monkeypatch: Any, 
             some.remove(gone[:1])
     with pytest.raises(ValueError, match=r"failed|NaN or infinity for items \[301\]"):
         index.search(lambda ids: np.where(ids == 301, np.nan, 0.0), k=1, budget=298)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_shards_share_the_scales_of_rows(scores: Any, tmp_path: Path, monkeypatch: Any, saved: bool) -> None:
+    scores[:, 64:] *= 5  # what the first shard's scales cannot hold
+    whole = fastrerank.CURIndex.from_scores(scores[:30], storage="int8", scales="anchor")
+    monkeypatch.setattr(contents, "SHARD", 64)
+    index = fastrerank.CURIndex.from_scores(scores[:30], storage="int8", scales="anchor")
+    if saved:
+        index.save(tmp_path / "index")
+        index = fastrerank.CURIndex.load(tmp_path / "index")
+    np.testing.assert_array_equal(index.vectors(), whole.vectors())
+    for found, expected in zip(index.top_k(np.eye(30), 20), whole.top_k(np.eye(30), 20), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    own = [
+        ops.cur_pack(scores[:30, begin : begin + 64].astype(np.float32), "int8", scales="anchor") for begin in (0, 64)
+    ]
+    with pytest.raises(ValueError, match="items must share their scales of rows"):
+        ops.cur_topk(np.ones((1, 30), np.float32), own, 3)
 
 
 def test_an_index_may_lose_all_items_and_gain_new_ones(scores: Any) -> None:

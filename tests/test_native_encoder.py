@@ -248,7 +248,7 @@ def test_modernbert_windows_end_where_the_reference_ends_them(tiny: Tiny) -> Non
     # With local layers only, a token reaches one window further per layer, and not one token more.
     folder = tiny("modernbert")
     config = open_checkpoint(folder)
-    config.config["layer_types"] = ["sliding_attention"] * 4
+    config.config["layer_types"] = ["sliding_attention"] * 2
     config.config["num_hidden_layers"] = 2
     engine = NativeEncoder.load(config, Head("tokens"))
     ids, _, offsets = reference.documents("modernbert", (100,))

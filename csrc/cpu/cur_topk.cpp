@@ -8,6 +8,7 @@
 
 #include "cur_query.h"
 #include "parallel.h"
+#include "stop.h"
 
 namespace fastrerank::cpu {
 namespace {
@@ -196,6 +197,7 @@ private:
         scan.constant = queries_.constant.data();
         scan.reservoirs = views.data();
         for (size_t i; (i = next.fetch_add(1)) < runs.size();) {
+            check_stop();
             // Threads take turns, so likely the others take theirs before this one its next; else that is read for
             // nobody.
             const Run &run = runs[i], &then = runs[std::min(next.load() + found_.size() - 1, runs.size() - 1)];

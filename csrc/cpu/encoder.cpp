@@ -6,17 +6,55 @@
 #include <stdexcept>
 
 #include "chunk.h"
+#include "stop.h"
 
 namespace fastrerank::cpu {
 namespace {
 
 [[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
+// Sizes beyond these are a damaged file's; below them no product of two overflows.
+constexpr int kMaxSize = 1 << 24, kMaxLayers = 1 << 16;
+
+void check_config(const EncoderConfig& g) {
+    const auto within = [](const char* name, int64_t value, int64_t low, int64_t high) {
+        if (value < low || value > high)
+            invalid(std::string(name) + " must be " + std::to_string(low) + " to " + std::to_string(high) + ", got " +
+                    std::to_string(value));
+    };
+    within("hidden", g.hidden, 1, kMaxSize);
+    within("layers", g.layers, 1, kMaxLayers);
+    within("heads", g.heads, 1, kMaxSize);
+    within("head_dim", g.head_dim, 1, kMaxSize);
+    within("heads * head_dim", static_cast<int64_t>(g.heads) * g.head_dim, 1, kMaxSize);
+    within("intermediate", g.intermediate, 1, kMaxSize);
+    within("embedding", g.embedding, 1, kMaxSize);
+    within("vocabulary", g.vocabulary, 1, 1 << 30);
+    within("positions", g.positions, 1, kMaxSize);
+    within("types", g.types, 0, kMaxSize);
+    within("position_offset", g.position_offset, 0, g.positions - 1);
+    within("pad_id", g.pad_id, -1, g.positions - 1);
+    within("precise_layers", g.precise_layers, 0, g.layers);
+    within("entries of window", static_cast<int64_t>(g.window.size()), g.layers, g.layers);
+    within("entries of rope", static_cast<int64_t>(g.rope.size()), g.layers, g.layers);
+    if (g.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+    if (!std::isfinite(g.eps) || g.eps < 0) invalid("eps must be a number of at least 0");
+    if (!std::isfinite(g.attention_scale)) invalid("attention_scale must be finite");
+}
+
+// Queries of a document that go through its attention before check_stop is asked again: all, unless they are so many
+// that this takes some 0.1 s. The keys are packed anew for every piece, which is little beside its products.
+int attention_piece(int queries, int keys, int window) {
+    constexpr int64_t kScores = 1 << 22;
+    if (window >= 0 || static_cast<int64_t>(queries) * keys <= kScores) return std::max(queries, 1);
+    return static_cast<int>(std::max<int64_t>(kScores / keys / kPartRows, 1)) * kPartRows;
+}
+
 }  // namespace
 
-Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
-    : config_(config), k_(*kernels), layers_(config.layers) {
-    if (config.head_dim % 16) invalid("head_dim must be padded to a multiple of 16");
+Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels) : config_(config), k_(*kernels) {
+    check_config(config);
+    layers_.resize(config.layers);
     if (k_.tiles) {
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
@@ -35,7 +73,30 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels* kernels)
 
 Encoder::~Encoder() = default;
 
+// Every weight that a forward reads has been set, in the size that it is read in.
+void Encoder::check_complete() const {
+    const EncoderConfig& g = config_;
+    const auto need = [](bool there, const std::string& what) {
+        if (!there) invalid(what + " was not set");
+    };
+    need(word_ != nullptr, "the word table");
+    need(!embedding_norm_.gamma.empty(), "the embedding norm");
+    need(!g.pre_norm || !final_norm_.gamma.empty(), "the final norm");
+    need(g.embedding == g.hidden || projection_.bytes, "the projection");
+    for (int i = 0; i < g.layers; ++i) {
+        const Layer& l = layers_[i];
+        const std::string at = " of layer " + std::to_string(i);
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o}) need(m->bytes, "a matrix of the attention" + at);
+        for (const FeedForward& f : l.parts)
+            need(f.up.bytes && f.down.bytes && (!g.gated || f.gate.bytes), "a matrix of the feed-forward" + at);
+        need(g.pre_norm || !l.attention_norm.gamma.empty(), "the attention norm" + at);
+        need(!l.output_norm.gamma.empty(), "the output norm" + at);
+        need(g.rope[i] < static_cast<int>(ropes_.size()), "the rotary table" + at);
+    }
+}
+
 void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const {
+    check_complete();
     if (offsets[0] != 0) invalid("offsets must start at 0");
     for (int d = 0; d < documents; ++d) {
         const int64_t length = offsets[d + 1] - offsets[d];
@@ -48,6 +109,7 @@ void Encoder::check(const int32_t* ids, const int32_t* types, const int64_t* off
         if (ids[t] < 0 || ids[t] >= config_.vocabulary)
             invalid("token id " + std::to_string(ids[t]) + " is outside the vocabulary of " +
                     std::to_string(config_.vocabulary));
+        if (word_rows_) word_rows_->need(ids[t]);
         if (types && !type_.empty() && (types[t] < 0 || types[t] >= config_.types))
             invalid("token type " + std::to_string(types[t]) + " is outside the model's " +
                     std::to_string(config_.types));
@@ -135,11 +197,18 @@ void Encoder::attend(Chunk& c, int index) const {
     float* f32 = converted ? Workspace::need<float>(c.w->context_f32, longest, columns) : nullptr;
     for (size_t d = 0; d < c.document.size(); ++d) {
         char* target = context + c.row[d] * ld * input;
-        k_.attention({c.w->q.get() + c.row[d] * columns * element, c.k + c.key_row[d] * columns * element,
-                      c.v + c.key_row[d] * columns * element, l.attention, columns, columns, c.queries[d], c.keys[d],
-                      c.start[d], g.heads, g.head_dim, g.attention_scale, g.window[index],
-                      converted ? reinterpret_cast<char*>(f32) : target, columns, converted ? Format::kF32 : l.input,
-                      scratch});
+        char* out = converted ? reinterpret_cast<char*>(f32) : target;
+        const Format out_format = converted ? Format::kF32 : l.input;
+        const int piece = attention_piece(c.queries[d], c.keys[d], g.window[index]);
+        for (int begin = 0; begin < c.queries[d]; begin += piece) {
+            check_stop();
+            const int queries = std::min(piece, c.queries[d] - begin);
+            k_.attention({c.w->q.get() + (c.row[d] + begin) * columns * element, c.k + c.key_row[d] * columns * element,
+                          c.v + c.key_row[d] * columns * element, l.attention, columns, columns, queries, c.keys[d],
+                          c.start[d] + begin, g.heads, g.head_dim, g.attention_scale, g.window[index],
+                          out + begin * columns * static_cast<int64_t>(bytes_of(out_format)), columns, out_format,
+                          scratch});
+        }
         if (converted)
             k_.convert(f32, columns, c.queries[d], static_cast<int>(columns),
                        {target, ld, c.w->context_scale.as<RowScale>() + c.row[d], nullptr, l.input});
@@ -245,6 +314,7 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
     const int blocks = std::max((c.rows + block_rows_ - 1) / block_rows_, 1), unit = k_.tiles ? 32 : kPartRows;
     const int block = ((c.rows + blocks - 1) / blocks + unit - 1) / unit * unit;
     for (int r = 0; r < c.rows; r += block) {
+        check_stop();
         const int rows = std::min(block, c.rows - r);
         float* x = c.x + r * width;
         k_.linear({&l.o.view, c.w->context.get() + r * ld * input, context_scale + r, ld, rows, Activation::kIdentity,

@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "row_table.h"
 
 namespace fastrerank::cpu {
 
@@ -125,6 +125,8 @@ public:
     void set_strip(int layer, const int32_t* columns, const float* w, int n, int k);
     // The word table is used in place: the caller keeps it alive. The others are copied.
     void set_tables(const void* word, Source source, const float* position, const float* type);
+    // A word table of config().vocabulary rows in a file, whose rows are read when a text first has them.
+    void set_word_rows(std::unique_ptr<RowTable> rows, Source source);
     void add_rope(float theta, int half);
     void add_dense(const void* w, Source source, int64_t ldw, int n, int k, const float* bias, Activation act);
     void add_norm(const float* gamma, const float* beta, int n, float eps);
@@ -145,6 +147,8 @@ private:
     struct Chunk;
     struct Workspace;
     int inner_part(const Layer& l) const;
+    Layer& layer_at(int layer);
+    void check_complete() const;
     OwnedMatrix make_matrix(Precision precision, const void* w, Source source, int64_t ldw, int n, int k,
                             const float* bias, const std::string& what);
     void check(const int32_t* ids, const int32_t* types, const int64_t* offsets, int documents) const;
@@ -178,6 +182,7 @@ private:
     // every level's row tile (8, 6, 4), because a product that works in place must not touch the next block's rows.
     int block_rows_ = 72;
     const void* word_ = nullptr;
+    std::unique_ptr<RowTable> word_rows_;
     Source word_source_ = Source::kF32;
     std::vector<float> position_, type_;
     WeightMemory memory_;
@@ -186,8 +191,7 @@ private:
     Norm embedding_norm_, final_norm_;
     std::vector<RopeTable> ropes_;
     std::vector<HeadOp> head_;
-    mutable std::mutex mutex_;
-    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls
+    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls; schedule.cpp has the lock
 };
 
 }  // namespace fastrerank::cpu

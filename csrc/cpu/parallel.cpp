@@ -9,7 +9,10 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
+
+#include "stop.h"
 
 namespace fastrerank::cpu {
 namespace {
@@ -23,11 +26,14 @@ struct Job {
     std::atomic<int> active{0};  // workers inside work(); changed under Pool::mutex
     std::exception_ptr error;
     std::once_flag error_once;
+    Call* call;  // that the tasks are of
 
     void work() {
+        const WorksFor whom(call);
         for (int i; (i = next.fetch_add(1)) < n;) {
             if (failed.load(std::memory_order_relaxed)) continue;
             try {
+                check_stop();
                 (*f)(i);
             } catch (...) {
                 std::call_once(error_once, [this] { error = std::current_exception(); });
@@ -50,9 +56,13 @@ public:
     void run(Job& job) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (workers_ < job.wanted) {
-                std::thread([this] { loop(); }).detach();
-                ++workers_;
+            try {
+                while (workers_ < job.wanted) {
+                    std::thread([this] { loop(); }).detach();
+                    ++workers_;
+                }
+            } catch (const std::system_error&) {
+                // The system has no thread left: those that are there do the work, at the least the caller.
             }
             jobs_.push_back(&job);
             ++pushed_;
@@ -70,7 +80,13 @@ public:
         }
         await([&] { return job.active.load() == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [&] { return job.active == 0; });
+        const auto done = [&] { return job.active == 0; };
+        if (!job.call) return done_.wait(lock, done);
+        while (!done_.wait_for(lock, std::chrono::milliseconds(50), done)) {
+            lock.unlock();
+            job.call->look();
+            lock.lock();
+        }
     }
 
 private:
@@ -119,16 +135,13 @@ std::atomic<Pool*> current{nullptr};
 std::atomic<StartOpenMp> openmp{nullptr};
 thread_local bool on_openmp = false;
 
-void forget_workers_in_children() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-        current.store(nullptr);
-        openmp.store(nullptr);
-    });
-    (void)registered;
-}
+// At load time: a guarded initialisation that another thread is in the midst of would never end in the child.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+    current.store(nullptr);
+    openmp.store(nullptr);
+});
 
 Pool& pool() {
-    forget_workers_in_children();
     Pool* p = current.load();
     if (!p) {
         Pool* fresh = new Pool;
@@ -144,12 +157,16 @@ Pool& pool() {
 
 void run_parallel(int n, int threads, const std::function<void(int)>& f) {
     if (threads <= 1 || n <= 1) {
-        for (int i = 0; i < n; ++i) f(i);
+        for (int i = 0; i < n; ++i) {
+            check_stop();
+            f(i);
+        }
         return;
     }
     Job job;
     job.f = &f;
     job.n = n;
+    job.call = current_call();
     const int lanes = threads < n ? threads : n;
     job.wanted = lanes - 1;
     if (const StartOpenMp start = on_openmp ? openmp.load() : nullptr)
@@ -159,10 +176,7 @@ void run_parallel(int n, int threads, const std::function<void(int)>& f) {
     if (job.error) std::rethrow_exception(job.error);
 }
 
-void set_openmp(StartOpenMp start) {
-    forget_workers_in_children();
-    openmp.store(start);
-}
+void set_openmp(StartOpenMp start) { openmp.store(start); }
 
 OnOpenMp::OnOpenMp() : before_(on_openmp) { on_openmp = true; }
 OnOpenMp::~OnOpenMp() { on_openmp = before_; }

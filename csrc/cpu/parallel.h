@@ -5,7 +5,8 @@
 
 namespace fastrerank::cpu {
 
-// Rethrows the first exception of f after all calls in flight have ended.
+// Rethrows the first exception of f after all calls in flight have ended. Before each call it does what check_stop
+// does.
 void run_parallel(int n, int threads, const std::function<void(int)>& f);
 
 // Ops between torch's own run on the OpenMP workers that torch uses: those spin for milliseconds after each of torch's

@@ -1,14 +1,24 @@
 // How a request is dealt to threads: chunks of whole documents, and the rows of the last ones where threads would idle.
+#include <pthread.h>
+
 #include <algorithm>
 #include <functional>
+#include <mutex>
 #include <numeric>
 #include <utility>
 
 #include "chunk.h"
 #include "parallel.h"
+#include "stop.h"
 
 namespace fastrerank::cpu {
 namespace {
+
+// Of all encoders' idle workspaces: one, so that a fork can hold it. A child that came to be while another thread held
+// it would never get it.
+std::mutex idle_mutex;
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { idle_mutex.lock(); }, [] { idle_mutex.unlock(); }, [] { idle_mutex.unlock(); });
 
 // What the meetings of a chunk's parts cost, in tokens of one thread: two a layer, each some 10 us.
 constexpr int64_t kMeetings = 32;
@@ -39,7 +49,7 @@ int split_chunks(const std::vector<int64_t>& tokens, int threads) {
 }  // namespace
 
 std::unique_ptr<Encoder::Workspace> Encoder::take_workspace() const {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(idle_mutex);
     if (idle_.empty()) return std::make_unique<Workspace>();
     auto w = std::move(idle_.back());
     idle_.pop_back();
@@ -96,11 +106,14 @@ void Encoder::forward(const int32_t* ids, const int32_t* types, const int64_t* o
     for (const Chunk& c : chunks) tokens.push_back(c.tokens);
     const int whole = static_cast<int>(bins) - split_chunks(tokens, threads);
     run_parallel(whole, threads, [&](int i) { run(chunks[i], 1); });
-    for (int i = whole; i < bins; ++i) run(chunks[i], threads);
+    for (int i = whole; i < bins; ++i) {
+        check_stop();
+        run(chunks[i], threads);
+    }
 }
 
 void Encoder::give_back(std::unique_ptr<Workspace> w, int threads) const {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(idle_mutex);
     if (idle_.size() < static_cast<size_t>(threads)) idle_.push_back(std::move(w));
 }
 
@@ -171,6 +184,7 @@ void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) cons
     };
     const bool pruned = readout == Readout::kFirst || readout == Readout::kLast;
     for (int i = 0; i < g.layers; ++i) {
+        check_stop();
         const Layer& l = layers_[i];
         const Layer& next = layers_[std::min(i + 1, g.layers - 1)];
         if (g.pre_norm) c.input = input_of(c, l, nullptr);

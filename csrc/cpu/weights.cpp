@@ -98,6 +98,12 @@ OwnedMatrix Encoder::make_matrix(Precision precision, const void* w, Source sour
     return m;
 }
 
+Layer& Encoder::layer_at(int layer) {
+    if (layer < 0 || layer >= config_.layers)
+        invalid("layer " + std::to_string(layer) + " is not one of " + std::to_string(config_.layers));
+    return layers_[layer];
+}
+
 void Encoder::set_linear(int layer, const std::string& name, const void* w, Source source, int64_t ldw, int n, int k,
                          const float* bias) {
     const std::string what = layer < 0 ? name : "layer " + std::to_string(layer) + " " + name;
@@ -115,7 +121,7 @@ void Encoder::set_linear(int layer, const std::string& name, const void* w, Sour
         projection_ = make_matrix(Precision::kFloat32, w, source, ldw, n, k, bias, what);
         return;
     }
-    Layer& l = layers_.at(layer);
+    Layer& l = layer_at(layer);
     const std::pair<const char*, OwnedMatrix*> slots[] = {{"q", &l.q}, {"k", &l.k}, {"v", &l.v}, {"o", &l.o}};
     for (const auto& [slot, target] : slots)
         if (name == slot) {
@@ -143,11 +149,11 @@ void Encoder::set_norm(int layer, const std::string& name, const float* gamma, c
     if (layer < 0)
         (name == "embedding" ? embedding_norm_ : final_norm_) = std::move(norm);
     else
-        (name == "attention" ? layers_.at(layer).attention_norm : layers_.at(layer).output_norm) = std::move(norm);
+        (name == "attention" ? layer_at(layer).attention_norm : layer_at(layer).output_norm) = std::move(norm);
 }
 
 void Encoder::set_factor(int layer, const std::string& name, const float* factor, int n) {
-    Layer& l = layers_.at(layer);
+    Layer& l = layer_at(layer);
     if (name != "v" && name != "up" && name != "down") invalid("no factor for the inputs of " + name);
     const int inputs = name == "down" ? config_.intermediate : config_.hidden;
     if (n != inputs || l.precision != Precision::kInt8)
@@ -159,7 +165,7 @@ void Encoder::set_factor(int layer, const std::string& name, const float* factor
 }
 
 void Encoder::set_strip(int layer, const int32_t* columns, const float* w, int n, int k) {
-    Layer& l = layers_.at(layer);
+    Layer& l = layer_at(layer);
     if (n != config_.hidden) invalid("strip has " + std::to_string(n) + " rows, expected one for each output of down");
     for (int i = 0; i < k; ++i)
         if (columns[i] < 0 || columns[i] >= config_.intermediate)
@@ -169,20 +175,41 @@ void Encoder::set_strip(int layer, const int32_t* columns, const float* w, int n
 }
 
 void Encoder::set_tables(const void* word, Source source, const float* position, const float* type) {
-    word_ = word;
-    word_source_ = source;
+    if (word) {
+        word_rows_.reset();
+        word_ = word;
+        word_source_ = source;
+    }
     const int64_t width = padded(config_.embedding);
     const auto copy = [&](std::vector<float>& to, const float* from, int rows) {
         if (!from) return;
         to.assign(rows * width, 0.0f);
         for (int64_t r = 0; r < rows; ++r)
             std::copy(from + r * config_.embedding, from + (r + 1) * config_.embedding, to.begin() + r * width);
+        for (const float value : to)
+            if (!std::isfinite(value)) invalid("a weight of the position or type embeddings is NaN or infinite");
     };
     copy(position_, position, config_.positions);
     copy(type_, type, config_.types);
 }
 
+void Encoder::set_word_rows(std::unique_ptr<RowTable> rows, Source source) {
+    const int64_t row_bytes = static_cast<int64_t>(config_.embedding) * (source == Source::kF32 ? 4 : 2);
+    if (rows->rows() != config_.vocabulary || rows->row_bytes() != row_bytes)
+        invalid("word embeddings must have shape (" + std::to_string(config_.vocabulary) + ", " +
+                std::to_string(config_.embedding) + ")");
+    word_rows_ = std::move(rows);
+    word_ = word_rows_->data();
+    word_source_ = source;
+}
+
 void Encoder::add_rope(float theta, int half) {
+    if (!(theta > 0) || !std::isfinite(theta)) invalid("the base of rotary frequencies must be a number above 0");
+    if (half < 1 || 2 * static_cast<int64_t>(half) > config_.head_dim)
+        invalid("a rotary table must turn 1 to " + std::to_string(config_.head_dim / 2) + " pairs of columns, got " +
+                std::to_string(half));
+    if (static_cast<int64_t>(config_.positions) * half > int64_t{1} << 28)
+        invalid("a rotary table of " + std::to_string(config_.positions) + " positions is too large");
     RopeTable t;
     t.half = half;
     for (int p = 0; p < config_.positions; ++p)
@@ -197,6 +224,7 @@ void Encoder::add_rope(float theta, int half) {
 }
 
 void Encoder::add_dense(const void* w, Source source, int64_t ldw, int n, int k, const float* bias, Activation act) {
+    if (n < 1 || k != output_width()) invalid("a head's layer must read what stands before it");
     HeadOp op;
     op.kind = HeadOp::kDense;
     op.dense = make_matrix(Precision::kFloat32, w, source, ldw, n, k, bias, "head");
@@ -206,6 +234,8 @@ void Encoder::add_dense(const void* w, Source source, int64_t ldw, int n, int k,
 }
 
 void Encoder::add_norm(const float* gamma, const float* beta, int n, float eps) {
+    if (n != output_width() || !std::isfinite(eps) || eps < 0)
+        invalid("a head's norm must be as wide as what stands before it, its eps a number of at least 0");
     HeadOp op;
     op.kind = HeadOp::kNorm;
     op.norm = make_norm(gamma, beta, n);

@@ -14,11 +14,14 @@ import numpy.typing as npt
 from fastrerank import ops
 from fastrerank.cur import store
 from fastrerank.cur.build import discard
+from fastrerank.cur.files import Mapped
+from fastrerank.cur.loading import check_items, check_shards
 from fastrerank.cur.texts import Texts
 
 __all__ = ["Contents", "Settings", "add", "open_folder", "pack", "remove", "save", "spread_of"]
 
 Ids = npt.NDArray[np.int64]
+_TRIES = 100  # of a load, while others save
 SHARD = 1 << 16  # items that are packed at a time; a shard with fewer takes the next ones that are added
 
 
@@ -43,7 +46,7 @@ class Contents:
     their mean. `ids`: the items' ids, ascending, or None for 0 .. N - 1. `following`: the id that the next item gets.
     `kind`: "scores" of anchor queries, or "vectors" that were given. `scorer`: what the scores come from, if known.
     `files`: the header entries of those of `shards` that `folder` holds already, by `id` of the shard. `unsaved`: the
-    folder of a build's scores, which are not needed once the index is saved.
+    folder of a build's scores, which are not needed once the index is saved. `watched`: files that are mapped.
     """
 
     shards: tuple[ops.PackedItems, ...]
@@ -59,6 +62,7 @@ class Contents:
     folder: Path | None = None
     files: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsaved: Path | None = None
+    watched: tuple[Mapped, ...] = ()
 
     def __post_init__(self) -> None:
         # A shard that is gone may leave its id to one that is made later, which the folder does not hold.
@@ -73,6 +77,11 @@ class Contents:
     @property
     def count(self) -> int:
         return sum(shard.N for shard in self.shards)
+
+    def check_files(self) -> None:
+        """Raise ValueError if a file that is mapped was changed in place."""
+        for mapped in self.watched:
+            mapped.check()
 
     def named(self, places: Ids) -> Ids:
         """The ids of the items at `places`."""
@@ -93,11 +102,14 @@ class Contents:
 
 
 def pack(vectors: npt.NDArray[Any], storage: str, scales: str | None) -> tuple[ops.PackedItems, ...]:
-    """Columns as shards, at least one."""
-    return tuple(
-        ops.cur_pack(np.asarray(vectors[:, begin : begin + SHARD], np.float32), storage, scales=scales)
-        for begin in range(0, max(vectors.shape[1], 1), SHARD)
-    )
+    """Columns as shards, at least one; scales of rows are those of all columns."""
+    blocks = [vectors[:, begin : begin + SHARD] for begin in range(0, max(vectors.shape[1], 1), SHARD)]
+    if scales != "anchor" or len(blocks) == 1:
+        return tuple(ops.cur_pack(np.asarray(block, np.float32), storage, scales=scales) for block in blocks)
+    largest = [np.asarray(np.abs(block).max(axis=1, keepdims=True), np.float32) for block in blocks]
+    first = ops.cur_pack(np.maximum.reduce(largest), storage, scales=scales)
+    empty = _empty(first)
+    return tuple(empty.append(np.asarray(block, np.float32)) for block in blocks)
 
 
 def spread_of(vectors: npt.NDArray[Any]) -> float:
@@ -139,8 +151,12 @@ def _like(shard: ops.PackedItems, first: ops.PackedItems, vectors: npt.NDArray[A
     """`shard`, packed anew with the scales of the first where these belong to rows and are shared by all items."""
     if first.scales != "anchor":
         return shard
-    empty = ops.PackedItems(first.data[:0], first.scale, storage=first.storage, width=first.K, count=0)
-    return empty.append(np.asarray(vectors[:, begin : begin + shard.N], np.float32))
+    return _empty(first).append(np.asarray(vectors[:, begin : begin + shard.N], np.float32))
+
+
+def _empty(like: ops.PackedItems) -> ops.PackedItems:
+    """No items, with the scales of rows that `like` has."""
+    return ops.PackedItems(like.data[:0], like.scale, storage=like.storage, width=like.K, count=0)
 
 
 def _named(old: Contents, more: int, texts: Sequence[str] | None) -> dict[str, Any]:
@@ -179,8 +195,7 @@ def remove(old: Contents, positions: Ids) -> Contents:
 
 def _taken(shard: ops.PackedItems, positions: Ids) -> ops.PackedItems:
     if shard.scales == "anchor":
-        empty = ops.PackedItems(shard.data[:0], shard.scale, storage=shard.storage, width=shard.K, count=0)
-        return empty.append(shard.vectors(positions))
+        return _empty(shard).append(shard.vectors(positions))
     return ops.cur_pack(shard.vectors(positions), shard.storage, scales=shard.scales)
 
 
@@ -195,7 +210,15 @@ def save(contents: Contents, folder: Path) -> Contents:
         strangers = [path.name for path in folder.iterdir() if not store.is_ours(path.name)]
         if strangers:
             raise FileExistsError(f"{folder} holds {strangers[0]!r} and no index; save to a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with store.saving(folder):
+        files = _write(contents, folder)
+    if contents.unsaved is not None:
+        discard(contents.unsaved)
+    return replace(contents, folder=folder.resolve(), files=files, unsaved=None)
+
+
+def _write(contents: Contents, folder: Path) -> dict[int, dict[str, Any]]:
+    """Write what the folder lacks, and the header; returns the shards' entries by `id` of the shard."""
     store.sync_folder(folder.resolve().parent)
     held = contents.files if contents.folder == folder.resolve() else {}
     files: dict[int, dict[str, Any]] = {}
@@ -226,17 +249,29 @@ def save(contents: Contents, folder: Path) -> Contents:
         "items": store.write_file(folder, "items", rest),
     }
     store.commit(folder, header)
-    if contents.unsaved is not None:
-        discard(contents.unsaved)
-    return replace(contents, folder=folder.resolve(), files=files, unsaved=None)
+    return files
 
 
 def open_folder(folder: Path, *, mmap: bool, verify: bool) -> Contents:
     """The contents that `save` wrote. FileNotFoundError without an index, ValueError naming what is damaged."""
     header = store.read_header(folder)
-    shards, files = [], {}
+    for _ in range(_TRIES):
+        try:
+            return _read(folder, header, mmap, verify)
+        except ValueError:
+            # Another process may have saved meanwhile, and the files that the old header names are gone.
+            now = store.read_header(folder)
+            if now == header:
+                raise
+            header = now
+    raise ValueError(f"{folder}: another process saved the index {_TRIES} times while it was loaded; load it again")
+
+
+def _read(folder: Path, header: dict[str, Any], mmap: bool, verify: bool) -> Contents:
+    shards, files, watched = [], {}, []
     for entry in header["shards"]:
-        arrays = store.open_file(folder, entry, verify=verify, mmap=mmap)
+        arrays, mapped = store.open_file(folder, entry, verify=verify, mmap=mmap)
+        watched.append(mapped)
         try:
             shard = ops.PackedItems(
                 arrays["data"], arrays.get("scale"), storage=header["storage"], width=header["width"],
@@ -248,12 +283,15 @@ def open_folder(folder: Path, *, mmap: bool, verify: bool) -> Contents:
             ) from error
         shards.append(shard)
         files[id(shard)] = entry
-    rest = store.open_file(folder, header["items"], verify=verify, mmap=mmap)
+    rest, mapped = store.open_file(folder, header["items"], verify=verify, mmap=mmap)
+    watched.append(mapped)
     counts = [sum(shard.N for shard in shards), *(len(rest[name]) for name in ("ids", "text_ends") if name in rest)]
     if any(count != header["count"] for count in counts):
         raise ValueError(
             f"{folder / store.HEADER}: {header['count']} items, but its files hold {counts}; build it anew"
         )
+    check_shards(folder / store.HEADER, shards)
+    check_items(folder / header["items"]["name"], rest, header, texts_too=verify)
     texts = {name: Texts(rest[name], rest[f"{name}_ends"]) if name in rest else None for name in ("text", "query")}
     return Contents(
         shards=tuple(shards),
@@ -268,4 +306,5 @@ def open_folder(folder: Path, *, mmap: bool, verify: bool) -> Contents:
         scorer=header["scorer"],
         folder=Path(os.path.realpath(folder)),
         files=files,
+        watched=tuple(mapped for mapped in watched if mapped is not None),
     )

@@ -27,6 +27,7 @@ from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
 from fastrerank.rerankers.independence import check_independent
+from fastrerank.text.columns import as_column
 
 __all__ = ["CURIndex", "Settings"]
 
@@ -111,7 +112,7 @@ class CURIndex:
         cls, kind: str, matrix: npt.NDArray[Any], storage: str, scales: str | None, ridge: float | None,
         anchors: str | npt.ArrayLike, seed: int, items: Sequence[str] | None, candidates: str,
     ) -> CURIndex:  # fmt: skip
-        count = matrix.shape[1]
+        count, items = matrix.shape[1], as_column(items, "items")
         if items is not None and len(items) != count:
             raise ValueError(f"items must have one text for each of {count} items, got {len(items)}")
         if isinstance(anchors, str):
@@ -157,6 +158,7 @@ class CURIndex:
             >>> index = CURIndex.build(reranker, passages, train_queries, checkpoint="build")  # doctest: +SKIP
         """
         check_independent(reranker, "an index holds scores of single pairs")
+        items, anchor_queries = as_column(items, "items"), as_column(anchor_queries, "anchor_queries")
         job = Build(reranker, items, anchor_queries, checkpoint, block)
         index = cls.from_scores(job.scores(progress), items=items, **options)
         index._contents = replace(
@@ -172,19 +174,26 @@ class CURIndex:
 
         Args:
             path: the folder. mmap: vectors stay in the file and are read when they are needed, else all at once.
-            verify: compare checksums, which reads every file once.
+            verify: compare checksums, and look whether texts are UTF-8, which reads every file once.
 
-        Raises FileNotFoundError without an index there, ValueError naming a damaged file.
+        A save of another process to the folder changes no file: an index that is open stays as it was loaded. A file
+        that is written over or cut is noticed when a search begins, which then raises ValueError; one that is cut
+        during a search ends the process with SIGBUS. With mmap=False neither matters.
+
+        Raises FileNotFoundError without an index there, ValueError naming a damaged file, or one whose contents no save
+        writes: ids that repeat or are not ascending, anchors that are no items, texts that end beyond the file, ...
         """
         return cls(state.open_folder(Path(path), mmap=mmap, verify=verify), candidates=candidates)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to the folder `path`. Until the last moment, an index that is there stays whole.
 
-        Shards that the folder holds already are not written again. One process at a time may save to a folder.
+        Shards that the folder holds already are not written again. Of several that save to one folder, each waits for
+        the one before it, and the last one's index stays. A save that fails leaves no files.
         Raises FileExistsError for a folder with other files, OSError if the disk refuses.
         """
         with self._changing:
+            self._contents.check_files()
             self._contents = state.save(self._contents, Path(path))
 
     def add(self, anchor_scores: npt.ArrayLike, items: Sequence[str] | None = None) -> Ids:
@@ -194,9 +203,11 @@ class CURIndex:
             anchor_scores: (K, n): their scores for the anchor queries, or their vectors as columns.
             items: their texts, exactly if the index holds texts.
         """
+        items = as_column(items, "items")
         vectors = as_scores("anchor_scores", anchor_scores, self.width)
         with self._changing:
             old = self._contents
+            old.check_files()
             self._contents = state.add(old, vectors, items)
             first = old.count if old.ids is None else old.following
         return np.arange(first, first + vectors.shape[1])
@@ -204,6 +215,7 @@ class CURIndex:
     def remove(self, ids: npt.ArrayLike) -> None:
         """Remove items. The others keep their ids, and no id is given twice. ValueError for an id that is not there."""
         with self._changing:
+            self._contents.check_files()
             self._contents = state.remove(self._contents, self._contents.positions("ids", as_ids("ids", ids)))
 
     @property
@@ -233,6 +245,7 @@ class CURIndex:
     def ids(self) -> Ids:
         """The items' ids, ascending, int64 (N,)."""
         held = self._contents
+        held.check_files()
         return held.named(np.arange(held.count))
 
     @property
@@ -260,11 +273,14 @@ class CURIndex:
         held = self._contents
         if held.texts is None:
             raise ValueError("the index holds no texts: give items= when it is made")
+        held.check_files()
         return [held.texts[int(place)] for place in held.positions("ids", as_ids("ids", ids))]
 
     def vectors(self) -> npt.NDArray[np.float32]:
         """The stored item vectors as columns, float32 (K, N), in the order of `ids`."""
-        return np.concatenate([shard.vectors() for shard in self._contents.shards], axis=1)
+        held = self._contents
+        held.check_files()
+        return np.concatenate([shard.vectors() for shard in held.shards], axis=1)
 
     def top_k(self, query_vectors: npt.ArrayLike, k: int = 100) -> tuple[Ids, npt.NDArray[np.float32]]:
         """The k items of largest product with each query vector, exactly, over the stored values.
@@ -389,7 +405,7 @@ class CURIndex:
         same_scorer(held.scorer, reranker)
         texts = held.texts
         single = isinstance(query, str)
-        queries = [query] if isinstance(query, str) else list(query)
+        queries = [query] if isinstance(query, str) else list(as_column(query, "query"))
         if not queries:
             raise ValueError("query must be a text or a non-empty list of texts")
 
@@ -448,6 +464,7 @@ class CURIndex:
 def _filled(held: Contents) -> int:
     if held.count == 0:
         raise ValueError("the index is empty: add items before searching")
+    held.check_files()
     return held.count
 
 

@@ -7,8 +7,10 @@ to `FAMILIES`; the engine itself has no branch on a family.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from fastrerank.config_values import InvalidConfig, flag, number, shown, whole
 
 __all__ = ["FAMILIES", "Dense", "Family", "Fused", "HeadNorm", "family_of"]
 
@@ -38,18 +40,20 @@ class Fused:
 
 @dataclass(frozen=True)
 class Dense:
-    """A head step: activation(W x + b), weights under `name`."""
+    """A head step: activation(W x + b), weights under `name`; `bias` says whether there is a b."""
 
     name: str
     activation: str = "identity"
+    bias: bool = True
 
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """A head step: layer norm, weights under `name`."""
+    """A head step: layer norm, weights under `name`; `bias` says whether it has a beta."""
 
     name: str
     eps: float
+    bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Family:
     `base` is the name that the body's weights carry inside a task model ("bert."); in a bare body they have none.
     `layer` holds, per slot of the encoder, the weight's name with "{}" for the layer's number, or a `Fused` part.
     `head` is the sequence classification head, whose weights never carry `base` unless `head_in_base` lists them.
+    `attention_bias`, `mlp_bias` and `norm_bias` say which layers have biases: a tensor that they name is required, one
+    that they rule out is refused. `ruled_out` are further modules that this config.json says are not there.
+    `vocabulary` and `labels` are None where config.json does not state them.
     """
 
     model_type: str
@@ -91,6 +98,12 @@ class Family:
     window: int = -1
     pooling: str = "first"
     head_in_base: tuple[str, ...] = ()
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    ruled_out: tuple[str, ...] = ()
+    vocabulary: int | None = None
+    labels: int | None = None
 
     @property
     def head_size(self) -> int:
@@ -99,9 +112,11 @@ class Family:
 
 def _activation(config: Config, key: str, default: str = "gelu") -> str:
     name = config.get(key, default)
+    if not isinstance(name, str):
+        raise InvalidConfig(f"{key} in config.json must be the name of an activation, got {shown(name)}")
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"{key} = {name!r} in config.json is not one that the native encoder computes: {', '.join(_ACTIVATIONS)}"
+            f"{key} = {shown(name)} in config.json is not one that the native encoder computes: {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]
 
@@ -109,7 +124,7 @@ def _activation(config: Config, key: str, default: str = "gelu") -> str:
 def _refuse(config: Config, key: str, allowed: tuple[Any, ...]) -> None:
     if config.get(key, allowed[0]) not in allowed:
         raise ValueError(
-            f"{key} = {config[key]!r} in config.json is not supported by the native encoder "
+            f"{key} = {shown(config[key])} in config.json is not supported by the native encoder "
             f"(supported: {', '.join(map(repr, allowed))})"
         )
 
@@ -128,19 +143,33 @@ _BERT_NORMS = {
 }
 
 
+# Rotary tables are as long as config.json says, with no tensor to compare: a bound of their own, 64 MiB at 64 columns.
+_MAX_ROTARY_POSITIONS = 1 << 18
+
+
+def _stated_labels(config: Config) -> int | None:
+    """How many labels config.json states; None where it leaves that to transformers' default."""
+    names = config.get("id2label")
+    if names is not None and not isinstance(names, Mapping):
+        raise InvalidConfig(f"id2label in config.json must be an object of label names, got {shown(names)}")
+    if names:
+        return len(names)
+    return None if config.get("num_labels") is None else whole(config, "num_labels")
+
+
 def _bert_like(config: Config, base: str, head: tuple[Dense | HeadNorm, ...], **changes: Any) -> Family:
     _refuse(config, "position_embedding_type", ("absolute", None))
     _refuse(config, "is_decoder", (False,))
     settings: dict[str, Any] = {
         "model_type": config["model_type"],
         "base": base,
-        "hidden": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "intermediate": config["intermediate_size"],
-        "positions": config["max_position_embeddings"],
-        "types": config.get("type_vocab_size", 2),
-        "eps": config.get("layer_norm_eps", 1e-12),
+        "hidden": whole(config, "hidden_size"),
+        "layers": whole(config, "num_hidden_layers"),
+        "heads": whole(config, "num_attention_heads"),
+        "intermediate": whole(config, "intermediate_size"),
+        "positions": whole(config, "max_position_embeddings"),
+        "types": whole(config, "type_vocab_size", 2),
+        "eps": number(config, "layer_norm_eps", 1e-12, high=1),
         "activation": _activation(config, "hidden_act"),
         "word": "embeddings.word_embeddings.weight",
         "position": "embeddings.position_embeddings.weight",
@@ -160,15 +189,19 @@ def _bert(config: Config) -> Family:
 
 def _electra(config: Config) -> Family:
     head = (Dense("classifier.dense", "gelu"), Dense("classifier.out_proj"))
-    embedding = config.get("embedding_size", config["hidden_size"])
-    projection = "embeddings_project" if embedding != config["hidden_size"] else None
-    return _bert_like(config, "electra.", head, embedding=embedding, projection=projection)
+    embedding = whole(config, "embedding_size", 128)
+    projected = embedding != config["hidden_size"]
+    return _bert_like(
+        config, "electra.", head, embedding=embedding, projection="embeddings_project" if projected else None,
+        ruled_out=() if projected else ("embeddings_project",),
+    )  # fmt: skip
 
 
 def _roberta(config: Config) -> Family:
     # Positions are numbered from padding_idx + 1, and a padding token inside a text takes position padding_idx.
-    pad = config.get("pad_token_id", 1)
     head = (Dense("classifier.dense", "tanh"), Dense("classifier.out_proj"))
+    most = whole(config, "max_position_embeddings") - 2  # at least one position is left for a token
+    pad = whole(config, "pad_token_id", 1, low=0, high=max(most, 0))
     return _bert_like(config, "roberta.", head, position_offset=pad + 1, pad_id=pad)
 
 
@@ -177,11 +210,11 @@ def _distilbert(config: Config) -> Family:
     return Family(
         model_type="distilbert",
         base="distilbert.",
-        hidden=config["dim"],
-        layers=config["n_layers"],
-        heads=config["n_heads"],
-        intermediate=config["hidden_dim"],
-        positions=config["max_position_embeddings"],
+        hidden=whole(config, "dim"),
+        layers=whole(config, "n_layers"),
+        heads=whole(config, "n_heads"),
+        intermediate=whole(config, "hidden_dim"),
+        positions=whole(config, "max_position_embeddings"),
         eps=1e-12,
         activation=_activation(config, "activation"),
         word="embeddings.word_embeddings.weight",
@@ -197,26 +230,13 @@ def _distilbert(config: Config) -> Family:
         },
         norms={"attention": prefix + "sa_layer_norm", "output": prefix + "output_layer_norm"},
         head=(Dense("pre_classifier", "relu"), Dense("classifier")),
+        ruled_out=("embeddings.token_type_embeddings",),
     )
 
 
 def _modernbert(config: Config) -> Family:
-    layers = config["num_hidden_layers"]
-    every = config.get("global_attn_every_n_layers", 3)
-    types = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    rope = config.get("rope_parameters") or {}
-    theta = {
-        "full_attention": config.get("global_rope_theta", 160_000.0),
-        "sliding_attention": config.get("local_rope_theta") or config.get("global_rope_theta", 10_000.0),
-    }
-    for kind in theta:
-        parameters = rope.get(kind) or {}
-        if parameters.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"rope_type {parameters['rope_type']!r} in config.json is not supported by the native encoder"
-            )
-        theta[kind] = parameters.get("rope_theta", theta[kind])
-    eps = config.get("norm_eps", 1e-5)
+    layers = whole(config, "num_hidden_layers")
+    eps = number(config, "norm_eps", 1e-5, high=1)
     layer: dict[str, str | Fused] = {
         slot: Fused("layers.{}.attn.Wqkv", index, 3) for index, slot in enumerate(("q", "k", "v"))
     }
@@ -226,31 +246,92 @@ def _modernbert(config: Config) -> Family:
         "gate": Fused("layers.{}.mlp.Wi", 1, 2),
         "down": "layers.{}.mlp.Wo",
     }
+    norm_bias, head_bias = flag(config, "norm_bias", False), flag(config, "classifier_bias", False)
     head_activation = _activation(config, "classifier_activation")
+    pooling = config.get("classifier_pooling", "cls")
+    if pooling not in ("cls", "mean"):
+        raise InvalidConfig(f"classifier_pooling in config.json must be 'cls' or 'mean', got {shown(pooling)}")
     return Family(
         model_type="modernbert",
         base="model.",
-        hidden=config["hidden_size"],
+        hidden=whole(config, "hidden_size"),
         layers=layers,
-        heads=config["num_attention_heads"],
-        intermediate=config["intermediate_size"],
-        positions=config["max_position_embeddings"],
+        heads=whole(config, "num_attention_heads"),
+        intermediate=whole(config, "intermediate_size"),
+        positions=whole(config, "max_position_embeddings", high=_MAX_ROTARY_POSITIONS),
         eps=eps,
         activation=_activation(config, "hidden_activation"),
         word="embeddings.tok_embeddings.weight",
         embedding_norm="embeddings.norm",
         layer=layer,
         norms={"attention": "layers.{}.attn_norm", "output": "layers.{}.mlp_norm"},
-        head=(Dense("head.dense", head_activation), HeadNorm("head.norm", eps), Dense("classifier")),
+        head=(
+            Dense("head.dense", head_activation, head_bias),
+            HeadNorm("head.norm", eps, norm_bias),
+            Dense("classifier"),
+        ),
         pre_norm=True,
         gated=True,
         final_norm="final_norm",
         first_norm=False,  # the embedding's norm already stands before layer 0
-        rope_theta=theta,
-        layer_types=tuple(types),
-        window=config.get("local_attention", 128) // 2,
-        pooling={"cls": "first", "mean": "mean"}[config.get("classifier_pooling", "cls")],
+        rope_theta=_modernbert_theta(config),
+        layer_types=_modernbert_layer_types(config, layers),
+        window=whole(config, "local_attention", 128, low=2) // 2,
+        pooling="first" if pooling == "cls" else "mean",
+        attention_bias=flag(config, "attention_bias", False),
+        mlp_bias=flag(config, "mlp_bias", False),
+        norm_bias=norm_bias,
     )
+
+
+def _modernbert_layer_types(config: Config, layers: int) -> tuple[str, ...]:
+    """What each layer attends to: "full_attention" or "sliding_attention"."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        every = whole(config, "global_attn_every_n_layers", 3)
+        return tuple("sliding_attention" if i % every else "full_attention" for i in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        count = f"{len(kinds)} entries" if isinstance(kinds, list) else shown(kinds)
+        raise InvalidConfig(f"layer_types in config.json must list {layers} layers (num_hidden_layers), got {count}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise InvalidConfig(
+                f"layer_types in config.json must hold 'full_attention' or 'sliding_attention', got {shown(kind)}"
+            )
+    return tuple(kinds)
+
+
+def _modernbert_theta(config: Config) -> dict[str, float]:
+    """The base of the rotary frequencies for each kind of layer."""
+    theta = {
+        "full_attention": number(config, "global_rope_theta", 160_000.0, high=1e12),
+        # null is how releases before rope_parameters wrote "as in the global layers"
+        "sliding_attention": number(config, "local_rope_theta", 10_000.0, high=1e12)
+        if config.get("local_rope_theta", 0) is not None
+        else number(config, "global_rope_theta", 160_000.0, high=1e12),
+    }
+    rope = _object(config, "rope_parameters")
+    for kind in theta:
+        parameters = _object(rope, kind)
+        theta[kind] = number(parameters, "rope_theta", theta[kind], high=1e12)
+        _check_rope_type(parameters)
+    _check_rope_type(_object(config, "rope_scaling"))
+    return theta
+
+
+def _check_rope_type(parameters: Config) -> None:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type {shown(kind)} in config.json is not supported by the native encoder")
+
+
+def _object(config: Config, key: str) -> Config:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidConfig(f"{key} in config.json must be an object, got {shown(value)}")
+    return value
 
 
 FAMILIES: dict[str, Callable[[Config], Family]] = {
@@ -267,8 +348,9 @@ FAMILIES: dict[str, Callable[[Config], Family]] = {
 def family_of(config: Config) -> Family:
     """Return the `Family` that config.json describes.
 
-    Raises ValueError for a model_type outside `FAMILIES`, a missing entry or a variant that the native encoder does not
-    compute.
+    Every value is checked here, before anything is allocated from it. Raises `InvalidConfig` for a value that no model
+    of the family can have, ValueError for a model_type outside `FAMILIES`, a missing entry or a variant that the native
+    encoder does not compute.
 
     Example:
         >>> import json, pathlib
@@ -276,18 +358,24 @@ def family_of(config: Config) -> Family:
         6
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"model_type {kind!r} is not a family of the native CPU encoder; it runs {', '.join(FAMILIES)}"
+            f"model_type {shown(kind)} is not a family of the native CPU encoder; it runs {', '.join(FAMILIES)}"
         )
     try:
         family = FAMILIES[kind](config)
     except KeyError as error:
         raise ValueError(f"config.json of this {kind} checkpoint lacks {error.args[0]!r}") from None
-    if family.layers < 1:
-        raise ValueError(
-            f"config.json of this {kind} checkpoint has {family.layers} layers; there must be at least one"
-        )
     if family.hidden % family.heads:
-        raise ValueError(f"hidden size {family.hidden} in config.json is not a multiple of {family.heads} heads")
-    return family
+        raise InvalidConfig(f"hidden size {family.hidden} in config.json is not a multiple of {family.heads} heads")
+    if family.rope_theta and family.head_size % 2:
+        raise InvalidConfig(
+            f"hidden size {family.hidden} and {family.heads} heads in config.json make heads of {family.head_size} "
+            "columns; rotary positions turn pairs of columns, so the number must be even"
+        )
+    vocabulary = None if config.get("vocab_size") is None else whole(config, "vocab_size")
+    if vocabulary is not None and family.pad_id >= vocabulary:
+        raise InvalidConfig(
+            f"pad_token_id in config.json must be below vocab_size, {vocabulary}, got {family.pad_id}"
+        )
+    return replace(family, vocabulary=vocabulary, labels=_stated_labels(config))

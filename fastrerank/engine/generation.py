@@ -12,7 +12,8 @@ import transformers
 
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine.select import plan
-from fastrerank.engine.torch_loading import cast_parameters, quiet
+from fastrerank.engine.torch_loading import cast_parameters, check_files, leave_files, one_error, quiet
+from fastrerank.tensors import check_unchanged
 
 __all__ = ["CausalGenerator", "load_causal"]
 
@@ -28,10 +29,9 @@ def load_causal(checkpoint: Checkpoint, device: str | None, dtype: str) -> Causa
     if len(chosen.devices) != 1:
         raise ValueError(f"device must be one device for generation, got {list(chosen.devices)}")
     path = checkpoint.transformer_path
-    with checkpoint.tensors():  # damaged or missing files are named before transformers reads them
-        pass
+    marks = check_files(checkpoint)
     factory: Any = transformers.AutoModelForCausalLM
-    with quiet():
+    with quiet(), one_error(path):
         model, info = factory.from_pretrained(
             str(path), dtype=torch.float32 if chosen.dtype == "float32" else "auto", output_loading_info=True,
             local_files_only=True, trust_remote_code=checkpoint.trust_remote_code,
@@ -42,6 +42,8 @@ def load_causal(checkpoint: Checkpoint, device: str | None, dtype: str) -> Causa
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
         raise ValueError(f"{path}: the weights of a language model lack {lacking[0]!r}, so it cannot write text")
+    check_unchanged(marks)
+    leave_files(model)
     cast_parameters(model, getattr(torch, chosen.dtype))
     return CausalGenerator(model.eval().to(chosen.devices[0]), tokenizer, chosen.devices[0], chosen.dtype)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Module
+from fastrerank.config_values import flag, shown, whole
 from fastrerank.engine.families import Dense, Family
+from fastrerank.engine.stored import Slot, check_slots, head_slots, values
 from fastrerank.tensors import Tensors
 
 __all__ = ["DenseStep", "Head", "NormStep", "NormalizeStep", "classification_head", "module_head"]
@@ -44,10 +47,14 @@ class NormalizeStep:
 
 @dataclass(frozen=True)
 class Head:
-    """Read rows `readout` ("first", "last", "mean" of each document, or all "tokens") and apply `steps`."""
+    """Read rows `readout` ("first", "last", "mean" of each document, or all "tokens") and apply `steps`.
+
+    `names` are the tensors of the transformer's own file that the steps were read from: those of a classifier's head.
+    """
 
     readout: Readout
     steps: tuple[DenseStep | NormStep | NormalizeStep, ...] = ()
+    names: frozenset[str] = frozenset()
 
 
 # sentence-transformers stores activations as dotted class names of torch.
@@ -70,27 +77,29 @@ _LEGACY_POOLING = {
 }
 
 
-def optional(tensors: Tensors, name: str) -> Vector | None:
-    """Return tensor `name` as float32, or None if the checkpoint has none."""
-    return tensors[name].float32() if name in tensors else None
-
-
-def classification_head(family: Family, tensors: Tensors, prefix: str) -> Head | None:
-    """Return the trained sequence classification head of a task checkpoint; None if a part of it is missing.
+def classification_head(path: Path, family: Family, tensors: Tensors, prefix: str) -> tuple[Head | None, str]:
+    """Return the trained sequence classification head of a task checkpoint; None and the first name that is missing.
 
     `prefix` is what the body's weights carry in this file; the steps that the family keeps in its body carry it too.
+    Raises ValueError naming a tensor of another shape than config.json says, or one that it rules out.
     """
+    slots = head_slots(family, prefix)
+    for slot in slots:
+        if slot.stored and slot.find(tensors) is None:
+            return None, slot.name
+    names = check_slots(path, slots, tensors)
+    stored = {slot.name: slot.find(tensors) for slot in slots}
     steps: list[DenseStep | NormStep | NormalizeStep] = []
     for part in family.head:
         name = (prefix if part.name in family.head_in_base else "") + part.name
-        if f"{name}.weight" not in tensors:
-            return None
-        bias = optional(tensors, f"{name}.bias")
+        weight = tensors[stored[f"{name}.weight"] or ""]
+        bias_name = stored[f"{name}.bias"]
+        bias = None if bias_name is None else tensors[bias_name].float32()
         if isinstance(part, Dense):
-            steps.append(DenseStep(tensors[f"{name}.weight"].raw, bias, part.activation))
+            steps.append(DenseStep(values(weight), bias, part.activation))
         else:
-            steps.append(NormStep(tensors[f"{name}.weight"].float32(), bias, part.eps))
-    return Head("mean" if family.pooling == "mean" else "first", tuple(steps))
+            steps.append(NormStep(weight.float32(), bias, part.eps))
+    return Head("mean" if family.pooling == "mean" else "first", tuple(steps), frozenset(names)), ""
 
 
 def module_head(modules: Sequence[Module], *, tokens: bool = False) -> Head:
@@ -102,17 +111,23 @@ def module_head(modules: Sequence[Module], *, tokens: bool = False) -> Head:
     """
     readout: Readout = "tokens" if tokens else "mean"
     steps: list[DenseStep | NormStep | NormalizeStep] = []
+    pooled = tokens or all(module.type != "Pooling" for module in modules)
     for module in modules:
         if module.type in ("Transformer", "Dropout"):
             continue
+        pooled = pooled or module.type == "Pooling"
+        if not pooled:
+            raise ValueError(
+                f"{module.path}: module {module.type} stands before Pooling, where it works on tokens; a head is "
+                "computed on what is pooled, and its vectors would be others"
+            )
         if module.type == "Pooling":
             if not tokens:
                 readout = _pooling(module)
         elif module.type == "Dense":
             steps.append(_dense(module))
         elif module.type == "LayerNorm":
-            tensors = module.tensors()
-            steps.append(NormStep(tensors["norm.weight"].float32(), optional(tensors, "norm.bias"), 1e-5))
+            steps.append(_layer_norm(module))
         elif module.type == "Normalize":
             steps.append(NormalizeStep())
         else:
@@ -126,8 +141,11 @@ def module_head(modules: Sequence[Module], *, tokens: bool = False) -> Head:
 def _pooling(module: Module) -> Readout:
     mode = module.config.get("pooling_mode")
     if mode is None:
-        active = [name for key, name in _LEGACY_POOLING.items() if module.config.get(key)]
-        mode = active or "mean"
+        stated = {key: module.config[key] for key in _LEGACY_POOLING if key in module.config}
+        for key, value in stated.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{module.path}: {key} must be true or false, got {shown(value)}")
+        mode = [_LEGACY_POOLING[key] for key, value in stated.items() if value] if stated else "mean"
     if isinstance(mode, list) and len(mode) == 1:
         mode = mode[0]
     if not isinstance(mode, str) or mode not in _POOLING:
@@ -142,5 +160,34 @@ def _dense(module: Module) -> DenseStep:
     activation = stored.rpartition(".")[2].lower()
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{module.path}: activation {stored!r} is not supported; use one of {', '.join(_ACTIVATIONS)}")
-    tensors = module.tensors()
-    return DenseStep(tensors["linear.weight"].raw, optional(tensors, "linear.bias"), _ACTIVATIONS[activation])
+    sizes = [
+        None if module.config.get(key) is None else whole(module.config, key) for key in ("out_features", "in_features")
+    ]
+    has_bias = flag(module.config, "bias", True)
+    slots = (Slot("linear.weight", tuple(sizes)), Slot("linear.bias", (sizes[0],), has_bias))
+    with module.tensors() as tensors:
+        _check_module(module, slots, tensors)
+        weight = tensors["linear.weight"]
+        bias = tensors["linear.bias"].float32() if has_bias else None
+        if bias is not None and len(bias) != weight.shape[0]:
+            raise ValueError(f"{module.path}: linear.bias has shape {bias.shape}, expected ({weight.shape[0]},)")
+        return DenseStep(values(weight), bias, _ACTIVATIONS[activation])
+
+
+def _layer_norm(module: Module) -> NormStep:
+    width = None if module.config.get("dimension") is None else whole(module.config, "dimension")
+    slots = (Slot("norm.weight", (width,)), Slot("norm.bias", (width,)))
+    with module.tensors() as tensors:
+        _check_module(module, slots, tensors)
+        gamma, beta = tensors["norm.weight"].float32(), tensors["norm.bias"].float32()
+    if gamma.shape != beta.shape:
+        raise ValueError(f"{module.path}: norm.bias has shape {beta.shape}, expected {gamma.shape}")
+    return NormStep(gamma, beta, 1e-5)
+
+
+def _check_module(module: Module, slots: tuple[Slot, ...], tensors: Tensors) -> None:
+    """Check that a module's file holds these tensors and no others. Raises ValueError naming the first that is wrong."""
+    read = check_slots(module.path, slots, tensors)
+    for name in tensors:
+        if name not in read:
+            raise ValueError(f"{module.path}: the weights hold {name!r}, which a {module.type} module does not read")

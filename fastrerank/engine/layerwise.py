@@ -59,7 +59,7 @@ def load_layerwise(
     head_name = f"lm_head.{cutoff - start}.linear_head.weight"
     with checkpoint.tensors() as tensors:
         if head_name not in tensors:
-            raise untrained(checkpoint)
+            raise untrained(checkpoint, head_name)
 
         def read(name: str) -> torch.Tensor:
             if name not in tensors:
@@ -71,6 +71,7 @@ def load_layerwise(
 
         state = {name: read(f"model.{name}").to(kind) for name in backbone.state_dict()}
         head = read(head_name)
+        tensors.check()
     backbone.load_state_dict(state, assign=True)
     backbone.rotary_emb = type(backbone.rotary_emb)(granite)
     cast_parameters(backbone.eval(), kind)

@@ -14,11 +14,15 @@ from fastrerank.checkpoint import Checkpoint
 from fastrerank.engine import balance
 from fastrerank.engine.families import Family, Fused, family_of
 from fastrerank.engine.heads import DenseStep, Head, NormStep
-from fastrerank.tensors import Tensor, Tensors
+from fastrerank.engine.stored import check_body, check_unread, values
+from fastrerank.tensors import Span, Tensor, Tensors, copies_weights
 
 __all__ = ["DTYPES", "NativeEncoder", "body_prefix"]
 
 DTYPES = ("float32", "bfloat16", "int8")
+
+# A table of word embeddings of at most so many bytes is read whole; FASTRERANK_COPY_WEIGHTS=1 reads every table whole.
+_WHOLE_TABLE = 8 << 20
 
 # Attention works on whole vectors of head dimensions; narrower heads are padded with zero weights.
 _HEAD_MULTIPLE = 16
@@ -43,6 +47,16 @@ class _Linear:
 
 def _padded(n: int) -> int:
     return -(-n // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
+def whole_table_bytes() -> float:
+    """Return the size up to which a table of word embeddings is read into memory when its model is loaded.
+
+    Example:
+        >>> whole_table_bytes() >= 8 << 20
+        True
+    """
+    return float("inf") if copies_weights() else _WHOLE_TABLE
 
 
 def body_prefix(family: Family, tensors: Tensors) -> str:
@@ -85,7 +99,9 @@ class NativeEncoder:
         self._path = checkpoint.transformer_path
         self._head_dim = _padded(family.head_size)
         prefix = body_prefix(family, tensors)
-        word = self._tensor(tensors, prefix + family.word)
+        read = check_body(self._path, family, tensors, prefix) | head.names
+        check_unread(self._path, family, tensors, prefix, read, task=bool(head.names))
+        word = tensors[prefix + family.word]
         self._encoder = _cpu.Encoder(self._config(family, word, dtype), ops.isa())
         self._load_body(tensors, prefix, word)
         for step in head.steps:
@@ -95,6 +111,7 @@ class NativeEncoder:
                 self._encoder.add_norm(step.gamma, step.beta, step.eps)
             else:
                 self._encoder.add_normalize()
+        tensors.check()
 
     @classmethod
     def load(
@@ -125,7 +142,7 @@ class NativeEncoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights; the word embeddings stay in the mapped file."""
+        """Bytes of packed weights, without the word embeddings, whose rows are read as texts have them."""
         return int(self._encoder.weight_bytes)
 
     def forward(
@@ -152,8 +169,6 @@ class NativeEncoder:
 
     def _config(self, family: Family, word: Tensor, dtype: str) -> dict[str, Any]:
         vocabulary, embedding = word.shape
-        if embedding != (family.embedding or family.hidden):
-            raise ValueError(f"{self._path}: {word.name} is {embedding} wide, config.json says {family.hidden}")
         tables = list(dict.fromkeys(family.layer_types)) if family.rope_theta else []
         types = family.layer_types or ("full_attention",) * family.layers
         return {
@@ -179,48 +194,57 @@ class NativeEncoder:
             "precise_layers": self._precise_layers,
         }
 
-    def _tensor(self, tensors: Tensors, name: str) -> Tensor:
-        if name not in tensors:
-            raise ValueError(f"{self._path}: the weights lack {name!r}")
-        return tensors[name]
-
     def _load_body(self, tensors: Tensors, prefix: str, word: Tensor) -> None:
         family, encoder = self.family, self._encoder
         tables = {}
         for key in ("position", "type"):
             name = getattr(family, key)
-            tables[key] = self._tensor(tensors, prefix + name).float32() if name else None
-        encoder.set_tables(word.raw, tables["position"], tables["type"])
+            tables[key] = tensors[prefix + name].float32() if name else None
+        self._set_word_table(word, tables["position"], tables["type"])
         for kind in dict.fromkeys(family.layer_types) if family.rope_theta else ():
             encoder.add_rope(family.rope_theta[kind], family.head_size // 2)
         norms = {(-1, "embedding"): self._set_norm(tensors, -1, "embedding", prefix + family.embedding_norm)}
         if family.final_norm:
             self._set_norm(tensors, -1, "final", prefix + family.final_norm)
         if family.projection:
-            self._set_linear(-1, "projection", self._linear(tensors, -1, family.projection, prefix))
+            self._set_linear(-1, "projection", self._linear(tensors, -1, family.projection, prefix, {}))
         for i in range(family.layers):
             for slot, norm in family.norms.items():
                 if i > 0 or slot != "attention" or family.first_norm:
                     norms[i, slot] = self._set_norm(tensors, i, slot, prefix + norm.format(i))
             self._set_layer(tensors, i, prefix, norms)
 
+    def _set_word_table(self, word: Tensor, position: Any, types: Any) -> None:
+        """Give the encoder the word table: a large one row by row, when a text first has a row's token.
+
+        Few of its rows are ever read, so a large one stays in the file; but not as a mapping, which a truncated file
+        would turn into SIGBUS and a rewritten one into another model's rows.
+        """
+        source = word.source
+        if word.dtype == "F64" or not isinstance(source, Span) or source.end - source.start <= whole_table_bytes():
+            self._encoder.set_tables(values(word), position, types)
+            return
+        self._encoder.set_tables(None, position, types)
+        fd, size, changed = source.file.noted
+        self._encoder.set_word_rows(fd, str(source.file.path), source.start, size, changed, word.dtype)
+
     def _set_norm(self, tensors: Tensors, layer: int, slot: str, name: str) -> _Norm:
         # Old conversions from TensorFlow call a norm's weight gamma and its bias beta.
-        legacy = f"{name}.weight" not in tensors and f"{name}.gamma" in tensors
-        gamma = self._tensor(tensors, f"{name}.gamma" if legacy else f"{name}.weight").float32()
-        beta_name = f"{name}.beta" if legacy else f"{name}.bias"
-        beta = tensors[beta_name].float32() if beta_name in tensors else None
+        gamma, beta = (
+            next((tensors[f"{name}.{kind}"].float32() for kind in kinds if f"{name}.{kind}" in tensors), None)
+            for kinds in (("weight", "gamma"), ("bias", "beta"))
+        )
+        assert gamma is not None  # check_body has seen it
         self._encoder.set_norm(layer, slot, gamma, beta)
         return gamma, beta
 
     def _set_layer(self, tensors: Tensors, i: int, prefix: str, norms: dict[tuple[int, str], _Norm]) -> None:
-        linears = {slot: self._linear(tensors, i, name, prefix) for slot, name in self.family.layer.items()}
+        stored: dict[str, npt.NDArray[Any]] = {}
+        linears = {slot: self._linear(tensors, i, name, prefix, stored) for slot, name in self.family.layer.items()}
         if self.dtype == "int8" and i < self.family.layers - self._precise_layers:
             self._balance(linears, i, norms)
         for slot, linear in linears.items():
             self._set_linear(i, slot, linear)
-        for name in {linear.name for linear in linears.values()}:
-            tensors.drop(name)
 
     def _balance(self, linears: dict[str, _Linear], i: int, norms: dict[tuple[int, str], _Norm]) -> None:
         """Move what int8 rounding cannot hold out of the inputs of v, up, gate and down; see `engine.balance`.
@@ -254,13 +278,20 @@ class NativeEncoder:
             part.weight = part.weight * divisor
         self._encoder.set_factor(layer, slot, factor)
 
-    def _linear(self, tensors: Tensors, layer: int, name: str | Fused, prefix: str) -> _Linear:
+    def _linear(
+        self, tensors: Tensors, layer: int, name: str | Fused, prefix: str, stored: dict[str, npt.NDArray[Any]]
+    ) -> _Linear:
+        """The weight and bias of a slot; `stored` keeps what was read, as several slots share a fused matrix."""
         part = name if isinstance(name, Fused) else Fused(name, 0, 1)
         full = prefix + part.name.format(layer)
-        stored = self._tensor(tensors, f"{full}.weight")
-        bias_name = f"{full}.bias"
-        bias = _block(tensors[bias_name].float32(), part) if bias_name in tensors else None
-        return _Linear(stored.name, _block(stored.raw, part), bias)
+        for kind, read in (("weight", values), ("bias", Tensor.float32)):
+            key = f"{full}.{kind}"
+            if key in tensors and key not in stored:
+                stored[key] = read(tensors[key])
+        bias = stored.get(f"{full}.bias")
+        return _Linear(
+            f"{full}.weight", _block(stored[f"{full}.weight"], part), None if bias is None else _block(bias, part)
+        )
 
     def _set_linear(self, layer: int, slot: str, linear: _Linear) -> None:
         weight, bias = linear.weight, linear.bias

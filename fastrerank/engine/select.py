@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint, untrained
-from fastrerank.engine import native
+from fastrerank.config_values import InvalidConfig
+from fastrerank.engine import native, stored
 from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head, NormalizeStep, classification_head
 from fastrerank.engine.packing import shares
@@ -108,6 +109,13 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
         devices = ("cuda",) if usable_gpu() else ("cpu",)
     on_cpu = all(name == "cpu" for name in devices)
     chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    try:
+        family_of(config)
+        unsupported = ""
+    except InvalidConfig:
+        raise  # no engine can make sense of it
+    except ValueError as error:
+        unsupported = str(error)
     if engine is not None:
         _torch("the torch engine")
         return Plan(engine, devices, chosen)
@@ -115,10 +123,8 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
         return Plan(None, devices, chosen, f"it runs on {', '.join(devices)}")
     if chosen == "float16":
         return Plan(None, devices, chosen, "the native engine does not compute float16")
-    try:
-        family_of(config)
-    except ValueError as error:
-        return Plan(None, devices, chosen, str(error))
+    if unsupported:
+        return Plan(None, devices, chosen, unsupported)
     return Plan("native", devices, chosen)
 
 
@@ -232,9 +238,11 @@ def _load_native(
     family = family_of(checkpoint.config)
     with checkpoint.tensors() as tensors:
         if head is None:
-            head = classification_head(family, tensors, native.body_prefix(family, tensors))
-        if head is None:
-            raise untrained(checkpoint)
+            prefix = native.body_prefix(family, tensors)
+            stored.check_body(checkpoint.transformer_path, family, tensors, prefix)
+            head, missing = classification_head(checkpoint.transformer_path, family, tensors, prefix)
+            if head is None:
+                raise untrained(checkpoint, missing)
         # What is rounded in the last layers reaches every coordinate of a vector.
         vectors = bool(head.steps) and isinstance(head.steps[-1], NormalizeStep)
         return native.NativeEncoder(

@@ -131,16 +131,22 @@ class ModuleHead(torch.nn.Module):
         self._steps: list[Any] = []
         for number, step in enumerate(head.steps):
             if isinstance(step, DenseStep):
+                if step.weight.shape[1] != self.width:
+                    raise ValueError(f"head weight reads {step.weight.shape[1]} values, gets {self.width}")
                 self._add(number, "weight", _float32(step.weight))
                 self._add(number, "bias", step.bias)
                 self.width = len(step.weight)
             elif isinstance(step, NormStep):
+                if len(step.gamma) != self.width:
+                    raise ValueError(f"head norm has {len(step.gamma)} weights, gets {self.width} values")
                 self._add(number, "weight", step.gamma)
                 self._add(number, "bias", step.beta)
             self._steps.append(step)
 
     def _add(self, number: int, name: str, values: Any) -> None:
         tensor = None if values is None else torch.tensor(values, dtype=torch.float32)
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError("weight of head is NaN or infinite: the checkpoint is damaged")
         self.register_buffer(f"{name}{number}", tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

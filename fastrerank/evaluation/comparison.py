@@ -22,6 +22,7 @@ import fastrerank
 from fastrerank.datasets import JudgedQuery, Run, load_dataset, read_trec_run, write_trec_run
 from fastrerank.ops import cpu_info
 
+from .kept import Kept
 from .measures import DEFAULT_MEASURES, PerQuery, known_measures, means, measure
 from .reranking import check_queries, first_stage, rerank
 from .statistics import PairedTest, paired_tests
@@ -212,6 +213,7 @@ def compare(
     min_relevance: int = 1,
     warmup: int = 1,
     progress: Callable[[str, str, int, int], None] | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> Comparison:
     """Equal to `evaluate` of each system on the same candidates, with paired tests of the differences.
 
@@ -230,6 +232,8 @@ def compare(
         min_relevance: smallest grade that counts as relevant, for measures that do not say it themselves.
         warmup: how many queries are ranked before the clock starts.
         progress: called with (system, data set, queries done, queries in all); done is 0 before a checkpoint is loaded.
+        keep: a folder where checkpoints' results are kept while the comparison goes on. A call after an interrupted one
+            takes those of the same checkpoint, options and queries from there; when all are done they are deleted.
 
     Raises:
         ValueError: no queries or judgements, an unknown measure or baseline, two systems of one name, a run for several
@@ -262,8 +266,13 @@ def compare(
         {name: {} for name in pools}, [], _about(top_k, warmup),
     )  # fmt: skip
     queries = {name: found for name, (_, found) in pools.items()}
+    kept = None if keep is None else Kept(keep, queries, top_k=top_k, warmup=warmup)
     for system in [System(FIRST_STAGE, run={}), *listed]:
-        outcome = _outcome(system, queries, top_k, warmup, progress)
+        outcome = None if kept is None or system.model is None else kept.read(system)
+        if outcome is None:
+            outcome = _outcome(system, queries, top_k, warmup, progress)
+            if kept is not None and system.model is not None and outcome.error is None:
+                kept.write(system, outcome)
         comparison.systems[system.name] = {
             **({"run": "the candidates' own order"} if system.name == FIRST_STAGE else system.about),
             "load_seconds": outcome.load_seconds, "peak_bytes": outcome.peak, "peak_gpu_bytes": outcome.peak_gpu,
@@ -276,6 +285,8 @@ def compare(
             comparison.results[name][system.name] = result
         if outcome.error is not None:
             comparison.failures.append(Failure(system.name, outcome.failed, outcome.error, outcome.detail))
+    if kept is not None:
+        kept.discard(listed)
     return comparison
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from fastrerank.datasets import Run
 from fastrerank.rerankers.base import list_methods
+from fastrerank.rerankers.options import load_keywords
 from fastrerank.text.attention_policy import parse_heads
 
 from .reranking import Ranker
@@ -102,7 +103,7 @@ def parse_system(text: str, defaults: Mapping[str, Any] | None = None) -> System
     Without NAME it is the checkpoint's last part and the values that follow. `defaults` are options that hold where the
     text does not say them. Numbers, true and false become Python's.
 
-    Raises ValueError for an empty checkpoint or an option without a value.
+    Raises ValueError for an empty checkpoint, an option without a value, or one that the method does not know.
 
     Example:
         >>> parse_system("small=BAAI/bge-reranker-base,dtype=int8,max_length=256").options
@@ -121,6 +122,7 @@ def parse_system(text: str, defaults: Mapping[str, Any] | None = None) -> System
         if not value:
             raise ValueError(f"--model {text!r}: {key} has no value")
         options[_SPELLINGS.get(key, key)] = _typed(key, value)
+    _check_options(options, {**(defaults or {}), **options}.get("method"), f"--model {text!r}")
     name = name or " ".join([Path(model).name, *(item.partition("=")[2] for item in rest)])
     return System(name, model=model, options={**(defaults or {}), **options})
 
@@ -165,6 +167,9 @@ def read_systems(path: str | os.PathLike[str], defaults: Mapping[str, Any] | Non
             if not isinstance(entry, dict) or not isinstance(entry.get("model", entry.get("run")), str):
                 raise ValueError(f"[systems.{name}] must have model or run, a text")
             entry = {_SPELLINGS.get(key, key): value for key, value in entry.items()}
+            if "run" not in entry:
+                own = {key: value for key, value in entry.items() if key != "model"}
+                _check_options(own, {**(defaults or {}), **own}.get("method"), f"[systems.{name}]")
             if "run" in entry:
                 entry["run"] = path.parent / entry["run"]
             elif entry["model"].startswith("."):
@@ -192,6 +197,16 @@ def check_names(systems: Sequence[System]) -> None:
 def file_name(name: str) -> str:
     """Return `name` as a file name and a TREC tag: what is no letter, digit, dot, plus or minus becomes _."""
     return re.sub(r"[^\w.+-]+", "_", name)
+
+
+def _check_options(options: Mapping[str, Any], method: Any, where: str) -> None:
+    """Raise ValueError naming the valid ones if an option is no keyword of the method, or of any where none is said."""
+    known = {*load_keywords(method if method in list_methods() else None), "method"}
+    if unknown := [key for key in options if key not in known]:
+        spellings = {name: spelling for spelling, name in _SPELLINGS.items()}
+        valid = ", ".join(sorted(spellings.get(name, name) for name in known - {"token"}))
+        whose = f"method {method}" if method in list_methods() else "any method"
+        raise ValueError(f"{where}: {unknown[0]!r} is no option of {whose}; one of {valid}")
 
 
 def _typed(key: str, value: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -54,21 +54,35 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             print("\t".join(row))
         return
     for dataset in comparison.datasets:
-        console.print(_table(comparison, dataset, wide=console.width >= _WIDE))
+        wide = console.width >= _WIDE
+        _print_whole(console, comparison, lambda names, d=dataset, w=wide: _table(comparison, d, names, wide=w))
         for name, result in comparison.results[dataset].items():
             for note in result.notes:
                 console.print(Text(f"{name} {note}", style="dim"))
     if len(comparison.datasets) > 1:
-        console.print(_means(comparison))
+        _print_whole(console, comparison, lambda names: _means(comparison, names))
 
 
-def _table(comparison: Comparison, dataset: str, *, wide: bool) -> Table:
+def _print_whole(console: Console, comparison: Comparison, table: Callable[[Mapping[str, str]], Table]) -> None:
+    """Print a table with the systems' names whole: where they do not fit, with numbers, and the names below it."""
+    names = list(comparison.systems)
+    made = table({name: name for name in names})
+    if console.measure(made).minimum <= console.width:
+        console.print(made)
+        return
+    numbers = {name: str(number) for number, name in enumerate(names, start=1)}
+    console.print(table(numbers))
+    for name, number in numbers.items():
+        console.print(Text(f"{number}  {name}"), soft_wrap=True)
+
+
+def _table(comparison: Comparison, dataset: str, names: Mapping[str, str], *, wide: bool) -> Table:
     pool = comparison.datasets[dataset]
     caption = f"{len(pool.queries)} queries, {pool.judged} judged; ▲ ▼: p < {ALPHA} against {comparison.baseline}"
     if wide:
         caption += f" (randomisation test, Holm); Δ {comparison.measures[0]} with 95 % interval, p corrected"
     table = Table(title=Text(dataset), caption=Text(caption))
-    table.add_column("system", overflow="fold")
+    table.add_column("system", no_wrap=True)
     for measure in comparison.measures:
         table.add_column(Text(measure), justify="right", no_wrap=True)
     extra = ["Δ", "p"] if wide else []
@@ -78,10 +92,12 @@ def _table(comparison: Comparison, dataset: str, *, wide: bool) -> Table:
     bold = {measure: best(comparison, dataset, measure) for measure in comparison.measures}
     for name in comparison.systems:
         if failed(comparison, dataset, name):
-            table.add_row(Text(name), Text("failed", style="red"), *[""] * (len(comparison.measures) + len(extra) + 2))
+            table.add_row(
+                Text(names[name]), Text("failed", style="red"), *[""] * (len(comparison.measures) + len(extra) + 2)
+            )
             continue
         result = comparison.results[dataset][name]
-        cells = [Text(name)]
+        cells = [Text(names[name])]
         for measure in comparison.measures:
             text = f"{result.metrics[measure]:.4f}{mark(tests[measure].get(name)) or ' '}"
             cells.append(Text(text, style="bold" if name in bold[measure] else ""))
@@ -94,16 +110,16 @@ def _table(comparison: Comparison, dataset: str, *, wide: bool) -> Table:
     return table
 
 
-def _means(comparison: Comparison) -> Table:
+def _means(comparison: Comparison, names: Mapping[str, str]) -> Table:
     table = Table(title=f"mean of {len(comparison.datasets)} data sets")
-    table.add_column("system", overflow="fold")
+    table.add_column("system", no_wrap=True)
     for measure in comparison.measures:
-        table.add_column(Text(measure), justify="right")
+        table.add_column(Text(measure), justify="right", no_wrap=True)
     means = comparison.means()
     bold = {m: highest({name: metrics[m] for name, metrics in means.items()}) for m in comparison.measures}
     for name, metrics in means.items():
         cells = (Text(f"{metrics[m]:.4f}", style="bold" if name in bold[m] else "") for m in comparison.measures)
-        table.add_row(Text(name), *cells)
+        table.add_row(Text(names[name]), *cells)
     return table
 
 

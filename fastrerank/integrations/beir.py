@@ -7,6 +7,7 @@ from typing import Any
 
 from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
+from fastrerank.text.columns import pairs_of_columns
 
 __all__ = ["FastReranker"]
 
@@ -42,6 +43,7 @@ class FastReranker:
 
         Raises ValueError where a method that compares documents gets a query's pairs in pieces.
         """
+        sentences = pairs_of_columns(sentences, "sentences")
         queries, documents = [pair[0] for pair in sentences], [pair[1] for pair in sentences]
         found = score_pairs(self.reranker, queries, documents, **call_options(self.label))
         scores: list[float] = shown(self.reranker, found, self.raw).tolist()

@@ -16,6 +16,7 @@ from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.text.columns import pairs_of_columns
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]
 
@@ -45,6 +46,7 @@ class FastRerankCrossEncoder(BaseCrossEncoder):
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one score per (query, document) pair."""
+        text_pairs = pairs_of_columns(text_pairs, "text_pairs")
         queries, documents = [pair[0] for pair in text_pairs], [pair[1] for pair in text_pairs]
         found = score_pairs(self.model, queries, documents, **call_options(self.label))
         scores: list[float] = shown(self.model, found, self.raw).tolist()

@@ -11,6 +11,7 @@ from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
 
 from fastrerank.integrations.loading import call_options, load_reranker, shown
+from fastrerank.text.columns import as_column
 
 __all__ = ["FastRanker"]
 
@@ -52,9 +53,8 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
 
         `batch_size` changes nothing: work is split by tokens.
         """
-        if isinstance(docs, (str, Document)):
-            docs = [docs]
-        if not docs:
+        docs = [docs] if isinstance(docs, (str, Document)) else as_column(docs, "docs")
+        if len(docs) == 0:
             return RankedResults(results=[], query=query, has_scores=True)
         documents = prep_docs(list(docs), doc_ids, metadata)
         texts = [document.text for document in documents]

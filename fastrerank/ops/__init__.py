@@ -140,7 +140,8 @@ def cuda_info() -> dict[str, Any]:
     if importlib.util.find_spec("fastrerank._cuda") is None:
         return {
             "built": False,
-            "problem": "this installation was built without them (no nvcc was found, or FASTRERANK_CUDA=OFF)",
+            "problem": "this installation was built without them: no NVIDIA driver or no nvcc was found, or "
+            "FASTRERANK_CUDA was OFF",
         }
     cuda = importlib.import_module("fastrerank._cuda")
     version = int(cuda.runtime)

@@ -337,4 +337,11 @@ def as_shards(items: Any, name: str) -> list[PackedItems]:
     kinds = {(s.storage, s.K, s.scales) for s in shards}
     if len(kinds) > 1:
         raise ValueError(f"{name} must be of one storage, width and kind of scales, got {sorted(map(str, kinds))}")
+    first = shards[0].scale
+    if shards[0].scales == "anchor" and any(
+        s.scale is not first and not np.array_equal(s.scale, first) for s in shards
+    ):
+        raise ValueError(
+            f"{name} must share their scales of rows: append to items of the first's, see PackedItems.append"
+        )
     return list(shards)

@@ -139,6 +139,7 @@ class AttentionReranker(Reranker):
         )  # fmt: skip
         limits = (max_length, positions, self.scorer.max_length, self.scorer.budget)
         self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        self.prompts.room = self.max_length
 
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,

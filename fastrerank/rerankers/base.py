@@ -18,6 +18,7 @@ from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.cost import Cost
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import method_of
+from fastrerank.text.columns import as_column
 from fastrerank.text.tokenizer import TokenBatch, check_texts
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Reranker(ABC):
         `documents` holds one list per query. Raises as `score`, and ValueError if the lengths differ.
         """
         call = self.check_options(**options)
-        checked = check_texts(queries, "queries")
+        checked, documents = check_texts(queries, "queries"), as_column(documents, "documents")
         if len(documents) != len(checked):
             raise ValueError(f"documents must hold one list per query: {len(checked)}, got {len(documents)}")
         texts = [check_texts(some, f"documents[{i}]") for i, some in enumerate(documents)]

@@ -31,6 +31,7 @@ from fastrerank.rerankers.compat import (
 )
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.recognise import is_classifier, logit_score
+from fastrerank.text.columns import pairs_of_columns
 from fastrerank.text.files import template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
@@ -493,6 +494,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
     """Return (checked pairs, whether the input was one pair)."""
+    inputs = pairs_of_columns(inputs, "inputs")
     if isinstance(inputs, np.ndarray):
         if inputs.ndim not in (1, 2):
             raise TypeError(f"inputs must be one pair (1-D) or pairs (2-D), got an array of {inputs.ndim} dimensions")
@@ -520,13 +522,17 @@ def _ahead(jobs: list[Callable[[], TokenBatch]]) -> Iterator[TokenBatch]:
     if len(jobs) < 2:
         yield from (job() for job in jobs)
         return
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         following = pool.submit(jobs[0])
         for job in jobs[1:]:
             batch = following.result()
             following = pool.submit(job)
             yield batch
         yield following.result()
+    finally:
+        # Ctrl-C and errors do not wait for a block that nobody will read.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _steps(pairs: int, progress: bool) -> Iterator[int]:

@@ -43,6 +43,7 @@ class EmbeddingReranker(VectorReranker):
 
     method: ClassVar[str] = "embedding"
     independent: ClassVar[bool] = True
+    _reads: ClassVar[str] = "average token vectors"
 
     def __init__(self, model_name_or_path: str | Path, **options: Any) -> None:
         super().__init__(model_name_or_path, **options)

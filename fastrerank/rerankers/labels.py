@@ -73,7 +73,8 @@ def label_scores(logits: npt.NDArray[np.float32], label: int, multi_label: bool 
     others = np.delete(logits, label, axis=1).astype(np.float64)
     largest = others.max(axis=1)
     rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
-    return np.asarray(logits[:, label] - rest, np.float32)
+    limit = float(np.finfo(np.float32).max)
+    return np.clip(logits[:, label] - rest, -limit, limit).astype(np.float32)
 
 
 def _plain(name: str) -> str:

@@ -40,13 +40,9 @@ class LateInteractionReranker(VectorReranker):
 
     method: ClassVar[str] = "late-interaction"
     independent: ClassVar[bool] = True
+    _reads: ClassVar[str] = "token vectors"
 
     def _head(self, checkpoint: Checkpoint) -> Head:
-        if checkpoint.st_config.get("do_query_expansion") or checkpoint.st_config.get("query_prefix"):
-            raise ValueError(
-                f"{checkpoint.path}: this ColBERT checkpoint marks and expands its queries "
-                "(query_prefix, do_query_expansion), which late-interaction does not do; its scores would be wrong"
-            )
         return module_head(_token_modules(checkpoint.modules), tokens=True)
 
     def _score_many(

@@ -16,6 +16,7 @@ from fastrerank.rerankers.generation import Generate
 from fastrerank.rerankers.lists import ListReranker, Request, Texts
 from fastrerank.rerankers.permutation import answer_of, parse_permutation, parse_scores
 from fastrerank.rerankers.schedules import Ranking, check_windows, groups, run_together, sliding_windows, untouched
+from fastrerank.text.columns import as_column
 from fastrerank.text.tokenizer import check_texts
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class ListwiseReranker(ListReranker):
         `documents` and `first_stage` hold one list per query. Raises as `score`, and ValueError if lengths differ.
         """
         call = self.check_options(**options)
-        checked = check_texts(queries, "queries")
+        checked, documents = check_texts(queries, "queries"), as_column(documents, "documents")
         if len(documents) != len(checked):
             raise ValueError(f"documents must hold one list per query: {len(checked)}, got {len(documents)}")
         texts = [check_texts(some, f"documents[{i}]") for i, some in enumerate(documents)]

@@ -8,7 +8,15 @@ from pathlib import Path
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.text.prompts import published_names
 
-__all__ = ["is_classifier", "is_layerwise", "logit_score", "method_of", "names_of", "recognised_template"]
+__all__ = [
+    "is_classifier",
+    "is_layerwise",
+    "logit_score",
+    "method_of",
+    "names_of",
+    "other_training",
+    "recognised_template",
+]
 
 _LAYERWISE = "LayerWiseMiniCPMForCausalLM"
 
@@ -46,6 +54,27 @@ def is_classifier(checkpoint: Checkpoint) -> bool:
 def is_layerwise(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint has a scoring head after each of its upper layers (bge-reranker-v2-minicpm-layerwise)."""
     return _LAYERWISE in (checkpoint.config.get("architectures") or [])
+
+
+def other_training(checkpoint: Checkpoint) -> str | None:
+    """Return what a checkpoint was trained as, where its files tell that it is no model of vectors; None otherwise.
+
+    Modules behind the Transformer, such as Pooling and Dense, are those of a model of vectors.
+
+    Example:
+        >>> other_training(open_checkpoint("path/to/bge-reranker-base"))                 # doctest: +SKIP
+        'a classifier (XLMRobertaForSequenceClassification)'
+    """
+    if any(module.type not in ("Transformer", "LogitScore") for module in checkpoint.modules):
+        return None
+    for name in checkpoint.config.get("architectures") or []:
+        if name.endswith("ForSequenceClassification"):
+            return f"a classifier ({name})"
+        if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            return f"a language model ({name})"
+        if name.endswith(("ForMaskedLM", "ForPreTraining")):
+            return f"a model of masked words ({name})"
+    return None
 
 
 def logit_score(checkpoint: Checkpoint) -> list[int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.call import LIMITS
+from fastrerank.rerankers.recognise import is_classifier, other_training
 from fastrerank.text.limits import TextLimits
 from fastrerank.text.tokenizer import Tokenizer
 
@@ -20,6 +23,8 @@ __all__ = ["VectorReranker"]
 
 class VectorReranker(Reranker):
     """A reranker whose encoder gives unit vectors, of texts or of tokens.
+
+    Loading warns where the checkpoint's files tell that it was trained as something else, such as a classifier.
 
     Args:
         model_name_or_path: hub id or local folder.
@@ -35,6 +40,7 @@ class VectorReranker(Reranker):
     """
 
     call_options: ClassVar[frozenset[str]] = LIMITS
+    _reads: ClassVar[str]  # whose vectors are compared, for messages
 
     def __init__(
         self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
@@ -65,6 +71,15 @@ class VectorReranker(Reranker):
             )
         limit = checkpoint.max_seq_length if max_length is None else max_length
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
+        trained = other_training(checkpoint)
+        if trained is not None:
+            advice = "; method='cross-encoder' is what it was trained for" if is_classifier(checkpoint) else ""
+            warnings.warn(
+                f"{checkpoint.path} was trained as {trained}, not for {self.method}: its {self._reads} were never "
+                f"compared in training, and rankings by them may be poor{advice}",
+                UserWarning,
+                stacklevel=_outside(),
+            )
 
     def warmup(self) -> VectorReranker:
         """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
@@ -81,3 +96,11 @@ class VectorReranker(Reranker):
     @abstractmethod
     def _head(self, checkpoint: Checkpoint) -> Head:
         """The head that the checkpoint's modules describe, or ValueError if this method cannot serve it."""
+
+
+def _outside() -> int:
+    """The `stacklevel` at which a warning names the caller's line, not one of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastrerank":
+        frame, level = frame.f_back, level + 1
+    return level

@@ -29,6 +29,7 @@ from fastrerank.rerankers.base import order
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
+from fastrerank.serve.docs_page import add_docs_page
 from fastrerank.serve.errors import Flavor, Problem, Source, dialect, error_body, error_status
 from fastrerank.serve.fields import call_options, ignored_header, raw_wanted, refuses_to_cut, unknown_names
 from fastrerank.serve.health import dead
@@ -282,12 +283,11 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
             await reranker.aclose()
 
     app = FastAPI(
-        title="fastrerank", version=fastrerank.__version__, lifespan=lifespan,
+        title="fastrerank", version=fastrerank.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
     )  # fmt: skip
     app.router.route_class = body_route(Bodies())
     app.state.server = server
-    app.router.route_class = body_route(Bodies())
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
     app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)
     app.add_middleware(Keys, keys=settings.keys, body=partial(_refused_key, settings))
@@ -296,6 +296,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
     app.add_middleware(AccessLog, observe=server.metrics.request)
     _add_errors(app, settings)
     _add_routes(app, server)
+    add_docs_page(app)
     return app
 
 

@@ -23,7 +23,7 @@ from fastrerank.serve.listener import Acceptor, listen
 from fastrerank.serve.logs import BoundedHandler
 from fastrerank.serve.middleware import JsonFormatter
 
-__all__ = ["parse_models", "read_keys", "serve"]
+__all__ = ["parse_models", "read_keys", "serve", "url_of"]
 
 
 def parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -68,6 +68,17 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
             "without a key"
         )
     return keys
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address under which a browser on this machine finds a server that listens on `host`.
+
+    Example:
+        >>> url_of("0.0.0.0", 8080), url_of("::1", 80)
+        ('http://127.0.0.1:8080/', 'http://[::1]:80/')
+    """
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 class _Protocol(H11Protocol):
@@ -165,6 +176,9 @@ def serve(
             logging.getLogger("fastrerank").info(
                 "serving", extra={"fields": {"host": where, "port": bound, "models": list(models)}}
             )
+            if sys.stdout.isatty():
+                url = url_of(where, bound)
+                print(f"Serving at {url} (all routes: {url}docs). Ctrl-C ends it.", flush=True)
 
             async def run() -> None:
                 task = asyncio.ensure_future(server.serve(sockets=[listener]))

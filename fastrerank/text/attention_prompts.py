@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.text.attention_policy import Layout, Policy, layout_of
+from fastrerank.text.backend import encodable
+from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import int32
-from fastrerank.text.runs import Marker, TextTokenizer, Unit, encodable, strip_left, strip_right
+from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template
 
@@ -117,6 +119,7 @@ class AttentionPrompts:
         model_type: of the checkpoint's config, which some layouts are told by.
         instruction: a name in `policy.instructions`, or a text of one's own.
         words: documents are cut to so many words; None for no limit.
+        max_length: tokens that a prompt can have; of a document with more, only as many and its end are tokenised.
         cache_bytes: bound of the cache of documents' ids.
 
     Raises ValueError for a tokenizer that is not fast, and where the ids or spans would differ from those of the whole
@@ -125,7 +128,7 @@ class AttentionPrompts:
 
     def __init__(
         self, tokenizer: Any, policy: Policy, *, model_type: str = "", instruction: str, words: int | None,
-        cache_bytes: int = 64 << 20,
+        max_length: int | None = None, cache_bytes: int = 64 << 20,
     ) -> None:  # fmt: skip
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -138,7 +141,7 @@ class AttentionPrompts:
             self._whole = type(backend).from_str(backend.to_str())
             self._whole.no_truncation()
             self._whole.no_padding()
-        self.policy, self.words = policy, words
+        self.policy, self.words, self.room = policy, words, max_length
         self.instruction = encodable(instruction)
         self.layout = _layout(tokenizer, model_type, policy)
         self._extra = int(policy.extra_token and self.layout.extra_token)
@@ -236,21 +239,23 @@ class AttentionPrompts:
         text = encodable(text)
         if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
             return text, False
-        _, spans = self._text.encode_spans(text, False)
+        _, spans = self._text.encode_spans(self._text.bounded(text, most), False)
         return (text[: spans[most - 1][1]], True) if len(spans) > most else (text, False)
 
     def prepare_query(self, query: str) -> str:
         """The query as it is printed."""
         query = encodable(query)
-        return query.strip() if self.policy.strip_query or self.layout.strips else query
+        query = query.strip() if self.policy.strip_query or self.layout.strips else query
+        return self._text.bounded(query, self.room)
 
     def prepare(self, document: str) -> tuple[str, bool]:
         """The document as it is printed, and whether its limit in words cut it."""
         text = encodable(document)
         if self.words is None:
-            return text, False
-        words = text.split()
-        return (" ".join(words[: self.words]), True) if len(words) > self.words else (text, False)
+            return self._text.bounded(text, self.room), False
+        words = text.split(None, self.words)
+        text, cut = (" ".join(words[: self.words]), True) if len(words) > self.words else (text, False)
+        return self._text.bounded(text, self.room), cut
 
     def whole_text(self, query: str, documents: Sequence[str]) -> str:
         """The prompt as one text, special tokens of its layout included."""
@@ -465,11 +470,10 @@ def _chat_layout(tokenizer: Any) -> Layout:
     """The user's turn as the checkpoint's chat template prints it; ValueError where the template changes its text."""
     content = "w6f1 {x}\n\n[2] wq8e"
 
-    def render(text: str) -> str:
-        turns = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    def printed(text: str) -> str:
+        return render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
 
-    plain, wide = render(content), render(f" {content} \n")
+    plain, wide = printed(content), printed(f" {content} \n")
     if plain.count(content) != 1 or wide.count(content) != 1:
         raise ValueError("the checkpoint's chat template drops the user's text, prints it twice or changes it")
     prefix, suffix = plain.split(content)

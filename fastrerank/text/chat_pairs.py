@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastrerank.checkpoint import Checkpoint
+from fastrerank.text.chat_rendering import TemplateBudgetError, render
 from fastrerank.text.files import ChatTemplate, template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import PromptTokenizer
@@ -171,7 +172,10 @@ class ChatPairs:
 
     def _fitting(self, prompts: PromptTokenizer, query: str, limit: int | None) -> tuple[str, bool]:
         """The query, and whether it had to be cut so that a token of a document fits."""
-        if limit is None or _size(prompts, query) < limit:
+        if limit is None:
+            return query, False
+        query = prompts.bounded(query, limit)
+        if _size(prompts, query) < limit:
             return query, False
         room = limit - _size(prompts, "")
         if room < 2:
@@ -203,12 +207,15 @@ def _refusal(tokenizer: Any, template: Template) -> str:
     """Why the chat template cannot take a pair's roles; "" where it can."""
     try:
         first, *others = [
-            tokenizer.apply_chat_template(
+            render(
+                tokenizer,
                 contents(template, [{"role": "query", "content": query}, {"role": "document", "content": document}]),
                 **options(template),
             )
             for query, document in _PROBES
         ]
+    except TemplateBudgetError:
+        raise
     except Exception as error:  # chat templates raise jinja2's errors, and whatever their own code runs into
         return str(error) or type(error).__name__
     lost = [role for role, text in zip(("query", "document"), others, strict=True) if text == first]

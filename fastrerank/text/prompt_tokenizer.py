@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.backend import encodable
+from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template
-from fastrerank.text.runs import Marker, TextTokenizer, Unit, encodable, strip_left, strip_right
+from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template, check_texts
+from fastrerank.text.windows import most_whole
 
 __all__ = ["Prompt", "PromptTokenizer"]
 
@@ -264,7 +267,7 @@ class PromptTokenizer:
         """
         if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
             return text, False
-        _, spans = self._text.encode_spans(text, False)
+        _, spans = self._text.encode_spans(text if left else self._text.bounded(text, most), False)
         if len(spans) <= most:
             return text, False
         if not limits.truncate:
@@ -273,8 +276,13 @@ class PromptTokenizer:
 
     def shorten(self, text: str, count: int) -> str:
         """The beginning of `text` that its first `count` tokens stand for, when it is tokenised on its own."""
+        text = self._text.bounded(text, count)
         _, spans = self._text.encode_spans(text, False)
         return text if count >= len(spans) else text[: spans[count - 1][1] if count else 0]
+
+    def bounded(self, text: str, count: int) -> str:
+        """`text`, or where it is very long a shorter one, with the same first `count` tokens and more than those."""
+        return self._text.bounded(encodable(text), count)
 
     def label_ids(self, count: int | None = None) -> npt.NDArray[np.int64]:
         """Ids of the template's labels (K,), or of the first `count` identifiers, as they stand behind the prompt.
@@ -304,7 +312,7 @@ class PromptTokenizer:
     # ---- laying out
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self._tokenizer.apply_chat_template(contents(self.template, messages), **options(self.template)))
+        return render(self._tokenizer, contents(self.template, messages), **options(self.template))
 
     def _lay_out(self, count: int) -> tuple[list[Turn], list[list[Piece]]]:
         turns = expand(self.template, count, self._instruction)
@@ -357,17 +365,29 @@ class PromptTokenizer:
         self, query: str, lists: list[list[str]], notes: list[list[str]], limit: int | None,
         limits: TextLimits = NO_LIMITS,
     ) -> Iterator[Prompt]:  # fmt: skip
-        query = self.template.prepare_query(query)
+        query = self._checked_query(self.template.prepare_query(query), limit)
         shapes = {count: self._shape_of(count) for count in {len(documents) for documents in lists}}
-        found = self._documents(lists, shapes)
+        found = self._documents(lists, shapes, limit)
         prepared: dict[str, tuple[str, bool]] = {}
         spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None] = {}
         for documents, texts in zip(lists, notes, strict=True):
             shape = shapes[len(documents)]
             values = Values(query, self._instruction, _Prepared(self, documents, prepared), texts)
-            parts = [part for item in shape.parts for part in self._parts(item, values, documents, found, spans)]
+            shown = values
+            if limit is not None:
+                shown = replace(values, documents=_Bounded(self._text, values.documents, limit))
+            parts = [part for item in shape.parts for part in self._parts(item, shown, documents, found, spans)]
             ids, truncated = fit(parts, len(documents), limit, self.template.name, limits)
             yield Prompt(ids, truncated, shape.turns, values)
+
+    def _checked_query(self, query: str, limit: int | None) -> str:
+        """The query; ValueError where it alone has more tokens than a prompt may have, before they are all made."""
+        if limit is not None and self._text.bounded(query, limit) is not query:
+            raise ValueError(
+                f"the query and the fixed text of template {self.template.name!r} leave no room for the documents: the "
+                f"query alone, of {len(query):,} characters, exceeds the limit of {limit} tokens of a prompt"
+            )
+        return query
 
     def _shape_of(self, count: int) -> Shape:
         shape = self._shapes.get(count)
@@ -375,8 +395,13 @@ class PromptTokenizer:
             shape = self._shapes[count] = self._shape(*self._lay_out(count))
         return shape
 
-    def _documents(self, lists: list[list[str]], shapes: dict[int, Shape]) -> dict[tuple[Any, ...], Tokens]:
-        """Ids of every document of the lists in its unit: from the cache, or tokenised now, each content once."""
+    def _documents(
+        self, lists: list[list[str]], shapes: dict[int, Shape], limit: int | None
+    ) -> dict[tuple[Any, ...], Tokens]:
+        """Ids of every document of the lists in its unit: from the cache, or tokenised now, each content once.
+
+        Of a document with more than `limit` tokens there are as many, and those of what follows it.
+        """
         found: dict[tuple[Any, ...], Tokens] = {}
         missing: dict[tuple[Any, ...], tuple[Unit, dict[str, None]]] = {}
         for documents in lists:
@@ -390,21 +415,26 @@ class PromptTokenizer:
                     kind, text = kind_of(slot, unit, run), documents[slot.index]
                     if (kind, text) in found or (kind in missing and text in missing[kind][1]):
                         continue
-                    tokens = self._cache.get(kind, text)
+                    tokens = self._cache.get(self._cache_key(kind, text, limit), text)
                     if tokens is None:
                         missing.setdefault(kind, (unit, {}))[1][text] = None
                     else:
                         found[kind, text] = tokens
         for kind, (unit, texts) in missing.items():
             prepared = [self._prepare(text) for text in texts]
-            bodies = [strip_sides(text, kind) for text, _ in prepared]
+            bodies = [self._text.bounded(strip_sides(text, kind), limit) for text, _ in prepared]
             encoded = self._text.encode_unit(unit, bodies)
             for text, (_, cut), ids in zip(texts, prepared, encoded, strict=True):
                 if ids is not None:
                     tokens = Tokens(int32(ids), unit.head, max(unit.head, len(ids) - unit.tail), cut)
                     found[kind, text] = tokens
-                    self._cache.put(kind, text, tokens)
+                    self._cache.put(self._cache_key(kind, text, limit), text, tokens)
         return found
+
+    @staticmethod
+    def _cache_key(kind: tuple[Any, ...], text: str, limit: int | None) -> tuple[Any, ...]:
+        """What cached ids depend on beside the text: the limit only where it may have cut them."""
+        return kind if len(text) <= most_whole(limit) else (*kind, limit)
 
     def _prepare(self, document: str) -> tuple[str, bool]:
         template = self.template
@@ -413,7 +443,7 @@ class PromptTokenizer:
         text = template.clean_document(document)
         if len(text.encode()) < template.document_limit:  # no token is shorter than a byte, but for a dummy prefix
             return template.rewrite_document(text), False
-        _, spans = self._text.encode_spans(text, False)
+        _, spans = self._text.encode_spans(self._text.bounded(text, template.document_limit), False)
         cut = len(spans) > template.document_limit
         return template.rewrite_document(text[: spans[template.document_limit - 1][1]] if cut else text), cut
 
@@ -550,6 +580,19 @@ class PromptTokenizer:
         for text, specials in zip(filled, self._specials, strict=False):
             ids += [*specials, *self._whole.encode(text, add_special_tokens=False).ids]
         return [*ids, *self._specials[-1]]
+
+
+class _Bounded(Sequence[str]):
+    """Documents without the middle that is cut off anyway."""
+
+    def __init__(self, text: TextTokenizer, documents: Sequence[str], limit: int) -> None:
+        self._text, self._documents, self._limit = text, documents, limit
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._text.bounded(self._documents[index], self._limit)
 
 
 class _Prepared(Sequence[str]):

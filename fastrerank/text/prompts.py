@@ -186,7 +186,7 @@ class Template:
         text = self.clean_document(text)
         cut = False
         if self.document_limit is not None and self.document_unit == "words":
-            words = text.split()
+            words = text.split(None, self.document_limit)
             cut = len(words) > self.document_limit
             text = " ".join(words[: self.document_limit])
         elif self.document_limit is not None and self.document_unit == "characters":

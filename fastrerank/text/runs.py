@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastrerank.text.tokenizer import _SURROGATE, _blocks
+from fastrerank.text.backend import encodable, encode_batch, encode_one, guarded
+from fastrerank.text.tokenizer import _blocks
+from fastrerank.text.windows import Windows, most_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,13 +39,6 @@ def strip_left(text: str) -> str:
 def strip_right(text: str) -> str:
     """`text` without the white space that an added token with lstrip=True swallows."""
     return _SPACE_RIGHT.sub("", text)
-
-
-def encodable(text: str) -> str:
-    """`text` with lone surrogates, which have no UTF-8 form, as U+FFFD."""
-    if text.isascii() or not _SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,9 @@ class TextTokenizer:
             token["content"] = names.get(token["content"], token["content"])
         data.update(truncation=None, padding=None, post_processor=None)
         _rename(data["model"], names)
-        self.tokenizer = Tokenizer.from_str(json.dumps(data))
+        self.tokenizer = guarded(
+            lambda: Tokenizer.from_str(json.dumps(data)), lambda: "the tokenizer is of no use without its markers"
+        )
         for marker in self.markers.values():
             if self.tokenizer.token_to_id(names[marker.content]) != marker.id:
                 raise ValueError(
@@ -120,6 +117,7 @@ class TextTokenizer:
         self._sentinel = f"{nonce}s"
         self.tokenizer.add_special_tokens([AddedToken(self._sentinel, normalized=False)])
         kept = [token["content"] for token in added]
+        self._windows = Windows(self.tokenizer)
         self._vocabulary = "\0".join([*self.tokenizer.get_vocab(with_added_tokens=False), *kept])
         self._cuts: dict[str, Cut | None] = {}
         self._units: dict[tuple[str | None, str | None, bool], Unit | None] = {}
@@ -139,18 +137,28 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str], anchored: bool) -> Iterator[list[int]]:
         """Token ids of each text; `anchored`: it stands behind other text of its prompt."""
         prefix = self._sentinel if anchored else ""
+        whole = most_whole(None)
         for block in _blocks(list(texts)):
-            anchors = [prefix + text for text in block]
-            for encoding in self.tokenizer.encode_batch_fast(anchors, add_special_tokens=False):
-                yield encoding.ids[1:] if anchored else encoding.ids
+            encodings = iter(encode_batch(self.tokenizer, [prefix + text for text in block if len(text) <= whole]))
+            for text in block:
+                ids = next(encodings).ids if len(text) <= whole else self._windows.ids(prefix + text).tolist()
+                yield ids[1:] if anchored else ids
+
+    def bounded(self, text: str, room: int | None) -> str:
+        """`text`, or a shorter one with the same first `room` + 1 tokens and the same end; see docs/numerics.md."""
+        return self._windows.bounded(text, room)
 
     def encode_spans(self, text: str, anchored: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of one text, and of each token where it starts and ends in the text, in characters."""
         prefix = self._sentinel if anchored else ""
-        encoding = self.tokenizer.encode(prefix + text, add_special_tokens=False)
+        if len(text) > most_whole(None):
+            ids, offsets = self._windows.spans(prefix + text)
+        else:
+            encoding = encode_one(self.tokenizer, prefix + text)
+            ids, offsets = encoding.ids, encoding.offsets
         shift = len(prefix)
-        spans = [(max(0, start - shift), max(0, end - shift)) for start, end in encoding.offsets]
-        return (encoding.ids[1:], spans[1:]) if anchored else (encoding.ids, spans)
+        spans = [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
+        return (ids[1:], spans[1:]) if anchored else (ids, spans)
 
     def cut(self, literal: str) -> Cut | None:
         """Where `literal` can be cut, whatever stands on its two sides; None where no place is known.
@@ -196,9 +204,13 @@ class TextTokenizer:
         prefix = self._sentinel if unit.key[2] else ""
         skip, shift = int(unit.key[2]), len(prefix) + len(unit.left)
         left, right = list(unit.left_ids), list(unit.right_ids)
+        whole = most_whole(None)
         for block in _blocks([f"{prefix}{unit.left}{document}{unit.right}" for document in documents]):
-            for encoding in self.tokenizer.encode_batch(block, add_special_tokens=False):
-                ids, offsets = encoding.ids[skip:], encoding.offsets[skip:]
+            short = encode_batch(self.tokenizer, [text for text in block if len(text) <= whole], spans=True)
+            encodings = iter([(one.ids, one.offsets) for one in short])
+            for text in block:
+                ids, offsets = next(encodings) if len(text) <= whole else self._windows.spans(text)
+                ids, offsets = ids[skip:], offsets[skip:]
                 end = len(ids) - len(right)
                 if len(left) <= end and ids[: len(left)] == left and ids[end:] == right:
                     yield ids[len(left) : end], [(a - shift, b - shift) for a, b in offsets[len(left) : end]]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastrerank.text.chat_rendering import TemplateBudgetError
 from fastrerank.text.prompts import Template, parse_format
 
 __all__ = ["Piece", "Slot", "Turn", "Values", "contents", "expand", "fill", "options", "render_chat"]
@@ -203,6 +204,8 @@ class _Words:
 def _call(render: Render, messages: list[dict[str, str]], template: Template) -> str:
     try:
         return render(messages)
+    except TemplateBudgetError:
+        raise
     except Exception as error:  # chat templates raise jinja2's errors, and whatever their own code runs into
         roles = ", ".join(message["role"] for message in messages[:6])
         raise ValueError(
@@ -223,6 +226,8 @@ def _fit_system(template: Template, turns: list[Turn], render: Render) -> list[T
         if 0 not in _dropped(turns, render, template):
             return turns
         reason: ValueError | None = None
+    except TemplateBudgetError:
+        raise
     except ValueError as error:
         _call(render, _plain(turns[1:]), template)  # an error that has nothing to do with the system turn
         reason = error

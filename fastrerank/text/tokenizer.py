@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.text.backend import encode_batch
+from fastrerank.text.columns import as_column
+from fastrerank.text.columns import describe as _describe
 from fastrerank.text.files import load_tokenizer
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
+from fastrerank.text.windows import CHARS_PER_TOKEN, Windows, most_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,10 +28,7 @@ __all__ = ["TokenBatch", "Tokenizer", "check_texts"]
 # An Encoding takes some 150 bytes per token, so they are made and dropped in blocks of this many texts and characters.
 _BLOCK_TEXTS = 256
 _BLOCK_CHARS = 1 << 20
-# Texts are first cut to this many characters per token that fits; a denser text is then tokenised whole.
-_CHARS_PER_TOKEN = 8
 _WORD_END = re.compile(r"\w(?= )")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBES = ("a", "the", "hello", "1", ".")
 # The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
 _TYPED_CLASSES = {
@@ -99,6 +101,7 @@ class Tokenizer:
         self._single = _derive_template(tokenizer, use_type_ids, segments=1)
         self._pair = _derive_template(tokenizer, use_type_ids, segments=2)
         self._word_local = _is_word_local(tokenizer)
+        self._windows = Windows(tokenizer)
         self.max_length = self.checked_max_length(max_length)
 
     @classmethod
@@ -178,22 +181,22 @@ class Tokenizer:
         room = _smaller(self._room(max_length, template), most)
         left = limits.cut_left(self._cut_left)
         head, tail = template.specials
-        ids: list[int] = []
+        ids = array("i")
         ends = np.zeros(len(checked) + 1, np.int64)
         truncated = np.zeros(len(checked), np.bool_)
         for i, tokens in enumerate(self._encode(checked, room, left)):
             truncated[i] = room is not None and len(tokens) > room
             if room is not None and truncated[i] and not limits.truncate:
                 raise TooLong(f"texts[{i}]", len(tokens), room)
-            ids += head
-            ids += _cut(tokens, room, left)
-            ids += tail
+            ids.extend(head)
+            ids.extend(_cut(tokens, room, left))
+            ids.extend(tail)
             ends[i + 1] = len(ids)
         types = np.full(len(ids), template.segment_types[0], np.int32)
         before, after = template.special_types
         _paint(types, ends[:-1], before)
         _paint(types, ends[1:] - len(after), after)
-        return TokenBatch(_int32(ids), types, ends, truncated)
+        return TokenBatch(np.array(ids, np.int32), types, ends, truncated)
 
     def _pack_pairs(
         self, queries: list[str], documents: list[str], max_length: int | None, limits: TextLimits
@@ -214,7 +217,7 @@ class Tokenizer:
                 tokens, query_truncated = _cut(tokens, kept, self._cut_left), True
             heads[query] = [*before, *tokens, *between]
         fixed = len(before) + len(between)
-        ids: list[int] = []
+        ids = array("i")
         ends = np.zeros(len(documents) + 1, np.int64)
         starts = np.zeros(len(documents), np.int64)  # of the document's own tokens
         truncated = np.zeros(len(documents), np.bool_)
@@ -225,10 +228,10 @@ class Tokenizer:
             truncated[i] = fits is not None and len(tokens) > fits
             if fits is not None and truncated[i] and not limits.truncate:
                 raise TooLong(f"document {i}", len(tokens), fits)
-            ids += head
+            ids.extend(head)
             starts[i] = len(ids)
-            ids += _cut(tokens, fits, left)
-            ids += after
+            ids.extend(_cut(tokens, fits, left))
+            ids.extend(after)
             ends[i + 1] = len(ids)
         first, second = template.segment_types
         types = np.full(len(ids), first, np.int32)
@@ -238,35 +241,32 @@ class Tokenizer:
         _paint(types, ends[:-1], template.special_types[0])
         _paint(types, starts - len(between), template.special_types[1])
         _paint(types, ends[1:] - len(after), template.special_types[2])
-        return TokenBatch(_int32(ids), types, ends, truncated, query_truncated)
+        return TokenBatch(np.array(ids, np.int32), types, ends, truncated, query_truncated)
 
-    def _encode(self, texts: list[str], room: int | None, left: bool) -> Iterator[list[int]]:
+    def _encode(self, texts: list[str], room: int | None, left: bool) -> Iterator[Sequence[int]]:
         """Token ids of each text without special tokens: all of them, or (of a long text) more than `room`.
 
-        With `left` they are those of the text's end.
+        Those of a long text are its first ones, or its last ones with `left`.
         """
+        whole = most_whole(None if left else room)
         for block in _blocks(texts):
             shortened = block if room is None or left else self._shorten(block, room)
-            encodings = self._encode_block(shortened)
-            for i, encoding in enumerate(encodings):
-                tokens: list[int] = encoding.ids
-                if room is not None and shortened[i] is not block[i] and len(tokens) <= room:
-                    tokens = self._encode_block([block[i]])[0].ids
+            encodings = iter(encode_batch(self.tokenizer, [text for text in shortened if len(text) <= whole]))
+            for text, shorter in zip(block, shortened, strict=True):
+                tokens: Sequence[int] = next(encodings).ids if len(shorter) <= whole else ()
+                if len(shorter) > whole or (room is not None and shorter is not text and len(tokens) <= room):
+                    tokens = self._ids(text, room, whole, left)
                 yield tokens
 
-    def _encode_block(self, block: list[str]) -> list[tokenizers.Encoding]:
-        try:
-            return self.tokenizer.encode_batch_fast(block, add_special_tokens=False)
-        except TypeError:
-            # Lone surrogates have no UTF-8 form, so they cannot enter the Rust library.
-            if not any(map(_SURROGATE.search, block)):
-                raise
-            valid = [text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in block]
-            return self.tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+    def _ids(self, text: str, room: int | None, whole: int, left: bool) -> Sequence[int]:
+        if len(text) > whole:
+            return self._windows.ids(text, room, left=left)
+        found: list[int] = encode_batch(self.tokenizer, [text])[0].ids
+        return found
 
     def _shorten(self, block: list[str], room: int) -> list[str]:
         """Cut very long texts at the end of a word, far behind what fits, if words are tokenised independently."""
-        most = _CHARS_PER_TOKEN * room + 64
+        most = CHARS_PER_TOKEN * room + 64
         if not self._word_local or all(len(text) <= most for text in block):
             return block
         ends = [_WORD_END.search(text, most) if len(text) > most else None for text in block]
@@ -298,7 +298,8 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
     """`texts` as a list of str, or a TypeError that names the argument, the position and what came.
 
     Args:
-        texts: a list, tuple, 1-D numpy array of str (or objects that are str), or another iterable of str.
+        texts: a list, tuple, 1-D numpy array of str (or objects that are str), a column of pandas, polars or pyarrow,
+            or another iterable of str. A table is refused, by its columns' names.
         name: the caller's argument, for the message.
         scalar: `texts` is a list of one, whose message names the argument without a position.
 
@@ -310,6 +311,7 @@ def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
         ...
         TypeError: documents[1] must be str, got NoneType
     """
+    texts = as_column(texts, name)
     if isinstance(texts, (str, bytes, Mapping, Set)) or not hasattr(texts, "__iter__"):
         raise TypeError(f"{name} must be a list, tuple or 1-D array of str, got {_describe(texts)}")
     if isinstance(texts, np.ndarray):
@@ -336,7 +338,7 @@ def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bo
     return not isinstance(name, str) or name.removesuffix("Fast") in _TYPED_CLASSES
 
 
-def _cut(tokens: list[int], room: int | None, left: bool) -> list[int]:
+def _cut(tokens: Sequence[int], room: int | None, left: bool) -> Sequence[int]:
     if room is None or len(tokens) <= room:
         return tokens
     return tokens[len(tokens) - room :] if left else tokens[:room]
@@ -345,14 +347,6 @@ def _cut(tokens: list[int], room: int | None, left: bool) -> list[int]:
 def _smaller(first: int | None, second: int | None) -> int | None:
     """The smaller of two limits, None for none."""
     return min((limit for limit in (first, second) if limit is not None), default=None)
-
-
-def _describe(value: object) -> str:
-    return type(value).__name__
-
-
-def _int32(ids: list[int]) -> npt.NDArray[np.int32]:
-    return np.fromiter(ids, np.int32, len(ids))
 
 
 def _paint(types: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], special_types: Iterable[int]) -> None:
