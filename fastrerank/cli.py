@@ -36,6 +36,7 @@ from .cli_shared import (
     EngineOption,
     HeadsOption,
     Instruction,
+    LabelOption,
     Interrupted,
     MaxLength,
     Method,
@@ -134,6 +135,7 @@ def rank(
     template: TemplateOption = None,
     instruction: Instruction = None,
     heads: HeadsOption = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     format: Annotated[
         Format,
@@ -157,6 +159,9 @@ def rank(
             min=1, metavar="K", rich_help_panel=OUTPUT, show_default="all", help="Print only the best K documents."
         ),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", rich_help_panel=OUTPUT, help="Print raw scores, not probabilities.")
+    ] = False,
     explain: Annotated[
         bool,
         typer.Option(
@@ -194,15 +199,16 @@ def rank(
         warn("there are no documents to rank")
     reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=heads_option(heads), max_length=max_length, engine=engine,
+        heads=heads_option(heads), max_length=max_length, engine=engine, label=label,
     )  # fmt: skip
+    reranker.check_options()  # a head with several labels says now that it needs --label
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
     options = {"explain": True} if explain else {}
     start = time.perf_counter()
     with progress_bar(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
-        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
+        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, raw=raw, **options)
     seconds = time.perf_counter() - start
     if explain_html is not None:
         explain_html.write_text(to_html(query, hits), encoding="utf-8", errors="backslashreplace")

@@ -19,7 +19,7 @@ from .cli_shared import (
     DtypeOption,
     EngineOption,
     HeadsOption,
-    Instruction,
+    Instruction, LabelOption,
     MaxLength,
     Method,
     Qrels,
@@ -68,6 +68,7 @@ def evaluate_command(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     heads: HeadsOption = None,
     max_length: MaxLength = None,
     trec_run: TrecRun = None,
@@ -121,7 +122,7 @@ def evaluate_command(
     given = {
         "method": method, "device": device,
         "num_threads": threads, "template": template, "instruction": instruction, "heads": cli.heads_option(heads),
-        "max_length": max_length, "engine": engine,
+        "max_length": max_length, "engine": engine, "label": label,
     }  # fmt: skip
     defaults = cli.load_options(dtype, **given)
     listed = _listed(model or [], systems, with_run or [], defaults)

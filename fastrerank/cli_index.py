@@ -15,7 +15,7 @@ from fastrerank.cli_shared import (
     Device,
     DtypeOption,
     EngineOption,
-    Instruction,
+    Instruction, LabelOption,
     MaxLength,
     Method,
     Model,
@@ -82,6 +82,7 @@ def build(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     storage: Annotated[
         Storage,
@@ -101,6 +102,7 @@ def build(
     texts, anchors = _read("--items", items), _read("--queries", queries)
     reranker = cli.load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
+        label=label,
         max_length=max_length, engine=engine,
     )  # fmt: skip
     with cli.resumable(f"the scores made so far are in {folder / 'build'}"):
@@ -117,6 +119,7 @@ def search(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     top_k: K = 10,
     budget: Budget = 200,
@@ -140,7 +143,7 @@ def search(
     index = CURIndex.load(folder)
     reranker = cli.load_reranker(
         cli.need_model(model), method, dtype, device=device, num_threads=threads, template=template,
-        instruction=instruction, max_length=max_length, engine=engine,
+        instruction=instruction, max_length=max_length, engine=engine, label=label,
     )  # fmt: skip
     ids, scores = index.search_reranker(reranker, query, k=top_k, budget=budget, rounds=rounds)
     texts = index.texts(ids)

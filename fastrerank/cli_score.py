@@ -15,6 +15,7 @@ from fastrerank.cli_shared import (
     DtypeOption,
     EngineOption,
     Instruction,
+    LabelOption,
     MaxLength,
     Method,
     Model,
@@ -32,6 +33,7 @@ def score(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     query_field: Annotated[str, cli.option(cli.DATA, "FIELD", "Column or field of the query.")] = "query",
     document_field: Annotated[str, cli.option(cli.DATA, "FIELD", "Column or field of the document.")] = "document",
@@ -51,6 +53,9 @@ def score(
     dtype: DtypeOption = cli.Dtype.auto,
     device: Device = None,
     score_field: Annotated[str, cli.option(cli.OUTPUT, "FIELD", "Column or field that the score gets.")] = "score",
+    activated: Annotated[
+        bool, typer.Option("--activated", rich_help_panel=cli.OUTPUT, help="Write probabilities, not raw scores.")
+    ] = False,
     keep: Annotated[
         str | None,
         cli.option(cli.OUTPUT, "FIELDS", "Columns that OUTPUT has beside the score: qid,docid.", show_default="all"),
@@ -79,7 +84,7 @@ def score(
         done = score_files(
             inputs, output, checkpoint, method, workers=workers, num_threads=threads, num_gpus=gpus, query=query_field,
             document=document_field, score=score_field, keep=None if keep is None else keep.split(","),
-            rows_per_part=rows_per_part, address=address, progress=advance, **given,
+            rows_per_part=rows_per_part, address=address, progress=advance, label=label, raw=not activated, **given,
         )  # fmt: skip
     if as_json:
         cli.print_json(done)

@@ -49,6 +49,11 @@ def _method(value: str | None) -> str | None:
     return value
 
 
+def _label(value: str | None) -> Any:
+    """A label's number where digits stand for it, else its name."""
+    return int(value) if value is not None and value.isascii() and value.isdigit() else value
+
+
 def _device(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is not a device; one of cpu, cuda, cuda:<number>")
@@ -92,6 +97,13 @@ HeadsOption = Annotated[
     typer.Option(
         "--heads", metavar="HEADS", rich_help_panel=MODEL,
         help="Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`.",
+    ),
+]  # fmt: skip
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label", callback=_label, metavar="LABEL", rich_help_panel=MODEL, show_default="the one whose name tells it",
+        help="Of a head with several labels the one that ranks, a name or number.",
     ),
 ]  # fmt: skip
 MaxLength = Annotated[

@@ -122,8 +122,9 @@ def test_flag_embedding(checkpoint: str) -> None:
     assert np.allclose(
         flag.compute_score(pairs, normalize=True), 1 / (1 + np.exp(-np.array(flag.compute_score(pairs))))
     )
-    with pytest.raises(ValueError, match="max_length"):
-        flag.compute_score(pairs, max_length=17)
+    assert flag.compute_score(pairs, max_length=5) == model.score_many(
+        ["the owl"], [TEXTS], max_length=5, max_tokens_per_query=3
+    )[0].tolist()  # fmt: skip
 
 
 def test_pyterrier_without_java() -> None:

@@ -26,6 +26,7 @@ from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, bes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
+from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.text.columns import as_column
 
@@ -158,6 +159,8 @@ class CURIndex:
             >>> index = CURIndex.build(reranker, passages, train_queries, checkpoint="build")  # doctest: +SKIP
         """
         check_independent(reranker, "an index holds scores of single pairs")
+        if isinstance(reranker, Reranker):
+            reranker.check_options()  # a head with several labels is told now to say which one scores
         items, anchor_queries = as_column(items, "items"), as_column(anchor_queries, "anchor_queries")
         job = Build(reranker, items, anchor_queries, checkpoint, block)
         index = cls.from_scores(job.scores(progress), items=items, **options)
