@@ -28,9 +28,10 @@ from fastrerank.serve.batcher import AsyncReranker
 QUERIES = ["how long do fleas live?", "where do owls sleep?"]
 DOCUMENTS = [f"{'owl ' * (i % 4)}number {i} {'sleeps' if i % 3 else 'hunts'} by day" for i in range(12)]
 DEPENDENT = {"listwise", "pairwise", "setwise", "icr", "qrhead", "core"}
+pytestmark = pytest.mark.filterwarnings("ignore:.* was trained as a classifier")
 OPTIONS: dict[str, dict[str, Any]] = {
     "pointwise": {"template": "relevance"}, "listwise": {"template": "first", "window": 6, "stride": 3},
-    "pairwise": {"template": "prp"}, "setwise": {"template": "setwise", "readout": "logits"},
+    "pairwise": {"template": "prp"}, "setwise": {"template": "rank-r1", "readout": "logits", "set_size": 5},
     "qrhead": {"heads": HEADS}, "core": {"heads": HEADS},
 }  # fmt: skip
 Load = Callable[[str], Reranker]
