@@ -20,7 +20,7 @@ __all__ = ["CausalGenerator", "load_causal"]
 _GenerationConfig: Any = transformers.GenerationConfig
 
 
-def load_causal(checkpoint: Checkpoint, device: str | None, dtype: str) -> CausalGenerator:
+def load_causal(checkpoint: Checkpoint, device: Any, dtype: Any) -> CausalGenerator:
     """Load the checkpoint's causal language model and tokenizer.
 
     Raises ValueError for a checkpoint that is no decoder with a language model head, or lacks weights.

@@ -19,6 +19,7 @@ from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint, untrained
 from fastrerank.config_values import InvalidConfig
 from fastrerank.engine import native, stored
+from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head, NormalizeStep, classification_head
 from fastrerank.engine.packing import shares
@@ -68,7 +69,7 @@ class Plan:
 
     engine: str | None
     devices: tuple[str, ...]
-    dtype: str
+    dtype: Dtype
     reason: str = ""
 
     @property
@@ -77,14 +78,15 @@ class Plan:
         return self.devices[0] if len(self.devices) == 1 else list(self.devices)
 
 
-def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
+def plan(config: Any, engine: str | None, device: Any, dtype: Any) -> Plan:
     """Choose what runs a checkpoint with this config.json.
 
     Args:
         config: the transformer's config.json.
         engine: one of `ENGINES`; None: native on a CPU if the family is native, else torch, else padded.
         device: "cpu", "cuda", "cuda:N", a list of them; None: a usable GPU, else the CPU.
-        dtype: "float32", "bfloat16", "float16", "int8"; "auto": float32 on a CPU, bfloat16 on a GPU.
+        dtype: "float32", "bfloat16", "float16", "int8", or torch's dtypes of these names; "auto": float32 on a CPU,
+            bfloat16 on a GPU.
 
     Raises ValueError for unknown values and for what the engine cannot do; ImportError where a torch engine is asked
     for and torch or transformers is not installed.
@@ -95,8 +97,9 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
     """
     if engine is not None and engine not in ENGINES:
         raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    dtype = Dtype.of(dtype)
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, _DTYPES))}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, _DTYPES))}, got {str(dtype)!r}")
     devices = _devices(device)
     if engine in ("torch", "padded") and dtype == "int8":
         raise ValueError(
@@ -108,7 +111,7 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
     if devices is None:
         devices = ("cuda",) if usable_gpu() else ("cpu",)
     on_cpu = all(name == "cpu" for name in devices)
-    chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    chosen = Dtype("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
     try:
         family_of(config)
         unsupported = ""
@@ -128,7 +131,7 @@ def plan(config: Any, engine: str | None, device: Any, dtype: str) -> Plan:
     return Plan("native", devices, chosen)
 
 
-def _native_plan(config: Any, devices: tuple[str, ...] | None, dtype: str) -> Plan:
+def _native_plan(config: Any, devices: tuple[str, ...] | None, dtype: Dtype) -> Plan:
     wrong = [name for name in devices or () if name != "cpu"]
     if wrong:
         what = "the native engine" if dtype != "int8" else "dtype 'int8' is computed by the native engine, which"
@@ -138,7 +141,7 @@ def _native_plan(config: Any, devices: tuple[str, ...] | None, dtype: str) -> Pl
             f"dtype must be 'auto', {', '.join(map(repr, native.DTYPES))} with engine='native', got 'float16'"
         )
     family_of(config)
-    return Plan("native", devices or ("cpu",), "float32" if dtype == "auto" else dtype)
+    return Plan("native", devices or ("cpu",), Dtype("float32") if dtype == "auto" else dtype)
 
 
 def _devices(device: Any) -> tuple[str, ...] | None:

@@ -17,6 +17,7 @@ from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.text.columns import pairs_of_columns
+from fastrerank.types import Hit
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]
 
@@ -112,7 +113,7 @@ class FastReranker(BaseDocumentCompressor):
         return {"top_k": self.top_n, "raw": self.raw, **call_options(self.label)}
 
 
-def _kept(documents: Sequence[Document], hits: list[dict[str, Any]]) -> list[Document]:
+def _kept(documents: Sequence[Document], hits: list[Hit]) -> list[Document]:
     kept = []
     for hit in hits:
         document = documents[hit["corpus_id"]]

@@ -13,6 +13,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from fastrerank.integrations.loading import call_options, load_reranker, name_of
 from fastrerank.rerankers.base import Reranker
 from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.types import Hit
 
 __all__ = ["FastRerank"]
 
@@ -85,7 +86,7 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
         dispatcher.event(ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=self.top_n, model_name=self.model))
         return str(query_bundle.query_str)
 
-    def _end(self, nodes: list[NodeWithScore], hits: list[dict[str, Any]]) -> list[NodeWithScore]:
+    def _end(self, nodes: list[NodeWithScore], hits: list[Hit]) -> list[NodeWithScore]:
         kept = []
         for hit in hits:
             old = nodes[hit["corpus_id"]]

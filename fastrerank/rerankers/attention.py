@@ -22,6 +22,7 @@ from fastrerank.text.attention_policy import Policy, read_preset
 from fastrerank.text.attention_prompts import AttentionPrompt, AttentionPrompts
 from fastrerank.text.limits import TextLimits, TooLong
 from fastrerank.text.tokenizer import check_texts
+from fastrerank.types import DeviceLike, DtypeLike, Hit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,9 +107,10 @@ class AttentionReranker(Reranker):
     def __init__(
         self, model: str | Path, *, preset: str = "icr", heads: Heads | str | Path | None = None,
         instruction: str | None = None, words_per_document: int | None = None, calibrate: bool = True,
-        device: Any = None, dtype: str = "auto", max_length: int | None = None, num_threads: int | None = None,
-        memory_limit: float | None = None, trust_remote_code: bool = False, revision: str | None = None,
-        cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
+        device: DeviceLike | None = None, dtype: DtypeLike = "auto", max_length: int | None = None,
+        num_threads: int | None = None, memory_limit: float | None = None, trust_remote_code: bool = False,
+        revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
+        token: bool | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.policy = Policy.load(preset)
@@ -145,7 +147,7 @@ class AttentionReranker(Reranker):
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
         explain: bool = False, *, raw: bool = False,  # noqa: ARG002
         score_threshold: float | None = None, **options: Unpack[Options],
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return documents sorted by `score`, as `Reranker.rank` does; `raw` changes nothing: masses are shown as such.
 
         With `explain` each entry carries "tokens": the text of each token of the document's span with its mass, as
@@ -183,7 +185,7 @@ class AttentionReranker(Reranker):
     def _rank(
         self, query: str, documents: Sequence[str], top_k: int | None, return_documents: bool, explain: bool,
         context: Context | None, score_threshold: float | None = None, call: CallOptions = NO_OPTIONS,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         check_top_k(top_k)
         texts = check_texts(documents, "documents")
         answer = self._answer(query, texts, context, call)

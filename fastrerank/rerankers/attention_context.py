@@ -9,6 +9,7 @@ import numpy as np
 
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.text.tokenizer import check_texts
+from fastrerank.types import Hit
 
 if TYPE_CHECKING:
     from fastrerank.rerankers.attention import AttentionReranker
@@ -63,7 +64,7 @@ class Context:
 
     def rank(
         self, query: str, top_k: int | None = None, return_documents: bool = False, explain: bool = False
-    ) -> list[dict[str, Any]]:
+    ) -> list[Hit]:
         """Return what `reranker.rank(query, documents, ...)` returns."""
         return self._reranker._rank(query, self.documents, top_k, return_documents, explain, self)
 

@@ -18,6 +18,7 @@ from fastrerank.engine.select import plan
 from fastrerank.rerankers.attention import filtered_sum, instruction_text, load_prompts, word_limit
 from fastrerank.text.attention_policy import Policy, write_preset
 from fastrerank.text.attention_prompts import AttentionPrompt
+from fastrerank.types import DeviceLike, DtypeLike
 
 __all__ = ["HEADS", "RULES", "HeadScores", "score_heads"]
 
@@ -67,7 +68,7 @@ class HeadScores:
 def score_heads(
     model: str | Path, queries: Sequence[JudgedQuery], *, rule: str = "ndcg", temperature: float = _TEMPERATURE,
     instruction: str | None = None, words_per_document: int | None = None, state: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None, device: Any = None, dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None, device: DeviceLike | None = None, dtype: DtypeLike = "auto",
     num_threads: int | None = None, memory_limit: float | None = None, trust_remote_code: bool = False,
     revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
     token: bool | str | None = None,

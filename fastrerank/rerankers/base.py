@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.cost import Cost
+from fastrerank.naming import describe
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import method_of
 from fastrerank.text.columns import as_column
@@ -24,7 +25,16 @@ from fastrerank.text.tokenizer import TokenBatch, check_texts
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from fastrerank.rerankers.attention import AttentionReranker
     from fastrerank.rerankers.call import Options
+    from fastrerank.rerankers.cross_encoder import CrossEncoder
+    from fastrerank.rerankers.embedding import EmbeddingReranker
+    from fastrerank.rerankers.late_interaction import LateInteractionReranker
+    from fastrerank.rerankers.listwise import ListwiseReranker
+    from fastrerank.rerankers.pairwise import PairwiseReranker
+    from fastrerank.rerankers.pointwise import PointwiseReranker
+    from fastrerank.rerankers.setwise import SetwiseReranker
+    from fastrerank.types import Hit, MethodName, ModelPath
 
 __all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
 
@@ -174,7 +184,7 @@ class Reranker(ABC):
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
         raw: bool = False, score_threshold: float | None = None, **options: Unpack[Options],
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return documents sorted by `score`, best first; ties keep the order they came in.
 
         Args:
@@ -199,7 +209,7 @@ class Reranker(ABC):
 
     def _ranked(
         self, scores: Scores, texts: list[str] | None, top_k: int | None, raw: bool, score_threshold: float | None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Hit]:
         """Rows in the order of raw scores, which show them activated unless `raw`."""
         shown = scores if raw else self.activated(scores)
         return ranked(order(scores), shown, texts, top_k, score_threshold)
@@ -223,6 +233,9 @@ class Reranker(ABC):
                 )
         return results
 
+    def __repr__(self) -> str:
+        return describe(self)
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             f"{type(self).__name__} cannot be pickled: its weights are packed for this CPU; load the checkpoint anew "
@@ -245,7 +258,7 @@ def order(*keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 def ranked(
     positions: npt.NDArray[np.int64], scores: npt.NDArray[Any], documents: Sequence[str] | None, top_k: int | None,
     score_threshold: float | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Hit]:  # fmt: skip
     """Return the result rows for `positions` in order, with texts where `documents` is given.
 
     Rows whose score is below `score_threshold` are left out. ValueError unless it is None or a finite number.
@@ -254,7 +267,7 @@ def ranked(
         if isinstance(score_threshold, bool) or not np.isfinite(score_threshold):
             raise ValueError(f"score_threshold must be a finite number or None, got {score_threshold!r}")
         positions = positions[np.asarray(scores)[positions] >= score_threshold]
-    rows: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in positions[:top_k]]
+    rows: list[Hit] = [{"corpus_id": int(i), "score": float(scores[i])} for i in positions[:top_k]]
     if documents is not None:
         for row in rows:
             row["text"] = documents[row["corpus_id"]]
@@ -326,7 +339,43 @@ def list_methods() -> dict[str, str]:
     return {name: paper for name, (_, _, paper) in _METHODS.items()}
 
 
-def load(model: str, method: str | None = None, **options: Any) -> Reranker:
+@overload
+def load(model: ModelPath, method: Literal["cross-encoder"], **options: Any) -> CrossEncoder: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["late-interaction"], **options: Any) -> LateInteractionReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["embedding"], **options: Any) -> EmbeddingReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["pointwise"], **options: Any) -> PointwiseReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["listwise"], **options: Any) -> ListwiseReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["pairwise"], **options: Any) -> PairwiseReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["setwise"], **options: Any) -> SetwiseReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: Literal["icr", "qrhead", "core"], **options: Any) -> AttentionReranker: ...
+
+
+@overload
+def load(model: ModelPath, method: str | None = None, **options: Any) -> Reranker: ...
+
+
+def load(model: ModelPath, method: MethodName | str | None = None, **options: Any) -> Reranker:
     """Load a checkpoint as a reranker.
 
     Args:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 from fastrerank.text.limits import NO_LIMITS, TextLimits
+from fastrerank.types import TruncationSide
 
 __all__ = ["LIMITS", "NO_OPTIONS", "CallOptions", "Options"]
 
@@ -19,7 +20,7 @@ class Options(TypedDict, total=False):
     max_length: int | None
     max_tokens_per_doc: int | None
     max_tokens_per_query: int | None
-    truncation_side: str | None
+    truncation_side: TruncationSide | None
     truncate: bool
 
 

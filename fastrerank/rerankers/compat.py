@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from fastrerank.checkpoint import Checkpoint
+import numpy as np
+
+from fastrerank.checkpoint import Checkpoint, position_limit
+from fastrerank.engine.dtype import Dtype
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -14,6 +18,7 @@ __all__ = [
     "Device",
     "SharedTokenizer",
     "check_same_device",
+    "fitting_length",
     "init_options",
     "predict_options",
     "processing_options",
@@ -35,8 +40,9 @@ _DICTIONARIES: dict[str, dict[str, str]] = {
     "config_kwargs": {"num_labels": "num_labels"},
     "config_args": {"num_labels": "num_labels"},
 }
-# The head is float32 whatever is asked, dropout does not exist in inference, and there is no card to write.
+# The head is float32 whatever is asked, and there is no dropout in inference.
 _WITHOUT_EFFECT = ("keep_in_fp32_modules", "classifier_dropout", "model_card_data")
+_BACKENDS = ("torch", "onnx", "openvino")
 _PREDICT_WITHOUT_EFFECT = ("num_workers", "device", "pool", "chunk_size")
 _RANK_WITHOUT_EFFECT = ("apply_softmax", "convert_to_numpy", "convert_to_tensor", *_PREDICT_WITHOUT_EFFECT)
 
@@ -44,8 +50,8 @@ _RANK_WITHOUT_EFFECT = ("apply_softmax", "convert_to_numpy", "convert_to_tensor"
 def init_options(given: dict[str, Any], legacy: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Return `given` with positional `legacy` and other releases' keyword `options` merged in.
 
-    Deprecated spellings warn once per place. Raises TypeError for an unknown keyword or one given twice, ValueError for
-    a backend or modules.
+    Deprecated spellings warn once per place, and so does a backend that is not run here. Raises TypeError for an
+    unknown keyword or one given twice, ValueError for an unknown backend or for modules.
     """
     if len(legacy) > len(_POSITIONAL):
         raise TypeError(f"CrossEncoder takes at most {1 + len(_POSITIONAL)} positional arguments")
@@ -59,10 +65,7 @@ def init_options(given: dict[str, Any], legacy: tuple[Any, ...], options: dict[s
         elif key in _DICTIONARIES:
             found |= _from_dictionary(key, value)
         elif key == "backend":
-            if value != "torch":
-                raise ValueError(
-                    f"backend {value!r} does not exist here: the native engine takes the checkpoint as it is"
-                )
+            _check_backend(value)
         elif key == "modules":
             raise ValueError("modules cannot be passed as objects; give a folder that sentence-transformers saved")
         elif key not in _WITHOUT_EFFECT:
@@ -83,8 +86,20 @@ def _from_dictionary(name: str, values: dict[str, Any] | None) -> dict[str, Any]
         if target is None:
             warnings.warn(f"{name}[{key!r}] has no effect in fastrerank", UserWarning, stacklevel=5)
         else:
-            found[target] = str(value).removeprefix("torch.") if target == "dtype" else value
+            found[target] = Dtype.of(value) if target == "dtype" else value
     return found
+
+
+def _check_backend(backend: Any) -> None:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    if backend != "torch":
+        warnings.warn(
+            f"backend {backend!r} is not used: fastrerank reads the checkpoint's own weights, and engine= chooses what "
+            "runs them",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def predict_options(
@@ -128,13 +143,32 @@ def processing_options(options: dict[str, Any]) -> tuple[int | None, dict[str, A
     return limit, dict(asked.get("chat_template") or {})
 
 
-def check_same_device(asked: Any, device: str | list[str]) -> None:
-    """Raise ValueError unless `asked` is where the model is: a device, or a list of the devices."""
+def fitting_length(limit: Any, config: Mapping[str, Any]) -> Any:
+    """Return `limit`, or with a warning the number of the model's positions where it is more than these.
 
-    def names(value: Any) -> list[str]:
+    sentence-transformers scores texts that are short enough under such a limit, and fails with longer ones.
+    """
+    most = position_limit(config)
+    if most is None or isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or limit <= most:
+        return limit
+    warnings.warn(
+        f"max_length={limit} is more than the model's {most} positions: texts are cut to {most} tokens",
+        UserWarning,
+        stacklevel=4,
+    )
+    return most
+
+
+def check_same_device(asked: Any, device: str | list[str]) -> None:
+    """Raise ValueError unless `asked` is where the model is: a device, or a list of the devices.
+
+    A list may name a device several times, as for a pool of processes: one call uses every thread it may in any case.
+    """
+
+    def names(value: Any) -> set[str]:
         some = value if isinstance(value, (list, tuple)) else [value]
         plain = [f"cuda:{one}" if type(one) is int else str(one) for one in some]
-        return [{"cpu:0": "cpu", "cuda": "cuda:0"}.get(name, name) for name in plain]
+        return {{"cpu:0": "cpu", "cuda": "cuda:0"}.get(name, name) for name in plain}
 
     if names(asked) != names(device):
         raise ValueError(f"device must be None or {device!r}: the model was loaded there, got {asked!r}")
@@ -171,9 +205,11 @@ class SharedTokenizer:
     """
 
     _own: Tokenizer
+    _config: Mapping[str, Any]
 
-    def __init__(self, own: Tokenizer) -> None:
+    def __init__(self, own: Tokenizer, config: Mapping[str, Any]) -> None:
         object.__setattr__(self, "_own", own)
+        object.__setattr__(self, "_config", config)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own.tokenizer, name)
@@ -181,7 +217,7 @@ class SharedTokenizer:
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "model_max_length":
             raise AttributeError(f"{name} cannot be set, only model_max_length: all threads share the tokenizer")
-        self._own.max_length = self._own.checked_max_length(value)
+        self._own.max_length = self._own.checked_max_length(fitting_length(value, self._config))
 
     @property
     def model_max_length(self) -> int | None:
@@ -213,6 +249,7 @@ class Config(SimpleNamespace):
         labels = {int(number): name for number, name in (stored.get("id2label") or {}).items()}
         if len(labels) != num_labels:
             labels = {number: f"LABEL_{number}" for number in range(num_labels)}
+        stored.setdefault("classifier_dropout", None)
         stored |= {
             "num_labels": num_labels, "id2label": labels, "name_or_path": str(checkpoint.path),
             "label2id": {name: number for number, name in labels.items()}, "_name_or_path": str(checkpoint.path),

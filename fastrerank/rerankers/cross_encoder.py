@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.checkpoint import Checkpoint, open_checkpoint, untrained
+from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import Head, module_head
 from fastrerank.engine.select import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
@@ -23,21 +25,25 @@ from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.compat import (
     Config,
     Device,
-    SharedTokenizer,
-    check_same_device,
+    fitting_length,
     init_options,
     predict_options,
     processing_options,
 )
+from fastrerank.rerankers.conversations import as_conversation, is_message
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
-from fastrerank.rerankers.recognise import is_classifier, logit_score
+from fastrerank.rerankers.peer_interface import ModelCardData, PeerInterface
+from fastrerank.rerankers.recognise import is_classifier, is_yes_no, logit_score
 from fastrerank.text.columns import pairs_of_columns
 from fastrerank.text.files import template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits
 from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 if TYPE_CHECKING:
+    import torch
+
     from fastrerank.text.chat_pairs import ChatPairs
+    from fastrerank.types import DeviceLike, DtypeLike, EngineName, Hit
 
 __all__ = ["CrossEncoder"]
 
@@ -47,19 +53,22 @@ log = logging.getLogger("fastrerank")
 BLOCK_PAIRS = 1024
 
 
-class CrossEncoder(Reranker):
+class CrossEncoder(PeerInterface, Reranker):
     """Like `sentence_transformers.CrossEncoder`: same scores, no padding, no torch.
 
     Args:
         model_name_or_path: hub id or local folder of a sequence classification checkpoint, or of a
-            sentence-transformers cross-encoder made of modules (with Dense, or a language model with LogitScore).
+            sentence-transformers cross-encoder made of modules (with Dense, or a language model with LogitScore), or of
+            a language model that answers yes or no: a published reranker, or any with `chat_template`.
         device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
         dtype: "float32" (equals the reference), "bfloat16", "int8" (native engine only), "float16" (torch engines
-            only); "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations are float32 in all of them.
-        max_length: tokens per pair; None for the checkpoint's limit. Documents are cut to fit; the query is cut only if
-            it alone does not fit. `last_usage` tells what was cut.
-        activation_fn: callable or name ("identity", "sigmoid", ...); None: the checkpoint's, else sigmoid if it has one
-            label.
+            only), or torch's dtypes of these names; "auto": float32 on a CPU, bfloat16 on a GPU. Heads and activations
+            are float32 in all of them.
+        max_length: tokens per pair; None for the checkpoint's limit. More than the model has positions warns and means
+            all positions. Documents are cut to fit; the query is cut only if it alone does not fit. `last_usage` tells
+            what was cut.
+        activation_fn: callable or name ("identity", "sigmoid", "softmax", ...); None: the checkpoint's, else sigmoid if
+            it has one label. A saved class of torch is used as it is; any other is imported with trust_remote_code.
         num_labels: what the checkpoint is expected to have; None takes any.
         label: of a head with several labels the one that ranks, by its name in config.json's id2label or its number;
             None: the one whose name tells it (relevant, entailment, yes, ...), else `rank` and `score` ask for it.
@@ -70,9 +79,12 @@ class CrossEncoder(Reranker):
         prompts, default_prompt_name: texts by name that `prompt_name` puts before the query, or into a system turn
             where a chat template renders the pairs.
         chat_template: source of a chat template for the roles "query" and "document", in place of the checkpoint's; ""
-            joins pairs as the tokenizer does; None: the checkpoint's, where it has one (docs/numerics.md).
+            joins pairs as the tokenizer does; a dict of several by their names, of which a call chooses one by
+            processing_kwargs={"chat_template": {"chat_template": name}}, else "default"; None: the checkpoint's, where
+            it has one (docs/numerics.md).
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
-        legacy, options: positional and keyword arguments of older sentence-transformers releases.
+        legacy, options: positional and keyword arguments of other sentence-transformers releases; `backend` is accepted
+            with a warning, `model_card_data` gets what evaluators measure.
 
     Raises ValueError for a checkpoint without a trained classification head, that the engine cannot run, or with
     damaged weights; ImportError if the engine needs torch and it is missing; OSError if it cannot be found.
@@ -92,17 +104,18 @@ class CrossEncoder(Reranker):
     call_options: ClassVar[frozenset[str]] = frozenset({"label", "instruction"}) | LIMITS
 
     def __init__(
-        self, model_name_or_path: str | Path | None = None, *legacy: Any, device: Any = None, dtype: str = "auto",
-        max_length: int | None = None, activation_fn: Any = None, num_labels: int | None = None,
-        trust_remote_code: bool = False, revision: str | None = None, local_files_only: bool = False,
-        token: bool | str | None = None, cache_folder: str | None = None, num_threads: int | None = None,
-        engine: str | None = None, memory_limit: float | None = None, prompts: dict[str, str] | None = None,
-        default_prompt_name: str | None = None, chat_template: str | None = None, label: str | int | None = None,
-        **options: Any,
+        self, model_name_or_path: str | Path | None = None, *legacy: Any, device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto", max_length: int | None = None, activation_fn: Any = None,
+        num_labels: int | None = None, trust_remote_code: bool = False, revision: str | None = None,
+        local_files_only: bool = False, token: bool | str | None = None, cache_folder: str | None = None,
+        num_threads: int | None = None, engine: EngineName | None = None, memory_limit: float | None = None,
+        prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
+        chat_template: str | dict[str, str] | None = None, label: str | int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
-            "model_name_or_path": model_name_or_path, "device": device, "dtype": dtype, "max_length": max_length,
+            "model_name_or_path": model_name_or_path, "device": device, "dtype": Dtype.of(dtype),
+            "max_length": max_length,
             "activation_fn": activation_fn, "num_labels": num_labels, "cache_folder": cache_folder,
             "chat_template": chat_template,
         }  # fmt: skip
@@ -116,6 +129,8 @@ class CrossEncoder(Reranker):
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         self.checkpoint = checkpoint
+        self._backend = options.get("backend", "torch")
+        self.model_card_data = options.get("model_card_data") or ModelCardData()
         chosen = plan(checkpoint.config, engine, given["device"], given["dtype"])
         self.device = Device(chosen.device) if isinstance(chosen.device, str) else chosen.device
         self.dtype = chosen.dtype
@@ -123,8 +138,9 @@ class CrossEncoder(Reranker):
         head = module_head(checkpoint.modules) if modular else None
         self._chat = _chat_pairs(checkpoint, given["chat_template"])
         self.engine = _load_engine(
-            checkpoint, head, chosen, self._chat is not None, num_threads=num_threads, memory_limit=memory_limit
-        )
+            checkpoint, head, chosen, self._chat, given=given["chat_template"] is not None, num_threads=num_threads,
+            memory_limit=memory_limit,
+        )  # fmt: skip
         self.num_labels = self.engine.width
         if given["num_labels"] not in (None, self.num_labels):
             raise ValueError(
@@ -132,12 +148,15 @@ class CrossEncoder(Reranker):
                 "an untrained head is not made up"
             )
         limit = checkpoint.max_seq_length if given["max_length"] is None else given["max_length"]
-        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)
+        self._tokenizer = Tokenizer.load(checkpoint.transformer_path, fitting_length(limit, checkpoint.config))
         self._saved_text = (checkpoint.sentence_config().get("processing_kwargs") or {}).get("text") or {}
         self.activation_fn = given["activation_fn"]
+        self._saved_activation = activations.sigmoid if self.num_labels == 1 else activations.identity
         if self.activation_fn is None:
-            saved = checkpoint.activation() or ("sigmoid" if self.num_labels == 1 else "identity")
-            self.activation_fn = activations.resolve(saved, f"the activation saved in {checkpoint.path}")
+            saved = checkpoint.activation()
+            if saved is not None:
+                self._saved_activation = activations.saved(saved, str(checkpoint.path))
+            self.activation_fn = self._saved_activation
         activations.resolve(self.activation_fn)
         stored = checkpoint.st_config.get("prompts") or {}
         self.prompts: dict[str, str] = {**stored, **(prompts or {})}
@@ -147,23 +166,24 @@ class CrossEncoder(Reranker):
                 f"default_prompt_name must be one of prompts, {list(self.prompts)}, got {self.default_prompt_name!r}"
             )
         self.config = Config(checkpoint, self.num_labels)
+        if "classifier_dropout" in options:
+            self.config.classifier_dropout = options["classifier_dropout"]
         self._multi_label = checkpoint.config.get("problem_type") == "multi_label_classification"
         self.label = named_label(self.labels) if label is None else resolve_label(label, self.labels)
+        name = given["model_name_or_path"]
+        self._arguments = {  # what loads it anew in another process; no token, which is a secret
+            "model_name_or_path": str(checkpoint.path.absolute()) if Path(name).expanduser().is_dir() else name,
+            "device": given["device"], "dtype": str(given["dtype"]), "num_labels": given["num_labels"],
+            "trust_remote_code": trust_remote_code, "revision": revision, "local_files_only": local_files_only,
+            "cache_folder": given["cache_folder"], "num_threads": num_threads, "engine": engine,
+            "memory_limit": memory_limit, "default_prompt_name": default_prompt_name,
+            "chat_template": given["chat_template"], "label": label,
+        }  # fmt: skip
 
     @property
     def labels(self) -> list[str]:
         """Names of the head's labels in their order, those of config.json's id2label."""
         return [self.config.id2label[number] for number in range(self.num_labels)]
-
-    @property
-    def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`, with a part of transformers' interface: see `SharedTokenizer`."""
-        return SharedTokenizer(self._tokenizer)
-
-    @property
-    def model(self) -> Encoder:
-        """The engine that computes the scores."""
-        return self.engine
 
     @property
     def max_seq_length(self) -> int | None:
@@ -172,7 +192,7 @@ class CrossEncoder(Reranker):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
-        self._tokenizer.max_length = self._tokenizer.checked_max_length(value)
+        self._tokenizer.max_length = self._tokenizer.checked_max_length(fitting_length(value, self.checkpoint.config))
 
     @property
     def max_length(self) -> int | None:
@@ -193,11 +213,6 @@ class CrossEncoder(Reranker):
         return model_meta(self)
 
     @property
-    def default_activation_function(self) -> Any:
-        """Same as `activation_fn`."""
-        return self.activation_fn
-
-    @property
     def modalities(self) -> list[str]:
         """What pairs are read as: ["text"], and "message" where a chat template renders them."""
         return ["text"] if self._chat is None else ["text", "message"]
@@ -206,49 +221,10 @@ class CrossEncoder(Reranker):
         """Whether `modality` is one of `modalities`."""
         return modality in self.modalities
 
-    @property
-    def training(self) -> bool:
-        """False: there is no training mode."""
-        return False
-
-    def train(self, mode: bool = True) -> CrossEncoder:
-        """Return self if `mode` is False; raise ValueError for True: there is no training mode."""
-        if mode:
-            raise ValueError("train() cannot switch to training: fastrerank only runs models")
-        return self
-
-    def eval(self) -> CrossEncoder:
-        """Return self: there is no training mode."""
-        return self
-
-    def cpu(self) -> CrossEncoder:
-        """Same as `to("cpu")`."""
-        return self.to("cpu")
-
-    def to(self, device: Any) -> CrossEncoder:
-        """Return self if `device` is where the model is; raise ValueError for any other."""
-        check_same_device(device, self.device)
-        return self
-
-    def compile(self, *_: Any, **__: Any) -> CrossEncoder:
-        """Return self: the kernels are compiled."""
-        return self
-
     def warmup(self) -> CrossEncoder:
         """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
         warm_up(self.engine)
         return self
-
-    def half(self) -> CrossEncoder:
-        """Raise ValueError: precision is chosen when the weights are packed."""
-        raise ValueError("half() cannot change packed weights; load with dtype='bfloat16' or dtype='int8' instead")
-
-    def start_multi_process_pool(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Return an empty pool: one call already uses every CPU it may; `predict` accepts the pool."""
-        return {"input": None, "output": None, "processes": []}
-
-    def stop_multi_process_pool(self, pool: dict[str, Any]) -> None:
-        """Accept what `start_multi_process_pool` returned."""
 
     def check_options(self, **options: Any) -> CallOptions:
         """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.
@@ -267,6 +243,38 @@ class CrossEncoder(Reranker):
             return activations.sigmoid(scores)
         return self._activate(scores[:, None], activations.resolve(self.activation_fn))
 
+    @overload
+    def predict(
+        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
+        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ...,
+        convert_to_numpy: bool = ..., *, convert_to_tensor: Literal[True], label: str | int | None = ...,
+        **options: Any,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+    @overload
+    def predict(
+        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
+        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ..., *,
+        convert_to_numpy: Literal[False], convert_to_tensor: Literal[False] = ..., label: str | int | None = ...,
+        **options: Any,
+    ) -> list[torch.Tensor] | torch.Tensor: ...  # fmt: skip
+
+    @overload
+    def predict(
+        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
+        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ...,
+        convert_to_numpy: Literal[True] = ..., convert_to_tensor: Literal[False] = ..., *,
+        label: str | int | None = ..., **options: Any,
+    ) -> npt.NDArray[np.float32]: ...  # fmt: skip
+
+    @overload
+    def predict(
+        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
+        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ...,
+        convert_to_numpy: bool = ..., convert_to_tensor: bool = ..., *, label: str | int | None = ...,
+        **options: Any,
+    ) -> npt.NDArray[np.float32] | list[torch.Tensor] | torch.Tensor: ...  # fmt: skip
+
     def predict(
         self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
         show_progress_bar: bool | None = None, activation_fn: Any = None, apply_softmax: bool | None = False,
@@ -276,7 +284,9 @@ class CrossEncoder(Reranker):
         """Score (query, document) pairs.
 
         Args:
-            inputs: sequence of pairs, one pair, or a 1-D (one pair) or 2-D array of str.
+            inputs: sequence of pairs, one pair, or a 1-D (one pair) or 2-D array of str. Where a chat template renders
+                the pairs, a pair may be messages of the roles "query" and "document", behind a "system" message or
+                none.
             prompt, prompt_name: text put before each query; a name of `self.prompts`.
             batch_size: must be positive; work is split by tokens, so it changes neither speed nor scores.
             show_progress_bar: True draws a bar on stderr; None and False do not.
@@ -303,13 +313,18 @@ class CrossEncoder(Reranker):
         limits, chat_options = self._processing(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
-        pairs, single = _as_pairs(inputs)
+        pairs, systems, single = _as_pairs(inputs)
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         column = None if label is None else resolve_label(label, self.labels)
         prefix = self._prompt(prompt, prompt_name, limits)
-        tokenize = self._pair_list(prefix, limits.limits, chat_options)
+        groups = self._prompted(prefix, systems, len(pairs))
         with self._call() as usage:
-            (logits,) = self._finite([self._forward(tokenize, pairs, usage, bool(show_progress_bar))])
+            logits = np.zeros((len(pairs), self.num_labels), np.float32)
+            for text, members in groups.items():
+                tokenize = self._pair_list(text, limits.limits, chat_options)
+                own = [pairs[i] for i in members] if systems else pairs
+                logits[members] = self._forward(tokenize, own, usage, bool(show_progress_bar))
+            self._finite([logits])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
             scores = activations.softmax(scores)
@@ -322,7 +337,7 @@ class CrossEncoder(Reranker):
         prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
         show_progress_bar: bool | None = None, activation_fn: Any = None, *, raw: bool = False,
         score_threshold: float | None = None, label: str | int | None = None, **options: Any,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return documents sorted by activated score, best first; ties by raw score, then by position.
 
         Args:
@@ -413,7 +428,15 @@ class CrossEncoder(Reranker):
     ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
         """What packs pairs: the chat template with the prompt as a turn, or the tokenizer with it before queries."""
         limit = self._saved_text.get("max_length") if limits.max_length is None else limits.max_length
-        limit = self._tokenizer.max_length if limit is None else self._tokenizer.checked_max_length(limit)
+        if limit is None:
+            limit = self._tokenizer.max_length
+        else:
+            limit = self._tokenizer.checked_max_length(fitting_length(limit, self.checkpoint.config))
+        if self._chat is None and chat_options:
+            warnings.warn(
+                "processing_kwargs['chat_template'] has no effect: no chat template renders this checkpoint's pairs",
+                UserWarning, stacklevel=3,
+            )  # fmt: skip
         if self._chat is not None:
             return partial(
                 self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options, limits=limits
@@ -450,6 +473,22 @@ class CrossEncoder(Reranker):
         scores = np.asarray(function(logits), np.float32)
         return scores[:, 0] if self.num_labels == 1 and scores.ndim > 1 else scores
 
+    def _prompted(self, prompt: str, systems: list[str] | None, count: int) -> dict[str, Any]:
+        """Prompt -> places of the pairs that it is for: one prompt for all, or the system messages of each."""
+        if systems is None:
+            return {prompt: slice(count)}
+        if self._chat is None:
+            raise ValueError(
+                "messages are for checkpoints whose chat template renders the pairs; this one's tokenizer joins them: "
+                "give (query, document) pairs of str, or chat_template= when you load it"
+            )
+        if prompt and any(systems):
+            raise ValueError("prompt and a system message say the same: give one of them")
+        groups: dict[str, Any] = {}
+        for i, system in enumerate(systems):
+            groups.setdefault(system or prompt, []).append(i)
+        return groups
+
     def _prompt(self, prompt: str | None, name: str | None, call: CallOptions) -> str:
         if call.instruction is not None:
             if prompt is not None or name is not None:
@@ -465,12 +504,21 @@ class CrossEncoder(Reranker):
         return self.prompts[name]
 
 
-def _load_engine(checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: bool, **options: Any) -> Encoder:
+def _load_engine(
+    checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: ChatPairs | None, given: bool, **options: Any
+) -> Encoder:
     """The engine of a plan: where prompts begin alike and a decoder reads them, one that computes that once."""
     labels = logit_score(checkpoint)
+    if labels is None and is_yes_no(checkpoint, given):
+        if chat is None:
+            raise ValueError(
+                f"{untrained(checkpoint)}. CrossEncoder reads its logits of 'yes' and 'no' where a chat template takes "
+                "the roles query and document, which this checkpoint's does not: give one as chat_template="
+            )
+        labels = chat.token_ids("yes", "no")
     if labels is not None:
         return load_label_encoder(checkpoint, labels, chosen, **options)
-    if chat and head is None and chosen.engine is None and is_classifier(checkpoint):
+    if chat is not None and head is None and chosen.engine is None and is_classifier(checkpoint):
         try:
             return load_label_encoder(checkpoint, None, chosen, **options)
         except ValueError as error:  # what is wrong with the checkpoint itself is said again below
@@ -478,7 +526,7 @@ def _load_engine(checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: 
     return load_encoder(checkpoint, head, chosen, **options)
 
 
-def _chat_pairs(checkpoint: Checkpoint, chat_template: str | None) -> ChatPairs | None:
+def _chat_pairs(checkpoint: Checkpoint, chat_template: str | dict[str, str] | None) -> ChatPairs | None:
     """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
     if template_of_pairs(checkpoint, chat_template) is None:
         return None
@@ -492,8 +540,8 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
 
 
-def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
-    """Return (checked pairs, whether the input was one pair)."""
+def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], list[str] | None, bool]:
+    """Return (checked pairs, their system texts or None where none came as messages, whether it was one pair)."""
     inputs = pairs_of_columns(inputs, "inputs")
     if isinstance(inputs, np.ndarray):
         if inputs.ndim not in (1, 2):
@@ -502,10 +550,18 @@ def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
     elif isinstance(inputs, (str, bytes, dict, set)) or not hasattr(inputs, "__iter__"):
         raise TypeError(f"inputs must be a sequence of (query, document) pairs, got {type(inputs).__name__}")
     pairs = list(inputs)
-    single = bool(pairs) and isinstance(pairs[0], str)
-    if single:
-        return [_as_pair(pairs, "inputs")], True
-    return [_as_pair(pair, f"inputs[{position}]") for position, pair in enumerate(pairs)], False
+    if pairs and is_message(pairs[0]):
+        pair, system = as_conversation(pairs, "inputs")
+        return [pair], [system], True
+    if pairs and isinstance(pairs[0], str):
+        return [_as_pair(pairs, "inputs")], None, True
+    if not any(isinstance(pair, list) and pair and is_message(pair[0]) for pair in pairs):
+        return [_as_pair(pair, f"inputs[{position}]") for position, pair in enumerate(pairs)], None, False
+    found = []
+    for position, pair in enumerate(pairs):
+        name, messages = f"inputs[{position}]", isinstance(pair, list) and pair and is_message(pair[0])
+        found.append(as_conversation(pair, name) if messages else (_as_pair(pair, name), ""))
+    return [pair for pair, _ in found], [system for _, system in found], False
 
 
 def _as_pair(pair: Any, name: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.types import DeviceLike, DtypeLike
 
 __all__ = ["INTEGER", "Generate", "Prompt", "TransformersGenerator", "room_to_write"]
 
@@ -68,9 +69,9 @@ class TransformersGenerator:
 
     def __init__(
         self, model: str | Path, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int = 0, stop: Sequence[str] = (), batch_size: int = 16, device: str | None = None, dtype: str = "auto",
-        revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
-        token: bool | str | None = None, trust_remote_code: bool = False,
+        seed: int = 0, stop: Sequence[str] = (), batch_size: int = 16, device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto", revision: str | None = None, cache_folder: str | None = None,
+        local_files_only: bool = False, token: bool | str | None = None, trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

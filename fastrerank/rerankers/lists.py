@@ -16,6 +16,7 @@ from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
+from fastrerank.types import Readout
 
 __all__ = ["ListReranker", "Request", "Texts"]
 
@@ -66,7 +67,7 @@ class ListReranker(LLMReranker):
     """
 
     def __init__(
-        self, model: str | Path, *, count: int, template: str | Path | None = None, readout: str | None = None,
+        self, model: str | Path, *, count: int, template: str | Path | None = None, readout: Readout | None = None,
         generate: Generate | None = None, max_new_tokens: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if readout not in (None, "logits", "generation"):

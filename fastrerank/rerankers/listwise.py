@@ -18,6 +18,7 @@ from fastrerank.rerankers.permutation import answer_of, parse_permutation, parse
 from fastrerank.rerankers.schedules import Ranking, check_windows, groups, run_together, sliding_windows, untouched
 from fastrerank.text.columns import as_column
 from fastrerank.text.tokenizer import check_texts
+from fastrerank.types import Algorithm, Hit, Readout, WindowRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,8 +77,9 @@ class ListwiseReranker(ListReranker):
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, window: int = 20, stride: int | None = None,
-        window_rule: str = "rank_llm", algorithm: str | None = None, epochs: int = 2, seed: int = 0,
-        readout: str | None = None, generate: Generate | None = None, max_new_tokens: int | None = None, **options: Any,
+        window_rule: WindowRule = "rank_llm", algorithm: Algorithm | None = None, epochs: int = 2, seed: int = 0,
+        readout: Readout | None = None, generate: Generate | None = None, max_new_tokens: int | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
         if algorithm not in (None, "windows", "groups"):
             raise ValueError(f"algorithm must be None, 'windows' or 'groups', got {algorithm!r}")
@@ -143,7 +145,7 @@ class ListwiseReranker(ListReranker):
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
         first_stage: Sequence[float] | None = None, raw: bool = False, score_threshold: float | None = None,
         **options: Unpack[Options],
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return documents sorted by `score`, best first; ties keep the order they came in.
 
         Arguments and result as in `Reranker.rank`; `first_stage` as in `score`.

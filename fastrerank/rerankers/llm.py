@@ -17,6 +17,7 @@ from fastrerank.rerankers.call import LIMITS, CallOptions
 from fastrerank.rerankers.recognise import recognised_template
 from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.text.prompts import Template, list_templates
+from fastrerank.types import DeviceLike, DtypeLike
 
 __all__ = ["LLMReranker", "Scorer"]
 
@@ -65,8 +66,8 @@ class LLMReranker(Reranker):
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, instruction: str | None = None,
-        device: Any = None, dtype: str = "auto", max_length: int | None = None, num_threads: int | None = None,
-        memory_limit: float | None = None, share_prefixes: bool = True, trust_remote_code: bool = False,
+        device: DeviceLike | None = None, dtype: DtypeLike = "auto", max_length: int | None = None,
+        num_threads: int | None = None, memory_limit: float | None = None, share_prefixes: bool = True, trust_remote_code: bool = False,
         revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
         token: bool | str | None = None,
     ) -> None:  # fmt: skip

@@ -11,6 +11,7 @@ from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.lists import ListReranker, Texts
 from fastrerank.rerankers.schedules import Schedule, all_pairs, heapsort, run_together, sliding
+from fastrerank.types import PairwiseAlgorithm
 
 __all__ = ["PairwiseReranker"]
 
@@ -55,8 +56,8 @@ class PairwiseReranker(ListReranker):
     default_seq2seq: ClassVar[str] = "prp-t5"
 
     def __init__(
-        self, model: str | Path, *, template: str | Path | None = None, algorithm: str = "heapsort", top_k: int = 10,
-        passes: int | None = None, soft: bool = False, **options: Any,
+        self, model: str | Path, *, template: str | Path | None = None, algorithm: PairwiseAlgorithm = "heapsort",
+        top_k: int = 10, passes: int | None = None, soft: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}")

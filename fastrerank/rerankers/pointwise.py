@@ -21,6 +21,7 @@ from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_sc
 from fastrerank.text.chat_pairs import chat_tokenizer, joined_template, pair_template
 from fastrerank.text.prompt_tokenizer import Prompt
 from fastrerank.text.prompts import Template, list_templates
+from fastrerank.types import Readout
 
 __all__ = ["PointwiseReranker"]
 
@@ -63,7 +64,7 @@ class PointwiseReranker(LLMReranker):
     default_seq2seq: ClassVar[str] = "monot5"
 
     def __init__(
-        self, model: str | Path, *, cutoff_layers: int | None = None, readout: str = "logits",
+        self, model: str | Path, *, cutoff_layers: int | None = None, readout: Readout = "logits",
         max_new_tokens: int = 2048, **options: Any,
     ) -> None:  # fmt: skip
         if readout not in ("logits", "generation"):

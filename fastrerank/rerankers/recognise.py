@@ -11,6 +11,7 @@ from fastrerank.text.prompts import published_names
 __all__ = [
     "is_classifier",
     "is_layerwise",
+    "is_yes_no",
     "logit_score",
     "method_of",
     "names_of",
@@ -75,6 +76,18 @@ def other_training(checkpoint: Checkpoint) -> str | None:
         if name.endswith(("ForMaskedLM", "ForPreTraining")):
             return f"a model of masked words ({name})"
     return None
+
+
+def is_yes_no(checkpoint: Checkpoint, given: bool) -> bool:
+    """Whether the checkpoint is a plain language model whose logits of "yes" and "no" score pairs.
+
+    That is a published reranker which answers so, or any where a chat template for pairs was `given`.
+    """
+    names = checkpoint.config.get("architectures") or [""]
+    if checkpoint.modules or is_layerwise(checkpoint) or not str(names[0]).endswith("ForCausalLM"):
+        return False
+    found = _published(checkpoint)
+    return given or found == ("pointwise", "qwen3-reranker")
 
 
 def logit_score(checkpoint: Checkpoint) -> list[int] | None:

@@ -14,6 +14,7 @@ from fastrerank.rerankers.lists import ListReranker, Request, Texts
 from fastrerank.rerankers.pairwise import check_count
 from fastrerank.rerankers.permutation import parse_label
 from fastrerank.rerankers.schedules import run_together, setwise
+from fastrerank.types import Readout
 
 __all__ = ["SetwiseReranker"]
 
@@ -53,7 +54,8 @@ class SetwiseReranker(ListReranker):
 
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, set_size: int = 4, top_k: int = 10,
-        readout: str | None = None, generate: Generate | None = None, max_new_tokens: int | None = None, **options: Any,
+        readout: Readout | None = None, generate: Generate | None = None, max_new_tokens: int | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
         check_count("set_size", set_size, 2)
         check_count("top_k", top_k, 1)

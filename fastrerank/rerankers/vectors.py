@@ -7,9 +7,10 @@ import warnings
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import Head, NormalizeStep
 from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
 from fastrerank.rerankers.base import Reranker
@@ -17,6 +18,9 @@ from fastrerank.rerankers.call import LIMITS
 from fastrerank.rerankers.recognise import is_classifier, other_training
 from fastrerank.text.limits import TextLimits
 from fastrerank.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastrerank.types import DeviceLike, DtypeLike, EngineName
 
 __all__ = ["VectorReranker"]
 
@@ -43,10 +47,10 @@ class VectorReranker(Reranker):
     _reads: ClassVar[str]  # whose vectors are compared, for messages
 
     def __init__(
-        self, model_name_or_path: str | Path, *, device: Any = None, dtype: str = "auto",
+        self, model_name_or_path: str | Path, *, device: DeviceLike | None = None, dtype: DtypeLike = "auto",
         max_length: int | None = None, num_threads: int | None = None, revision: str | None = None,
         cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
-        trust_remote_code: bool = False, engine: str | None = None, memory_limit: float | None = None,
+        trust_remote_code: bool = False, engine: EngineName | None = None, memory_limit: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         checkpoint = open_checkpoint(
@@ -67,7 +71,11 @@ class VectorReranker(Reranker):
         self.query_engine: Encoder = self.engine
         if chosen.dtype == "int8":
             self.query_engine = load_encoder(
-                checkpoint, head, replace(chosen, dtype="bfloat16"), num_threads=num_threads, memory_limit=memory_limit
+                checkpoint,
+                head,
+                replace(chosen, dtype=Dtype("bfloat16")),
+                num_threads=num_threads,
+                memory_limit=memory_limit,
             )
         limit = checkpoint.max_seq_length if max_length is None else max_length
         self._tokenizer = Tokenizer.load(checkpoint.transformer_path, limit)

@@ -20,6 +20,7 @@ from fastrerank.rerankers.base import Reranker, check_top_k
 from fastrerank.rerankers.call import CallOptions
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
 from fastrerank.text.tokenizer import check_texts
+from fastrerank.types import Hit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -179,7 +180,7 @@ class AsyncReranker:
         self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
         raw: bool = False, score_threshold: float | None = None, timeout: float | None = None, explain: bool = False,
         **options: Unpack[Options],
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return `reranker.rank(query, documents, ...)`: best first, activated scores unless `raw`.
 
         With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`. `timeout` and errors are

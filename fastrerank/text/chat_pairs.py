@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -74,13 +75,14 @@ def joined_template(prompt: str = "") -> Template:
     )  # fmt: skip
 
 
-def chat_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None) -> Any | None:
+def chat_tokenizer(checkpoint: Checkpoint, chat_template: ChatTemplate | None = None) -> Any | None:
     """The tokenizer whose chat template takes a checkpoint's pairs; None where the tokenizer joins them.
 
     Args: as in `ChatPairs.load`.
 
     A checkpoint's template that drops the query or the document, or refuses their roles, is not used, which the log
-    says at WARNING; a given one raises ValueError. Raises ImportError without transformers.
+    says at WARNING; a given one raises ValueError. Of several templates by their names one that takes them is enough:
+    a call names it. Raises ImportError without transformers.
     """
     source = template_of_pairs(checkpoint, chat_template)
     if source is None:
@@ -98,6 +100,8 @@ def chat_tokenizer(checkpoint: Checkpoint, chat_template: str | None = None) -> 
     )
     tokenizer.chat_template = source
     problem = _refusal(tokenizer, pair_template(checkpoint, source))
+    if problem and isinstance(source, dict) and _working_names(checkpoint, tokenizer):
+        return tokenizer
     if problem and chat_template:
         raise ValueError(f"chat_template must print the contents of the roles query and document: {problem}")
     if problem:
@@ -121,15 +125,20 @@ class ChatPairs:
         self._checkpoint, self._tokenizer = checkpoint, tokenizer
         self._prompts: dict[str, PromptTokenizer] = {}
         self._lock = threading.Lock()
-        self._laid_out("", {})
+        self._warned = False
+        # Several templates: the default one may be none for pairs, and then every call names another.
+        self._names = _working_names(checkpoint, tokenizer) if isinstance(tokenizer.chat_template, dict) else []
+        if not self._names or "default" in self._names:
+            self._laid_out("", {})
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, chat_template: str | None = None) -> ChatPairs | None:
+    def load(cls, checkpoint: Checkpoint, *, chat_template: ChatTemplate | None = None) -> ChatPairs | None:
         """The pairs of a checkpoint; None where its tokenizer joins them.
 
         Args:
             checkpoint: opened checkpoint.
-            chat_template: source of a chat template in place of the checkpoint's; "" for none.
+            chat_template: source of a chat template in place of the checkpoint's, or several by their names; "" for
+                none.
 
         Raises ValueError where the template prints a document twice or changes a text; else as `chat_tokenizer`.
         """
@@ -143,13 +152,16 @@ class ChatPairs:
         """Pack the prompts of N pairs of str.
 
         The document is cut to fit `max_length`, never what follows it. The query is cut only if it alone does not fit:
-        to three quarters of the room. `prompt` is a system turn, `chat_options` are arguments of the chat template.
-        `limits` are further limits of this call; its own `max_length` is not read.
+        to three quarters of the room. Where the template alone does not fit, the prompt's end is cut, as
+        sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
+        the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
-        Raises ValueError where `max_length` leaves no room for a pair, or the template drops the prompt; TooLong where
-        `limits.truncate` is False and a text would be cut.
+        Raises ValueError where the template drops the prompt or a text; TooLong where `limits.truncate` is False and a
+        text would be cut.
         """
         prompts = self._laid_out(prompt, chat_options or {})
+        if max_length is not None and max_length < _size(prompts, "") + 2:
+            return self._cut_off(prompts, pairs, max_length, limits)
         members: dict[str, list[int]] = {}
         for i, (query, _) in enumerate(pairs):
             members.setdefault(query, []).append(i)
@@ -178,25 +190,72 @@ class ChatPairs:
         if _size(prompts, query) < limit:
             return query, False
         room = limit - _size(prompts, "")
-        if room < 2:
-            raise ValueError(f"max_length={limit} leaves no room for text: it must be at least {limit - room + 2}")
         for count in range(room * 3 // 4, -1, -1):  # a cut text can take a token more in its place than on its own
             shorter = prompts.shorten(query, count)
             if _size(prompts, shorter) < limit:
                 break
         return shorter, True
 
+    def _cut_off(
+        self, prompts: PromptTokenizer, pairs: Sequence[tuple[str, str]], limit: int, limits: TextLimits
+    ) -> TokenBatch:
+        """The first `limit` tokens of every prompt: of a template that leaves no room for its texts."""
+        least = _size(prompts, "") + 2
+        if not limits.truncate:
+            raise TooLong("the chat template with a text", least, limit)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"max_length={limit} leaves no room for texts in the chat template: prompts are cut off at their end, "
+                f"and their scores mean little; it should be at least {least}",
+                UserWarning, stacklevel=4,
+            )  # fmt: skip
+        whole = [prompts.encode(query, [[document]])[0].ids for query, document in pairs]
+        ids = np.concatenate([np.zeros(0, np.int32), *(row[:limit] for row in whole)])
+        offsets = np.concatenate([[0], np.cumsum([min(len(row), limit) for row in whole])]).astype(np.int64)
+        truncated = np.array([len(row) > limit for row in whole], np.bool_)
+        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, bool(truncated.any()))
+
+    def _check_name(self, chat_options: Mapping[str, Any]) -> None:
+        """Raise ValueError if there are several templates, and the call's is none that takes a pair."""
+        template = pair_template(self._checkpoint, self._tokenizer.chat_template, chat_options=chat_options)
+        name = template.chat_options.get("chat_template", "default")
+        if self._names and name in self._tokenizer.chat_template and name not in self._names:
+            raise ValueError(
+                f"the chat template {name!r} cannot take the roles query and document; processing_kwargs="
+                f"{{'chat_template': {{'chat_template': name}}}} chooses one of {', '.join(map(repr, self._names))}"
+            )
+
+    def token_ids(self, *tokens: str) -> list[int]:
+        """The ids of tokens; ValueError naming one that the tokenizer does not have."""
+        found = [self._tokenizer.backend_tokenizer.token_to_id(token) for token in tokens]
+        if None in found:
+            raise ValueError(f"{self._checkpoint.path}: its tokenizer has no token {tokens[found.index(None)]!r}")
+        return found
+
     def _laid_out(self, prompt: str, chat_options: Mapping[str, Any]) -> PromptTokenizer:
         key = repr((prompt, sorted(chat_options.items())))
         with self._lock:
             if key not in self._prompts:
                 source = self._tokenizer.chat_template
+                self._check_name(chat_options)
                 template = pair_template(self._checkpoint, source, prompt=prompt, chat_options=chat_options)
                 made = PromptTokenizer(self._tokenizer, template, readout="head", cache_bytes=_CACHE_BYTES)
                 while len(self._prompts) >= _KEPT_PROMPTS:
                     self._prompts.pop(next(iter(self._prompts)))
                 self._prompts[key] = made
             return self._prompts[key]
+
+
+def _working_names(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:
+    """The names of the chat templates that take the roles of a pair."""
+    named = [(name, {"chat_template": name}) for name in tokenizer.chat_template]
+    source = tokenizer.chat_template
+    return [
+        name
+        for name, options in named
+        if not _refusal(tokenizer, pair_template(checkpoint, source, chat_options=options))
+    ]
 
 
 def _size(prompts: PromptTokenizer, query: str) -> int:

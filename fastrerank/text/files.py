@@ -52,11 +52,11 @@ def chat_template_of(folder: Path) -> ChatTemplate | None:
     return named["default"] if list(named) == ["default"] else named or None
 
 
-def template_of_pairs(checkpoint: Checkpoint, given: str | None = None) -> ChatTemplate | None:
+def template_of_pairs(checkpoint: Checkpoint, given: ChatTemplate | None = None) -> ChatTemplate | None:
     """The chat template by which sentence-transformers renders this checkpoint's pairs; None where it joins them.
 
     Pairs of a folder that it saved before it knew messages are joined, whatever template the tokenizer has. `given` is
-    a template in place of the checkpoint's, which always renders; "" always joins.
+    a template in place of the checkpoint's, or several by their names, which always render; "" always joins.
     """
     if given is not None:
         return given or None

@@ -276,8 +276,8 @@ class Tokenizer:
         limit = self.max_length if max_length is None else self.checked_max_length(max_length)
         if limit is None:
             return None
-        # Two: at least one token for each segment of a pair.
-        least = template.size + len(template.segment_types)
+        # One token of text: of a pair it is the document's, where the query has to be cut.
+        least = template.size + 1
         if limit < least:
             raise ValueError(f"max_length={limit} leaves no room for text: it must be at least {least}")
         return limit - template.size
