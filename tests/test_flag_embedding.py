@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 import tiny as factory
+import torch
+import transformers
 
 import fastrerank
 from fastrerank.integrations.flag_embedding import FlagReranker
@@ -83,9 +85,7 @@ def test_more_length_than_positions_serves_short_texts(folder: Path) -> None:
 
 def test_instructions(folder: Path) -> None:
     plain = FlagReranker(str(folder), devices="cpu", max_length=None)
-    both = FlagReranker(
-        str(folder), False, "find", "{}\\n{}:", "read", "{1} ({0})", devices=["cpu"], max_length=None
-    )
+    both = FlagReranker(str(folder), False, "find", "{}\\n{}:", "read", "{1} ({0})", devices=["cpu"], max_length=None)
     pairs = PAIRS[:2]
     assert both.compute_score(pairs) == plain.compute_score([(f"find\n{q}:", f"{p} (read)") for q, p in pairs])
     query = FlagReranker(str(folder), query_instruction_for_rerank="find ", devices="cpu", max_length=None)
@@ -146,7 +146,11 @@ def test_upstreams_two_tests_of_rerankers(folder: Path) -> None:
     scores = model.compute_score(PAIRS[:3])
     assert isinstance(scores, list)
     assert [type(one) for one in scores] == [float] * 3
-    assert scores[0] == score == float(fastrerank.CrossEncoder(folder, device="cpu").score(*PAIRS[0][:1], [PAIRS[0][1]])[0])
+    assert (
+        scores[0]
+        == score
+        == float(fastrerank.CrossEncoder(folder, device="cpu").score(*PAIRS[0][:1], [PAIRS[0][1]])[0])
+    )
 
 
 def test_upstreams_own_class(folder: Path) -> None:

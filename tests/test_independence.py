@@ -26,7 +26,7 @@ from fastrerank.rerankers.base import Reranker, list_methods
 from fastrerank.serve.batcher import AsyncReranker
 
 QUERIES = ["how long do fleas live?", "where do owls sleep?"]
-DOCUMENTS = [f"{'owl ' * (i % 4)}number {i} {'sleeps' if i % 3 else 'hunts'} by day" for i in range(12)]
+DOCUMENTS = [f"{'owl ' * (i % 4)}number {i} {'sleeps' if i % 3 else 'hunts'} by day" for i in range(8)]
 DEPENDENT = {"listwise", "pairwise", "setwise", "icr", "qrhead", "core"}
 pytestmark = pytest.mark.filterwarnings("ignore:.* was trained as a classifier")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -160,7 +160,9 @@ def test_ray_takes_scores_of_single_pairs(method: str, load: Load, monkeypatch: 
     found = [
         score
         for i in range(0, len(DOCUMENTS), 5)
-        for score in scorer({"query": [QUERIES[0]] * len(DOCUMENTS[i : i + 5]), "document": DOCUMENTS[i : i + 5]})["score"]
+        for score in scorer({"query": [QUERIES[0]] * len(DOCUMENTS[i : i + 5]), "document": DOCUMENTS[i : i + 5]})[
+            "score"
+        ]
     ]
     assert found == expected
 

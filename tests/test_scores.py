@@ -1,4 +1,4 @@
-"""docs/scores.md: each door of its table has the scale that it says, one object has one scale, labels are asked early."""
+"""docs/scores.md: each door of its table has the scale that it says, and asks early which label ranks."""
 
 from __future__ import annotations
 
@@ -423,7 +423,9 @@ def test_each_door_ranks_by_the_label(door: str, scale: str, telling: str) -> No
 
 
 # The library's own classes serve predict() without a label, so they ask for it in the call.
-ADAPTERS = [row[0] for row in ROWS if "." in row[0].split(",")[0] and row[0][0].islower()] + ["CURIndex.build, search_reranker"]
+ADAPTERS = [row[0] for row in ROWS if "." in row[0].split(",")[0] and row[0][0].islower()] + [
+    "CURIndex.build, search_reranker"
+]
 
 
 @pytest.mark.parametrize("door", [door for door in ADAPTERS if not door.startswith("evaluation")])
@@ -440,6 +442,31 @@ def test_a_command_asks_for_the_label(door: str, silent: str, capfd: pytest.Capt
         DOORS[door](silent, False)()
     assert "'LABEL_0', 'LABEL_1'" in capfd.readouterr().err.replace("\n", " ")
     DOORS[door](silent, False, label=1)()
+
+
+def test_langchains_own_reranker_sorts_by_the_label(telling: str) -> None:
+    retrievers = pytest.importorskip("langchain_classic.retrievers.document_compressors")
+    documents = pytest.importorskip("langchain_core.documents")
+    from fastrerank.integrations.langchain import FastRerankCrossEncoder
+
+    given = [documents.Document(page_content=text) for text in TEXTS]
+    orders = set()
+    for label in LABELS:
+        wanted = np.argsort(-expected(telling, "raw", label=label), kind="stable")
+        model = FastRerankCrossEncoder(telling, **CPU, label=label)
+        kept = retrievers.CrossEncoderReranker(model=model, top_n=4).compress_documents(given, QUERY)
+        assert [document.page_content for document in kept] == [TEXTS[i] for i in wanted]
+        orders.add(tuple(wanted))
+    assert len(orders) > 1
+
+
+def test_an_index_belongs_to_one_label(telling: str, tmp_path: Path) -> None:
+    neutral, entailment = (fastrerank.CrossEncoder(telling, **CPU, label=label) for label in (2, 1))
+    index = fastrerank.CURIndex.build(neutral, TEXTS, [QUERY], checkpoint=tmp_path / "build", progress=False)
+    with pytest.raises(ValueError, match=r"label 2.*label 1"):
+        index.search_reranker(entailment, QUERY, k=1)
+    with pytest.raises(ValueError, match="scorer differs"):
+        fastrerank.CURIndex.build(entailment, TEXTS, [QUERY], checkpoint=tmp_path / "build", progress=False)
 
 
 def test_a_saved_activation_is_shown_and_haystack_scales_on_request(checkpoint: str, tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def test_each_published_checkpoint_has_its_words(
     assert template.model == "seq2seq"
 
 
-@pytest.mark.parametrize(
-    ("name", "positive", "negative"), [PUBLISHED[11], PUBLISHED[12], PUBLISHED[18], PUBLISHED[20]]
-)
+@pytest.mark.parametrize(("name", "positive", "negative"), [PUBLISHED[11], PUBLISHED[12], PUBLISHED[18], PUBLISHED[20]])
 def test_scores_are_differences_of_these_words_logits(
     folder: Path, tmp_path: Path, name: str, positive: str, negative: str
 ) -> None:
@@ -102,7 +100,7 @@ def test_scores_are_differences_of_these_words_logits(
 
 
 def test_an_unknown_multilingual_t5_asks_for_its_words(folder: Path) -> None:
-    with pytest.raises(ValueError, match="say template=, one of .*monot5, .*monot5-yes"):
+    with pytest.raises(ValueError, match=r"say template=, one of .*monot5, .*monot5-yes"):
         PointwiseReranker(folder)
     assert PointwiseReranker(folder, template="monot5-yes").template.labels == ("▁yes", "▁no")
     assert PointwiseReranker(folder, template="monot5").template.labels == ("true", "false")

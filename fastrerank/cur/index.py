@@ -143,7 +143,7 @@ class CURIndex:
         """An index from the reranker's scores of every item for every anchor query: K times N of its calls.
 
         Args:
-            reranker: has `score_many(queries, documents)`, and scores a document whatever others there are.
+            reranker: has `score_many(queries, documents)`, and scores a document whatever the others are.
             items: N texts. anchor_queries: K texts, queries like those to come.
             checkpoint: a folder where scores are kept while they are made. If it holds those of an interrupted build
                 of the same items, queries and reranker, the build goes on there; one block of scores at most is lost.
@@ -152,8 +152,8 @@ class CURIndex:
             progress: a bar on standard error where that is a terminal; or a function of scores made and all scores.
             options: storage, scales, ridge, anchors, seed, candidates of `from_scores`.
 
-        Raises TypeError, ValueError naming the argument, or the checkpoint where it belongs to another build; ValueError
-        for a method that compares documents.
+        Raises TypeError, ValueError naming the argument, or the checkpoint where it belongs to another build, and
+        ValueError for a method that compares documents.
 
         Example:
             >>> index = CURIndex.build(reranker, passages, train_queries, checkpoint="build")  # doctest: +SKIP
