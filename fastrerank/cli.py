@@ -48,7 +48,6 @@ from .cli_shared import (
     TrecRun,
     check_file,
     heads_option,
-    label_option,
     load_reranker,
     need_model,
     one_line,
@@ -200,15 +199,16 @@ def rank(
         warn("there are no documents to rank")
     reranker = load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=heads_option(heads), label=label_option(label), max_length=max_length, engine=engine,
+        heads=heads_option(heads), max_length=max_length, engine=engine, label=label,
     )  # fmt: skip
+    reranker.check_options()  # a head with several labels says now that it needs --label
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
     options = {name: True for name, wanted in (("explain", explain), ("raw", raw)) if wanted}
     start = time.perf_counter()
     with progress_bar(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
-        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
+        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, raw=raw, **options)
     seconds = time.perf_counter() - start
     if explain_html is not None:
         explain_html.write_text(to_html(query, hits), encoding="utf-8", errors="backslashreplace")
@@ -333,7 +333,6 @@ def serve(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
-    label: LabelOption = None,
     max_length: MaxLength = None,
     engine: EngineOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -402,7 +401,7 @@ def serve(
     labels, aliases = parse_labels(label or [], named), hub_names(named) | parse_aliases(alias or [], named)
     options = {
         "device": device, "num_threads": threads, "template": template, "instruction": instruction,
-        "label": label_option(label), "max_length": max_length, "engine": engine,
+        "max_length": max_length, "engine": engine,
     }  # fmt: skip
     rerankers = {
         name: fastrerank.AsyncReranker(

@@ -69,8 +69,8 @@ def evaluate_command(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
-    heads: HeadsOption = None,
     label: LabelOption = None,
+    heads: HeadsOption = None,
     max_length: MaxLength = None,
     trec_run: TrecRun = None,
     qrels: Qrels = None,
@@ -123,7 +123,7 @@ def evaluate_command(
     given = {
         "method": method, "device": device,
         "num_threads": threads, "template": template, "instruction": instruction, "heads": cli.heads_option(heads),
-        "label": cli.label_option(label), "max_length": max_length, "engine": engine,
+        "max_length": max_length, "engine": engine, "label": label,
     }  # fmt: skip
     defaults = cli.load_options(dtype, **given)
     listed = _listed(model or [], systems, with_run or [], defaults)

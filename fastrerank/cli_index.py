@@ -16,6 +16,7 @@ from fastrerank.cli_shared import (
     DtypeOption,
     EngineOption,
     Instruction,
+    LabelOption,
     MaxLength,
     Method,
     Model,
@@ -82,6 +83,7 @@ def build(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     storage: Annotated[
         Storage,
@@ -101,6 +103,7 @@ def build(
     texts, anchors = _read("--items", items), _read("--queries", queries)
     reranker = cli.load_reranker(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
+        label=label,
         max_length=max_length, engine=engine,
     )  # fmt: skip
     with cli.resumable(f"the scores made so far are in {folder / 'build'}"):
@@ -117,6 +120,7 @@ def search(
     method: Method = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
+    label: LabelOption = None,
     max_length: MaxLength = None,
     top_k: K = 10,
     budget: Budget = 200,
@@ -140,7 +144,7 @@ def search(
     index = CURIndex.load(folder)
     reranker = cli.load_reranker(
         cli.need_model(model), method, dtype, device=device, num_threads=threads, template=template,
-        instruction=instruction, max_length=max_length, engine=engine,
+        instruction=instruction, max_length=max_length, engine=engine, label=label,
     )  # fmt: skip
     ids, scores = index.search_reranker(reranker, query, k=top_k, budget=budget, rounds=rounds)
     texts = index.texts(ids)

@@ -53,6 +53,9 @@ def score(
     dtype: DtypeOption = cli.Dtype.auto,
     device: Device = None,
     score_field: Annotated[str, cli.option(cli.OUTPUT, "FIELD", "Column or field that the score gets.")] = "score",
+    activated: Annotated[
+        bool, typer.Option("--activated", rich_help_panel=cli.OUTPUT, help="Write probabilities, not raw scores.")
+    ] = False,
     keep: Annotated[
         str | None,
         cli.option(cli.OUTPUT, "FIELDS", "Columns that OUTPUT has beside the score: qid,docid.", show_default="all"),
@@ -70,8 +73,7 @@ def score(
         raise ImportError(f"scoring files needs {error.name}: pip install 'fastrerank[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     given = cli.load_options(
-        dtype, template=template, instruction=instruction, label=cli.label_option(label), device=device,
-        max_length=max_length, engine=engine,
+        dtype, template=template, instruction=instruction, device=device, max_length=max_length, engine=engine,
     )  # fmt: skip
     # Ray prints on standard output what workers print, and that one has died: here that is the result's.
     with (
@@ -82,7 +84,7 @@ def score(
         done = score_files(
             inputs, output, checkpoint, method, workers=workers, num_threads=threads, num_gpus=gpus, query=query_field,
             document=document_field, score=score_field, keep=None if keep is None else keep.split(","),
-            rows_per_part=rows_per_part, address=address, progress=advance, **given,
+            rows_per_part=rows_per_part, address=address, progress=advance, label=label, raw=not activated, **given,
         )  # fmt: skip
     if as_json:
         cli.print_json(done)

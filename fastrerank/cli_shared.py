@@ -49,6 +49,11 @@ def _method(value: str | None) -> str | None:
     return value
 
 
+def _label(value: str | None) -> Any:
+    """A label's number where digits stand for it, else its name."""
+    return int(value) if value is not None and value.isascii() and value.isdigit() else value
+
+
 def _device(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is not a device; one of cpu, cuda, cuda:<number>")
@@ -94,18 +99,18 @@ HeadsOption = Annotated[
         help="Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`.",
     ),
 ]  # fmt: skip
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label", callback=_label, metavar="LABEL", rich_help_panel=MODEL, show_default="the one whose name tells it",
+        help="Of a head with several labels the one that ranks, a name or number.",
+    ),
+]  # fmt: skip
 MaxLength = Annotated[
     int | None,
     typer.Option(
         "--max-length", min=1, metavar="TOKENS", rich_help_panel=MODEL, show_default="the checkpoint's limit",
         help="Tokens of a query and a document together; longer documents are cut.",
-    ),
-]  # fmt: skip
-LabelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--label", metavar="LABEL", rich_help_panel=MODEL, show_default="the one whose name tells",
-        help="Of a head with several labels the one that ranks: its name, or its number from 0.",
     ),
 ]  # fmt: skip
 EngineOption = Annotated[
@@ -225,11 +230,6 @@ def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) 
             raise
         what = f"method {method}" if method else "the method of this checkpoint"
         raise typer.BadParameter(f"{what} does not know it", param_hint=option_of(found[1])) from None
-
-
-def label_option(value: str | None) -> str | int | None:
-    """A label's number where one is written, else its name."""
-    return int(value) if value is not None and re.fullmatch(r"[0-9]+", value) else value
 
 
 def load_options(dtype: Dtype, **options: Any) -> dict[str, Any]:

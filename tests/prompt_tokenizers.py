@@ -192,6 +192,9 @@ def phi3() -> Any:
     return wrap(tokenizer, PHI3, bos_token="<s>", eos_token="<|end|>", unk_token="<unk>")
 
 
+T5_WORDS = ("true", "false")  # monoT5's labels
+
+
 def t5() -> Any:
     """Unigram that folds white space, </s> at the end, extra ids; special tokens are pieces of the vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
@@ -204,7 +207,7 @@ def t5() -> Any:
     )  # fmt: skip
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     data = json.loads(tokenizer.to_str())
-    data["model"]["vocab"] += [["▁true", -2.0], ["▁false", -2.0]]  # monoT5's labels
+    data["model"]["vocab"] += [[f"▁{word}", -2.0] for word in T5_WORDS]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
     tokenizer.add_special_tokens(special("<extra_id_0>", "<extra_id_10>"))
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -96,6 +96,47 @@ def test_haystack(checkpoint: str) -> None:
     assert again.run(query="the owl", documents=[]) == {"documents": []}
     with pytest.raises(ValueError, match="top_k"):
         again.run(query="q", documents=documents, top_k=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        FastRanker(checkpoint, batch_size=0)
+    with pytest.raises(ValueError, match="contradict"):
+        FastRanker(checkpoint, raw=True, scale_score=True)
+    with pytest.warns(UserWarning, match="trained as"), pytest.raises(ValueError, match="'embedding' is none"):
+        FastRanker(checkpoint, method="embedding", scale_score=True, options={"device": "cpu"}).warm_up()
+
+
+def test_haystack_loads_a_pipeline_that_is_allowed(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    haystack = pytest.importorskip("haystack")
+    serialization = pytest.importorskip("haystack.core.serialization")
+    if not hasattr(serialization, "allow_deserialization_module"):
+        pytest.skip("this Haystack loads every module")
+    from haystack.core import serialization_security
+    from haystack.core.errors import DeserializationError
+
+    from fastrerank.integrations.haystack import FastRanker
+
+    pipeline = haystack.Pipeline()
+    pipeline.add_component("ranker", FastRanker(checkpoint, label=0, scale_score=True, batch_size=4, top_k=2))
+    text = pipeline.dumps()
+    with pytest.raises(DeserializationError, match="fastrerank"):
+        haystack.Pipeline.loads(text)
+    assert haystack.Pipeline.loads(text, allowed_modules=["fastrerank.*"]).dumps() == text
+    (line,) = re.findall(r"^allow_deserialization_module\(.*\)$", PAGE.read_text("utf-8"), re.MULTILINE)
+    monkeypatch.setattr(serialization_security, "_extra_allowed_modules", [])
+    exec(line, {"allow_deserialization_module": serialization.allow_deserialization_module})
+    assert haystack.Pipeline.loads(text).get_component("ranker").batch_size == 4
+
+
+def test_haystack_keeps_what_is_zero_or_false() -> None:
+    haystack = pytest.importorskip("haystack")
+    from fastrerank.integrations.haystack import FastRanker
+
+    ranker = FastRanker("none", meta_fields_to_embed=["number", "flag", "gone", "absent"], scale_score=False)
+    ranker._reranker = reranker = Lengths()
+    meta = {"number": 0, "flag": False, "gone": None}
+    # Of two documents with one id the one with the higher score counts: 0.0 is one.
+    pair = [haystack.Document(id="x", content="old", score=-1.0), haystack.Document(id="x", content="new", score=0.0)]
+    ranker.run(query="q", documents=[haystack.Document(content="text", meta=meta), *pair, pair[0]])
+    assert reranker.calls == [[["0\nFalse\ntext", "new"]]]
 
 
 def test_rerankers() -> None:
@@ -122,8 +163,9 @@ def test_flag_embedding(checkpoint: str) -> None:
     assert np.allclose(
         flag.compute_score(pairs, normalize=True), 1 / (1 + np.exp(-np.array(flag.compute_score(pairs))))
     )
-    with pytest.raises(ValueError, match="max_length"):
-        flag.compute_score(pairs, max_length=17)
+    assert flag.compute_score(pairs, max_length=5) == model.score_many(
+        ["the owl"], [TEXTS], max_length=5, max_tokens_per_query=3
+    )[0].tolist()  # fmt: skip
 
 
 def test_pyterrier_without_java() -> None:
@@ -156,6 +198,41 @@ def test_pyterrier_without_java() -> None:
     measured = pt.Experiment(pipelines, topics, qrels, ["recip_rank"], names=["before", "after"])
     assert measured["recip_rank"].tolist() == [0.5, 0.75]
     assert not pt.java.started()
+
+
+def test_pyterrier_inspects_the_transformer() -> None:
+    pt = pytest.importorskip("pyterrier")
+    from fastrerank.integrations.pyterrier import FastReRanker
+
+    reranker = Lengths()
+    transformer = FastReRanker(reranker, text_field="body")
+    columns = ["qid", "query", "docno", "body", "score", "rank"]
+    (needed,) = pt.inspect.transformer_inputs(transformer)
+    assert set(needed) == set(columns[:4])
+    assert sorted(pt.inspect.transformer_outputs(transformer, columns)) == sorted(columns)
+    found = {item.name: item.value for item in pt.inspect.transformer_attributes(transformer)}
+    assert found == {
+        "model": reranker, "method": None, "text_field": "body", "label": None, "raw": True, "options": {},
+    }  # fmt: skip
+    changed = pt.inspect.transformer_apply_attributes(transformer, text_field="title", raw=False)
+    assert (changed.text_field, changed.raw, transformer.text_field) == ("title", False, "body")
+    assert changed.reranker is reranker
+    other = Lengths()
+    assert pt.inspect.transformer_apply_attributes(transformer, model=other).reranker is other
+    with pytest.raises(TypeError, match="no depth"):
+        transformer.apply_attributes(depth=3)
+
+
+def test_pyterrier_refuses_two_queries_of_one_qid() -> None:
+    pytest.importorskip("pyterrier")
+    import pandas as pd
+
+    from fastrerank.integrations.pyterrier import FastReRanker
+
+    rows = [("1", "a", "x", "t", 0.0, 0), ("1", "b", "y", "t", 0.0, 1)]
+    frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "score", "rank"])
+    with pytest.raises(ValueError, match="qid '1' has several queries"):
+        FastReRanker(Lengths())(frame)
 
 
 def test_beir(checkpoint: str) -> None:
@@ -216,6 +293,16 @@ def test_mteb(checkpoint: str) -> None:
         gains.append(1 / np.log2(2 + order.index(wanted)))
     assert found.task_results[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(np.mean(gains), abs=1e-5)
     assert FastReranker(Lengths()).mteb_model_meta.name == "fastrerank/Lengths"
+    alone = mteb.evaluate(cross_encoder, Task(), cache=None, show_progress_bar=False, co2_tracker=False)
+    assert alone.model_name == f"fastrerank/{Path(checkpoint).name}"
+    assert alone.task_results[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(np.mean(gains), abs=1e-5)
+    texts_of = {"inputs1": [{"text": ["a flea"]}], "inputs2": [{"text": ["the year"]}]}
+    asked = {"task_metadata": None, "hf_split": "test", "hf_subset": "default", "batch_size": 8}
+    short = model.predict(**texts_of, **asked, max_length=5)
+    assert short == cross_encoder.score("a flea", ["the year"], max_length=5)
+    for one in (model, cross_encoder):
+        with pytest.raises(TypeError, match="precision"):
+            one.predict(**texts_of, **asked, precision="int8")
     with pytest.raises(ValueError, match="inputs have image"):
         model.predict([{"image": []}], [], task_metadata=None, hf_split="test", hf_subset="default")
 

@@ -41,6 +41,8 @@ def identity(reranker: Any) -> dict[str, Any]:
         value = getattr(reranker, name, None)
         if value is not None:
             found[name] = hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    if getattr(reranker, "num_labels", 1) > 1:  # one checkpoint has other scores for each label
+        found["label"] = reranker.label
     return found
 
 

@@ -26,6 +26,7 @@ from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, bes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
+from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.text.columns import as_column
 
@@ -142,7 +143,7 @@ class CURIndex:
         """An index from the reranker's scores of every item for every anchor query: K times N of its calls.
 
         Args:
-            reranker: has `score_many(queries, documents)`, and scores a document whatever others there are.
+            reranker: has `score_many(queries, documents)`, and scores a document whatever the others are.
             items: N texts. anchor_queries: K texts, queries like those to come.
             checkpoint: a folder where scores are kept while they are made. If it holds those of an interrupted build
                 of the same items, queries and reranker, the build goes on there; one block of scores at most is lost.
@@ -151,13 +152,15 @@ class CURIndex:
             progress: a bar on standard error where that is a terminal; or a function of scores made and all scores.
             options: storage, scales, ridge, anchors, seed, candidates of `from_scores`.
 
-        Raises TypeError, ValueError naming the argument, or the checkpoint where it belongs to another build; ValueError
-        for a method that compares documents.
+        Raises TypeError, ValueError naming the argument, or the checkpoint where it belongs to another build, and
+        ValueError for a method that compares documents.
 
         Example:
             >>> index = CURIndex.build(reranker, passages, train_queries, checkpoint="build")  # doctest: +SKIP
         """
         check_independent(reranker, "an index holds scores of single pairs")
+        if isinstance(reranker, Reranker):
+            reranker.check_options()  # a head with several labels is told now to say which one scores
         items, anchor_queries = as_column(items, "items"), as_column(anchor_queries, "anchor_queries")
         job = Build(reranker, items, anchor_queries, checkpoint, block)
         index = cls.from_scores(job.scores(progress), items=items, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -129,7 +129,8 @@ def rerank(
 ) -> tuple[Run, npt.NDArray[np.float64]]:
     """Return the run that reranking every query's candidates gives, and each query's seconds, float64 (Q,).
 
-    Scores of the library's own rerankers are raw. The first `warmup` queries are ranked once more before the clock starts. See `evaluate` for the arguments.
+    Scores of the library's own rerankers are raw. The first `warmup` queries are ranked once more before the clock
+    starts. See `evaluate` for the arguments.
     """
     for query in queries[:warmup]:
         _rank(reranker, query, top_k)
@@ -149,8 +150,11 @@ def _rank(reranker: Ranker, query: JudgedQuery, top_k: int | None) -> list[tuple
         return []
     texts = [candidate.text for candidate in head]
     # Raw scores tell documents apart that an activation saturates to one value.
-    ours = isinstance(reranker, Reranker)
-    hits = reranker.rank(query.query, texts, raw=True) if ours else reranker.rank(query.query, texts)
+    hits: Sequence[Mapping[str, Any]]
+    if isinstance(reranker, Reranker):
+        hits = reranker.rank(query.query, texts, raw=True)
+    else:
+        hits = reranker.rank(query.query, texts)
     order = [int(hit["corpus_id"]) for hit in hits]
     if sorted(order) != list(range(len(head))):
         raise ValueError(

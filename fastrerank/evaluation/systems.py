@@ -212,8 +212,8 @@ def _check_options(options: Mapping[str, Any], method: Any, where: str) -> None:
 def _typed(key: str, value: str) -> Any:
     if key == "heads" and re.fullmatch(r"[\d\s,-]+", value):
         return parse_heads(value)
-    if key in _TEXTS:
-        return value
+    if key in _TEXTS or (key == "label" and not (value.isascii() and value.isdigit())):
+        return value  # a label may be called true
     if value in ("true", "false"):
         return value == "true"
     for kind in (int, float):

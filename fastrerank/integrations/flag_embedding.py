@@ -11,6 +11,7 @@ from fastrerank.engine import select
 from fastrerank.integrations.loading import call_options
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.activations import sigmoid
+from fastrerank.text.columns import pairs_of_columns
 
 __all__ = ["FlagReranker"]
 
@@ -73,7 +74,8 @@ class FlagReranker:
         self.batch_size, self.query_max_length, self.max_length = batch_size, query_max_length, max_length
         self.normalize, self.label = normalize, label
         self._positions = position_limit(self.model.checkpoint.config)
-        self._inputs([("", "")])  # a format that is none is told here
+        _check_format("query_instruction_format", query_instruction_format)
+        _check_format("passage_instruction_format", passage_instruction_format)
         self.model.check_options(**self._limits(query_max_length, max_length), **call_options(label))
 
     @property
@@ -90,7 +92,7 @@ class FlagReranker:
         Args:
             batch_size: changes nothing. query_max_length, max_length, normalize: for this call; None for the object's.
         """
-        pairs = list(sentence_pairs)
+        pairs = list(pairs_of_columns(sentence_pairs, "sentence_pairs"))
         if pairs and isinstance(pairs[0], str):
             pairs = [sentence_pairs]
         queries, passages = self._inputs(pairs)
@@ -122,6 +124,15 @@ class FlagReranker:
         query = self.query_instruction_format, self.query_instruction_for_rerank
         passage = self.passage_instruction_format, self.passage_instruction_for_rerank
         return [_instructed(*query, pair[0]) for pair in pairs], [_instructed(*passage, pair[1]) for pair in pairs]
+
+
+def _check_format(name: str, form: str) -> None:
+    try:
+        form.format("", "")
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be a format of two texts, such as '{{}}{{}}': instruction and text; got {form!r}"
+        ) from error
 
 
 def _instructed(form: str, instruction: str | None, text: str) -> str:

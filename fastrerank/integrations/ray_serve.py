@@ -15,6 +15,7 @@ from fastrerank.serve.errors import Flavor
 from fastrerank.serve.health import WorkerDied, dead
 from fastrerank.serve.names import hub_names, parse_aliases
 from fastrerank.serve.run import parse_models, read_keys
+from fastrerank.types import Hit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,7 +109,7 @@ class Replica:
     async def rank(
         self, query: str, documents: list[str], top_k: int | None = None, model: str | None = None, *,
         raw: bool = False, **options: Unpack[Options],
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[Hit]:  # fmt: skip
         """Return [{"corpus_id", "score"}], best first, as `Reranker.rank` does: activated scores unless `raw`."""
         return await self._named(model).rank(query, documents, top_k=top_k, raw=raw, **options)
 

@@ -309,7 +309,7 @@ class CrossEncoder(PeerInterface, Reranker):
         if "inputs1" in options:  # MTEB's protocol: loaders of queries and documents, and raw scores
             from fastrerank.integrations.mteb import score_batches
 
-            return score_batches(self, **options, **({} if label is None else {"label": label}))
+            return score_batches(self, **(options if label is None else options | {"label": label}))
         limits, chat_options = self._processing(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)

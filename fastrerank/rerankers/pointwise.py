@@ -17,10 +17,10 @@ from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
-from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score
+from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score, recognised_template
 from fastrerank.text.chat_pairs import chat_tokenizer, joined_template, pair_template
 from fastrerank.text.prompt_tokenizer import Prompt
-from fastrerank.text.prompts import Template
+from fastrerank.text.prompts import Template, list_templates
 from fastrerank.types import Readout
 
 __all__ = ["PointwiseReranker"]
@@ -75,6 +75,13 @@ class PointwiseReranker(LLMReranker):
         super().__init__(model, **options)
 
     def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Template:
+        if wanted is None and _unknown_words(checkpoint):
+            known = sorted(name for name in list_templates("pointwise") if Template.load(name).model == "seq2seq")
+            raise ValueError(
+                f"{checkpoint.path} is a multilingual T5 of a name that does not tell the words that it answers with, "
+                "and with other words its order means nothing: say template=, one of "
+                f"{', '.join(known)}, or a file of yours"
+            )
         template = super()._template(checkpoint, wanted)
         if self.readout == "generation":
             if template.score != "expectation":
@@ -170,3 +177,10 @@ class PointwiseReranker(LLMReranker):
             expected: Scores = (weights @ np.array([float(label) for label in self.template.labels])).astype(np.float32)
             return np.asarray(expected / weights.sum(1), np.float32)
         return np.asarray(logits[:, 0] - logits[:, 1], np.float32)
+
+
+def _unknown_words(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is an mT5, whose rerankers answer with words of their own, and nothing tells which."""
+    return (
+        checkpoint.config.get("model_type") in ("mt5", "umt5") and recognised_template(checkpoint, "pointwise") is None
+    )

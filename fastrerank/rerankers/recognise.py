@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fastrerank.checkpoint import Checkpoint
+from fastrerank.text.prompts import published_names
 
 __all__ = [
     "is_classifier",
@@ -133,6 +134,9 @@ def _published(checkpoint: Checkpoint) -> tuple[str, str] | None:
         for pattern, method, template in _PUBLISHED:
             if re.match(pattern, name):
                 return method, template
+        listed = published_names().get(name)  # checkpoints that their template's file names
+        if listed is not None:
+            return listed.kind, listed.name
     return None
 
 

@@ -38,6 +38,9 @@ _PROBES = (
     " x ",
 )
 
+# How SentencePiece writes the blank before a word; a label that begins with it is a piece by its own name.
+_BLANK = "▁"
+
 # Instructions of single calls whose layout is kept.
 _KEPT_INSTRUCTIONS = 16
 
@@ -481,6 +484,14 @@ class PromptTokenizer:
         marker = self._text.markers.get(label)
         if marker is not None:
             return marker.id
+        if label.startswith(_BLANK):
+            piece: int | None = self._text.tokenizer.token_to_id(label)
+            if piece is None:
+                raise ValueError(
+                    f"the label {label!r} of template {self.template.name!r} is no piece of this tokenizer's "
+                    "vocabulary: the checkpoint answers with other words; take the template that it was trained with"
+                )
+            return piece
         if self.template.model == "seq2seq":
             before, anchored = self.template.decoder, False
         else:

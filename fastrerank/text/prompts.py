@@ -7,6 +7,7 @@ import string
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Message", "Template", "list_templates", "parse_format"]
+__all__ = ["Message", "Template", "list_templates", "parse_format", "published_names"]
 
 _FOLDER = Path(__file__).with_suffix("")
 
@@ -63,7 +64,8 @@ class Template:
     Attributes:
         name: the file's stem, or what its `name` says.
         kind: "pointwise", "pairwise", "setwise" or "listwise": how many documents a prompt holds (1, 2, a list).
-        labels: label strings, the positive one first; () where identifiers are used or a head is read.
+        labels: label strings, the positive one first; () where identifiers are used or a head is read. One that begins
+            with "▁" is a piece of the vocabulary by its own name.
         identifiers: "", "alphabetic" or "numeric": what names the documents of a list.
         readout: "logits" (labels or identifiers at the last position), "generate", or "head" (a scalar head).
         model: "causal", or "seq2seq": labels are read from the decoder, whose text starts with `decoder`.
@@ -72,6 +74,7 @@ class Template:
             text tokenised as a whole; raw texts tokenised separately and concatenated; a pair for the tokenizer.
         content: what a chat template gets as a turn's content: "text", or "parts", a list of one {"type": "text"}.
         suffix: text behind the prompt where logits or a head are read; `generation_suffix` where text is generated.
+        names: checkpoints that were trained with it, by their names without the owner, in small letters.
         source, paper: where the wording was published.
 
     Example:
@@ -113,6 +116,7 @@ class Template:
     special_tokens: str = "auto"
     content: str = "text"
     requires: tuple[str, ...] = ()
+    names: tuple[str, ...] = field(default=(), repr=False)
     chat_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -214,6 +218,18 @@ def list_templates(kind: str | None = None) -> dict[str, str]:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     templates = [_read(file) for file in sorted(_FOLDER.glob("*.toml"))]
     return {template.name: template.source for template in templates if kind in (None, template.kind)}
+
+
+@lru_cache(maxsize=1)
+def published_names() -> Mapping[str, Template]:
+    """Name of a checkpoint in small letters -> the shipped template that lists it in its `names`.
+
+    Example:
+        >>> published_names()["mt5-base-mmarco-v2"].labels
+        ('▁yes', '▁no')
+    """
+    templates = [_read(file) for file in sorted(_FOLDER.glob("*.toml"))]
+    return MappingProxyType({name: template for template in templates for name in template.names})
 
 
 def parse_format(text: str) -> list[tuple[str, str | None]]:
