@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank.naming import shortened
+
 _DTYPES: dict[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -71,6 +73,10 @@ class Tensors(Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] | None = tensors
         self._spans = spans  # name -> mapping and the tensor's byte range in it
         self._source = source
+
+    def __repr__(self) -> str:
+        held = "closed" if self._tensors is None else f"{len(self._tensors)} tensors"
+        return f"Tensors({shortened(str(self._source))!r}, {held})"
 
     @classmethod
     def open(cls, folder: Path) -> Tensors:

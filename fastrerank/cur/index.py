@@ -26,6 +26,7 @@ from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, bes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
+from fastrerank.naming import shortened
 
 __all__ = ["CURIndex", "Settings"]
 
@@ -59,6 +60,11 @@ class CURIndex:
         self._candidates_of = candidates_of(candidates)
         self._changing = threading.Lock()
         self._local = threading.local()
+
+    def __repr__(self) -> str:
+        held = self._contents
+        scorer = f", scorer={shortened(str(held.scorer))!r}" if held.scorer else ""
+        return f"CURIndex({self.count} items, {held.kind} of width {self.width}{scorer})"
 
     @classmethod
     def from_scores(

@@ -28,6 +28,9 @@ class FastReranker:
         loaded = isinstance(model, Reranker)
         self.reranker: Reranker = model if loaded else fastrerank.load(model, method=method, **options)
 
+    def __repr__(self) -> str:
+        return f"FastReranker({self.reranker!r})"
+
     def predict(self, sentences: Sequence[Sequence[str]], batch_size: int = 32, **_: Any) -> list[float]:
         """Return the raw score of each [query, document]; `batch_size` changes nothing: work is split by tokens."""
         queries, documents = [pair[0] for pair in sentences], [pair[1] for pair in sentences]

@@ -43,6 +43,9 @@ class FlagReranker:
         )  # fmt: skip
         self.instruction, self.normalize = query_instruction_for_rerank or "", normalize
 
+    def __repr__(self) -> str:
+        return f"FlagReranker({self.model!r})"
+
     def compute_score(
         self, sentence_pairs: Pair | Sequence[Pair], batch_size: int | None = None,
         query_max_length: int | None = None, max_length: int | None = None, normalize: bool | None = None, **_: Any,

@@ -47,6 +47,9 @@ class FastRanker:
         self.score_threshold = score_threshold
         self._reranker: Reranker | None = None
 
+    def __repr__(self) -> str:
+        return f"FastRanker({self._reranker or self.model!r})"
+
     def warm_up(self) -> None:
         """Load the model; `run` does where nobody did."""
         if self._reranker is None:

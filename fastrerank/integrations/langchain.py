@@ -34,6 +34,9 @@ class FastRerankCrossEncoder(BaseCrossEncoder):
         loaded = isinstance(model, fastrerank.CrossEncoder)
         self.model: fastrerank.CrossEncoder = model if loaded else fastrerank.CrossEncoder(model, **options)
 
+    def __repr__(self) -> str:
+        return f"FastRerankCrossEncoder({self.model!r})"
+
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one score per (query, document) pair."""
         scores: list[float] = self.model.predict(list(text_pairs)).tolist()

@@ -47,6 +47,9 @@ class FastReranker:
              "max_tokens": getattr(self.reranker, "max_length", None)}
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        return f"FastReranker({self.reranker!r})"
+
     def predict(
         self, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, task_metadata: Any,
         hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any,

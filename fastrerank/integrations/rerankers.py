@@ -32,6 +32,9 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
         loaded = isinstance(model_name_or_path, Reranker)
         self.model = model_name_or_path if loaded else fastrerank.load(model_name_or_path, method=method, **options)
 
+    def __repr__(self) -> str:
+        return f"FastRanker({self.model!r})"
+
     def score(self, query: str, doc: str) -> float:
         """Return the document's raw score."""
         return float(self.model.score(query, [doc])[0])

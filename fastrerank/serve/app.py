@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ class Settings:
     for no bound. `origins`: for CORS; none: off.
     """
 
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...] = field(default=(), repr=False)  # secrets
     flavor: Flavor = Flavor.auto
     max_body_bytes: int = 32 << 20
     max_documents: int = 10_000
