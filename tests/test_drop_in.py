@@ -53,26 +53,26 @@ def copy_of(folder: Path, target: Path, **config: Any) -> Path:
 
 # Every name of the peer's class that is not refused, with what a caller reads off it: equal on both.
 SAME: dict[str, Callable[[Any], Any]] = {
-    "bfloat16": lambda m: True, "compile": lambda m: callable(m.compile), "config": lambda m: m.config.num_labels,
+    "bfloat16": lambda _: True, "compile": lambda m: callable(m.compile), "config": lambda m: m.config.num_labels,
     "cpu": lambda m: m.cpu() is m, "default_activation_function": lambda m: callable(m.default_activation_function),
     "default_huggingface_organization": lambda m: m.default_huggingface_organization,
     "device": lambda m: (str(m.device), m.device == torch.device("cpu"), m.device.type),
-    "double": lambda m: True, "dtype": lambda m: (m.dtype == torch.float32, torch.float32 == m.dtype),
+    "double": lambda _: True, "dtype": lambda m: (m.dtype == torch.float32, torch.float32 == m.dtype),
     "eval": lambda m: m.eval() is m, "evaluate": lambda m: m.evaluate(lambda model, path: (model is m, path)),
     "float": lambda m: m.float() is m, "get_backend": lambda m: m.get_backend(),
     "get_default_activation_fn": lambda m: callable(m.get_default_activation_fn()),
     "get_max_seq_length": lambda m: m.get_max_seq_length(), "get_model_kwargs": lambda m: m.get_model_kwargs(),
-    "half": lambda m: True, "has_peft_compatible_model": lambda m: isinstance(m.has_peft_compatible_model(), bool),
+    "half": lambda _: True, "has_peft_compatible_model": lambda m: isinstance(m.has_peft_compatible_model(), bool),
     "is_singular_input": lambda m: [m.is_singular_input(given) for given in SINGULAR],
     "max_length": lambda m: m.max_length, "max_seq_length": lambda m: m.max_seq_length,
     "modalities": lambda m: m.modalities,
-    "model": lambda m: (m.model.config.num_labels, m.model.device == torch.device("cpu"), m.model.dtype == torch.float32),
+    "model": lambda m: (m.model.config.num_labels, str(m.model.device), m.model.dtype == torch.float32),
     "model_card_data_class": lambda m: isinstance(m.model_card_data, m.model_card_data_class),
     "model_type": lambda m: m.model_type, "num_labels": lambda m: m.num_labels,
     "predict": lambda m: m.predict(PAIRS).round(4).tolist(), "processor": lambda m: len(m.processor),
     "rank": lambda m: [row["corpus_id"] for row in m.rank(QUERY, TEXTS)],
     "set_keep_in_fp32_modules": lambda m: m.set_keep_in_fp32_modules([]),
-    "start_multi_process_pool": lambda m: True, "stop_multi_process_pool": lambda m: True,
+    "start_multi_process_pool": lambda _: True, "stop_multi_process_pool": lambda _: True,
     "supports": lambda m: [m.supports(kind) for kind in ("text", "message", "image")],
     "to": lambda m: (m.to("cpu") is m, m.to(torch.device("cpu")) is m, m.to(torch.float32) is m),
     "tokenizer": lambda m: m.tokenizer.tokenize(QUERY), "train": lambda m: m.train(False) is m,
@@ -159,7 +159,7 @@ def test_the_nano_beir_evaluator(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) ->
     made = evaluation.CrossEncoderNanoBEIREvaluator.__new__(evaluation.CrossEncoderNanoBEIREvaluator)
     monkeypatch.setattr(
         type(made), "_load_dataset",
-        lambda self, name, **_: evaluation.CrossEncoderRerankingEvaluator(samples(), name=f"Nano{name}_R100", at_k=10),
+        lambda _, name, **__: evaluation.CrossEncoderRerankingEvaluator(samples(), name=f"Nano{name}_R100", at_k=10),
     )  # fmt: skip
     results = []
     for model in (CrossEncoder(tiny("bert")), st.CrossEncoder(str(tiny("bert")), device="cpu")):
@@ -228,7 +228,7 @@ def test_settings_of_torch_modules_are_kept(both: tuple[Any, CrossEncoder]) -> N
 
 def test_what_is_saved_must_be_an_activation(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in enumerate(("torch.hub.load", "torch.nn.modules.activation.Threshold", "torch.nn.Linear")):
-        saved = {"sentence_transformers": {"activation_fn": name}}
+        saved: dict[str, Any] = {"sentence_transformers": {"activation_fn": name}}
         folder = copy_of(tiny("bert"), tmp_path / str(number), **saved)
         with pytest.raises(ValueError, match="not one that torch makes without arguments; pass activation_fn"):
             CrossEncoder(folder)
@@ -341,7 +341,7 @@ def test_precisions_are_chosen_when_loading(tiny: Tiny, both: tuple[Any, CrossEn
         low.to(torch.float32)
     half = CrossEncoder(tiny("bert"), dtype=torch.float16)
     assert half.half() is half
-    with pytest.raises(ValueError, match="dtype must be one of 'auto', .*, got 'float64'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of 'auto', .*, got 'float64'"):
         CrossEncoder(tiny("bert"), dtype=torch.float64)
     for kind in ("late-interaction", "embedding"):
         assert fastrerank.load(tiny("bert"), kind, dtype=torch.bfloat16).dtype == torch.bfloat16  # type: ignore[attr-defined]
@@ -449,7 +449,7 @@ def test_a_call_chooses_a_template_by_its_name(reranker: Path) -> None:
         for model in (ours, theirs):
             with pytest.raises(ValueError, match="query"):
                 model.predict(chats.PAIRS)
-        with pytest.raises(ValueError, match="'default' cannot take .* chooses one of 'pairs', 'bare'"):
+        with pytest.raises(ValueError, match=r"'default' cannot take .* chooses one of 'pairs', 'bare'"):
             ours.predict(chats.PAIRS)
         for name in ("pairs", "bare"):
             chosen = {"processing_kwargs": {"chat_template": {"chat_template": name}}}

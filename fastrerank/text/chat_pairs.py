@@ -157,8 +157,8 @@ class ChatPairs:
         """Pack the prompts of N pairs of str.
 
         The document is cut to fit `max_length`, never what follows it. The query is cut only if it alone does not fit:
-        to three quarters of the room. Where the template alone does not fit, it is cut before what follows its texts, as
-        sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
+        to three quarters of the room. Where the template alone does not fit, it is cut before what follows its texts,
+        as sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
         the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
         Raises ValueError where the template drops the prompt or a text; TooLong where `limits.truncate` is False and a
