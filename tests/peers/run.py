@@ -99,7 +99,7 @@ def run(suite: Suite, root: Path, folder: Path) -> dict[str, int]:
     """Run a suite and return how many tests passed, failed and were skipped; pytest's report goes to stdout."""
     made = folder / "checkpoints"
     made.mkdir(exist_ok=True)
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
+    paths = os.pathsep.join([str(root), str(HERE), str(HERE.parent)])
     settings = {"PYTHONPATH": paths, "PEER_FOLDER": str(made), "PEER_SKIPS": json.dumps(suite.skips)}
     if not (root / "tests" / "utils.py").is_file():
         settings["PEER_UTILS"] = "1"
