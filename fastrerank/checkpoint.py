@@ -11,6 +11,7 @@ from typing import Any
 
 from fastrerank.config_values import InvalidConfig, check_sizes
 from fastrerank.layouts import marked_layout, refuse_marked_layout
+from fastrerank.naming import model_name, shortened
 from fastrerank.tensors import Tensor, Tensors, find_weight_files
 
 __all__ = [
@@ -60,6 +61,9 @@ class Module:
     config: dict[str, Any]
     dotted: str = ""
 
+    def __repr__(self) -> str:
+        return f"Module({self.type!r}, {shortened(str(self.path))!r})"
+
     def tensors(self) -> Tensors:
         """Open the module's weights, memory-mapped. Raises FileNotFoundError if its folder holds none."""
         return Tensors.open(self.path)
@@ -90,6 +94,10 @@ class Checkpoint:
     st_config: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int | None = None
     trust_remote_code: bool = False
+
+    def __repr__(self) -> str:
+        kind, names = self.config.get("model_type"), self.config.get("architectures") or []
+        return f"Checkpoint({model_name(self.path)!r}, model_type={kind!r}, architectures={names!r})"
 
     def sentence_config(self) -> dict[str, Any]:
         """What sentence-transformers saved about its Transformer module; {} for a plain transformers folder."""

@@ -208,7 +208,7 @@ def rank(
     options = {name: True for name, wanted in (("explain", explain), ("raw", raw)) if wanted}
     start = time.perf_counter()
     with progress_bar(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
-        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, raw=raw, **options)
+        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
     seconds = time.perf_counter() - start
     if explain_html is not None:
         explain_html.write_text(to_html(query, hits), encoding="utf-8", errors="backslashreplace")

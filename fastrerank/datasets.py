@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastrerank.documents import not_json
+from fastrerank.naming import shortened
 
 __all__ = ["Candidate", "JudgedQuery", "Run", "judged_query", "load_dataset", "read_trec_run", "write_trec_run"]
 
@@ -41,6 +42,10 @@ class JudgedQuery:
     query: str
     candidates: tuple[Candidate, ...]
     judgements: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.candidates)} candidates, {len(self.judgements)} judgements"
+        return f"JudgedQuery({self.qid!r}, {shortened(self.query)!r}, {counts})"
 
 
 def load_dataset(

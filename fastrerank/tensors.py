@@ -20,6 +20,7 @@ from fastrerank.config_values import shown
 from fastrerank.weight_files import Arena, WeightFile
 
 __all__ = ["Span", "Tensor", "Tensors", "find_weight_files"]
+from fastrerank.naming import shortened
 
 _DTYPES: dict[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
@@ -131,6 +132,10 @@ class Tensors(Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] | None = tensors
         self._files = files
         self._source = source
+
+    def __repr__(self) -> str:
+        held = "closed" if self._tensors is None else f"{len(self._tensors)} tensors"
+        return f"Tensors({shortened(str(self._source))!r}, {held})"
 
     @classmethod
     def open(cls, folder: Path) -> Tensors:

@@ -158,7 +158,7 @@ def near(found: Any, expected: Any, tolerance: float = 2e-2) -> None:
         expected,
         rtol=tolerance,
         atol=tolerance * max(1.0, np.abs(expected[np.isfinite(expected)]).max(initial=0)),
-    )  # noqa: E501
+    )
 
 
 # Each returns the arguments of a right call, what calls it, and what checks a result by the arguments.

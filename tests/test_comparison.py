@@ -84,6 +84,13 @@ def test_each_system_has_the_figures_it_has_alone(found, tiny):
     assert list(apart.curves["Recall"]) == [1, 2, 3, 5, 10, DOCUMENTS]
 
 
+def test_a_comparison_shows_its_tables(found):
+    shown = repr(found)
+    assert "nDCG@10" in shown
+    assert all(name in shown for name in found.systems)
+    assert max(map(len, shown.splitlines())) <= 110
+
+
 def test_latency_and_memory_are_of_the_process(found):
     for name in ("one", "two <i>"):
         result, system = found.results["set"][name], found.systems[name]

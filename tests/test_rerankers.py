@@ -327,6 +327,8 @@ def test_works_in_a_forked_child_after_use(reranker: Any) -> None:
 
 
 def test_pickling_says_what_to_do(reranker: Any) -> None:
+    if isinstance(reranker, fastrerank.CrossEncoder):  # is pickled as what loads it anew: tests/test_drop_in.py
+        return
     with pytest.raises(TypeError, match="load the checkpoint anew"):
         pickle.dumps(reranker)
 

@@ -29,6 +29,7 @@ from fastrerank.cur.tuning import Trial, tune
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.text.columns import as_column
+from fastrerank.naming import shortened
 
 __all__ = ["CURIndex", "Settings"]
 
@@ -62,6 +63,11 @@ class CURIndex:
         self._candidates_of = candidates_of(candidates)
         self._changing = threading.Lock()
         self._local = threading.local()
+
+    def __repr__(self) -> str:
+        held = self._contents
+        scorer = f", scorer={shortened(str(held.scorer))!r}" if held.scorer else ""
+        return f"CURIndex({self.count} items, {held.kind} of width {self.width}{scorer})"
 
     @classmethod
     def from_scores(

@@ -296,6 +296,9 @@ class EncoderGroup:
         self.num_threads = encoders[0].num_threads
         self._pool = ThreadPoolExecutor(len(encoders), thread_name_prefix="fastrerank")
 
+    def __repr__(self) -> str:
+        return f"EncoderGroup({len(self.encoders)} x {type(self.encoders[0]).__name__})"
+
     @property
     def width(self) -> int:
         """Values per document, or per token where tokens are read."""

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ class Comparison:
     results: dict[str, dict[str, Result]]
     failures: list[Failure]
     about: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """The tables that `fastrerank eval` prints."""
+        from rich.console import Console
+
+        from .table import print_comparison
+
+        text = StringIO()
+        print_comparison(self, Console(file=text, width=110, no_color=True))
+        return text.getvalue().rstrip()
 
     def tests(self, dataset: str, measure: str, baseline: str | None = None) -> dict[str, PairedTest]:
         """Return {system: its paired test against the baseline} on the judged queries of one data set.

@@ -46,6 +46,10 @@ class Evaluation:
     run: Run = field(repr=False)
     judged: int
 
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"Evaluation({found}; {self.judged} judged queries, p50 {1000 * self.latency_p50:.1f} ms)"
+
     @property
     def latency_p50(self) -> float:
         """Median seconds per query."""

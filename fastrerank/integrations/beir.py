@@ -34,6 +34,9 @@ class FastReranker:
         self.reranker = load_reranker(model, method, options, label)
         self.label, self.raw = label, raw
 
+    def __repr__(self) -> str:
+        return f"FastReranker({self.reranker!r})"
+
     def predict(
         self, sentences: Sequence[Sequence[str]], batch_size: int = 32, show_progress_bar: bool | None = None
     ) -> list[float]:

@@ -83,6 +83,9 @@ class FlagReranker:
         """The model's tokenizer; see `fastrerank.CrossEncoder.tokenizer`."""
         return self.model.tokenizer
 
+    def __repr__(self) -> str:
+        return f"FlagReranker({self.model!r})"
+
     def compute_score(
         self, sentence_pairs: Pair | Sequence[Pair], batch_size: int | None = None,
         query_max_length: int | None = None, max_length: int | None = None, normalize: bool | None = None,

@@ -62,6 +62,9 @@ class FastRanker:
         self.score_threshold, self.label, self.batch_size = score_threshold, label, batch_size
         self._reranker: Reranker | None = None
 
+    def __repr__(self) -> str:
+        return f"FastRanker({self._reranker or self.model!r})"
+
     def warm_up(self) -> None:
         """Load the model; `run` does where nobody did."""
         if self._reranker is None:

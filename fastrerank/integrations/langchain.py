@@ -45,6 +45,9 @@ class FastRerankCrossEncoder(BaseCrossEncoder):
         check_independent(self.model, "FastRerankCrossEncoder scores pairs, FastReranker ranks lists")
         self.label, self.raw = label, raw
 
+    def __repr__(self) -> str:
+        return f"FastRerankCrossEncoder({self.model!r})"
+
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Return one score per (query, document) pair."""
         text_pairs = pairs_of_columns(text_pairs, "text_pairs")

@@ -54,6 +54,9 @@ class FastReranker:
             name = str(model_name) if hub else f"fastrerank/{Path(model_name).name}"
         self.mteb_model_meta = model_meta(self.reranker, name, revision)
 
+    def __repr__(self) -> str:
+        return f"FastReranker({self.reranker!r})"
+
     def predict(
         self, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, task_metadata: Any,
         hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any,

@@ -62,6 +62,9 @@ class PairScorer:
         self.columns = Columns(query, document, score)
         self.label, self.raw = label, raw
 
+    def __repr__(self) -> str:
+        return f"PairScorer({self.reranker!r})"
+
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch with its scores, float32 (N,)."""
         queries, documents = (list(batch[name]) for name in (self.columns.query, self.columns.document))

@@ -39,6 +39,9 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
         self.model = load_reranker(model_name_or_path, method, options, label)
         self.label, self.raw = label, raw
 
+    def __repr__(self) -> str:
+        return f"FastRanker({self.model!r})"
+
     def score(self, query: str, doc: str) -> float:
         """Return the document's score, on the scale of `rank`."""
         scores = self.model.score(query, [doc], **call_options(self.label))

@@ -50,6 +50,11 @@ class HeadScores:
     skipped: int
     about: dict[str, str | int | float]
 
+    def __repr__(self) -> str:
+        layers, heads = self.scores.shape
+        preset, rule = self.about.get("preset"), self.about.get("rule")
+        return f"HeadScores({layers} layers of {heads} heads, {self.queries} queries, preset={preset!r}, rule={rule!r})"
+
     def best(self, count: int) -> list[tuple[int, int]]:
         """Return the `count` best (layer, head) pairs, best first; ties by layer and head."""
         order = np.argsort(-self.scores, axis=None, kind="stable")[:count]

@@ -12,6 +12,7 @@ import numpy as np
 from fastrerank.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.dtype import Dtype
 from fastrerank.text.backend import encode_batch, guarded
+from fastrerank.naming import shortened
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -221,6 +222,9 @@ class SharedTokenizer:
             raise AttributeError(f"{name} cannot be set, only model_max_length: all threads share the tokenizer")
         self._own.max_length = self._own.checked_max_length(fitting_length(value, self._config))
 
+    def __repr__(self) -> str:
+        return f"SharedTokenizer({len(self)} tokens, model_max_length={self.model_max_length})"
+
     @property
     def model_max_length(self) -> int | None:
         """Same as the model's `max_length`."""
@@ -259,6 +263,15 @@ class Config(SimpleNamespace):
             "label2id": {name: number for number, name in labels.items()}, "_name_or_path": str(checkpoint.path),
         }  # fmt: skip
         super().__init__(**stored)
+
+    def __copy__(self) -> Config:
+        made = Config.__new__(Config)
+        vars(made).update(vars(self))
+        return made
+
+    def __repr__(self) -> str:
+        kind, name = vars(self).get("model_type"), shortened(self.name_or_path)
+        return f"Config({name!r}, model_type={kind!r}, num_labels={self.num_labels})"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that config.json says, and what was derived from it."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.naming import model_name
 from fastrerank.types import DeviceLike, DtypeLike
 
 __all__ = ["INTEGER", "Generate", "Prompt", "TransformersGenerator", "room_to_write"]
@@ -92,8 +93,13 @@ class TransformersGenerator:
             model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        self.checkpoint = checkpoint
         self.engine = load_causal(checkpoint, device, dtype)
         self.device, self.dtype = self.engine.device_name, self.engine.dtype_name
+
+    def __repr__(self) -> str:
+        name, sampling = model_name(self.checkpoint.path), f"temperature={self.temperature}"
+        return f"TransformersGenerator({name!r}, dtype={self.dtype!r}, device={self.device!r}, {sampling})"
 
     def __call__(self, prompts: Sequence[Prompt], /) -> list[str]:
         return self.generate(prompts)

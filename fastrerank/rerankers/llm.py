@@ -67,9 +67,9 @@ class LLMReranker(Reranker):
     def __init__(
         self, model: str | Path, *, template: str | Path | None = None, instruction: str | None = None,
         device: DeviceLike | None = None, dtype: DtypeLike = "auto", max_length: int | None = None,
-        num_threads: int | None = None, memory_limit: float | None = None, share_prefixes: bool = True, trust_remote_code: bool = False,
-        revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
-        token: bool | str | None = None,
+        num_threads: int | None = None, memory_limit: float | None = None, share_prefixes: bool = True,
+        trust_remote_code: bool = False, revision: str | None = None, cache_folder: str | None = None,
+        local_files_only: bool = False, token: bool | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         checkpoint = open_checkpoint(

@@ -70,6 +70,9 @@ class ModelCardData(SimpleNamespace):
         self.training_logs: list[dict[str, Any]] = []
         super().__init__(**values)
 
+    def __repr__(self) -> str:
+        return f"ModelCardData({len(self.eval_results_dict)} evaluations)"
+
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:  # noqa: ARG002
         """Keep the metrics of an evaluator."""
         self.eval_results_dict[evaluator] = dict(metrics)
@@ -142,9 +145,8 @@ class PeerInterface:
         """Same as `activation_fn`."""
         return self.activation_fn
 
-    @property
     def has_peft_compatible_model(self) -> bool:
-        """False: adapters are merged before a model is loaded here."""
+        """Return False: adapters are merged before a model is loaded here."""
         return False
 
     @property

@@ -56,7 +56,7 @@ class Settings:
     for no bound. `origins`: for CORS; none: off. `aliases`: {other name: model} under which models are served too.
     """
 
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...] = field(default=(), repr=False)  # secrets
     flavor: Flavor = Flavor.auto
     max_body_bytes: int = 8 << 20
     max_bodies_bytes: int | None = None

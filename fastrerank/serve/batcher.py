@@ -127,6 +127,10 @@ class AsyncReranker:
         for thread in self._threads:
             thread.start()
 
+    def __repr__(self) -> str:
+        state = ", closed" if self._closing else ""
+        return f"AsyncReranker({self.reranker!r}, workers={len(self._threads)}{state})"
+
     async def score(
         self, query: str, documents: Sequence[str], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Scores:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank.naming import shortened
 from fastrerank.text.attention_policy import Layout, Policy, layout_of
 from fastrerank.text.backend import encodable
 from fastrerank.text.chat_rendering import render
@@ -153,6 +154,10 @@ class AttentionPrompts:
         self._cache: TokenCache[tuple[Any, ...]] = TokenCache(cache_bytes)
         self._literals: dict[int, _Part | None] = {}  # tokens of what stands before the document at a place
         self._check_exact()
+
+    def __repr__(self) -> str:
+        name = shortened(str(getattr(self._tokenizer, "name_or_path", "")))
+        return f"AttentionPrompts({name!r}, policy={self.policy.name!r})"
 
     @property
     def cache_info(self) -> CacheInfo:

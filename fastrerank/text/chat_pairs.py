@@ -14,6 +14,7 @@ import numpy as np
 
 from fastrerank.checkpoint import Checkpoint
 from fastrerank.text.chat_rendering import TemplateBudgetError, render
+from fastrerank.naming import model_name
 from fastrerank.text.files import ChatTemplate, template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import PromptTokenizer
@@ -32,6 +33,8 @@ _PLAIN_TEXT = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")
 _PARTS = ("content[0]", ".type", "'type'", '"type"', "message.content[")
 # A pair, and each of its sides replaced: what a chat template prints must change with both.
 _PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
+# Two pairs whose texts end differently.
+_ENDS = (("alpha", "bravo"), ("charlie 7", "foxtrot 9"))
 # Prompts are laid out once per system text; calls that name ever new ones must not hold on to them all.
 _KEPT_PROMPTS = 4
 _CACHE_BYTES = 16 << 20
@@ -130,6 +133,9 @@ class ChatPairs:
         if not self._names or "default" in self._names:
             self._laid_out("", {})
 
+    def __repr__(self) -> str:
+        return f"ChatPairs({model_name(self._checkpoint.path)!r})"
+
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, chat_template: ChatTemplate | None = None) -> ChatPairs | None:
         """The pairs of a checkpoint; None where its tokenizer joins them.
@@ -151,8 +157,8 @@ class ChatPairs:
         """Pack the prompts of N pairs of str.
 
         The document is cut to fit `max_length`, never what follows it. The query is cut only if it alone does not fit:
-        to three quarters of the room. Where the template alone does not fit, the prompt's end is cut, as
-        sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
+        to three quarters of the room. Where the template alone does not fit, it is cut before what follows its texts,
+        as sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
         the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
         Raises ValueError where the template drops the prompt or a text; TooLong where `limits.truncate` is False and a
@@ -198,20 +204,24 @@ class ChatPairs:
     def _cut_off(
         self, prompts: PromptTokenizer, pairs: Sequence[tuple[str, str]], limit: int, limits: TextLimits
     ) -> TokenBatch:
-        """The first `limit` tokens of every prompt: of a template that leaves no room for its texts."""
+        """Prompts of `limit` tokens, of a template that leaves no room for texts: cut before what follows the texts."""
         least = _size(prompts, "") + 2
         if not limits.truncate:
             raise TooLong("the chat template with a text", least, limit)
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"max_length={limit} leaves no room for texts in the chat template: prompts are cut off at their end, "
-                f"and their scores mean little; it should be at least {least}",
+                f"max_length={limit} leaves no room for texts in the chat template, so that prompts are cut off "
+                f"inside it and their scores mean little; it should be at least {least}",
                 UserWarning, stacklevel=4,
             )  # fmt: skip
         whole = [prompts.encode(query, [[document]])[0].ids for query, document in pairs]
-        ids = np.concatenate([np.zeros(0, np.int32), *(row[:limit] for row in whole)])
-        offsets = np.concatenate([[0], np.cumsum([min(len(row), limit) for row in whole])]).astype(np.int64)
+        end = min(_common_end(prompts), limit)
+        rows = [
+            np.concatenate([row[: limit - end], row[len(row) - end :]]) if len(row) > limit else row for row in whole
+        ]
+        ids = np.concatenate([np.zeros(0, np.int32), *rows])
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         truncated = np.array([len(row) > limit for row in whole], np.bool_)
         return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, bool(truncated.any()))
 
@@ -255,6 +265,13 @@ def _working_names(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:
         for name, options in named
         if not _refusal(tokenizer, pair_template(checkpoint, source, chat_options=options))
     ]
+
+
+def _common_end(prompts: PromptTokenizer) -> int:
+    """How many tokens follow the last text of every prompt."""
+    first, second = (prompts.encode(query, [[document]])[0].ids[::-1] for query, document in _ENDS)
+    size = min(len(first), len(second))
+    return int(np.argmax([*(first[:size] != second[:size]), True]))
 
 
 def _size(prompts: PromptTokenizer, query: str) -> int:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
 from fastrerank.text.backend import encodable
 from fastrerank.text.chat_rendering import render
+from fastrerank.naming import shortened
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template
@@ -147,6 +148,10 @@ class PromptTokenizer:
         self._others: dict[str, PromptTokenizer] = {}  # by the instruction of a call
         self._lock = threading.Lock()
         self._check_exact()
+
+    def __repr__(self) -> str:
+        name = shortened(str(getattr(self._tokenizer, "name_or_path", "")))
+        return f"PromptTokenizer({name!r}, template={self.template.name!r}, max_length={self.max_length})"
 
     @classmethod
     def load(

@@ -119,6 +119,9 @@ class Template:
     names: tuple[str, ...] = field(default=(), repr=False)
     chat_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
+    def __repr__(self) -> str:
+        return f"Template({self.name!r}, kind={self.kind!r}, readout={self.readout!r})"
+
     @property
     def chat(self) -> bool:
         """Whether the checkpoint's own chat template renders the prompt."""

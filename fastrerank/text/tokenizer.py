@@ -104,6 +104,9 @@ class Tokenizer:
         self._windows = Windows(tokenizer)
         self.max_length = self.checked_max_length(max_length)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.tokenizer.get_vocab_size()} tokens, max_length={self.max_length})"
+
     @classmethod
     def load(cls, path: Path, max_length: int | None = None) -> Tokenizer:
         """Load tokenizer.json, or a BERT vocab.txt, from a checkpoint folder.
@@ -209,7 +212,8 @@ class Tokenizer:
         heads: dict[str, list[int]] = {}  # query -> everything before the document
         query_truncated = False
         distinct = list(dict.fromkeys(queries))
-        most = _smaller(room, limits.max_tokens_per_query)
+        # A single token of room is the documents'.
+        most = _smaller(0 if room == 1 else room, limits.max_tokens_per_query)
         for query, tokens in zip(distinct, self._encode(distinct, most, self._cut_left), strict=True):
             if most is not None and len(tokens) > most:
                 if not limits.truncate:
