@@ -26,10 +26,10 @@ from fastrerank.cur.search import Effort, PairScorer, Plan, adaptive_search, bes
 from fastrerank.cur.solver import least_norm
 from fastrerank.cur.texts import Texts
 from fastrerank.cur.tuning import Trial, tune
+from fastrerank.naming import shortened
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.text.columns import as_column
-from fastrerank.naming import shortened
 
 __all__ = ["CURIndex", "Settings"]
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from fastrerank.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.dtype import Dtype
-from fastrerank.text.backend import encode_batch, guarded
 from fastrerank.naming import shortened
+from fastrerank.text.backend import encode_batch, guarded
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = [

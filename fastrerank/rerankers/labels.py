@@ -74,7 +74,8 @@ def label_scores(logits: npt.NDArray[np.float32], label: int, multi_label: bool 
     largest = others.max(axis=1)
     rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
     limit = float(np.finfo(np.float32).max)
-    return np.clip(logits[:, label] - rest, -limit, limit).astype(np.float32)
+    scores: npt.NDArray[np.float32] = np.clip(logits[:, label] - rest, -limit, limit).astype(np.float32)
+    return scores
 
 
 def _plain(name: str) -> str:

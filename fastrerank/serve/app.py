@@ -38,7 +38,6 @@ from fastrerank.serve.metrics import Metrics
 from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
 from fastrerank.serve.names import check_labels
 from fastrerank.serve.schemas import Common, RerankBody, ScoreBody
-from fastrerank.serve.validation import Bodies, body_route
 from fastrerank.text.limits import TooLong
 
 __all__ = ["Settings", "create_app"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fastrerank.checkpoint import Checkpoint
-from fastrerank.text.chat_rendering import TemplateBudgetError, render
 from fastrerank.naming import model_name
+from fastrerank.text.chat_rendering import TemplateBudgetError, render
 from fastrerank.text.files import ChatTemplate, template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import PromptTokenizer

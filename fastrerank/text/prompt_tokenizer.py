@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
+from fastrerank.naming import shortened
 from fastrerank.text.backend import encodable
 from fastrerank.text.chat_rendering import render
-from fastrerank.naming import shortened
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoint import max_length_of, position_limit, read_json
-from fastrerank.text.backend import encode_batch
+from fastrerank.text.backend import encode_batch, guarded
 from fastrerank.text.columns import as_column
 from fastrerank.text.columns import describe as _describe
 from fastrerank.text.files import load_tokenizer
