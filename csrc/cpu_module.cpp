@@ -136,10 +136,10 @@ public:
             {"F32", Source::kF32}, {"F16", Source::kF16}, {"BF16", Source::kBF16}};
         const Source source = by_name(table, dtype, "dtype");
         const EncoderConfig& c = encoder_.config();
-        encoder_.set_word_rows(std::make_unique<RowTable>(fd, path, offset, c.vocabulary,
-                                                          c.embedding * int64_t{source == Source::kF32 ? 4 : 2}, size,
-                                                          changed),
-                               source);
+        encoder_.set_word_rows(
+            std::make_unique<RowTable>(fd, path, offset, c.vocabulary,
+                                       c.embedding * int64_t{source == Source::kF32 ? 4 : 2}, size, changed),
+            source);
     }
     void add_dense(const py::array& w, const std::optional<F32Array>& bias, const std::string& act) {
         const Weight m = weight_of(w, "head weight");

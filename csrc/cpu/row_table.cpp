@@ -27,8 +27,7 @@ int64_t change_time(const struct stat& s) {
 RowTable::RowTable(int fd, const std::string& path, int64_t offset, int64_t rows, int64_t row_bytes, int64_t size,
                    int64_t changed)
     : path_(path), offset_(offset), rows_(rows), row_bytes_(row_bytes), size_(size), changed_(changed) {
-    if (offset < 0 || rows < 1 || row_bytes < 4 || row_bytes % 2 || size < offset ||
-        rows > (size - offset) / row_bytes)
+    if (offset < 0 || rows < 1 || row_bytes < 4 || row_bytes % 2 || size < offset || rows > (size - offset) / row_bytes)
         throw std::invalid_argument("the table of rows does not fit in its file");
     present_ = std::make_unique<std::atomic<uint8_t>[]>((rows + 7) / 8);
     fd_ = fcntl(fd, F_DUPFD_CLOEXEC, 0);
