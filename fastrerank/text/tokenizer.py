@@ -167,9 +167,9 @@ class Tokenizer:
         truncated = np.zeros(len(checked), np.bool_)
         for i, tokens in enumerate(self._encode(checked, room)):
             truncated[i] = room is not None and len(tokens) > room
-            ids.extend(head)
-            ids.extend(self._cut(tokens, room))
-            ids.extend(tail)
+            _append(ids, head)
+            _append(ids, self._cut(tokens, room))
+            _append(ids, tail)
             ends[i + 1] = len(ids)
         types = np.full(len(ids), template.segment_types[0], np.int32)
         before, after = template.special_types
@@ -197,10 +197,10 @@ class Tokenizer:
             head = heads[queries[i]]
             left = None if room is None else room - (len(head) - fixed)
             truncated[i] = left is not None and len(tokens) > left
-            ids.extend(head)
+            _append(ids, head)
             starts[i] = len(ids)
-            ids.extend(self._cut(tokens, left))
-            ids.extend(after)
+            _append(ids, self._cut(tokens, left))
+            _append(ids, after)
             ends[i + 1] = len(ids)
         first, second = template.segment_types
         types = np.full(len(ids), first, np.int32)
@@ -312,6 +312,13 @@ def _uses_type_ids(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bo
 
 def _describe(value: object) -> str:
     return type(value).__name__
+
+
+def _append(ids: array[int], tokens: Sequence[int]) -> None:
+    if isinstance(tokens, list):
+        ids.fromlist(tokens)  # twice as fast as `extend`
+    else:
+        ids.extend(tokens)
 
 
 def _paint(types: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], special_types: Iterable[int]) -> None:
