@@ -192,9 +192,9 @@ class Tokenizer:
             truncated[i] = room is not None and len(tokens) > room
             if room is not None and truncated[i] and not limits.truncate:
                 raise TooLong(f"texts[{i}]", len(tokens), room)
-            ids.extend(head)
-            ids.extend(_cut(tokens, room, left))
-            ids.extend(tail)
+            _append(ids, head)
+            _append(ids, _cut(tokens, room, left))
+            _append(ids, tail)
             ends[i + 1] = len(ids)
         types = np.full(len(ids), template.segment_types[0], np.int32)
         before, after = template.special_types
@@ -233,10 +233,10 @@ class Tokenizer:
             truncated[i] = fits is not None and len(tokens) > fits
             if fits is not None and truncated[i] and not limits.truncate:
                 raise TooLong(f"document {i}", len(tokens), fits)
-            ids.extend(head)
+            _append(ids, head)
             starts[i] = len(ids)
-            ids.extend(_cut(tokens, fits, left))
-            ids.extend(after)
+            _append(ids, _cut(tokens, fits, left))
+            _append(ids, after)
             ends[i + 1] = len(ids)
         first, second = template.segment_types
         types = np.full(len(ids), first, np.int32)
@@ -352,6 +352,13 @@ def _cut(tokens: Sequence[int], room: int | None, left: bool) -> Sequence[int]:
 def _smaller(first: int | None, second: int | None) -> int | None:
     """The smaller of two limits, None for none."""
     return min((limit for limit in (first, second) if limit is not None), default=None)
+
+
+def _append(ids: array[int], tokens: Sequence[int]) -> None:
+    if isinstance(tokens, list):
+        ids.fromlist(tokens)  # twice as fast as `extend`
+    else:
+        ids.extend(tokens)
 
 
 def _paint(types: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], special_types: Iterable[int]) -> None:
