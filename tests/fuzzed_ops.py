@@ -5,6 +5,7 @@ alignment, values, or something else altogether. What is right then is TypeError
 result on what was passed. MODULE is a build of fastrerank._cpu to use in place of the installed one.
 """
 
+# ruff: noqa: ARG001, E501, RUF100, SIM105
 from __future__ import annotations
 
 import collections

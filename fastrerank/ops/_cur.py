@@ -62,7 +62,8 @@ class PackedItems:
             raise TypeError(f"data must be a uint8 NumPy array, got {getattr(data, 'dtype', type(data).__name__)}")
         if data.shape != shape or not data.flags.c_contiguous or data.ctypes.data % 4:
             raise ValueError(
-                f"data must be C-contiguous {shape} from a multiple of 4 bytes on for {count} items of width {width} in {storage}, got {data.shape}"
+                f"data must be C-contiguous {shape}, from a multiple of 4 bytes on, for {count} items of width {width} "
+                f"in {storage}, got {data.shape}"
             )
         if storage != "int8":
             if scale is not None:
