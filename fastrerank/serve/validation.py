@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from operator import getitem
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -152,7 +153,7 @@ def _with_fail_fast(kind: Any) -> Any:
     if kind is list or origin is list:
         return Annotated[list[_with_fail_fast(arguments[0])] if arguments else list, _FailFast()]  # type: ignore[misc]
     if origin is Annotated:
-        return Annotated[(_with_fail_fast(arguments[0]), *arguments[1:])]  # type: ignore[return-value]
+        return getitem(Annotated, (_with_fail_fast(arguments[0]), *arguments[1:]))
     if origin in (Union, UnionType):
         return Union[tuple(map(_with_fail_fast, arguments))]  # noqa: UP007
     return kind
