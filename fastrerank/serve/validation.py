@@ -7,18 +7,20 @@ import email.message
 import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, get_type_hints
+from copy import copy
+from operator import getitem
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
-from pydantic_core import SchemaValidator
+from pydantic import BaseModel, FailFast, ValidationError, create_model
 
 from fastrerank.serve.errors import Problem
 
-__all__ = ["Bodies", "body_route"]
+__all__ = ["Bodies", "body_route", "stopping"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -27,7 +29,6 @@ T = TypeVar("T", bound=BaseModel)
 MOST_VALUES = 500_000
 # Bodies up to so many bytes are read on the event loop: they take less time than handing them to a thread.
 INLINE_BYTES = 16 << 10
-_LISTS = ("list", "tuple", "set", "frozenset")
 
 
 class Bodies:
@@ -36,7 +37,7 @@ class Bodies:
     def __init__(self, threads: int = 2, most_values: int = MOST_VALUES) -> None:
         self.most_values = most_values
         self._pool = ThreadPoolExecutor(threads, "fastrerank-body")
-        self._validators: dict[type[BaseModel], SchemaValidator] = {}
+        self._stopping: dict[type[BaseModel], Any] = {}  # a model -> the same, but its lists stop at an error
 
     async def read(self, request: Request, model: type[T]) -> T:
         """Return the request's JSON body as `model`.
@@ -64,10 +65,10 @@ class Bodies:
             raise _wrong((), "JSON decode error: nested too deep") from None
         except ValueError as error:  # not UTF-8, or an integer of thousands of digits
             raise _wrong((), f"JSON decode error: {error}") from None
-        if model not in self._validators:
-            self._validators[model] = SchemaValidator(_stopping(model.__pydantic_core_schema__))
+        if model not in self._stopping:
+            self._stopping[model] = stopping(model)
         try:
-            found: T = self._validators[model].validate_python(value)
+            found: T = self._stopping[model].model_validate(value)
         except ValidationError as error:
             rows = error.errors(include_url=False, include_context=False, include_input=False)[:5]
             raise RequestValidationError(
@@ -121,11 +122,38 @@ def _more_values(raw: bytes, most: int) -> bool:
     return int(np.count_nonzero(outside & ~inside)) > most
 
 
-def _stopping(schema: Any) -> Any:
-    """A copy of a core schema whose lists stop at their first error."""
-    if isinstance(schema, dict):
-        copied = {name: _stopping(value) for name, value in schema.items()}
-        return copied | {"fail_fast": True} if schema.get("type") in _LISTS else copied
-    if isinstance(schema, (list, tuple)):
-        return type(schema)(map(_stopping, schema))
-    return schema
+class _FailFast(FailFast):
+    """Hashable, so that it may stand in a Union."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+def stopping(model: type[T]) -> type[T]:
+    """Return a class of `model` whose lists stop at their first error.
+
+    Example:
+        >>> stopping(RerankBody).model_validate({"query": "q", "documents": [0] * 10**6})   # doctest: +SKIP
+        Traceback (most recent call last):
+        ...
+        pydantic_core._pydantic_core.ValidationError: 2 validation errors for RerankBody
+    """
+    hints = get_type_hints(model, include_extras=True)
+    lists: dict[str, Any] = {
+        name: (changed, copy(field))
+        for name, field in model.model_fields.items()
+        if (changed := _with_fail_fast(hints[name])) != hints[name]
+    }
+    made: type[T] = create_model(model.__name__, __base__=model, __doc__=model.__doc__, **lists)
+    return made
+
+
+def _with_fail_fast(kind: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is list or origin is list:
+        return Annotated[list[_with_fail_fast(arguments[0])] if arguments else list, _FailFast()]  # type: ignore[misc]
+    if origin is Annotated:
+        return getitem(Annotated, (_with_fail_fast(arguments[0]), *arguments[1:]))
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_with_fail_fast, arguments))]  # noqa: UP007
+    return kind
