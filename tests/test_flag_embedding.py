@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import tiny as factory
+import tokenizers
 import torch
 import transformers
 
@@ -153,12 +155,19 @@ def test_upstreams_two_tests_of_rerankers(folder: Path) -> None:
     )
 
 
-def test_upstreams_own_class(folder: Path) -> None:
+def test_upstreams_own_class(folder: Path, tmp_path: Path) -> None:
     peer = pytest.importorskip("FlagEmbedding")
+    # With transformers 5 it makes text of cut ids and tokenises that again, which needs a decoder; an empty passage then
+    # is no second text, as it is with transformers 4 and here.
+    folder = Path(shutil.copytree(folder, tmp_path / folder.name))
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.decoder = tokenizers.decoders.WordPiece(cleanup=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    pairs = [pair for pair in PAIRS if pair[1]]
     theirs = peer.FlagReranker(str(folder), devices="cpu", query_instruction_for_rerank="owl ", max_length=64)
     ours = FlagReranker(str(folder), devices="cpu", query_instruction_for_rerank="owl ", max_length=64)
-    assert close(ours.compute_score(PAIRS), theirs.compute_score(PAIRS))
+    assert close(ours.compute_score(pairs), theirs.compute_score(pairs))
     assert close(
-        ours.compute_score(PAIRS, query_max_length=7, max_length=40, normalize=True),
-        theirs.compute_score(PAIRS, query_max_length=7, max_length=40, normalize=True),
+        ours.compute_score(pairs, query_max_length=7, max_length=40, normalize=True),
+        theirs.compute_score(pairs, query_max_length=7, max_length=40, normalize=True),
     )
