@@ -12,6 +12,7 @@ from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.serve.dialects import Flavor
 from fastrerank.serve.run import parse_models, read_keys
+from fastrerank.types import Hit
 
 __all__ = ["Arguments", "Replica", "app"]
 
@@ -83,7 +84,7 @@ class Replica:
 
     async def rank(
         self, query: str, documents: list[str], top_k: int | None = None, model: str | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Hit]:
         """Return [{"corpus_id", "score"}], best first, by raw score."""
         return await self._named(model).rank(query, documents, top_k=top_k)
 
