@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     reveal_type(model.predict([("q", "d")]))  # ndarray
     reveal_type(model.predict([("q", "d")], convert_to_tensor=True))  # Tensor
     reveal_type(model.predict([("q", "d")], convert_to_numpy=False))  # list[Tensor] | Tensor
-    reveal_type(model.rank("q", ["d"]))  # list[Hit]
+    reveal_type(model.rank("q", ["d"]))  # list[TypedDict(Hit
     reveal_type(model.rank("q", ["d"])[0]["corpus_id"])  # int
     reveal_type(model.eval())  # CrossEncoder
     model.rank("q", ["d"])[0]["nonsense"]  # error: TypedDict "Hit" has no key "nonsense"

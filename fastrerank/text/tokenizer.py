@@ -355,10 +355,14 @@ def _smaller(first: int | None, second: int | None) -> int | None:
 
 
 def _append(ids: array[int], tokens: Sequence[int]) -> None:
-    if isinstance(tokens, list):
-        ids.fromlist(tokens)  # twice as fast as `extend`
-    else:
-        ids.extend(tokens)
+    try:
+        if isinstance(tokens, list):
+            ids.fromlist(tokens)  # twice as fast as `extend`
+        else:
+            ids.extend(tokens)
+    except OverflowError:
+        most = max(tokens)
+        raise ValueError(f"tokenizer.json gives the token id {most}, which no table of embeddings has") from None
 
 
 def _paint(types: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], special_types: Iterable[int]) -> None:

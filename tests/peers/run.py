@@ -105,7 +105,7 @@ def run(suite: Suite, root: Path, folder: Path) -> dict[str, int]:
         settings["PEER_UTILS"] = "1"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "pytest", "-q", "-rsf", "-p", "substitute", "-p", "no:cacheprovider",
-               "--import-mode=importlib", "-o", "addopts=", *suite.files]  # fmt: skip
+               "--import-mode=importlib", "--tb=short", "-o", "addopts=", *suite.files]  # fmt: skip
     done = subprocess.run(
         command, cwd=root, env={**os.environ, **settings, **offline}, text=True, capture_output=True, check=False
     )

@@ -56,14 +56,17 @@ class CrossEncoder(fastrerank.CrossEncoder):
         super().__init__(local(model_name_or_path), *legacy, **options)
 
 
-def pytest_configure() -> None:
-    for module in (sentence_transformers, cross_encoder):
-        module.CrossEncoder = CrossEncoder  # type: ignore[misc]
-    # Helpers that source distributions leave out of their tests.
-    if "PEER_UTILS" in os.environ:
-        package, utils = types.ModuleType("tests"), types.ModuleType("tests.utils")
-        utils.SafeTemporaryDirectory = tempfile.TemporaryDirectory  # type: ignore[attr-defined]
-        sys.modules.update({"tests": package, "tests.utils": utils})
+# When this is imported, as pytest reads conftest.py files before it calls plugins.
+for module in (sentence_transformers, cross_encoder):
+    module.CrossEncoder = CrossEncoder  # type: ignore[misc]
+if "PEER_UTILS" in os.environ:  # helpers that source distributions leave out of their tests
+    package, utils = types.ModuleType("tests"), types.ModuleType("tests.utils")
+    utils.SafeTemporaryDirectory = tempfile.TemporaryDirectory  # type: ignore[attr-defined]
+    sys.modules.update({"tests": package, "tests.utils": utils})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: a mark of sentence-transformers' tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
