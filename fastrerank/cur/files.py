@@ -19,7 +19,7 @@ import numpy.typing as npt
 __all__ = ["ADVICE", "Mapped", "open_regular", "read_arrays"]
 
 ADVICE = "save or copy the index again"
-_DTYPES = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 _CHUNK = 1 << 24
 _LONGEST_TABLE = 1 << 20
 
@@ -122,14 +122,14 @@ def _arrays(path: Path, content: Any, size: int) -> dict[str, npt.NDArray[Any]]:
     try:
         table = json.loads(bytes(content[8 : 8 + length]))
         described = {
-            name: (_DTYPES[one["dtype"]], tuple(map(_natural, one["shape"])), *map(_natural, one["data_offsets"]))
+            name: (_DTYPES[one["dtype"]], tuple(map(_natural, one["shape"])), list(map(_natural, one["data_offsets"])))
             for name, one in table.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"the table of its arrays cannot be read ({type(error).__name__}: {error})") from error
     arrays: dict[str, npt.NDArray[Any]] = {}
     start, end = 8 + length, 0
-    for name, (dtype, shape, *span) in sorted(described.items(), key=lambda one: one[1][2:]):
+    for name, (dtype, shape, span) in sorted(described.items(), key=lambda one: one[1][2]):
         count = math.prod(shape)
         if len(span) != 2 or span[0] != end or span[1] - span[0] != count * dtype.itemsize:
             raise damaged(f"{name!r} is not where its shape says")

@@ -23,7 +23,9 @@ def check_shards(header: Path, shards: Sequence[ops.PackedItems]) -> None:
     kinds = sorted({str(shard.scales) for shard in shards})
     if len(kinds) > 1:
         raise ValueError(f"{header}: its vectors have scales of several kinds ({', '.join(kinds)}); build it anew")
-    if shards[0].scales == "anchor" and any(not np.array_equal(s.scale, shards[0].scale) for s in shards[1:]):
+    first, *others = [shard.scale for shard in shards]
+    same = all(first is not None and scale is not None and np.array_equal(scale, first) for scale in others)
+    if shards[0].scales == "anchor" and not same:
         raise ValueError(f"{header}: its vectors have different scales of one row; build it anew")
 
 

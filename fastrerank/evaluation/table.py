@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -56,7 +57,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         return
     for dataset in comparison.datasets:
         wide = console.width >= _WIDE
-        _print_whole(console, comparison, lambda names, d=dataset, w=wide: _table(comparison, d, names, wide=w))
+        _print_whole(console, comparison, partial(_table, comparison, dataset, wide=wide))
         for name, result in comparison.results[dataset].items():
             for note in result.notes:
                 console.print(Text(f"{name} {note}", style="dim"))

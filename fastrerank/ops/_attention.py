@@ -160,10 +160,10 @@ def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
     phi: torch.Tensor | None, out: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        if tensor is None and name == "out":
+    for name, given in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if given is None and name == "out":
             continue
-        check_tensor(name, tensor)
+        tensor = check_tensor(name, given)
         if tensor.ndim != 3 or tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16 (rows, heads, D), got {said(tensor)}")
         if tensor.stride(2) != 1 and tensor.numel():
@@ -184,10 +184,10 @@ def _check(
         raise ValueError(f"q and k must have fewer than 2**31 rows, got {rows} and {keys}")
     if (plo is None) != (phi is None):
         raise ValueError(f"plo and phi must both be given or both be None, got only {'phi' if plo is None else 'plo'}")
-    for name, tensor in (("lo", lo), ("hi", hi), ("plo", plo), ("phi", phi)):
-        if tensor is None and name in ("plo", "phi"):
+    for name, given in (("lo", lo), ("hi", hi), ("plo", plo), ("phi", phi)):
+        if given is None and name in ("plo", "phi"):
             continue
-        check_tensor(name, tensor)
+        tensor = check_tensor(name, given)
         if tensor.dtype != torch.int32 or tensor.shape != (rows,):
             raise ValueError(f"{name} must be int32 of shape ({rows},), got {said(tensor)}")
         if tensor.device != q.device:

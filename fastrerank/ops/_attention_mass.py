@@ -166,10 +166,10 @@ def _check(
         ("hi", hi, torch.int32, (rows,)), ("row_weight", row_weight, torch.float32, (rows,)),
         ("head_weight", head_weight, torch.float32, (heads,)),
     )  # fmt: skip
-    for name, vector, dtype, shape in vectors:
-        if vector is None and name == "head_weight":
+    for name, given, dtype, shape in vectors:
+        if given is None and name == "head_weight":
             continue
-        check_tensor(name, vector)
+        vector = check_tensor(name, given)
         if vector.dtype != dtype or vector.shape != shape:
             raise ValueError(f"{name} must be {str(dtype)[6:]} of shape {shape}, got {said(vector)}")
         if vector.device != q.device:

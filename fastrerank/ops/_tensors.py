@@ -53,13 +53,17 @@ def on_device(tensor: torch.Tensor, name: str) -> contextlib.AbstractContextMana
     return _HERE
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError for what is no tensor, ValueError for one whose memory does not hold its values as they are."""
+def check_tensor(name: str, value: object) -> torch.Tensor:
+    """Return a dense tensor as it is.
+
+    Raises TypeError for what is no tensor, ValueError for one whose memory does not hold its values as they are.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {said(value)}")
     if value.layout != torch.strided or value.is_neg():
         what = "a tensor that is still to be negated; call .resolve_neg()" if value.is_neg() else str(value.layout)
         raise ValueError(f"{name} must be a dense tensor, got {what}")
+    return value
 
 
 def as_float(name: str, value: Any, valid: str) -> float:
