@@ -18,7 +18,7 @@ from bench import beside, soak
 from bench.hostile import KINDS, bodies
 
 GOOD = {
-    "honest": {"200": 10}, "health_longest": 0.5, "resident": {"warm": 100 << 20, "end": 140 << 20},
+    "honest": {"200": 10}, "health_asked": 9, "health_longest": 0.5, "resident": {"warm": 100 << 20, "end": 140 << 20},
     "killed": {"status": 503, "others": {}, "exit_code": 1, "seconds": 1.0, "answers_again": True},
 }  # fmt: skip
 
@@ -31,7 +31,7 @@ def judged(**changes: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"wrong": 1}, {"honest": {"429": 3}}, {"health_longest": 1.01},
+    [{"wrong": 1}, {"health_asked": 0}, {"honest": {"429": 3}}, {"health_longest": 1.01},
      {"resident": {"warm": 100 << 20, "end": 151 << 20}}, {"killed": {**GOOD["killed"], "exit_code": 0}},
      {"killed": {**GOOD["killed"], "exit_code": None}}, {"killed": {**GOOD["killed"], "exit_code": -11}},
      {"killed": {**GOOD["killed"], "status": 200}}, {"killed": {**GOOD["killed"], "answers_again": False}}],

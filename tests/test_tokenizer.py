@@ -473,8 +473,8 @@ def test_numpy_texts(bert: Tokenizer) -> None:
 
 
 def test_max_length_is_checked(bert: Tokenizer, folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="max_length=4 leaves no room for text: it must be at least 5"):
-        bert.pairs(QUERY, CORPUS, max_length=4)
+    with pytest.raises(ValueError, match="max_length=3 leaves no room for text: it must be at least 4"):
+        bert.pairs(QUERY, CORPUS, max_length=3)
     with pytest.raises(ValueError, match="at most 514, the model's positions, got 515"):
         bert.pairs(QUERY, CORPUS, max_length=515)
     with pytest.raises(ValueError, match="at least 1 and at most 512, the model's positions, got 0"):

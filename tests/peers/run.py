@@ -56,6 +56,10 @@ SKIPS = [
     (r"two_devices", "needs a GPU"),
 ]
 
+# Files of a checkout that are about inference; the others train, save or write model cards.
+OF_INFERENCE = ("test_model.py", "test_cross_encoder.py", "test_multi_process.py", "test_pretrained.py",
+                "test_backends.py", "evaluation")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -125,7 +129,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         suites = SUITES
         if given:
-            suites = (Suite("sentence-transformers", given[1], ("tests/cross_encoder",), tuple(SKIPS)),)
+            files = [f"tests/cross_encoder/{one}" for one in OF_INFERENCE]
+            found = tuple(file for file in files if (Path(given[0]) / file).exists())
+            suites = (Suite("sentence-transformers", given[1], found, tuple(SKIPS)),)
         for number, suite in enumerate(suites):
             label = f"{suite.package} {suite.version}"
             if suite.absent:
