@@ -88,6 +88,7 @@ def test_a_comparison_shows_its_tables(found):
     shown = repr(found)
     assert "nDCG@10" in shown
     assert all(name in shown for name in found.systems)
+    assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) <= 110
 
 

@@ -298,7 +298,9 @@ def test_a_call_may_name_the_models_device_only(tiny: Tiny) -> None:
     pairs = [(QUERY, text) for text in TEXTS]
     np.testing.assert_array_equal(model.predict(pairs, device=["cpu", "cpu:0"]), model.predict(pairs))
     assert model.to(["cpu", "cpu"]) is model
-    for wrong in ("cpu", "cuda", ["cpu"]):
+    for same in ("cpu", ["cpu"], ["cpu"] * 3):  # the same place, however often it is named
+        np.testing.assert_array_equal(model.predict(pairs, device=same), model.predict(pairs))
+    for wrong in ("cuda", ["cuda:0"], ["cpu", "cuda:0"]):
         with pytest.raises(ValueError, match=r"device must be None or \['cpu', 'cpu'\]: the model was loaded there"):
             model.predict(pairs, device=wrong)
 

@@ -118,7 +118,7 @@ def test_unknown_engine_method_and_backend(folder: Path) -> None:
     with pytest.raises(ValueError, match="cross-encoder, late-interaction, embedding"):
         fastrerank.load(folder, method="psychic")
     with pytest.raises(ValueError, match="backend"):
-        CrossEncoder(folder, backend="openvino")
+        CrossEncoder(folder, backend="psychic")
     with pytest.raises(TypeError, match="model_name_or_path"):
         CrossEncoder()
 

@@ -114,7 +114,7 @@ class Comparison:
         from .table import print_comparison
 
         text = StringIO()
-        print_comparison(self, Console(file=text, width=110, no_color=True))
+        print_comparison(self, Console(file=text, width=110, force_terminal=True, color_system=None))
         return text.getvalue().rstrip()
 
     def tests(self, dataset: str, measure: str, baseline: str | None = None) -> dict[str, PairedTest]:
