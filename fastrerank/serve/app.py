@@ -38,6 +38,7 @@ from fastrerank.serve.metrics import Metrics
 from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
 from fastrerank.serve.names import check_labels
 from fastrerank.serve.schemas import Common, RerankBody, ScoreBody
+from fastrerank.serve.validation import Bodies, body_route
 from fastrerank.text.limits import TooLong
 
 __all__ = ["Settings", "create_app"]
@@ -289,6 +290,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
         title="fastrerank", version=fastrerank.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
     )  # fmt: skip
+    app.router.route_class = body_route(Bodies())
     app.state.server = server
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
     app.add_middleware(BodyLimit, size=settings.max_body_bytes, seconds=settings.body_seconds, together=together)
