@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe", "model_name", "shortened"]
+__all__ = ["describe", "hub_id", "model_name", "shortened"]
 
 _LONGEST = 100
 
@@ -20,6 +20,18 @@ def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else "..." + text[3 - _LONGEST :]
 
 
+def hub_id(path: Path) -> str | None:
+    """The hub id of a folder in the hub's cache; None for any other folder.
+
+    Example:
+        >>> hub_id(Path("/cache/models--BAAI--bge-reranker-v2-m3/snapshots/953dc6f"))
+        'BAAI/bge-reranker-v2-m3'
+    """
+    if path.parent.name != "snapshots" or not path.parents[1].name.startswith("models--"):
+        return None
+    return "/".join(path.parents[1].name.split("--")[1:])
+
+
 def model_name(path: Path) -> str:
     """The hub id of a folder in the hub's cache, else the folder.
 
@@ -27,9 +39,7 @@ def model_name(path: Path) -> str:
         >>> model_name(Path("/cache/models--BAAI--bge-reranker-v2-m3/snapshots/953dc6f"))
         'BAAI/bge-reranker-v2-m3'
     """
-    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
-        return shortened("/".join(path.parents[1].name.split("--")[1:]))
-    return shortened(str(path))
+    return shortened(hub_id(path) or str(path))
 
 
 def describe(value: Any) -> str:

@@ -9,11 +9,9 @@ from haystack import Document, component, default_from_dict, default_to_dict
 
 from fastrerank.integrations.loading import call_options, load_reranker
 from fastrerank.rerankers.activations import sigmoid
-from fastrerank.rerankers.base import Reranker, Scores, order, ranked
+from fastrerank.rerankers.base import Reranker, Scores, check_threshold, order, ranked
 
 __all__ = ["FastRanker"]
-
-_LOGITS = ("cross-encoder", "pointwise")  # methods whose raw score is a logit
 
 
 @component
@@ -52,6 +50,7 @@ class FastRanker:
     ) -> None:  # fmt: skip
         _check("top_k", top_k)
         _check("batch_size", batch_size)
+        check_threshold(score_threshold)
         if raw and scale_score:
             raise ValueError("raw=True and scale_score=True contradict each other: give one of them")
         self.model, self.method, self.top_k, self.options = model, method, top_k, options or {}
@@ -96,6 +95,7 @@ class FastRanker:
         """
         top_k = self.top_k if top_k is None else top_k
         _check("top_k", top_k)
+        check_threshold(score_threshold)
         threshold = self.score_threshold if score_threshold is None else score_threshold
         scale = self.scale_score if scale_score is None else scale_score
         self.warm_up()
@@ -110,7 +110,9 @@ class FastRanker:
         texts = [self._text(document) for document in chosen]
         asked = self.query_prefix + query + self.query_suffix
         scores = self._reranker.score(asked, texts, **call_options(self.label))
-        hits = ranked(order(scores), _scaled(self._reranker, scores, scale), None, top_k, threshold)
+        shown = _scaled(self._reranker, scores, scale)
+        positions = self._reranker._positions(scores, shown) if scale is None else order(scores)
+        hits = ranked(positions, shown, None, top_k, threshold)
         return {"documents": [replace(chosen[hit["corpus_id"]], score=hit["score"]) for hit in hits]}
 
     def _text(self, document: Document) -> str:
@@ -126,8 +128,7 @@ def _check(name: str, value: int) -> None:
 
 
 def _check_scale(reranker: Reranker, scale_score: bool | None) -> None:
-    expected_value = getattr(getattr(reranker, "template", None), "score", "") == "expectation"
-    if scale_score and (reranker.method not in _LOGITS or expected_value):
+    if scale_score and not reranker.raw_is_logit:
         raise ValueError(
             f"scale_score=True is the sigmoid of a logit, and the score of method {reranker.method!r} is none: leave "
             "scale_score out"

@@ -12,6 +12,7 @@ from mteb.models.model_meta import ModelMeta
 
 from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
+from fastrerank.naming import hub_id
 from fastrerank.rerankers.base import Reranker
 
 __all__ = ["FastReranker", "model_meta", "score_batches"]
@@ -86,8 +87,9 @@ def model_meta(reranker: Reranker, name: str | None = None, revision: str | None
     if name is None:
         name = f"fastrerank/{type(reranker).__name__}"
         path = getattr(getattr(reranker, "checkpoint", None), "path", None)
-        if path is not None and path.parent.name == "snapshots":  # .../models--owner--name/snapshots/revision
-            name, revision = path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
+        found = None if path is None else hub_id(path)
+        if found is not None:
+            name, revision = found, path.name
         elif path is not None:
             name = f"fastrerank/{path.name}"
     return ModelMeta.create_empty(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastrerank.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.select import plan
 from fastrerank.rerankers.attention_context import Context
-from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
+from fastrerank.rerankers.base import Reranker, Scores, Usage, check_threshold, check_top_k, order, ranked
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import names_of
 from fastrerank.text.attention_policy import Policy, read_preset
@@ -188,6 +188,7 @@ class AttentionReranker(Reranker):
         context: Context | None, score_threshold: float | None = None, call: CallOptions = NO_OPTIONS,
     ) -> list[Hit]:  # fmt: skip
         check_top_k(top_k)
+        check_threshold(score_threshold)
         texts = check_texts(documents, "documents")
         answer = self._answer(query, texts, context, call)
         rows = ranked(order(answer.scores), answer.scores, texts if return_documents else None, top_k, score_threshold)

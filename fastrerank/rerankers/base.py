@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -104,6 +105,11 @@ class Reranker(ABC):
         self._local = threading.local()
 
     @property
+    def raw_is_logit(self) -> bool:
+        """Whether a raw score is a logit, whose sigmoid is a probability: here False."""
+        return False
+
+    @property
     def last_usage(self) -> dict[str, Any]:
         """What this thread's last call cost.
 
@@ -140,10 +146,16 @@ class Reranker(ABC):
     def activated(self, scores: Scores) -> Scores:
         """Return what `rank` shows for raw scores, float32 of the same shape: here the scores themselves.
 
-        Methods whose raw score is a logit return probabilities, cross-encoders what their activation makes of it. The
-        order is always that of the raw scores.
+        Methods whose raw score is a logit return probabilities, cross-encoders what their activation makes of it.
         """
         return scores
+
+    def _positions(self, scores: Scores, shown: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Positions best first, of raw scores and of what is shown for them: here in the order of the raw scores.
+
+        Whatever ranks by this object takes its order from here, so that all ways to it give one order.
+        """
+        return order(scores)
 
     def score(self, query: str, documents: Sequence[str], **options: Unpack[Options]) -> Scores:
         """Return the raw ranking score of each document, float32 (N,), higher is better.
@@ -196,13 +208,15 @@ class Reranker(ABC):
             options: as in `score`.
 
         Returns [{"corpus_id": position in documents, "score": float, "text"?: str}, ...].
-        Raises TypeError for texts that are not str, ValueError for a negative top_k.
+        Raises TypeError for texts that are not str and a score_threshold that is no number, ValueError for a negative
+        top_k and a threshold that is not finite.
 
         Example:
             >>> reranker.rank("who?", ["the owl", "the cat"], top_k=1)  # doctest: +SKIP
             [{'corpus_id': 0, 'score': 0.41}]
         """
         check_top_k(top_k)
+        check_threshold(score_threshold)
         texts = check_texts(documents, "documents")
         scores = self.score(query, texts, **options)
         return self._ranked(scores, texts if return_documents else None, top_k, raw, score_threshold)
@@ -210,9 +224,9 @@ class Reranker(ABC):
     def _ranked(
         self, scores: Scores, texts: list[str] | None, top_k: int | None, raw: bool, score_threshold: float | None
     ) -> list[Hit]:
-        """Rows in the order of raw scores, which show them activated unless `raw`."""
+        """Rows of raw scores, best first, which show them activated unless `raw`."""
         shown = scores if raw else self.activated(scores)
-        return ranked(order(scores), shown, texts, top_k, score_threshold)
+        return ranked(self._positions(scores, shown), shown, texts, top_k, score_threshold)
 
     @contextmanager
     def _call(self) -> Iterator[Usage]:
@@ -249,6 +263,22 @@ def check_top_k(top_k: int | None) -> None:
         raise ValueError(f"top_k must be None or an int of at least 0, got {top_k!r}")
 
 
+def check_threshold(score_threshold: float | None) -> None:
+    """Raise TypeError unless `score_threshold` is None or a number, ValueError unless it is finite."""
+    check_number("score_threshold", score_threshold, none=True)
+    if score_threshold is not None and not math.isfinite(score_threshold):
+        raise ValueError(f"score_threshold must be a finite number or None, got {score_threshold!r}")
+
+
+def check_number(name: str, value: float | None, *, none: bool = False) -> None:
+    """Raise TypeError naming the argument unless it is a number, or with `none` None."""
+    if value is None and none:
+        return
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        wanted = "a number or None" if none else "a number"
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r}")
+
+
 def order(*keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Return positions sorted by the first key descending, ties by the next, the last ties by position."""
     positions = np.arange(len(keys[0]))
@@ -261,11 +291,10 @@ def ranked(
 ) -> list[Hit]:  # fmt: skip
     """Return the result rows for `positions` in order, with texts where `documents` is given.
 
-    Rows whose score is below `score_threshold` are left out. ValueError unless it is None or a finite number.
+    Rows whose score is below `score_threshold` are left out; see `check_threshold`.
     """
+    check_threshold(score_threshold)
     if score_threshold is not None:
-        if isinstance(score_threshold, bool) or not np.isfinite(score_threshold):
-            raise ValueError(f"score_threshold must be a finite number or None, got {score_threshold!r}")
         positions = positions[np.asarray(scores)[positions] >= score_threshold]
     rows: list[Hit] = [{"corpus_id": int(i), "score": float(scores[i])} for i in positions[:top_k]]
     if documents is not None:

@@ -20,7 +20,7 @@ from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import Head, module_head
 from fastrerank.engine.select import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
 from fastrerank.rerankers import activations
-from fastrerank.rerankers.base import Reranker, Scores, Usage, check_top_k, order, ranked
+from fastrerank.rerankers.base import Reranker, Scores, Usage, check_threshold, check_top_k, order, ranked
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.compat import (
     Config,
@@ -181,6 +181,11 @@ class CrossEncoder(PeerInterface, Reranker):
         }  # fmt: skip
 
     @property
+    def raw_is_logit(self) -> bool:
+        """Whether a raw score is a logit: always."""
+        return True
+
+    @property
     def labels(self) -> list[str]:
         """Names of the head's labels in their order, those of config.json's id2label."""
         return [self.config.id2label[number] for number in range(self.num_labels)]
@@ -242,6 +247,10 @@ class CrossEncoder(PeerInterface, Reranker):
         if self.num_labels > 1:
             return activations.sigmoid(scores)
         return self._activate(scores[:, None], activations.resolve(self.activation_fn))
+
+    def _positions(self, scores: Scores, shown: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Positions in the order of what is shown, which an activation such as GELU does not keep; ties by raw score."""
+        return order(shown, scores)
 
     @overload
     def predict(
@@ -344,7 +353,7 @@ class CrossEncoder(PeerInterface, Reranker):
             query: the query. documents: N str.
             top_k: how many to return; None for all.
             return_documents: whether each entry carries its "text".
-            raw: whether "score" is the raw score of `score`.
+            raw: whether "score" is the raw score of `score`, which then ranks.
             score_threshold: leaves out documents whose "score" is lower.
             label: of a head with several labels the one that ranks, by name or number; None for `self.label`. Its raw
                 score is its logit less the log-sum-exp of the others', and "score" its probability, the softmax; where
@@ -352,8 +361,8 @@ class CrossEncoder(PeerInterface, Reranker):
                 call "score" is that label's column of the activated logits.
             prompt, prompt_name, batch_size, show_progress_bar, activation_fn, options: as in `predict`.
 
-        Raises ValueError if the model has several labels and nothing tells which one ranks, TypeError naming the
-        position of a text that is not a str.
+        Raises ValueError if the model has several labels and nothing tells which one ranks and for a score_threshold
+        that is not finite, TypeError naming the position of a text that is not a str.
 
         Example:
             >>> model.rank("who?", ["the owl", "the cat"], top_k=1)  # doctest: +SKIP
@@ -363,6 +372,7 @@ class CrossEncoder(PeerInterface, Reranker):
         _, activation_fn = predict_options((), activation_fn, options, "rank", self.device)
         _check_batch_size(batch_size)
         check_top_k(top_k)
+        check_threshold(score_threshold)
         column = self._column(label)
         prefix = self._prompt(prompt, prompt_name, limits)
         (checked,) = check_texts([query], "query", scalar=True)
@@ -379,7 +389,7 @@ class CrossEncoder(PeerInterface, Reranker):
         else:
             shown = self._activate(logits, function)
             shown = shown[:, column] if shown.ndim > 1 else shown
-        return ranked(order(shown, scores), shown, texts if return_documents else None, top_k, score_threshold)
+        return ranked(self._positions(scores, shown), shown, texts if return_documents else None, top_k, score_threshold)
 
     def _score_many(
         self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fastrerank.rerankers.base import Scores, Usage, check_top_k, order
+from fastrerank.rerankers.base import Scores, Usage, check_threshold, check_top_k, order
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate
 from fastrerank.rerankers.lists import ListReranker, Request, Texts
@@ -151,6 +151,7 @@ class ListwiseReranker(ListReranker):
         Arguments and result as in `Reranker.rank`; `first_stage` as in `score`.
         """
         check_top_k(top_k)
+        check_threshold(score_threshold)
         texts = check_texts(documents, "documents")
         scores = self.score(query, texts, first_stage=first_stage, **options)
         return self._ranked(scores, texts if return_documents else None, top_k, raw, score_threshold)

@@ -137,9 +137,14 @@ class PointwiseReranker(LLMReranker):
             self._labels = self.prompts.label_ids()
         return scorer
 
+    @property
+    def raw_is_logit(self) -> bool:
+        """Whether a raw score is a logit: not where it is the expected value of labels that are numbers."""
+        return self.template.score != "expectation"
+
     def activated(self, scores: Scores) -> Scores:
         """Return the probabilities of raw scores, their sigmoid; expected values of numbers stay as they are."""
-        return scores if self.template.score == "expectation" else sigmoid(scores)
+        return sigmoid(scores) if self.raw_is_logit else scores
 
     def _score_many(
         self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS

@@ -25,7 +25,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import fastrerank
-from fastrerank.rerankers.base import order
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
@@ -161,7 +160,7 @@ class _Server:
         begin = time.perf_counter()
         result = await self.scored(request, name, ask.query, ask.texts, ask.explain, options)
         values = result.scores if ask.raw else activated(reranker, result.scores, flavor)
-        ranking = _ranking(ask, result.scores, values)
+        ranking = _ranking(ask, reranker.reranker._positions(result.scores, values), values)
         answer = rerank_answer(ask, ranking, name, result.tokens, result.explained)
         total = _ms(time.perf_counter() - begin)
         headers = {
@@ -216,9 +215,8 @@ def activated(served: AsyncReranker, raw: npt.NDArray[np.float32], flavor: Flavo
     return served.reranker.activated(raw)
 
 
-def _ranking(ask: Ask, raw: npt.NDArray[np.float32], values: npt.NDArray[Any]) -> list[tuple[int, float]]:
-    """(position, score) of the results: by raw score, as a sigmoid makes ties of large ones."""
-    positions = order(raw)
+def _ranking(ask: Ask, positions: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> list[tuple[int, float]]:
+    """(position, score) of the results, of positions best first."""
     if ask.score_threshold is not None:
         positions = positions[values[positions] >= ask.score_threshold]
     return [(int(i), float(values[i])) for i in positions[: ask.top_n]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.rerankers.base import Reranker, check_top_k
+from fastrerank.rerankers.base import Reranker, check_number, check_threshold, check_top_k
 from fastrerank.rerankers.call import CallOptions
 from fastrerank.serve.admission import HEAVY_BYTES, Overloaded, TooLarge, admit, measure
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
@@ -102,6 +102,7 @@ class AsyncReranker:
                             ("workers", workers)):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        check_number("max_wait_ms", max_wait_ms)
         if not 0 <= max_wait_ms < float("inf"):
             raise ValueError(f"max_wait_ms must be at least 0 and finite, got {max_wait_ms!r}")
         if not isinstance(getattr(reranker, "independent", None), bool):
@@ -178,6 +179,7 @@ class AsyncReranker:
         those of `score`.
         """
         check_top_k(top_k)
+        check_threshold(score_threshold)
         texts = check_texts(documents, "documents")
         result = await self.scored(query, texts, timeout=timeout, explain=explain, options=options)
         shown = texts if return_documents else None
@@ -265,6 +267,7 @@ class AsyncReranker:
         call = self.reranker.check_options(**given)
         texts = check_texts(documents, "documents")
         checked = self._queries(query, len(texts), explain)
+        check_number("timeout", timeout, none=True)
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout!r}")
         if explain and not self.explains:

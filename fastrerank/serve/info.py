@@ -16,7 +16,7 @@ def tei_info(models: Mapping[str, AsyncReranker], aliases: Mapping[str, str], ma
     name, first = next(iter(models.items()))
     limit = first.max_queue_tokens
     rows = {
-        name: {"method": one.reranker.method, "score": "logit" if one.reranker.method in LOGITS else "raw",
+        name: {"method": one.reranker.method, "score": "logit" if one.reranker.raw_is_logit else "raw",
                "max_length": one.max_length, "device": one.device_name, "explain": one.explains,
                "options": sorted(one.reranker.call_options),
                "aliases": [alias for alias, of in aliases.items() if of == name]}
@@ -59,10 +59,6 @@ def infinity_models(models: Mapping[str, AsyncReranker], begun: int) -> dict[str
         rows.append({"id": name, "object": "model", "created": begun, "owned_by": "infinity", "stats": stats,
                      "backend": "fastrerank", "capabilities": ["rerank"]})  # fmt: skip
     return {"object": "list", "data": rows}
-
-
-# Methods whose raw score is a logit.
-LOGITS = ("cross-encoder", "pointwise")
 
 
 def _dtype(served: AsyncReranker) -> str:
