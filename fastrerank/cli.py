@@ -63,6 +63,7 @@ from .datasets import load_dataset
 from .doctor import report
 from .documents import read_documents
 from .explain import print_tokens, to_html
+from .rerankers.refusal import OptionRefused
 
 LONG_WORK = 256  # documents from which one `rank` call may take seconds and gets a progress line
 
@@ -484,9 +485,18 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     warn(str(message))
 
 
+# What the command line can do about an option that a checkpoint refuses, or lacks.
+_ADVICE = {
+    "label": "--label takes a name or a number",
+    "instruction": "leave out --instruction",
+}
+
+
 def _fail(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if isinstance(error, OptionRefused):
+        message = f"{error.reason}: {_ADVICE.get(error.option, error.advice)}"
     if context is not None:
         message = f"{message.rstrip('.')} (see {context.command_path} --help)"
     expected = isinstance(error, (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError))

@@ -338,7 +338,10 @@ def test_raw_scores_and_a_label_are_those_of_the_library(tmp_path: Path, capsys:
     (tmp_path / "d.txt").write_text("\n".join(texts))
     given = ["rank", "owl", str(tmp_path / "d.txt"), "--model", str(model), "--json"]
     assert main(given) == 1  # LABEL_0, LABEL_1, LABEL_2 do not tell
-    assert "label must be one of" in capsys.readouterr().err
+    assert (
+        "do not tell which ('LABEL_0', 'LABEL_1', 'LABEL_2'): --label takes a name or a number"
+        in capsys.readouterr().err
+    )
     shown = []
     for label in ("2", "LABEL_2"):
         assert main([*given, "--label", label]) == 0

@@ -14,7 +14,7 @@ from helpers_tiny import WORDS, save_tiny_cross_encoder
 from safetensors.numpy import load_file, save_file
 
 import fastrerank
-from fastrerank.rerankers.base import order
+from fastrerank.rerankers.base import Reranker, order
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.types import Hit
 
@@ -48,12 +48,12 @@ def pairs(hits: list[Any]) -> list[tuple[int, float]]:
     return [(hit["corpus_id"], hit["score"]) for hit in hits]
 
 
-async def shared(model: fastrerank.Reranker, raw: bool) -> list[tuple[int, float]]:
+async def shared(model: Reranker, raw: bool) -> list[tuple[int, float]]:
     async with AsyncReranker(model) as served:
         return pairs(await served.rank(QUERY, TEXTS, raw=raw))
 
 
-async def over_http(model: fastrerank.Reranker, flavor: str, raw: bool) -> list[tuple[int, float]]:
+async def over_http(model: Reranker, flavor: str, raw: bool) -> list[tuple[int, float]]:
     pytest.importorskip("fastapi")
     httpx = pytest.importorskip("httpx")
     from fastrerank.serve.app import Settings, create_app
@@ -88,11 +88,11 @@ def test_every_door_has_one_order(activation: Any, raw: bool, tmp_path: Path) ->
     assert raw or [i for i, _ in expected] != order(scores).tolist()  # the activation does change the order
 
     assert pairs(model.rank(QUERY, TEXTS, raw=raw)) == expected
-    assert pairs(fastrerank.Reranker.rank(model, QUERY, TEXTS, raw=raw)) == expected
+    assert pairs(Reranker.rank(model, QUERY, TEXTS, raw=raw)) == expected
     assert asyncio.run(shared(model, raw)) == expected
     assert asyncio.run(over_http(model, "vllm", raw)) == expected
     if not raw:  # other dialects show the sigmoid, whose order is that of the logits
-        assert [i for i, _ in asyncio.run(over_http(model, "tei", raw))] == order(scores).tolist()
+        assert [i for i, _ in asyncio.run(over_http(model, "jina", raw))] == order(scores).tolist()
     assert in_haystack(path, raw, **options) == expected
 
 
@@ -116,7 +116,7 @@ def test_a_threshold_is_checked_before_anything_is_scored(tmp_path: Path) -> Non
     ):
         for call in (
             lambda t: model.rank(QUERY, TEXTS, score_threshold=t),
-            lambda t: fastrerank.Reranker.rank(model, QUERY, TEXTS, score_threshold=t),
+            lambda t: Reranker.rank(model, QUERY, TEXTS, score_threshold=t),
             lambda t: asyncio.run(shared_rank(t)),
         ):
             with pytest.raises(error, match=f"score_threshold {came}"):

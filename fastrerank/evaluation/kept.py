@@ -23,7 +23,8 @@ __all__ = ["Kept"]
 class Kept:
     """A folder of outcomes, one file for each system, that belong to these queries and settings.
 
-    A file is used only for the system, options, checkpoint files, texts and release that it was made with.
+    A file is used only for the system, options, texts and release that it was made with, and only while the files of
+    the checkpoint and those that options name are the same: a hub id stands for the commit that it means at the time.
 
     Example:
         >>> kept = Kept("out/unfinished", queries, top_k=None, warmup=1)                 # doctest: +SKIP
@@ -48,7 +49,7 @@ class Kept:
         """Return the system's outcome; None where there is none that belongs to it."""
         try:
             found = json.loads(self._path(system).read_text("utf-8"))
-            if found["key"] != self._key(system) or list(found["runs"]) != self._names:
+            if found["key"] != self._key(system, online=True) or list(found["runs"]) != self._names:
                 return None
             runs = {
                 name: ({qid: [(docid, score) for docid, score in hits] for qid, hits in run.items()}, np.array(seconds))
@@ -62,7 +63,7 @@ class Kept:
         """Keep the outcome of a system that did not fail: after this its file is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         row: dict[str, Any] = {
-            "key": self._key(system), "load_seconds": outcome.load_seconds, "peak": outcome.peak,
+            "key": self._key(system, online=False), "load_seconds": outcome.load_seconds, "peak": outcome.peak,
             "peak_gpu": outcome.peak_gpu,
             "runs": {name: [run, seconds.tolist()] for name, (run, seconds) in outcome.runs.items()},
         }  # fmt: skip
@@ -82,12 +83,46 @@ class Kept:
     def _path(self, system: System) -> Path:
         return self.folder / f"{file_name(system.name)}.json"
 
-    def _key(self, system: System) -> str:
-        folder = Path(system.model or "")
-        files = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-            if path.is_file()
-        ]
-        options = sorted((name, repr(value)) for name, value in system.options.items())
+    def _key(self, system: System, *, online: bool) -> str:
+        """What a system's outcome depends on. `online`: whether a hub id means the hub's commit, not the cache's.
+
+        The hub may have changed while a system ran; what it ran is the cache's.
+        """
+        model = system.model or ""
+        folder = Path(model).expanduser()
+        files = _files(folder) if folder.is_dir() else _commit(model, system.options, online)
+        options = sorted((name, repr(value), _file(value)) for name, value in system.options.items())
         return hashlib.sha256(json.dumps([self._asked, system.model, options, files]).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """(path, size, time of the last change) of all files in a folder and the folders in it."""
+    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file())
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in found)
+
+
+def _file(value: Any) -> tuple[int, int] | None:
+    """Size and time of the last change of the file that an option names, such as a template's; None if it is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        return None
+    try:
+        path = Path(value).expanduser()
+        state = path.stat()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return (state.st_size, state.st_mtime_ns) if path.is_file() else None
+
+
+def _commit(model: str, options: Mapping[str, Any], online: bool) -> str | None:
+    """The commit that a hub id means; None where nobody knows it."""
+    from huggingface_hub import snapshot_download
+
+    cache = options.get("cache_folder")
+    try:
+        snapshot = snapshot_download(
+            model, revision=options.get("revision"), cache_dir=None if cache is None else os.fspath(cache),
+            local_files_only=not online or bool(options.get("local_files_only")), allow_patterns=["config.json"],
+        )  # fmt: skip
+    except (OSError, ValueError):
+        return None
+    return Path(snapshot).name

@@ -13,7 +13,7 @@ from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.serve.errors import Flavor
 from fastrerank.serve.health import WorkerDied, dead
-from fastrerank.serve.names import hub_names, parse_aliases
+from fastrerank.serve.names import hub_names, parse_aliases, parse_labels
 from fastrerank.serve.run import parse_models, read_keys
 from fastrerank.types import Hit
 
@@ -32,8 +32,8 @@ class Arguments(BaseModel):
         model: checkpoint, or NAME=CHECKPOINT; or several. The first is the one that requests need not name.
         alias: ALIAS=NAME, or several: further names of models.
         method, options: as in `fastrerank.load`, for all models.
-        label: of heads with several labels the one that ranks, by name or number. A replica does not start where
-            nothing tells it.
+        label: of heads with several labels the one that ranks: a name or number for all models, NAME=LABEL for one, or
+            several of these. A replica does not start where nothing tells it.
         num_threads, num_gpus: what a replica computes with, and reserves.
         max_batch_tokens, max_wait_ms, max_queue_tokens: as in `fastrerank.AsyncReranker`, in each replica.
         api_flavor, max_documents, timeout: as `fastrerank serve` has them.
@@ -49,7 +49,7 @@ class Arguments(BaseModel):
     alias: str | list[str] = Field(default_factory=list)
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    label: str | int | None = None
+    label: str | int | list[str | int] | None = None
     num_threads: int = Field(1, ge=1)
     num_gpus: float = Field(0.0, ge=0)
     max_batch_tokens: int = Field(16384, ge=1)
@@ -76,9 +76,11 @@ class Replica:
         given = Arguments(**arguments)
         named = parse_models(_list(given.model))
         aliases = hub_names(named) | parse_aliases(_list(given.alias), named)
+        labels = parse_labels(_labels(given), named)
+        self.aliases = aliases
         self.models = {
             name: AsyncReranker(
-                _loaded(checkpoint, given),
+                _loaded(checkpoint, labels.get(name), given),
                 max_batch_tokens=given.max_batch_tokens, max_wait_ms=given.max_wait_ms,
                 max_queue_tokens=given.max_queue_tokens,
             )
@@ -102,7 +104,10 @@ class Replica:
     async def score(
         self, query: str, documents: list[str], model: str | None = None, **options: Unpack[Options]
     ) -> list[float]:
-        """Return each document's raw score, in their order; `options` are those of `Reranker.score`."""
+        """Return each document's raw score, in their order; `options` are those of `Reranker.score`.
+
+        `model`: a name or an alias; None for the first.
+        """
         scores: list[float] = (await self._named(model).score(query, documents, **options)).tolist()
         return scores
 
@@ -114,9 +119,12 @@ class Replica:
         return await self._named(model).rank(query, documents, top_k=top_k, raw=raw, **options)
 
     def _named(self, model: str | None) -> AsyncReranker:
-        if model is not None and model not in self.models:
-            raise ValueError(f"model must be one of {', '.join(self.models)}, got {model!r}")
-        return self.models[model or next(iter(self.models))]
+        if model is None:
+            return next(iter(self.models.values()))
+        name = self.aliases.get(model, model)
+        if name not in self.models:
+            raise ValueError(f"model must be one of {', '.join([*self.models, *self.aliases])}, got {model!r}")
+        return self.models[name]
 
 
 def app(arguments: Arguments) -> serve.Application:
@@ -129,7 +137,9 @@ def app(arguments: Arguments) -> serve.Application:
         >>> serve.run(app(Arguments(model="BAAI/bge-reranker-base", max_replicas=8)))         # doctest: +SKIP
     """
     # A wrong name is told here, not by replicas that do not start.
-    parse_aliases(_list(arguments.alias), parse_models(_list(arguments.model)))
+    named = parse_models(_list(arguments.model))
+    parse_aliases(_list(arguments.alias), named)
+    parse_labels(_labels(arguments), named)
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="fastrerank",
@@ -143,11 +153,17 @@ def app(arguments: Arguments) -> serve.Application:
     return deployment.bind(arguments.model_dump(mode="json"))
 
 
-def _loaded(checkpoint: str, given: Arguments) -> Reranker:
+def _loaded(checkpoint: str, label: str | int | None, given: Arguments) -> Reranker:
     """A model that can serve; ValueError for a head of several labels where nothing tells which one ranks."""
-    options = given.options | call_options(given.label)
+    options = given.options | call_options(label)
     return load_reranker(checkpoint, given.method, {"num_threads": given.num_threads, **options})
 
 
 def _list(model: str | list[str]) -> list[str]:
     return [model] if isinstance(model, str) else model
+
+
+def _labels(given: Arguments) -> list[str]:
+    """The values of `label` as the command line has them."""
+    labels = given.label if isinstance(given.label, list) else [] if given.label is None else [given.label]
+    return list(map(str, labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 import threading
@@ -413,7 +414,8 @@ def load(model: ModelPath, method: MethodName | str | None = None, **options: An
             classification head is a cross-encoder, a sentence-transformers model with Pooling is an embedding model.
         options: the class's own keywords (device, dtype, max_length, num_threads, revision, token, ...).
 
-    Raises ValueError for an unknown method, and for a checkpoint that the method, or every method, must refuse.
+    Raises ValueError for an unknown method, and for a checkpoint that the method, or every method, must refuse;
+    TypeError for a keyword that the method does not have, with those that it has.
 
     Example:
         >>> load("path/to/all-MiniLM-L6-v2", method="late-interaction")  # doctest: +SKIP
@@ -423,9 +425,24 @@ def load(model: ModelPath, method: MethodName | str | None = None, **options: An
     if method is None:
         hub = ("revision", "cache_folder", "local_files_only", "token", "trust_remote_code")
         method = _method_of(open_checkpoint(model, **{key: options[key] for key in hub if key in options}))
+    _check_keywords(method, options)
     module, name, _ = _METHODS[method]
     reranker = getattr(importlib.import_module(module), name)(model, **options)
     return cast("Reranker", reranker)
+
+
+def _check_keywords(method: str, options: dict[str, Any]) -> None:
+    from fastrerank.rerankers.options import load_keywords, other_keywords
+
+    known = load_keywords(method)
+    unknown = [name for name in options if name not in known and name not in other_keywords(method)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(
+            f"load() got an unexpected keyword argument {unknown[0]!r}{meant}: method {method!r} takes "
+            f"{', '.join(known)}"
+        )
 
 
 def _method_of(checkpoint: Checkpoint) -> str:

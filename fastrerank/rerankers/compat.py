@@ -16,6 +16,7 @@ from fastrerank.text.backend import encode_batch, guarded
 from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = [
+    "OTHER_KEYWORDS",
     "Config",
     "Device",
     "SharedTokenizer",
@@ -44,6 +45,8 @@ _DICTIONARIES: dict[str, dict[str, str]] = {
 }
 # The head is float32 whatever is asked, and there is no dropout in inference.
 _WITHOUT_EFFECT = ("keep_in_fp32_modules", "classifier_dropout", "model_card_data")
+# What `init_options` reads; it tells why modules cannot be given.
+OTHER_KEYWORDS = frozenset({*_RENAMED, *_DICTIONARIES, *_WITHOUT_EFFECT, "backend", "modules"})
 _BACKENDS = ("torch", "onnx", "openvino")
 _FAILURE = "the checkpoint's tokenizer fails on a text".__str__
 _PREDICT_WITHOUT_EFFECT = ("num_workers", "device", "pool", "chunk_size")

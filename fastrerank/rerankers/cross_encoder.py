@@ -34,6 +34,7 @@ from fastrerank.rerankers.conversations import as_conversation, is_message
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.peer_interface import ModelCardData, PeerInterface
 from fastrerank.rerankers.recognise import is_classifier, is_yes_no, logit_score
+from fastrerank.rerankers.refusal import OptionRefused
 from fastrerank.text.columns import pairs_of_columns
 from fastrerank.text.files import template_of_pairs
 from fastrerank.text.limits import NO_LIMITS, TextLimits
@@ -389,7 +390,9 @@ class CrossEncoder(PeerInterface, Reranker):
         else:
             shown = self._activate(logits, function)
             shown = shown[:, column] if shown.ndim > 1 else shown
-        return ranked(self._positions(scores, shown), shown, texts if return_documents else None, top_k, score_threshold)
+        return ranked(
+            self._positions(scores, shown), shown, texts if return_documents else None, top_k, score_threshold
+        )
 
     def _score_many(
         self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
@@ -414,10 +417,11 @@ class CrossEncoder(PeerInterface, Reranker):
 
     def _instruction(self, call: CallOptions) -> str | None:
         if call.instruction is not None and self._chat is None:
-            raise ValueError(
+            raise OptionRefused(
+                "instruction",
                 "instruction is for checkpoints whose chat template renders the pairs, with a place for one; this "
-                "one's tokenizer joins them: prompt= puts a text before the query"
-            )
+                "one's tokenizer joins them", "prompt= puts a text before the query",
+            )  # fmt: skip
         return call.instruction
 
     def _column(self, label: str | int | None) -> int:
@@ -427,10 +431,11 @@ class CrossEncoder(PeerInterface, Reranker):
         if label is not None:
             return resolve_label(label, self.labels)
         if self.label is None:
-            raise ValueError(
-                f"one label of the {self.num_labels} has to be the one that ranks, and their names do not tell which: "
-                f"label must be one of {', '.join(map(repr, self.labels))} or a number; predict() returns all of them"
-            )
+            raise OptionRefused(
+                "label",
+                f"one label of the {self.num_labels} has to be the one that ranks, and their names do not tell which "
+                f"({', '.join(map(repr, self.labels))})", "label= takes a name or a number; predict() returns all",
+            )  # fmt: skip
         return self.label
 
     def _pair_list(

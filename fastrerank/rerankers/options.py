@@ -8,7 +8,7 @@ from typing import Any
 
 from fastrerank.rerankers.base import _METHODS
 
-__all__ = ["load_keywords"]
+__all__ = ["load_keywords", "other_keywords"]
 
 # What takes the checkpoint, and what a method sets itself.
 _NOT_OPTIONS = {"self", "model", "model_name_or_path", "count", "preset"}
@@ -32,6 +32,20 @@ def load_keywords(method: str | None = None) -> list[str]:
                 found = getattr(importlib.import_module(_SHARED[0]), _SHARED[1])
             names |= _keywords(found)
     return sorted(names - _NOT_OPTIONS)
+
+
+def other_keywords(method: str) -> frozenset[str]:
+    """Return the keywords of other releases of sentence-transformers that `fastrerank.load` takes for a method too.
+
+    Example:
+        >>> "default_activation_function" in other_keywords("cross-encoder"), len(other_keywords("icr"))
+        (True, 0)
+    """
+    if method != "cross-encoder":
+        return frozenset()
+    from fastrerank.rerankers.compat import OTHER_KEYWORDS
+
+    return OTHER_KEYWORDS
 
 
 def _keywords(kind: type[Any]) -> set[str]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from fastrerank.rerankers.refusal import OptionRefused
 from fastrerank.serve.batcher import AsyncReranker
 
 __all__ = ["check_labels", "hub_names", "parse_aliases", "parse_labels"]
@@ -90,7 +91,8 @@ def check_labels(models: Mapping[str, AsyncReranker]) -> None:
         try:
             served.reranker.check_options()
         except ValueError as error:
+            reason = error.reason if isinstance(error, OptionRefused) else error
             raise ValueError(
-                f"model {name!r} cannot be served as it is: {error}. Give the label when it is loaded: --label LABEL, "
+                f"model {name!r} cannot be served as it is: {reason}. Give the label when it is loaded: --label LABEL, "
                 f"--label {name}=LABEL for this model alone, or label= in Python"
             ) from None
