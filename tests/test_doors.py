@@ -1,9 +1,11 @@
-"""What each door tells in its own words, and what it knows of names: `load`, the command line, the server, Ray Serve."""
+"""What each door tells in its own words, and the names that it knows: `load`, commands, the server, Ray Serve."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def test_an_unknown_keyword_of_load_lists_those_that_there_are(checkpoint: str, 
 
 
 def test_keywords_of_other_releases_still_load(checkpoint: str) -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="default_activation_function"):
         model = fastrerank.load(checkpoint, device="cpu", default_activation_function="identity")
     assert model.activation_fn == "identity"  # type: ignore[attr-defined]
     assert fastrerank.load(checkpoint, device="cpu", backend="torch", model_kwargs={"dtype": "float32"}) is not None
@@ -62,13 +64,15 @@ def test_a_refusal_gives_the_advice_of_its_door(
     assert main(["rank", QUERY, str(file), "--model", silent, "--device=cpu"]) == 1
     told = capsys.readouterr().err
     assert "('LABEL_0', 'LABEL_1'): --label takes a name or a number" in told
-    assert "predict" not in told and "label=" not in told
+    assert "predict" not in told
+    assert "label=" not in told
     assert main(["rank", QUERY, str(file), "--model", silent, "--device=cpu", "--label", "LABEL_1"]) == 0
 
     pytest.importorskip("fastapi")
     assert main(["serve", "--model", silent, "--device=cpu"]) == 1
     told = capsys.readouterr().err
-    assert "--label LABEL" in told and "predict" not in told
+    assert "--label LABEL" in told
+    assert "predict" not in told
 
 
 def test_ray_serve_knows_aliases_and_labels_of_each_model(checkpoint: str, silent: str, tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ def test_one_property_says_what_is_a_logit(checkpoint: str) -> None:
         assert model.raw_is_logit == (kind == "logit")
 
 
-def test_mteb_names_a_model_as_everything_does(checkpoint: str, tmp_path: Path) -> None:
+def test_mteb_names_a_model_as_everything_does(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--BAAI--bge-reranker" / "snapshots" / "953dc6f"
     assert hub_id(snapshot) == model_name(snapshot) == "BAAI/bge-reranker"
     assert hub_id(tmp_path / "other" / "snapshots" / "953dc6f") is None
@@ -135,11 +139,24 @@ def test_mteb_names_a_model_as_everything_does(checkpoint: str, tmp_path: Path) 
     assert (meta.name, meta.revision) == ("BAAI/bge-reranker", "953dc6f")
     own = save_tiny_cross_encoder(tmp_path / "snapshots" / "mine")
     meta = model_meta(fastrerank.CrossEncoder(own, device="cpu"))
-    assert meta.name == "fastrerank/mine" and meta.revision != "mine"
+    assert meta.name == "fastrerank/mine"
+    assert meta.revision != "mine"
 
 
-def unfinished(folder: Path, system: Any) -> tuple[Any, Any]:
-    """What keeps outcomes, with one of this system, and a way to read it."""
+def test_eval_says_where_a_system_gets_its_label(
+    silent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "q.jsonl"
+    documents = [{"docid": str(i), "text": text, "rel": i} for i, text in enumerate(TEXTS)]
+    data.write_text(json.dumps({"qid": "1", "query": QUERY, "candidates": documents}))
+    assert main(["eval", str(data), "--model", silent, "--device=cpu"]) == 1
+    told = capsys.readouterr().err
+    assert "label= is an option of the system (--label on the command line)" in told
+    assert "predict" not in told
+
+
+def unfinished(folder: Path, system: Any) -> Callable[[], bool]:
+    """Keep an outcome of this system; what is returned tells whether it would be used."""
     import numpy as np
     from judged import pool
 
@@ -148,17 +165,17 @@ def unfinished(folder: Path, system: Any) -> tuple[Any, Any]:
 
     kept = Kept(folder, {"a": pool(2)}, top_k=None, warmup=0)
     kept.write(system, Outcome({"a": ({}, np.zeros(2))}, 1.0, None, None))
-    return kept, lambda: kept.read(system) is not None
+    return lambda: kept.read(system) is not None
 
 
-def test_what_was_kept_is_of_the_files_in_folders_and_those_that_options_name(checkpoint: str, tmp_path: Path) -> None:
+def test_what_was_kept_is_of_the_files_in_folders_and_those_that_options_name(tmp_path: Path) -> None:
     from fastrerank.evaluation import System
 
     model, template = save_tiny_cross_encoder(tmp_path / "model"), tmp_path / "mine.toml"
     (model / "1_Dense").mkdir()
     for path in (model / "1_Dense" / "model.safetensors", template):
         path.write_text("one")
-        kept, read = unfinished(tmp_path / "out", System("a", model=str(model), options={"template": str(template)}))
+        read = unfinished(tmp_path / "out", System("a", model=str(model), options={"template": str(template)}))
         assert read()
         path.write_text("another")
         assert not read()
@@ -166,7 +183,7 @@ def test_what_was_kept_is_of_the_files_in_folders_and_those_that_options_name(ch
         assert not read()
 
 
-def test_what_was_kept_is_of_the_commit_that_a_hub_id_means(checkpoint: str, tmp_path: Path) -> None:
+def test_what_was_kept_is_of_the_commit_that_a_hub_id_means(tmp_path: Path) -> None:
     from fastrerank.evaluation import System
 
     hub = tmp_path / "models--owner--name"
@@ -175,7 +192,7 @@ def test_what_was_kept_is_of_the_commit_that_a_hub_id_means(checkpoint: str, tmp
         save_tiny_cross_encoder(hub / "snapshots" / commit)
     (hub / "refs" / "main").write_text("a" * 40)
     options = {"cache_folder": str(tmp_path), "local_files_only": True}
-    kept, read = unfinished(tmp_path / "out", System("a", model="owner/name", options=options))
+    read = unfinished(tmp_path / "out", System("a", model="owner/name", options=options))
     assert read()
     (hub / "refs" / "main").write_text("b" * 40)
     assert not read()

@@ -1,4 +1,4 @@
-"""One order of a model's documents, whichever door ranks them: also where an activation does not keep that of logits."""
+"""One order of a model's documents, whichever door ranks them: also where an activation changes that of logits."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_threshold_is_checked_before_anything_is_scored(tmp_path: Path) -> Non
                 call(wrong)
 
 
-def test_haystack_checks_a_threshold_by_name(tmp_path: Path) -> None:
+def test_haystack_checks_a_threshold_by_name() -> None:
     pytest.importorskip("haystack")
     from fastrerank.integrations.haystack import FastRanker
 

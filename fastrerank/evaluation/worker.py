@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 import fastrerank
 from fastrerank.datasets import JudgedQuery, Run
+from fastrerank.rerankers.refusal import OptionRefused
 
 from .reranking import rerank
 
@@ -170,9 +171,15 @@ def main(job_folder: str, pipe: int) -> int:
                 _tell(events, dataset=name, run=f"run{number}")
         except Exception as error:
             traceback.print_exc()
-            _tell(events, error=" ".join(f"{type(error).__name__}: {error}".split()), failed=name)
+            _tell(events, error=" ".join(f"{type(error).__name__}: {_said(error)}".split()), failed=name)
             return 1
     return 0
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, OptionRefused):
+        return str(error)
+    return f"{error.reason}: {error.option}= is an option of the system (--{error.option} on the command line)"
 
 
 def _tell(events: TextIO, **event: Any) -> None:

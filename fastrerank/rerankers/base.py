@@ -151,7 +151,7 @@ class Reranker(ABC):
         """
         return scores
 
-    def _positions(self, scores: Scores, shown: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def _positions(self, scores: Scores, shown: npt.NDArray[Any]) -> npt.NDArray[np.int64]:  # noqa: ARG002
         """Positions best first, of raw scores and of what is shown for them: here in the order of the raw scores.
 
         Whatever ranks by this object takes its order from here, so that all ways to it give one order.

@@ -250,7 +250,7 @@ class CrossEncoder(PeerInterface, Reranker):
         return self._activate(scores[:, None], activations.resolve(self.activation_fn))
 
     def _positions(self, scores: Scores, shown: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Positions in the order of what is shown, which an activation such as GELU does not keep; ties by raw score."""
+        """Positions in the order of what is shown, as GELU and others change that of raw scores; ties by raw score."""
         return order(shown, scores)
 
     @overload
