@@ -10,6 +10,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_without_anything_kept(
 ) -> None:
     data = rows_file(tmp_path / "data.jsonl", pool(2))
     given = [str(data) if argument == "DATA" else argument for argument in arguments]
-    monkeypatch.setattr(fastrerank, "load", lambda *_, **__: Stops(None, after=0))
+    monkeypatch.setattr(fastrerank, "load", lambda *_, **__: Stops(SimpleNamespace(check_options=dict), after=0))
     if arguments[0] == "rank":
         given[2:3] = [str(data), "--format", "lines"]
     assert main(given) == 130

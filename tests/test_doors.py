@@ -149,10 +149,15 @@ def test_eval_says_where_a_system_gets_its_label(
     data = tmp_path / "q.jsonl"
     documents = [{"docid": str(i), "text": text, "rel": i} for i, text in enumerate(TEXTS)]
     data.write_text(json.dumps({"qid": "1", "query": QUERY, "candidates": documents}))
-    assert main(["eval", str(data), "--model", silent, "--device=cpu"]) == 1
-    told = capsys.readouterr().err
-    assert "label= is an option of the system (--label on the command line)" in told
-    assert "predict" not in told
+    for models, advice in (
+        (["--model", silent], "--label takes a name or a number"),
+        (["--model", f"a={silent}", "--model", f"b={silent}"], "label= is an option of the system (--label on the"),
+    ):
+        assert main(["eval", str(data), *models, "--device=cpu"]) == 1
+        shown = capsys.readouterr()
+        told = " ".join((shown.out + shown.err).split())
+        assert advice in told
+        assert "predict" not in told
 
 
 def unfinished(folder: Path, system: Any) -> Callable[[], bool]:

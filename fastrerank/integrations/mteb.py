@@ -87,11 +87,9 @@ def model_meta(reranker: Reranker, name: str | None = None, revision: str | None
     if name is None:
         name = f"fastrerank/{type(reranker).__name__}"
         path = getattr(getattr(reranker, "checkpoint", None), "path", None)
-        found = None if path is None else hub_id(path)
-        if found is not None:
-            name, revision = found, path.name
-        elif path is not None:
-            name = f"fastrerank/{path.name}"
+        if path is not None:
+            found = hub_id(path)
+            name, revision = (f"fastrerank/{path.name}", revision) if found is None else (found, path.name)
     return ModelMeta.create_empty(
         {"name": name, "revision": revision, "model_type": ["cross-encoder"], "modalities": ["text"],
          "max_tokens": getattr(reranker, "max_length", None)}
