@@ -108,7 +108,12 @@ def test_a_browser_opens_the_documents_page_of_a_server_with_keys() -> None:
     """A browser sends no key for a page and its files: the page itself asks for the key of its requests."""
     pytest.importorskip("fastapi_offline")
     pages = ("/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/openapi.json")
-    closed = ({"url": "/docs"}, {"url": "/docs/x"}, {"method": "GET", "url": "/docsx"}, {"method": "GET", "url": "/info"})
+    closed = (
+        {"url": "/docs"},
+        {"url": "/docs/x"},
+        {"method": "GET", "url": "/docsx"},
+        {"method": "GET", "url": "/info"},
+    )
     answers = asked(*({"method": "GET", "url": page} for page in pages), *closed, settings=Settings(keys=("secret",)))
     assert [answer.status_code for answer in answers] == [200] * 4 + [401] * 4
     schema = answers[3].json()
