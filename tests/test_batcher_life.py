@@ -1,4 +1,4 @@
-"""What an `AsyncReranker` leaves behind: nothing that waits for ever when it is closed, no thread when it is dropped."""
+"""What an `AsyncReranker` leaves behind: nothing waits when it is closed, no thread stays when it is dropped."""
 
 from __future__ import annotations
 
@@ -116,15 +116,17 @@ def llama_index(reranker: Lengths) -> tuple[Any, Callable[[Any], Any]]:
 
 @pytest.mark.parametrize("framework", [langchain, llama_index])
 def test_an_adapter_shares_one_and_frees_it(framework: Any) -> None:
-    adapter, call = framework(Lengths())
+    made, call = framework(Lengths())
+    kept = [made]
+    del made
     before = {thread for thread in threading.enumerate() if thread.name.startswith("fastrerank-batch")}
     with ThreadPoolExecutor(8) as pool:
-        assert len(list(pool.map(lambda _: call(adapter), range(16)))) == 16
+        assert len(list(pool.map(call, kept * 16))) == 16
     threads = [
         thread for thread in threading.enumerate()
         if thread.name.startswith("fastrerank-batch") and thread not in before
     ]  # fmt: skip
     assert len(threads) == 2
-    model = weakref.ref(adapter._shared.reranker)
-    del adapter
+    model = weakref.ref(kept[0]._shared.reranker)
+    kept.clear()
     assert soon(lambda: model() is None and not any(thread.is_alive() for thread in threads))

@@ -127,6 +127,7 @@ def test_a_browser_opens_the_documents_page_of_a_server_with_keys() -> None:
 def test_a_key_opens_the_routes_that_the_schema_says_it_does() -> None:
     headers = {"authorization": "Bearer secret"}
     body = {"query": "q", "texts": ["a"]}
-    answers = asked({"url": "/rerank", "json": body, "headers": headers}, {"url": "/rerank", "json": body},
-                    {"method": "GET", "url": "/info", "headers": headers}, settings=Settings(keys=("secret",)))  # fmt: skip
+    info = {"method": "GET", "url": "/info", "headers": headers}
+    right, wrong = {"url": "/rerank", "json": body, "headers": headers}, {"url": "/rerank", "json": body}
+    answers = asked(right, wrong, info, settings=Settings(keys=("secret",)))
     assert [answer.status_code for answer in answers] == [200, 401, 200]

@@ -81,7 +81,7 @@ class AccessLog:
 
 
 class Keys:
-    """Answers 401 to requests without one of the keys in `Authorization: Bearer`, but to those that only read an open path.
+    """Answers 401 to requests without one of the keys in `Authorization: Bearer`; what is open may be read without.
 
     Keys are compared in a time that does not depend on where they differ.
     """
