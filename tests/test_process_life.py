@@ -167,6 +167,7 @@ def test_a_process_ends_as_it_says_while_threads_compute(tmp_path: Path, what: s
     assert f"{EXITS} exits, 0" in child(EXITING, tmp_path, what, EXITS)
 
 
+@pytest.mark.nightly
 def test_a_process_ends_as_it_says_while_torch_computes_a_batch(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     assert "3 exits, 0" in child(EXITING, tmp_path, "torch batcher", 3)
