@@ -50,8 +50,8 @@ calls = {
 
 EXITING = """
 def begin(what):
-    if what == "batcher":
-        batcher = AsyncReranker(model)
+    if what.endswith("batcher"):
+        batcher = AsyncReranker(model, max_batch_tokens=2000)
         for _ in range(20):
             batcher.submit("how long do fleas live", [text] * 64)
         return
@@ -61,6 +61,10 @@ def begin(what):
     for _ in range(2):
         threading.Thread(target=go_on, daemon=True).start()
 
+if sys.argv[2] == "torch batcher":
+    import torch
+    torch.set_num_threads(1)  # threads of torch's own would not be in a forked child
+    model = fastrerank.CrossEncoder(sys.argv[1] + "/model", engine="torch", device="cpu")
 statuses = []
 for turn in range(int(sys.argv[3])):
     child = os.fork()
@@ -161,6 +165,12 @@ def child(code: str, *arguments: Any, seconds: float = 240) -> str:
 @pytest.mark.parametrize("what", ["predict", "forward", "max_sim", "cur_topk", "attention", "batcher"])
 def test_a_process_ends_as_it_says_while_threads_compute(tmp_path: Path, what: str) -> None:
     assert f"{EXITS} exits, 0" in child(EXITING, tmp_path, what, EXITS)
+
+
+@pytest.mark.nightly
+def test_a_process_ends_as_it_says_while_torch_computes_a_batch(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    assert "3 exits, 0" in child(EXITING, tmp_path, "torch batcher", 3)
 
 
 def test_a_child_that_is_forked_while_threads_compute_can_compute(tmp_path: Path) -> None:

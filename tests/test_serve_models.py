@@ -211,3 +211,26 @@ def test_an_instruction_reaches_the_prompt(tmp_path: Path) -> None:
     body = {"text_1": "who", "text_2": texts, "instruct": "find the owl", "raw_scores": True}
     answer = request("POST", "/score", {"qwen": model}, **body)
     np.testing.assert_allclose([row["score"] for row in answer.json()["data"]], expected, rtol=2e-5)
+
+
+def test_info_lists_what_the_checkpoint_honours_and_refusals_speak_of_fields(tmp_path: Path) -> None:
+    """A head whose tokenizer joins the pairs has no place for an instruction, whatever its class can do."""
+    from helpers_tiny import save_tiny_cross_encoder
+
+    from fastrerank import CrossEncoder
+
+    model = CrossEncoder(save_tiny_cross_encoder(tmp_path), device="cpu")
+    assert model.honoured_options == model.call_options - {"instruction"}
+    options = request("GET", "/info", {"plain": model}).json()["models"]["plain"]["options"]
+    assert options == sorted(model.honoured_options)
+    with pytest.raises(ValueError, match="prompt= puts a text before the query"):  # Python's advice, for its callers
+        model.score("who", ["the owl"], instruction="find")
+    refused = request("POST", "/rerank", {"plain": model}, query="who", texts=["the owl"], instruction="find")
+    assert refused.status_code == 422
+    message = refused.json()["error"]
+    assert message.startswith("`instruction` cannot be honoured: this model's method is 'cross-encoder', and its input")
+    assert "leave it out (/info: it takes label, " in message
+    assert not any(word in message for word in ("prompt=", "predict", "()", "load"))
+    for option in sorted(model.honoured_options - {"label"}):
+        value = {"truncation_side": "left", "truncate": False}.get(option, 12)
+        model.check_options(**{option: value})

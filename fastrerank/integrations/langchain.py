@@ -11,7 +11,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, Field, PrivateAttr
 
 import fastrerank
-from fastrerank.integrations.loading import call_options, load_reranker, shown
+from fastrerank.integrations.loading import call_options, load_reranker, shared_by, shown
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
@@ -107,10 +107,8 @@ class FastReranker(BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """`compress_documents` in batches with this object's other calls."""
         assert self.reranker is not None
-        if self._shared is None:
-            self._shared = AsyncReranker(self.reranker)
         texts = [document.page_content for document in documents]
-        return _kept(documents, await self._shared.rank(query, texts, **self._options()))
+        return _kept(documents, await shared_by(self, self.reranker).rank(query, texts, **self._options()))
 
     def _options(self) -> dict[str, Any]:
         return {"top_k": self.top_n, "raw": self.raw, **call_options(self.label)}

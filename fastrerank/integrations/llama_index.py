@@ -10,7 +10,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
-from fastrerank.integrations.loading import call_options, load_reranker, name_of
+from fastrerank.integrations.loading import call_options, load_reranker, name_of, shared_by
 from fastrerank.rerankers.base import Reranker
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.types import Hit
@@ -72,9 +72,7 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         query = self._begin(nodes, query_bundle)
-        if self._shared is None:
-            self._shared = AsyncReranker(self._reranker)
-        hits = await self._shared.rank(query, _texts(nodes), **self._options())
+        hits = await shared_by(self, self._reranker).rank(query, _texts(nodes), **self._options())
         return self._end(nodes, hits)
 
     def _options(self) -> dict[str, Any]:

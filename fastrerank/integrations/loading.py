@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 
 import fastrerank
 from fastrerank.rerankers.base import Reranker, Scores
+from fastrerank.serve.batcher import AsyncReranker
 
-__all__ = ["call_options", "load_reranker", "name_of", "shown"]
+__all__ = ["call_options", "load_reranker", "name_of", "shared_by", "shown"]
+
+_creating = threading.Lock()
 
 
 def load_reranker(
@@ -46,6 +50,18 @@ def call_options(label: str | int | None) -> dict[str, Any]:
         ({}, {'label': 'entailment'})
     """
     return {} if label is None else {"label": label}
+
+
+def shared_by(owner: Any, reranker: Reranker) -> AsyncReranker:
+    """Return `owner._shared`, which the first of its async calls makes: one, whatever threads call at once.
+
+    It ends with its owner, as nothing else holds it.
+    """
+    with _creating:
+        if owner._shared is None:
+            owner._shared = AsyncReranker(reranker)
+        found: AsyncReranker = owner._shared
+    return found
 
 
 def shown(reranker: Reranker, scores: Scores, raw: bool) -> Scores:

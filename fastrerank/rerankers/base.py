@@ -132,6 +132,11 @@ class Reranker(ABC):
         """`_score_many`, whose last argument is for methods that have `call_options`."""
         return self._score_many(queries, documents, usage, *(() if call == NO_OPTIONS else (call,)))
 
+    @property
+    def honoured_options(self) -> frozenset[str]:
+        """Those of `call_options` that this checkpoint honours: here all."""
+        return self.call_options
+
     def check_options(self, **options: Any) -> CallOptions:
         """Return the options of a call, checked as `score` checks them, before anything runs.
 
@@ -142,7 +147,7 @@ class Reranker(ABC):
             >>> reranker.check_options(max_tokens_per_doc=256).keywords()  # doctest: +SKIP
             {'max_tokens_per_doc': 256}
         """
-        return CallOptions.of(options, self.call_options, self.method)
+        return CallOptions.of(options, self.honoured_options, self.method)
 
     def activated(self, scores: Scores) -> Scores:
         """Return what `rank` shows for raw scores, float32 of the same shape: here the scores themselves.

@@ -58,6 +58,11 @@ class CallOptions:
         option that the method cannot honour, with the reason.
         """
         known = ("label", "instruction", *sorted(LIMITS))
+        label, instruction = options.get("label"), options.get("instruction")
+        if label is not None and (isinstance(label, bool) or not isinstance(label, (str, int))):
+            raise TypeError(f"label must be a name (str), a number (int) or None, got {type(label).__name__}")
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
         for name, value in options.items():
             if name not in known:
                 raise TypeError(f"{name!r} is not an option of a call; there are {', '.join(known)}")
@@ -66,11 +71,6 @@ class CallOptions:
                 reason = _REASONS.get(name, "it reads its texts in another way")
                 can = ", ".join(sorted(supported)) or "none"
                 raise ValueError(f"method {method!r} cannot honour {name}: {reason}; options that it takes: {can}")
-        label, instruction = options.get("label"), options.get("instruction")
-        if label is not None and (isinstance(label, bool) or not isinstance(label, (str, int))):
-            raise TypeError(f"label must be a name (str), a number (int) or None, got {type(label).__name__}")
-        if instruction is not None and not isinstance(instruction, str):
-            raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
         limits = TextLimits(**{name: value for name, value in options.items() if name in LIMITS})
         return cls(label, instruction, limits)
 

@@ -232,15 +232,20 @@ class CrossEncoder(PeerInterface, Reranker):
         warm_up(self.engine)
         return self
 
+    @property
+    def honoured_options(self) -> frozenset[str]:
+        """`call_options`, without `instruction` where no chat template renders the pairs."""
+        return self.call_options - (frozenset() if self._chat is not None else {"instruction"})
+
     def check_options(self, **options: Any) -> CallOptions:
         """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.
 
         Raises ValueError also for a label that the head lacks, for none where there are several and no name tells, and
         for an instruction where no chat template renders the pairs.
         """
+        self._check_instruction(options.get("instruction"))
         call = super().check_options(**options)
         self._column(call.label)
-        self._instruction(call)
         return call
 
     def activated(self, scores: Scores) -> Scores:
@@ -411,18 +416,17 @@ class CrossEncoder(PeerInterface, Reranker):
         """Take a call's own options and the arguments of its chat template out of `options`."""
         own = {name: options.pop(name) for name in ("instruction", *LIMITS - {"max_length"}) if name in options}
         limit, chat_options = processing_options(options)
-        call = CallOptions.of({**own, "max_length": limit}, self.call_options, self.method)
-        self._instruction(call)
-        return call, chat_options
+        self._check_instruction(own.get("instruction"))
+        return CallOptions.of({**own, "max_length": limit}, self.honoured_options, self.method), chat_options
 
-    def _instruction(self, call: CallOptions) -> str | None:
-        if call.instruction is not None and self._chat is None:
+    def _check_instruction(self, instruction: Any) -> None:
+        if isinstance(instruction, str) and "instruction" not in self.honoured_options:
             raise OptionRefused(
                 "instruction",
                 "instruction is for checkpoints whose chat template renders the pairs, with a place for one; this "
-                "one's tokenizer joins them", "prompt= puts a text before the query",
-            )  # fmt: skip
-        return call.instruction
+                "one's tokenizer joins them",
+                "prompt= puts a text before the query",
+            )
 
     def _column(self, label: str | int | None) -> int:
         """The number of the label that ranks."""

@@ -12,8 +12,6 @@ __all__ = ["HEAVY_BYTES", "REQUEST_SHARE", "Measured", "Overloaded", "TooLarge",
 
 # Share of the queue that large requests may take together, so the most that one may take: the rest is for small ones.
 REQUEST_SHARE = 0.75
-# What a pair costs beside its texts: special tokens, in bytes of text.
-PAIR_BYTES = 8
 # A text of so many bytes takes long to be tokenised, however few of its tokens count; tokenising so many bytes takes
 # about as long as computing one byte's tokens.
 HEAVY_BYTES, BYTES_AS_ONE = 256 << 10, 64
@@ -33,25 +31,29 @@ class TooLarge(ValueError):
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of a request: `sizes` of each pair that are read, `effort` of all with what tokenising adds, and of the
-    `longest` text.
+    """Bytes of a request: `sizes` of each pair that are read, `effort` of all with what tokenising adds, of the
+    `longest` text, and `overhead`, what a size has for the tokens that are in every pair.
     """
 
     sizes: list[int]
     effort: int
     longest: int
+    overhead: int
 
 
 def measure(
-    query: str | list[str], texts: list[str], limits: TextLimits, max_length: int | None, speed: Speed
-) -> Measured:
+    query: str | list[str], texts: list[str], limits: TextLimits, max_length: int | None, speed: Speed,
+    instruction: str | None = None, whole: bool = False,
+) -> Measured:  # fmt: skip
     """Return what the pairs of `texts` with their query cost: a query counts with each of its documents.
+
+    So does the `instruction`, but where the documents are scored together as a `whole`: then they share one.
 
     A pair counts no more than the tokens that are read of it, by the call's limits or the reranker's `max_length`.
 
     Example:
         >>> measure("who?", ["the owl", "a cat"], TextLimits(), 512, Speed()).sizes
-        [19, 17]
+        [21, 19]
     """
     # A lone surrogate has no UTF-8 form; for a size any will do.
     own = [query] * len(texts) if isinstance(query, str) else query
@@ -66,12 +68,15 @@ def measure(
         most(tokens) for tokens in (limits.max_length or max_length, limits.max_tokens_per_query,
                                     limits.max_tokens_per_doc)
     )  # fmt: skip
+    said = len((instruction or "").encode("utf-8", "replace"))
+    each = -(-said // max(1, len(texts))) if whole else said
+    overhead = speed.overhead()
     sizes = [
-        min(pair, min(base, first) + min(length, second) + PAIR_BYTES)
+        min(pair, min(base, first) + min(length, second) + each + overhead)
         for base, length in zip(bases, lengths, strict=True)
     ]
-    effort = sum(sizes) + (sum(known.values()) + sum(lengths)) // BYTES_AS_ONE
-    return Measured(sizes, effort, max((*known.values(), *lengths), default=0))
+    effort = sum(sizes) + (sum(known.values()) + sum(lengths) + each * len(texts)) // BYTES_AS_ONE
+    return Measured(sizes, effort, max((*known.values(), *lengths, said), default=0), overhead)
 
 
 def admit(size: int, load: int, large_load: int, speed: Speed, queue: int) -> None:

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -380,30 +381,34 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
         503: {"description": "The server is shutting down."},
         504: {"description": "The request's time was over."},
     }
+    # Only the schema is told of the keys, so that the page of /docs asks for one: `Keys` checks them, for every route.
+    keyed = [Security(HTTPBearer(auto_error=False))] if server.settings.keys else []
     for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/"):
-        app.add_api_route(path, rerank, methods=["POST"], responses=errors, response_model=None,
+        app.add_api_route(path, rerank, methods=["POST"], responses=errors, response_model=None, dependencies=keyed,
                           summary="Rank documents by a query", name=f"rerank {path}")  # fmt: skip
     for path in ("/score", "/v1/score"):
-        app.add_api_route(path, score, methods=["POST"], responses=errors, response_model=None,
+        app.add_api_route(path, score, methods=["POST"], responses=errors, response_model=None, dependencies=keyed,
                           summary="Score pairs", name=f"score {path}")  # fmt: skip
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=keyed)
     async def models() -> dict[str, Any]:
         return openai_models(server.models, server.settings.aliases, server.begun)
 
-    @app.get("/models")
+    @app.get("/models", dependencies=keyed)
     async def models_with_stats() -> dict[str, Any]:
         return infinity_models(server.models, server.begun)
 
-    @app.get("/info")
+    @app.get("/info", dependencies=keyed)
     async def info() -> dict[str, Any]:
         return tei_info(server.models, server.settings.aliases, server.settings.max_documents)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "A worker thread has died; the process ends."}})
     async def health() -> dict[str, str]:
         server.check()
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"description": "The server is shutting down, or a worker has died."}})
     async def ready() -> dict[str, str]:
         server.check()
@@ -411,7 +416,7 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
             raise Problem(503, "Unhealthy", "the server is shutting down")
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, dependencies=keyed)
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

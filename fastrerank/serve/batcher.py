@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
@@ -33,6 +36,8 @@ __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored"
 log = logging.getLogger("fastrerank.serve")
 Scores = npt.NDArray[np.float32]
 
+# Seconds that the end of the process waits for a batch that is being computed.
+EXIT_SECONDS = 60.0
 # After so many slices without a new small request every worker may take slices of large ones; else one is kept free.
 QUIET_SLICES = 64
 
@@ -114,6 +119,7 @@ class AsyncReranker:
         self.batches = 0
         self.speed = Speed()
         self._waiting = Waiting()
+        self._taken: set[Piece] = set()  # what is being computed
         self._flying = 0  # bytes of the batches that are being computed
         self._flying_large = 0  # of them those of large requests
         self._slices = 0  # slices of large requests that are being computed
@@ -122,11 +128,18 @@ class AsyncReranker:
         self._closing = False
         self._failure: BaseException | None = None  # what ended a worker
         self._changed = threading.Condition()
+        # The threads own nothing of this object while they wait: one that nobody holds ends them, and frees its model.
+        gone = threading.Event()
+        weakref.finalize(self, _wake, self._changed, gone).atexit = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"fastrerank-batch-{i}", daemon=True) for i in range(workers)
+            threading.Thread(
+                target=_work, args=(weakref.ref(self), self._changed, gone), name=f"fastrerank-batch-{i}", daemon=True
+            )
+            for i in range(workers)
         ]
         for thread in self._threads:
             thread.start()
+        _open.add(self)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closing else ""
@@ -246,8 +259,18 @@ class AsyncReranker:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
         with self._changed:
             left, self._waiting = self._waiting, Waiting()
-        for request in left:
+            begun = {piece.request for piece in self._taken}
+        for request in (*left, *begun):
             request.end(Closed("the reranker was closed before this request was scored"))
+
+    def _drop(self, reason: str) -> None:
+        """Take no more requests, and end those that no batch has begun."""
+        with self._changed:
+            self._closing = True
+            left, self._waiting = self._waiting, Waiting()
+            self._changed.notify_all()
+        for request in left:
+            request.end(Closed(f"the reranker takes no more requests: {reason}"))
 
     async def aclose(self, grace: float | None = None) -> None:
         """`close` without blocking the event loop."""
@@ -304,12 +327,12 @@ class AsyncReranker:
     def _request(
         self, query: str | list[str], texts: list[str], timeout: float | None, explain: bool, call: CallOptions
     ) -> Request:
-        measured = measure(query, texts, call.limits, self.max_length, self.speed)
         whole = not self.reranker.independent or explain
+        measured = measure(query, texts, call.limits, self.max_length, self.speed, call.instruction, whole)
         large = measured.effort > LARGEST_SHARE * self.speed.bytes(self.max_batch_tokens)
         heavy = large and (whole or measured.longest > HEAVY_BYTES)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return Request(query, texts, measured.sizes, whole, deadline, explain, large, heavy, call)
+        return Request(query, texts, measured.sizes, whole, deadline, explain, large, heavy, call, measured.overhead)
 
     def _load(self) -> int:
         return self._flying + self._waiting.bytes
@@ -319,23 +342,20 @@ class AsyncReranker:
         with self._changed:
             self._waiting.discard(request)
 
-    def _work(self) -> None:
+    def _compute(self, pieces: list[Piece]) -> None:
+        large = any(piece.request.large for piece in pieces)
         try:
-            while (pieces := self._next()) is not None:
-                large = any(piece.request.large for piece in pieces)
-                try:
-                    self._run(pieces)
-                except BaseException:
-                    self._end(pieces, Closed("the worker that scored this request died"))
-                    raise
-                finally:
-                    with self._changed:
-                        size = sum(piece.bytes for piece in pieces)
-                        self._flying -= size
-                        self._flying_large -= size if large else 0
-                        self._slices -= large
-        except BaseException as error:
-            self._fail(error)
+            self._run(pieces)
+        except BaseException:
+            self._end(pieces, Closed("the worker that scored this request died"))
+            raise
+        finally:
+            with self._changed:
+                size = sum(piece.bytes for piece in pieces)
+                self._taken.difference_update(pieces)
+                self._flying -= size
+                self._flying_large -= size if large else 0
+                self._slices -= large
 
     def _fail(self, error: BaseException) -> None:
         """A worker died: the others would go on, but an object that is partly dead is nothing to rely on."""
@@ -352,34 +372,28 @@ class AsyncReranker:
         for piece in pieces:
             piece.request.end(error)
 
-    def _next(self) -> list[Piece] | None:
-        """Wait for a batch; None when there will be no more."""
-        late: list[Request] = []
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                late += self._waiting.late(now)
-                over = not self._waiting and (self._closing or self._failure is not None)
-                if over:
-                    self._changed.notify_all()  # a worker that may take no slices may wait for this one's end
-                if over or late:
-                    break
-                wait = None
-                if self._waiting.small and not (self._large_next and self._may_slice()):
-                    budget = self.speed.bytes(self.max_batch_tokens)
-                    wait = self._waiting.small.first.arrived + self.max_wait - now
-                    if wait <= 0 or self._closing or self._waiting.small.bytes >= budget:
-                        self._large_next = True
-                        return self._begun(self._waiting.take(budget), now)
-                elif self._may_slice():
-                    self._large_next = False
-                    self._slices += 1
-                    self._quiet += 1
-                    return self._begun(self._waiting.slice(self.speed.slice(self.max_batch_tokens)), now)
-                self._changed.wait(wait)
-        for request in late:
-            request.end(_late(request))
-        return [] if late else None
+    def _next(self) -> _Step:
+        """Return what a worker does next; the caller holds `_changed`."""
+        now = time.monotonic()
+        late = self._waiting.late(now)
+        if late:
+            return _Step(late=late)
+        if not self._waiting and (self._closing or self._failure is not None):
+            self._changed.notify_all()  # a worker that may take no slices may wait for this one's end
+            return _Step(over=True)
+        wait = None
+        if self._waiting.small and not (self._large_next and self._may_slice()):
+            budget = self.speed.bytes(self.max_batch_tokens)
+            wait = self._waiting.small.first.arrived + self.max_wait - now
+            if wait <= 0 or self._closing or self._waiting.small.bytes >= budget:
+                self._large_next = True
+                return _Step(self._begun(self._waiting.take(budget), now))
+        elif self._may_slice():
+            self._large_next = False
+            self._slices += 1
+            self._quiet += 1
+            return _Step(self._begun(self._waiting.slice(self.speed.slice(self.max_batch_tokens)), now))
+        return _Step(wait=wait)
 
     def _may_slice(self) -> bool:
         """Whether a slice of a large request may begin: where there are several workers, one is kept for small ones."""
@@ -389,6 +403,7 @@ class AsyncReranker:
         return not all_busy or (self._quiet >= QUIET_SLICES and not self._waiting.large.first.heavy)
 
     def _begun(self, pieces: list[Piece], now: float) -> list[Piece]:
+        self._taken.update(pieces)
         for piece in pieces:
             piece.request.started = piece.request.started or now
             self._flying += piece.bytes
@@ -461,7 +476,9 @@ class AsyncReranker:
     ) -> None:
         """Hand a batch's scores to its requests, and end those that have all of theirs."""
         size = sum(piece.bytes for piece in pieces)
-        self.speed.note(size, tokens, seconds)
+        pairs = sum(piece.end - piece.begin for piece in pieces)
+        text = size - sum((piece.end - piece.begin) * piece.request.overhead for piece in pieces)
+        self.speed.note(max(1, text), tokens, seconds, pairs)
         ended = []
         with self._changed:
             self.batches += 1
@@ -476,6 +493,76 @@ class AsyncReranker:
                     ended.append(request)
         for request in ended:
             request.end()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a worker does next: compute `pieces`, tell the `late`, end (`over`), or `wait`, None for any time."""
+
+    pieces: Sequence[Piece] = ()
+    late: Sequence[Request] = ()
+    over: bool = False
+    wait: float | None = None
+
+
+def _work(reference: weakref.ref[AsyncReranker], changed: threading.Condition, gone: threading.Event) -> None:
+    """Compute batches of an `AsyncReranker` until it is closed, or nobody holds it (`gone`)."""
+    while True:
+        with changed:
+            owner = reference()
+            if owner is None:
+                return
+            try:
+                step = owner._next()
+            except BaseException as error:
+                owner._fail(error)
+                return
+            if not (step.pieces or step.late or step.over):
+                del owner
+                if gone.is_set():
+                    return
+                changed.wait(step.wait)
+                continue
+        for request in step.late:
+            request.end(_late(request))
+        if step.over:
+            return
+        if step.pieces:
+            try:
+                owner._compute(list(step.pieces))
+            except BaseException as error:
+                owner._fail(error)
+                return
+        del owner, step
+
+
+def _wake(changed: threading.Condition, gone: threading.Event) -> None:
+    """An `AsyncReranker` is gone: its threads end."""
+    gone.set()
+    with changed:
+        changed.notify_all()
+
+
+# Those whose threads may compute. While the interpreter ends, a thread that comes back from torch ends the process with
+# a signal, so no batch may outlast `_at_exit`.
+_open: weakref.WeakSet[AsyncReranker] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    """Take no more requests, end those that wait, and let the batches that are being computed come to their end."""
+    everyone = list(_open)
+    for one in everyone:
+        one._drop("the process ends")
+    end = time.monotonic() + EXIT_SECONDS
+    for one in everyone:
+        for thread in one._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    # A child has none of the threads, and a lock that one of them held stays locked there.
+    os.register_at_fork(after_in_child=_open.clear)
 
 
 def _for_callers(error: BaseException) -> Exception:

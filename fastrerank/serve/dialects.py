@@ -56,6 +56,10 @@ def to_ask(body: RerankBody, path: str, flavor: Flavor) -> Ask:
     documents: Sequence[Any] = given or []
     if not documents:
         raise Problem(400, "Empty", f"`{field}` cannot be empty", field=field)
+    if body.rank_fields is not None and len(set(body.rank_fields)) < len(body.rank_fields):
+        # A short body could name a long field thousands of times.
+        twice = next(name for name in body.rank_fields if body.rank_fields.count(name) > 1)
+        raise refuse("rank_fields", f"must name each field once, got {twice[:100]!r} twice or more")
     texts = [_text(document, f"{field}[{i}]", body.rank_fields) for i, document in enumerate(documents)]
     returned = agreed((("return_documents", body.return_documents), ("return_text", body.return_text)))[1]
     return Ask(

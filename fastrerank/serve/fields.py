@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -68,7 +68,8 @@ def call_options(
     _refuse_unbuilt(body)
     reranker, ignored = served.reranker, []
     given = _limits(body, flavor, served.max_length)
-    if given.get("truncation_side", ("", ""))[1] == "right" and "truncation_side" not in reranker.call_options:
+    can = reranker.honoured_options
+    if given.get("truncation_side", ("", ""))[1] == "right" and "truncation_side" not in can:
         del given["truncation_side"]  # as such a method cuts anyway; clients of TEI always send it
     if body.label is not None:
         given["label"] = ("label", body.label)
@@ -80,6 +81,8 @@ def call_options(
     options: dict[str, Any] = {}
     for option, (field, value) in given.items():
         try:
+            if option not in can:
+                raise ValueError(_refusal(option, served, can))
             reranker.check_options(**{option: value})
         except (ValueError, TypeError) as error:
             if option == "instruction" and flavor is Flavor.vllm:  # as vLLM takes one that no template has a place for
@@ -88,7 +91,6 @@ def call_options(
             raise refuse(field, f"cannot be honoured: {error}") from None
         options[option] = value
     # What a dialect does where the request does not say, as far as the method can.
-    can = reranker.call_options
     cut = {"max_length", "truncate", "max_tokens_per_doc", "max_tokens_per_query"} & options.keys()
     if flavor is Flavor.vllm and not cut and not _said_to_cut(body) and "truncate" in can:
         options["truncate"] = False
@@ -102,6 +104,16 @@ def call_options(
         return reranker.check_options(**options), ignored
     except (ValueError, TypeError) as error:
         raise Problem(422, "Validation", str(error)) from None
+
+
+def _refusal(option: str, served: AsyncReranker, can: Collection[str]) -> str:
+    """Why the model does not honour `option`, in the terms of a client, who sees fields and no Python."""
+    reason = {
+        "label": "only a classification head has labels",
+        "instruction": "its input has no place for an instruction",
+    }.get(option, "it reads its texts in another way")
+    takes = ", ".join(sorted(can)) or "none"
+    return f"this model's method is {served.reranker.method!r}, and {reason}; leave it out (/info: it takes {takes})"
 
 
 def _refuse_unbuilt(body: Common) -> None:

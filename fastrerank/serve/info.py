@@ -18,7 +18,7 @@ def tei_info(models: Mapping[str, AsyncReranker], aliases: Mapping[str, str], ma
     rows = {
         name: {"method": one.reranker.method, "score": "logit" if one.reranker.raw_is_logit else "raw",
                "max_length": one.max_length, "device": one.device_name, "explain": one.explains,
-               "options": sorted(one.reranker.call_options),
+               "options": sorted(one.reranker.honoured_options),
                "aliases": [alias for alias, of in aliases.items() if of == name]}
         for name, one in models.items()
     }  # fmt: skip

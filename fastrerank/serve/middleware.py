@@ -81,12 +81,14 @@ class AccessLog:
 
 
 class Keys:
-    """Answers 401 to requests without one of the keys in `Authorization: Bearer`, but for the open paths.
+    """Answers 401 to requests without one of the keys in `Authorization: Bearer`; what is open may be read without.
 
     Keys are compared in a time that does not depend on where they differ.
     """
 
     OPEN = ("/health", "/ready")
+    # Pages that a browser opens without a header, and the files that they are made of: none holds a secret.
+    PAGES = ("/", "/docs", "/openapi.json")
 
     def __init__(
         self, app: App, keys: Sequence[str], open_page: bool = True, body: Callable[[str, str], Any] | None = None
@@ -94,7 +96,8 @@ class Keys:
         """`body`: (path, message) -> what the answer holds, as JSON."""
         self.app, self.keys = app, [key.encode() for key in keys]
         self.body = body or (lambda _, message: {"message": message})
-        self.open = (*self.OPEN, "/") if open_page else self.OPEN
+        self.open = (*self.OPEN, *self.PAGES) if open_page else self.OPEN
+        self.folders = ("/docs/",) if open_page else ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.keys and not self._may(scope):
@@ -104,7 +107,8 @@ class Keys:
         await self.app(scope, receive, send)
 
     def _may(self, scope: Scope) -> bool:
-        if scope["path"] in self.open and scope["method"] in ("GET", "HEAD"):
+        path = scope["path"]
+        if scope["method"] in ("GET", "HEAD") and (path in self.open or path.startswith(self.folders)):
             return True
         kind, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         right = [hmac.compare_digest(key, known) for known in self.keys]

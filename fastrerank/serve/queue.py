@@ -27,6 +27,13 @@ SLICE_SECONDS, LEAST_SLICE_TOKENS = 0.05, 512
 # What tokens per byte do not fall below. A long run without a space is one token, and texts of such runs must not teach
 # the queue that a batch of honest texts has room for ten times as many.
 LEAST_TOKENS_PER_BYTE = 0.1
+# And what they do not rise above: a token has at least a byte. What a batch holds beyond it is no text of the request,
+# but of the prompt around it.
+MOST_TOKENS_PER_BYTE = 1.0
+# Text of so many bytes tells a rate. Batches of less teach less: a letter or two in each pair are no measure.
+TELLING_BYTES = 8 << 10
+# Tokens of a pair beside its texts before the first batch: the special tokens of an encoder.
+PAIR_TOKENS = 3.0
 
 
 @dataclass(eq=False)
@@ -47,6 +54,7 @@ class Request:
             them those of tokenising.
         exact: whether `tokens` was counted; else it is the batches' tokens shared out by bytes.
         waiting_bytes: bytes of the documents that no batch has taken.
+        overhead: what each of `sizes` has for tokens that are no text of the pair.
     """
 
     query: str | list[str]
@@ -58,6 +66,7 @@ class Request:
     large: bool = False
     heavy: bool = False
     options: CallOptions = NO_OPTIONS
+    overhead: int = 0
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     future: Future[npt.NDArray[np.float32]] = field(default_factory=Future)
@@ -218,19 +227,34 @@ class Waiting:
 
 
 class Speed:
-    """Tokens per byte of text and tokens per second, as running means over batches."""
+    """Tokens per byte of text, tokens of a pair beside its text, and tokens per second: running means over batches.
+
+    A batch of P pairs with B bytes of text has about `pair_tokens * P + tokens_per_byte * B` tokens.
+    """
 
     def __init__(self) -> None:
         self.tokens_per_byte = 0.3  # of English in WordPiece; corrected by the first batches
+        self.pair_tokens = PAIR_TOKENS
         self.tokens_per_second = 0.0
         self._lock = threading.Lock()
 
-    def note(self, size: int, tokens: int, seconds: float) -> None:
-        """Count a batch of `size` bytes."""
+    def note(self, size: int, tokens: int, seconds: float, pairs: int = 0) -> None:
+        """Count a batch of `size` bytes of text in `pairs` pairs; 0 where texts are all that it holds."""
         if size <= 0 or tokens <= 0:
             return
         with self._lock:
-            self.tokens_per_byte += 0.2 * (max(LEAST_TOKENS_PER_BYTE, tokens / size) - self.tokens_per_byte)
+            outside = False
+            if pairs:
+                # Whatever a byte of these texts is worth, a pair has at least and at most so many tokens beside them.
+                least = max(0.0, (tokens - MOST_TOKENS_PER_BYTE * size) / pairs)
+                most = max(0.0, (tokens - LEAST_TOKENS_PER_BYTE * size) / pairs)
+                nearest = min(max(self.pair_tokens, least), most)
+                outside = nearest != self.pair_tokens
+                self.pair_tokens += 0.2 * (nearest - self.pair_tokens)
+            if not outside:
+                rate = (tokens - self.pair_tokens * pairs) / size
+                rate = min(max(rate, LEAST_TOKENS_PER_BYTE), MOST_TOKENS_PER_BYTE)
+                self.tokens_per_byte += 0.2 * min(1.0, size / TELLING_BYTES) * (rate - self.tokens_per_byte)
             rate = tokens / max(seconds, 1e-6)
             known = self.tokens_per_second
             self.tokens_per_second = rate if known == 0 else known + 0.2 * (rate - known)
@@ -242,6 +266,10 @@ class Speed:
     def bytes(self, tokens: int) -> int:
         """About how many bytes hold `tokens` tokens."""
         return max(1, int(tokens / self.tokens_per_byte))
+
+    def overhead(self) -> int:
+        """About how many bytes of text cost what a pair costs beside its texts."""
+        return round(self.pair_tokens / self.tokens_per_byte)
 
     def seconds(self, size: int) -> float:
         """About how long `size` bytes take; 1 before the first batch."""
