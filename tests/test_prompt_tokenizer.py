@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from fastrerank.text import prompt_tokenizer
+from fastrerank.text.limits import TextLimits
 from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.text.prompts import Template, list_templates
 from fastrerank.text.runs import TextTokenizer
@@ -425,6 +426,29 @@ def test_cuts_are_even():
     shown = [text.split(f"\n[{c}]")[1].split("\n")[0].count("owl") for c in "BC"]
     assert abs(shown[0] - shown[1]) <= 1
     assert "[A] one two\n" in text
+
+
+@pytest.mark.parametrize("start", ["", "\u0301"])  # with a mark, the run of text is tokenised as a whole
+@pytest.mark.parametrize("style", ["qwen", "llama2", "t5"])
+def test_of_long_documents_the_end_stays_where_the_left_side_is_cut(style, start):
+    prompts = prompts_of(style, "rankt5" if style == "t5" else "qwen3-reranker")
+    short, long = (start + " ".join(f"owl {i} sleeps," for i in range(count)) for count in (2500, 6000))
+    assert 16 * 500 + 8192 < len(short) < 65536 < len(long)
+    for most in (500, 700):
+        limits = TextLimits(max_length=most, truncation_side="left")
+        for text in (short, long):
+            whole = prompts.encode(QUERY, [[text]])[0].ids
+            for _ in range(2):  # tokenised, and from the cache
+                right = prompts.encode(QUERY, [[text]], limits=TextLimits(max_length=most))[0].ids
+                (found,) = prompts.encode(QUERY, [[text]], limits=limits)
+                assert found.truncated.tolist() == [True]
+                assert len(found.ids) == most
+                begin = int(np.argmax(found.ids != whole[:most]))
+                assert begin < 200
+                assert found.ids.tolist() == [*whole[:begin], *whole[begin - most :]]
+                end = int(np.argmax(right != whole[:most]))
+                assert end > most - 40
+                assert right.tolist() == [*whole[:end], *whole[end - most :]]
 
 
 def test_no_room_says_by_how_many_tokens():

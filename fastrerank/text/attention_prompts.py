@@ -232,7 +232,7 @@ class AttentionPrompts:
             if found is None:
                 found = AttentionPrompts(
                     self._tokenizer, self.policy, model_type=self._model_type, instruction=instruction,
-                    words=self.words, cache_bytes=self._cache_bytes,
+                    words=self.words, max_length=self.room, cache_bytes=self._cache_bytes,
                 )  # fmt: skip
                 while len(self._others) >= _KEPT_INSTRUCTIONS:
                     self._others.pop(next(iter(self._others)))

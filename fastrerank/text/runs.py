@@ -134,14 +134,21 @@ class TextTokenizer:
         parts.append(literal[start:])
         return [part for part in parts if part != ""]
 
-    def encode(self, texts: Sequence[str], anchored: bool) -> Iterator[list[int]]:
-        """Token ids of each text; `anchored`: it stands behind other text of its prompt."""
+    def encode(self, texts: Sequence[str], anchored: bool, ends: tuple[int, int] | None = None) -> Iterator[list[int]]:
+        """Token ids of each text; `anchored`: it stands behind other text of its prompt.
+
+        `ends`: of a long text at least so many first and so many last ids are given, and no more than memory allows.
+        """
         prefix = self._sentinel if anchored else ""
         whole = most_whole(None)
+        first, last = (int(anchored) + ends[0], ends[1]) if ends else (0, None)
         for block in _blocks(list(texts)):
             encodings = iter(encode_batch(self.tokenizer, [prefix + text for text in block if len(text) <= whole]))
             for text in block:
-                ids = next(encodings).ids if len(text) <= whole else self._windows.ids(prefix + text).tolist()
+                if len(text) <= whole:
+                    ids = next(encodings).ids
+                else:
+                    ids = self._windows.ids(prefix + text, last, left=last is not None, first=first).tolist()
                 yield ids[1:] if anchored else ids
 
     def bounded(self, text: str, room: int | None) -> str:
@@ -188,11 +195,20 @@ class TextTokenizer:
             self._units[key] = self._make_unit(key, left, right)
         return self._units[key]
 
-    def encode_unit(self, unit: Unit, documents: Sequence[str]) -> Iterator[list[int] | None]:
-        """Ids of each document with the fixed text of its unit; None where tokens merge over a boundary."""
+    def encode_unit(
+        self, unit: Unit, documents: Sequence[str], last: int | None = None
+    ) -> Iterator[list[int] | None]:
+        """Ids of each document with the fixed text of its unit; None where tokens merge over a boundary.
+
+        Args:
+            unit: what stands around the documents.
+            documents: the texts.
+            last: how many of a document's last tokens count: the ids of a long one may lack some before those.
+        """
         texts = [f"{unit.left}{document}{unit.right}" for document in documents]
         left, right = list(unit.left_ids), list(unit.right_ids)
-        for ids in self.encode(texts, unit.key[2]):
+        ends = None if last is None else (len(left) + unit.head, last + unit.tail + len(right))
+        for ids in self.encode(texts, unit.key[2], ends):
             end = len(ids) - len(right)
             whole = len(left) <= end and ids[: len(left)] == left and ids[end:] == right
             yield ids[len(left) : end] if whole else None
