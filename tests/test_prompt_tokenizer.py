@@ -429,9 +429,12 @@ def test_cuts_are_even():
 
 
 @pytest.mark.parametrize("start", ["", "\u0301"])  # with a mark, the run of text is tokenised as a whole
-@pytest.mark.parametrize("style", ["qwen", "llama2", "t5"])
-def test_of_long_documents_the_end_stays_where_the_left_side_is_cut(style, start):
-    prompts = prompts_of(style, "rankt5" if style == "t5" else "qwen3-reranker")
+@pytest.mark.parametrize(
+    ("style", "template"),
+    [("qwen", "qwen3-reranker"), ("llama2", "relevance"), ("t5", "rankt5")],
+)
+def test_of_long_documents_the_end_stays_where_the_left_side_is_cut(style, template, start):
+    prompts = prompts_of(style, template, max_length=10**6)
     short, long = (start + " ".join(f"owl {i} sleeps," for i in range(count)) for count in (2500, 6000))
     assert 16 * 500 + 8192 < len(short) < 65536 < len(long)
     for most in (500, 700):

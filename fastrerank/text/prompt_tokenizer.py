@@ -19,7 +19,7 @@ from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template
-from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
+from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right, surely_within
 from fastrerank.text.screening import load_fast
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
@@ -269,7 +269,7 @@ class PromptTokenizer:
 
         Raises TooLong naming `what` where something would be, and `limits.truncate` is False.
         """
-        if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
+        if most is None or surely_within(text, most):
             return text, False
         _, spans = self._text.encode_spans(text if left else self._text.bounded(text, most), False)
         if len(spans) <= most:
@@ -450,7 +450,7 @@ class PromptTokenizer:
         if template.document_unit != "tokens" or template.document_limit is None:
             return template.prepare_document(document)
         text = template.clean_document(document)
-        if len(text.encode()) < template.document_limit:  # no token is shorter than a byte, but for a dummy prefix
+        if surely_within(text, template.document_limit):
             return template.rewrite_document(text), False
         _, spans = self._text.encode_spans(self._text.bounded(text, template.document_limit), False)
         cut = len(spans) > template.document_limit

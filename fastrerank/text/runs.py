@@ -31,6 +31,15 @@ _REACH, _WINDOW, _CONTEXT = 24, 64, 6
 _FORMS = {" ": " Ġ▁", "\n": "\nĊ", "\t": "\tĉ", "\r": "\rč"}
 
 
+def surely_within(text: str, most: int) -> bool:
+    """Whether `text` has at most `most` tokens, as its size alone tells.
+
+    No token is shorter than a byte of the normalized text; a dummy prefix may be one more. A normalizer leaves ASCII as
+    long as it is, and makes at most 18 characters, and fewer than 18 bytes for each byte, of another character.
+    """
+    return len(text) < most if text.isascii() else _LONGEST_FORM * len(text.encode()) < most
+
+
 def strip_left(text: str) -> str:
     """`text` without the white space that an added token with rstrip=True swallows."""
     return _SPACE_LEFT.sub("", text)
