@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from fastrerank.text import prompt_tokenizer
-from fastrerank.text.limits import TextLimits
+from fastrerank.text.limits import TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.text.prompts import Template, list_templates
 from fastrerank.text.runs import TextTokenizer
@@ -452,6 +453,23 @@ def test_of_long_documents_the_end_stays_where_the_left_side_is_cut(style, templ
                 end = int(np.argmax(right != whole[:most]))
                 assert end > most - 40
                 assert right.tolist() == [*whole[:end], *whole[end - most :]]
+
+
+def test_characters_that_a_normalizer_makes_longer_count_as_their_tokens():
+    prompts = prompts_of("t5", "rankt5", max_length=1000)
+    for text in ("\ufdfa" * 10, "a\ufdfa" * 4):  # 18 characters each, of three bytes
+        count = len(prompts._text.encode_spans(text, False)[0])
+        most = len(text.encode()) + 1
+        assert count > most
+        kept, cut = prompts.within("a document", text, most, TextLimits())
+        assert cut
+        assert kept == text[: len(kept)] != text
+        with pytest.raises(TooLong, match=f"a document has at least {count} tokens, the limit is {most}"):
+            prompts.within("a document", text, most, TextLimits(truncate=False))
+    # "\ufb01" is three bytes and "fi": nothing is cut where it fits, whatever its size seems to say.
+    assert prompts.within("a document", "\ufb01" * 3, 7, TextLimits()) == ("\ufb01" * 3, False)
+    limited = replace(Template.load("rankt5"), document_unit="tokens", document_limit=31)
+    assert PromptTokenizer(tokenizer_of("t5"), limited).encode(QUERY, [["\ufdfa" * 10]])[0].truncated.all()
 
 
 def test_no_room_says_by_how_many_tokens():

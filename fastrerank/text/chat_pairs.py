@@ -161,9 +161,8 @@ class ChatPairs:
         as sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
         the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
-        Raises ValueError where the template drops the prompt or a text, or where documents are to be cut on the left and
-        the template alone does not fit; TooLong where `limits.truncate` is False and a
-        text would be cut.
+        Raises ValueError where the template drops the prompt or a text, or where it alone does not fit and documents
+        are to be cut on the left; TooLong where `limits.truncate` is False and a text would be cut.
         """
         prompts = self._laid_out(prompt, chat_options or {})
         if max_length is not None and max_length < _size(prompts, "") + 2:
@@ -240,9 +239,7 @@ class ChatPairs:
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         longer = np.array([len(row) > limit for row in whole], np.bool_)
         truncated = longer | np.array(cut, np.bool_)
-        return TokenBatch(
-            ids, np.zeros(len(ids), np.int32), offsets, truncated, query_truncated or bool(longer.any())
-        )
+        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, query_truncated or bool(longer.any()))
 
     def _check_name(self, chat_options: Mapping[str, Any]) -> None:
         """Raise ValueError if there are several templates, and the call's is none that takes a pair."""

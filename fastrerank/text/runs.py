@@ -27,6 +27,8 @@ _LEFTS = ("a", "", "7", ".", " ", "\n", "'", '"', "東京", "x\n\n", "é (", "["
 _RIGHTS = ("a", "", "7", ".", "  b", "\n\n", "'s", '"', "東京", "\r\nc", "-", "]")
 # Cuts are looked for this close to the ends of a literal; a unit takes this much of the literal as context.
 _REACH, _WINDOW, _CONTEXT = 24, 64, 6
+# Of one character, NFKC makes up to 18 (U+FDFA), in UTF-8 eleven times as many bytes.
+_LONGEST_FORM = 18
 # What white space looks like inside a vocabulary: as it is, or in the byte-level and sentencepiece alphabets.
 _FORMS = {" ": " Ġ▁", "\n": "\nĊ", "\t": "\tĉ", "\r": "\rč"}
 
@@ -204,9 +206,7 @@ class TextTokenizer:
             self._units[key] = self._make_unit(key, left, right)
         return self._units[key]
 
-    def encode_unit(
-        self, unit: Unit, documents: Sequence[str], last: int | None = None
-    ) -> Iterator[list[int] | None]:
+    def encode_unit(self, unit: Unit, documents: Sequence[str], last: int | None = None) -> Iterator[list[int] | None]:
         """Ids of each document with the fixed text of its unit; None where tokens merge over a boundary.
 
         Args:
