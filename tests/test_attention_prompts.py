@@ -135,6 +135,17 @@ def test_cut_documents_keep_their_surroundings(tokenizers: Any) -> None:
         assert not found.encode("who?", DOCUMENTS, most=10**6).truncated.any()
 
 
+def test_other_instructions_keep_the_bound_of_long_texts(tokenizers: Any) -> None:
+    found = prompts(tokenizers, "qwen", "icr", max_length=64)
+    other = found.with_instruction("Find what says the opposite.")
+    text = "owls sleep, " * 2000
+    assert other is not found
+    for some in (found, other):
+        (kept, _), query = some.prepare(text), some.prepare_query(text)
+        assert len(kept) < len(text) // 3
+        assert len(query) < len(text) // 3
+
+
 def test_words(tokenizers: Any) -> None:
     found = prompts(tokenizers, "qwen", "icr", words=2)
     prompt = found.encode("who?", ["a  b\nc d", "a  b"])

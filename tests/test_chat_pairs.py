@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ import transformers
 
 import fastrerank
 from fastrerank import CrossEncoder
+from fastrerank.checkpoint import Checkpoint
 from fastrerank.rerankers.pointwise import PointwiseReranker
+from fastrerank.text.chat_pairs import ChatPairs
 from fastrerank.text.files import chat_template_of
+from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
+from fastrerank.text.runs import TextTokenizer
 
 QUERY = "how long do fleas live?"
 TEXTS = [
@@ -172,6 +177,45 @@ def test_a_query_that_does_not_fit_leaves_room_for_documents(checkpoint: Callabl
     assert 30 < ours.last_usage["query_tokens"][0] / 3 <= 60
     with pytest.warns(UserWarning, match=r"max_length=9 leaves no room for texts .* it should be at least \d+"):
         ours.predict(PAIRS, processing_kwargs={"text": {"max_length": 9}})
+
+
+def test_limits_hold_where_the_template_leaves_no_room(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Behind the query and the document stands a long text, so that some of their tokens are left.
+    chat = "<|im_start|>{{ messages[0].content }}\n{{ messages[1].content }}\n" + "judge it " * 30 + "<|im_end|>"
+    pairs = ChatPairs.load(Checkpoint.open(checkpoint("qwen3", "qwen", chat)))
+    assert pairs is not None
+
+    def ids(query: str, document: str, limits: TextLimits = NO_LIMITS) -> list[int]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            batch = pairs.pair_list([(query, document)], 30, limits=limits)
+        assert batch.truncated.tolist() == [True]
+        assert batch.query_truncated
+        return list(batch.ids.tolist())
+
+    words = ["owl", "mice"]
+    query, document = (" ".join([word] * 50) for word in words)
+    for count in (1, 3):
+        limits = TextLimits(max_tokens_per_query=count, max_tokens_per_doc=count)
+        prompts = pairs._laid_out("", {})
+        short = [prompts.shorten(text, count) for text in (query, document)]
+        assert ids(query, document, limits) == ids(*short) != ids(query, document)
+    with pytest.raises(ValueError, match=r"truncation_side='left' cannot be honoured with max_length=30, .* at least"):
+        ids(query, document, TextLimits(truncation_side="left"))
+    seen: list[int] = []
+    encode = TextTokenizer.encode_spans
+    monkeypatch.setattr(
+        TextTokenizer, "encode_spans", lambda self, text, *more: seen.append(len(text)) or encode(self, text, *more)
+    )
+    longer = [" ".join([word] * 10_000) for word in words]
+    assert ids(*longer) == ids(query, document)
+    assert ids(*longer, TextLimits(max_tokens_per_query=40)) == ids(query, document)
+    for call in ({"max_tokens_per_query": 40}, {}):
+        with pytest.raises(TooLong):
+            pairs.pair_list([(longer[0], longer[1])], 150, limits=TextLimits(truncate=False, **call))
+    assert max(seen) < 15_000
 
 
 def test_markers_in_texts_are_text(checkpoint: Callable[..., Path]) -> None:

@@ -37,6 +37,9 @@ HONEST += [
     "{% endfor %}"
     "{{ dict(a=1) }}{{ (1, 'b', [2]) }}{{ {'k': [1, 2]} }}{{ '{:>8}|{}'.format('x', 2) }}{{ 'a-b'.replace('-', '+') }}",
     "{% set x %}{{ bos_token }}{{ eos_token }}{% endset %}{{ x ~ pad_token ~ none ~ nothing }}{{ tools is none }}",
+    "{% for m in messages %}{{ (m.role | safe) ~ '<|im_end|>' ~ m.content ~ ('<a>' | e) }}{% endfor %}"
+    "{% autoescape true %}{{ ('<b>' | safe) ~ '<c>' ~ 1 }}{% endautoescape %}"
+    "{% autoescape own is defined %}{{ ('<b>' | safe) ~ '<c>' }}{{ '<d>' ~ '<e>' }}{% endautoescape %}",
     "{% for a, b in [(1, 2), (3, 4)] recursive %}{{ a }}{{ loop([(5, 6)]) if loop.depth < 3 }}{{ b }}{% endfor %}",
 ]  # fmt: skip
 ENDLESS = {

@@ -172,6 +172,22 @@ def test_a_folder_of_something_else_is_left_alone(scores: Any, tmp_path: Path) -
         fastrerank.CURIndex.load(tmp_path)
 
 
+@pytest.mark.skipif(store.fcntl is None, reason="needs locks of files")
+def test_a_process_forked_in_a_save_does_not_keep_its_lock(tmp_path: Path) -> None:
+    with store.saving(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        store.fcntl.flock(handle, store.fcntl.LOCK_EX | store.fcntl.LOCK_NB)  # BlockingIOError if it is kept
+    finally:
+        os.close(handle)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 class Stops(TextScorer):
     """Fails after so many calls."""
 

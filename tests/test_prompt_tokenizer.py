@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from fastrerank.text import prompt_tokenizer
+from fastrerank.text.limits import TextLimits, TooLong
 from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.text.prompts import Template, list_templates
 from fastrerank.text.runs import TextTokenizer
@@ -425,6 +427,49 @@ def test_cuts_are_even():
     shown = [text.split(f"\n[{c}]")[1].split("\n")[0].count("owl") for c in "BC"]
     assert abs(shown[0] - shown[1]) <= 1
     assert "[A] one two\n" in text
+
+
+@pytest.mark.parametrize("start", ["", "\u0301"])  # with a mark, the run of text is tokenised as a whole
+@pytest.mark.parametrize(
+    ("style", "template"),
+    [("qwen", "qwen3-reranker"), ("llama2", "relevance"), ("t5", "rankt5")],
+)
+def test_of_long_documents_the_end_stays_where_the_left_side_is_cut(style, template, start):
+    prompts = prompts_of(style, template, max_length=10**6)
+    short, long = (start + " ".join(f"owl {i} sleeps," for i in range(count)) for count in (2500, 6000))
+    assert 16 * 500 + 8192 < len(short) < 65536 < len(long)
+    for most in (500, 700):
+        limits = TextLimits(max_length=most, truncation_side="left")
+        for text in (short, long):
+            whole = prompts.encode(QUERY, [[text]])[0].ids
+            for _ in range(2):  # tokenised, and from the cache
+                right = prompts.encode(QUERY, [[text]], limits=TextLimits(max_length=most))[0].ids
+                (found,) = prompts.encode(QUERY, [[text]], limits=limits)
+                assert found.truncated.tolist() == [True]
+                assert len(found.ids) == most
+                begin = int(np.argmax(found.ids != whole[:most]))
+                assert begin < 200
+                assert found.ids.tolist() == [*whole[:begin], *whole[begin - most :]]
+                end = int(np.argmax(right != whole[:most]))
+                assert end > most - 40
+                assert right.tolist() == [*whole[:end], *whole[end - most :]]
+
+
+def test_characters_that_a_normalizer_makes_longer_count_as_their_tokens():
+    prompts = prompts_of("t5", "rankt5", max_length=1000)
+    for text in ("\ufdfa" * 10, "a\ufdfa" * 4):  # 18 characters each, of three bytes
+        count = len(prompts._text.encode_spans(text, False)[0])
+        most = len(text.encode()) + 1
+        assert count > most
+        kept, cut = prompts.within("a document", text, most, TextLimits())
+        assert cut
+        assert kept == text[: len(kept)] != text
+        with pytest.raises(TooLong, match=f"a document has at least {count} tokens, the limit is {most}"):
+            prompts.within("a document", text, most, TextLimits(truncate=False))
+    # "\ufb01" is three bytes and "fi": nothing is cut where it fits, whatever its size seems to say.
+    assert prompts.within("a document", "\ufb01" * 3, 7, TextLimits()) == ("\ufb01" * 3, False)
+    limited = replace(Template.load("rankt5"), document_unit="tokens", document_limit=31)
+    assert PromptTokenizer(tokenizer_of("t5"), limited).encode(QUERY, [["\ufdfa" * 10]])[0].truncated.all()
 
 
 def test_no_room_says_by_how_many_tokens():

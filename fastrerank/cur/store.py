@@ -68,7 +68,10 @@ def saving(folder: Path) -> Iterator[None]:
                     folder.rmdir()
             raise
     finally:
-        os.close(handle)  # and with it the lock
+        if fcntl is not None:  # closing it is not enough: a process forked meanwhile holds the same lock
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 def _named(folder: Path) -> set[str]:

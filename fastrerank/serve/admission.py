@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from fastrerank.serve.queue import Speed
 from fastrerank.text.limits import TextLimits
@@ -23,6 +24,9 @@ class Overloaded(RuntimeError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after), self.__dict__  # the default leaves retry_after out
 
 
 class TooLarge(ValueError):

@@ -41,6 +41,9 @@ class Problem(Exception):
         super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
         self.status, self.kind, self.headers, self.field = status, kind, headers or {}, field
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.kind, str(self), self.headers, self.field), self.__dict__
+
 
 # Paths that one dialect alone has.
 _ROUTES = {"/score": Flavor.vllm, "/v1/score": Flavor.vllm, "/info": Flavor.tei, "/models": Flavor.infinity}

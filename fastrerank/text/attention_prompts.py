@@ -22,7 +22,7 @@ from fastrerank.text.attention_policy import Layout, Policy, layout_of
 from fastrerank.text.backend import encodable
 from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import int32
-from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
+from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right, surely_within
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.text.tokenizer import _derive_template
 
@@ -232,7 +232,7 @@ class AttentionPrompts:
             if found is None:
                 found = AttentionPrompts(
                     self._tokenizer, self.policy, model_type=self._model_type, instruction=instruction,
-                    words=self.words, cache_bytes=self._cache_bytes,
+                    words=self.words, max_length=self.room, cache_bytes=self._cache_bytes,
                 )  # fmt: skip
                 while len(self._others) >= _KEPT_INSTRUCTIONS:
                     self._others.pop(next(iter(self._others)))
@@ -242,7 +242,7 @@ class AttentionPrompts:
     def shorten(self, text: str, most: int | None) -> tuple[str, bool]:
         """The beginning of a text that its first `most` tokens stand for, and whether anything is left out."""
         text = encodable(text)
-        if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
+        if most is None or surely_within(text, most):
             return text, False
         _, spans = self._text.encode_spans(self._text.bounded(text, most), False)
         return (text[: spans[most - 1][1]], True) if len(spans) > most else (text, False)

@@ -161,8 +161,8 @@ class ChatPairs:
         as sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
         the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
-        Raises ValueError where the template drops the prompt or a text; TooLong where `limits.truncate` is False and a
-        text would be cut.
+        Raises ValueError where the template drops the prompt or a text, or where it alone does not fit and documents
+        are to be cut on the left; TooLong where `limits.truncate` is False and a text would be cut.
         """
         prompts = self._laid_out(prompt, chat_options or {})
         if max_length is not None and max_length < _size(prompts, "") + 2:
@@ -176,7 +176,8 @@ class ChatPairs:
             fitting, cut = prompts.within("the query", query, limits.max_tokens_per_query, limits)
             fitting, more = self._fitting(prompts, fitting, max_length)
             if more and max_length is not None and not limits.truncate:
-                raise TooLong("the query with the template", _size(prompts, query), max_length)
+                size = _size(prompts, prompts.bounded(query, max_length))
+                raise TooLong("the query with the template", size, max_length)
             query_truncated |= cut or more
             rest = replace(limits, max_length=None, max_tokens_per_query=None)
             found = prompts.encode(fitting, [[pairs[i][1]] for i in places], max_length=max_length, limits=rest)
@@ -208,6 +209,11 @@ class ChatPairs:
         least = _size(prompts, "") + 2
         if not limits.truncate:
             raise TooLong("the chat template with a text", least, limit)
+        if limits.cut_left():
+            raise ValueError(
+                f"truncation_side='left' cannot be honoured with max_length={limit}, which leaves no room for texts in "
+                f"the chat template: max_length must be at least {least}, or truncation_side 'right' or None"
+            )
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -215,15 +221,25 @@ class ChatPairs:
                 f"inside it and their scores mean little; it should be at least {least}",
                 UserWarning, stacklevel=4,
             )  # fmt: skip
-        whole = [prompts.encode(query, [[document]])[0].ids for query, document in pairs]
+        own = replace(limits, max_length=None, max_tokens_per_query=None, truncation_side=None)
+        whole, cut = [], []
+        query_truncated = False
+        for query, document in pairs:
+            query, less = prompts.within("the query", query, limits.max_tokens_per_query, limits)
+            query_truncated |= less
+            # Tokens behind the first `limit` ones of a text are cut off in any case.
+            (found,) = prompts.encode(prompts.bounded(query, limit), [[prompts.bounded(document, limit)]], limits=own)
+            whole.append(found.ids)
+            cut.append(bool(found.truncated.any()))
         end = min(_common_end(prompts), limit)
         rows = [
             np.concatenate([row[: limit - end], row[len(row) - end :]]) if len(row) > limit else row for row in whole
         ]
         ids = np.concatenate([np.zeros(0, np.int32), *rows])
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        truncated = np.array([len(row) > limit for row in whole], np.bool_)
-        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, bool(truncated.any()))
+        longer = np.array([len(row) > limit for row in whole], np.bool_)
+        truncated = longer | np.array(cut, np.bool_)
+        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, query_truncated or bool(longer.any()))
 
     def _check_name(self, chat_options: Mapping[str, Any]) -> None:
         """Raise ValueError if there are several templates, and the call's is none that takes a pair."""

@@ -116,9 +116,10 @@ def _environment() -> Any:
 
         def visit_Concat(self, node: Any, frame: Any) -> None:
             parts = nodes.Tuple(node.nodes, "load", lineno=node.lineno)
+            state = frame.eval_ctx
             self.write("environment.joined(")
             self.visit(parts, frame)
-            self.write(")")
+            self.write(f", {'context.eval_ctx.volatile' if state.volatile else bool(state.autoescape)})")
 
         def _collection(self, visit: Callable[[Any, Any], None], node: Any, frame: Any) -> None:
             self.write("environment.sized(")
@@ -144,13 +145,13 @@ def _environment() -> Any:
         def counted(self, items: Any) -> Iterator[Any]:
             return _counted(items)
 
-        def joined(self, parts: Iterable[Any]) -> str:
+        def joined(self, parts: Iterable[Any], escaped: bool) -> str:
             texts = []
             for part in parts:
                 sized(part)
-                texts.append(part if hasattr(part, "__html__") else str(part))
+                texts.append(part if escaped and hasattr(part, "__html__") else str(part))
                 _budget.make(len(texts[-1]))
-            return markup_join(texts)
+            return markup_join(texts) if escaped else "".join(texts)
 
         def sized(self, value: Any) -> Any:
             return sized(value)

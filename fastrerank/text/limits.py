@@ -26,6 +26,10 @@ class TooLong(ValueError):
             "the text or allow truncation"
         )
         self.tokens, self.limit = tokens, limit
+        self._given = (what, tokens, limit, unit)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given, self.__dict__  # by default an error is made again from its message alone
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fastrerank.text.chat_rendering import render
 from fastrerank.text.layout import Part, Run, Shape, Span, fit, int32, kind_of, lay_runs, strip_sides, whole_run
 from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.text.prompts import Template
-from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right
+from fastrerank.text.runs import Marker, TextTokenizer, Unit, strip_left, strip_right, surely_within
 from fastrerank.text.screening import load_fast
 from fastrerank.text.shapes import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
 from fastrerank.text.token_cache import CacheInfo, TokenCache, Tokens
@@ -269,7 +269,7 @@ class PromptTokenizer:
 
         Raises TooLong naming `what` where something would be, and `limits.truncate` is False.
         """
-        if most is None or len(text.encode()) < most:  # no token is shorter than a byte, but for a dummy prefix
+        if most is None or surely_within(text, most):
             return text, False
         _, spans = self._text.encode_spans(text if left else self._text.bounded(text, most), False)
         if len(spans) <= most:
@@ -371,14 +371,14 @@ class PromptTokenizer:
     ) -> Iterator[Prompt]:  # fmt: skip
         query = self._checked_query(self.template.prepare_query(query), limit)
         shapes = {count: self._shape_of(count) for count in {len(documents) for documents in lists}}
-        found = self._documents(lists, shapes, limit)
+        found = self._documents(lists, shapes, limit, limits.cut_left())
         prepared: dict[str, tuple[str, bool]] = {}
         spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None] = {}
         for documents, texts in zip(lists, notes, strict=True):
             shape = shapes[len(documents)]
             values = Values(query, self._instruction, _Prepared(self, documents, prepared), texts)
             shown = values
-            if limit is not None:
+            if limit is not None and not limits.cut_left():
                 shown = replace(values, documents=_Bounded(self._text, values.documents, limit))
             parts = [part for item in shape.parts for part in self._parts(item, shown, documents, found, spans)]
             ids, truncated = fit(parts, len(documents), limit, self.template.name, limits)
@@ -400,11 +400,12 @@ class PromptTokenizer:
         return shape
 
     def _documents(
-        self, lists: list[list[str]], shapes: dict[int, Shape], limit: int | None
+        self, lists: list[list[str]], shapes: dict[int, Shape], limit: int | None, left: bool
     ) -> dict[tuple[Any, ...], Tokens]:
         """Ids of every document of the lists in its unit: from the cache, or tokenised now, each content once.
 
-        Of a document with more than `limit` tokens there are as many, and those of what follows it.
+        Of a document with more than `limit` tokens there are its first ones, or with `left` its last ones, more than
+        `limit` of them, and those of what stands around it.
         """
         found: dict[tuple[Any, ...], Tokens] = {}
         missing: dict[tuple[Any, ...], tuple[Unit, dict[str, None]]] = {}
@@ -419,33 +420,37 @@ class PromptTokenizer:
                     kind, text = kind_of(slot, unit, run), documents[slot.index]
                     if (kind, text) in found or (kind in missing and text in missing[kind][1]):
                         continue
-                    tokens = self._cache.get(self._cache_key(kind, text, limit), text)
+                    tokens = self._cache.get(self._cache_key(kind, text, limit, left), text)
                     if tokens is None:
                         missing.setdefault(kind, (unit, {}))[1][text] = None
                     else:
                         found[kind, text] = tokens
         for kind, (unit, texts) in missing.items():
             prepared = [self._prepare(text) for text in texts]
-            bodies = [self._text.bounded(strip_sides(text, kind), limit) for text, _ in prepared]
-            encoded = self._text.encode_unit(unit, bodies)
+            bodies = [strip_sides(text, kind) for text, _ in prepared]
+            if left:
+                encoded = self._text.encode_unit(unit, bodies, limit)
+            else:
+                encoded = self._text.encode_unit(unit, [self._text.bounded(body, limit) for body in bodies])
             for text, (_, cut), ids in zip(texts, prepared, encoded, strict=True):
                 if ids is not None:
                     tokens = Tokens(int32(ids), unit.head, max(unit.head, len(ids) - unit.tail), cut)
                     found[kind, text] = tokens
-                    self._cache.put(self._cache_key(kind, text, limit), text, tokens)
+                    self._cache.put(self._cache_key(kind, text, limit, left), text, tokens)
         return found
 
     @staticmethod
-    def _cache_key(kind: tuple[Any, ...], text: str, limit: int | None) -> tuple[Any, ...]:
-        """What cached ids depend on beside the text: the limit only where it may have cut them."""
-        return kind if len(text) <= most_whole(limit) else (*kind, limit)
+    def _cache_key(kind: tuple[Any, ...], text: str, limit: int | None, left: bool) -> tuple[Any, ...]:
+        """What cached ids depend on beside the text: the limit and the side only where they may have cut them."""
+        # Of the last tokens, a text of fewer characters than that has all: its unit's literals are short beside it.
+        return kind if len(text) <= most_whole(limit) // (2 if left else 1) else (*kind, limit, left)
 
     def _prepare(self, document: str) -> tuple[str, bool]:
         template = self.template
         if template.document_unit != "tokens" or template.document_limit is None:
             return template.prepare_document(document)
         text = template.clean_document(document)
-        if len(text.encode()) < template.document_limit:  # no token is shorter than a byte, but for a dummy prefix
+        if surely_within(text, template.document_limit):
             return template.rewrite_document(text), False
         _, spans = self._text.encode_spans(self._text.bounded(text, template.document_limit), False)
         cut = len(spans) > template.document_limit

@@ -27,8 +27,19 @@ _LEFTS = ("a", "", "7", ".", " ", "\n", "'", '"', "東京", "x\n\n", "é (", "["
 _RIGHTS = ("a", "", "7", ".", "  b", "\n\n", "'s", '"', "東京", "\r\nc", "-", "]")
 # Cuts are looked for this close to the ends of a literal; a unit takes this much of the literal as context.
 _REACH, _WINDOW, _CONTEXT = 24, 64, 6
+# Of one character, NFKC makes up to 18 (U+FDFA), in UTF-8 eleven times as many bytes.
+_LONGEST_FORM = 18
 # What white space looks like inside a vocabulary: as it is, or in the byte-level and sentencepiece alphabets.
 _FORMS = {" ": " Ġ▁", "\n": "\nĊ", "\t": "\tĉ", "\r": "\rč"}
+
+
+def surely_within(text: str, most: int) -> bool:
+    """Whether `text` has at most `most` tokens, as its size alone tells.
+
+    No token is shorter than a byte of the normalized text; a dummy prefix may be one more. A normalizer leaves ASCII as
+    long as it is, and makes at most 18 characters, and fewer than 18 bytes for each byte, of another character.
+    """
+    return len(text) < most if text.isascii() else _LONGEST_FORM * len(text.encode()) < most
 
 
 def strip_left(text: str) -> str:
@@ -134,14 +145,21 @@ class TextTokenizer:
         parts.append(literal[start:])
         return [part for part in parts if part != ""]
 
-    def encode(self, texts: Sequence[str], anchored: bool) -> Iterator[list[int]]:
-        """Token ids of each text; `anchored`: it stands behind other text of its prompt."""
+    def encode(self, texts: Sequence[str], anchored: bool, ends: tuple[int, int] | None = None) -> Iterator[list[int]]:
+        """Token ids of each text; `anchored`: it stands behind other text of its prompt.
+
+        `ends`: of a long text at least so many first and so many last ids are given, and no more than memory allows.
+        """
         prefix = self._sentinel if anchored else ""
         whole = most_whole(None)
+        first, last = (int(anchored) + ends[0], ends[1]) if ends else (0, None)
         for block in _blocks(list(texts)):
             encodings = iter(encode_batch(self.tokenizer, [prefix + text for text in block if len(text) <= whole]))
             for text in block:
-                ids = next(encodings).ids if len(text) <= whole else self._windows.ids(prefix + text).tolist()
+                if len(text) <= whole:
+                    ids = next(encodings).ids
+                else:
+                    ids = self._windows.ids(prefix + text, last, left=last is not None, first=first).tolist()
                 yield ids[1:] if anchored else ids
 
     def bounded(self, text: str, room: int | None) -> str:
@@ -188,11 +206,18 @@ class TextTokenizer:
             self._units[key] = self._make_unit(key, left, right)
         return self._units[key]
 
-    def encode_unit(self, unit: Unit, documents: Sequence[str]) -> Iterator[list[int] | None]:
-        """Ids of each document with the fixed text of its unit; None where tokens merge over a boundary."""
+    def encode_unit(self, unit: Unit, documents: Sequence[str], last: int | None = None) -> Iterator[list[int] | None]:
+        """Ids of each document with the fixed text of its unit; None where tokens merge over a boundary.
+
+        Args:
+            unit: what stands around the documents.
+            documents: the texts.
+            last: how many of a document's last tokens count: the ids of a long one may lack some before those.
+        """
         texts = [f"{unit.left}{document}{unit.right}" for document in documents]
         left, right = list(unit.left_ids), list(unit.right_ids)
-        for ids in self.encode(texts, unit.key[2]):
+        ends = None if last is None else (len(left) + unit.head, last + unit.tail + len(right))
+        for ids in self.encode(texts, unit.key[2], ends):
             end = len(ids) - len(right)
             whole = len(left) <= end and ids[: len(left)] == left and ids[end:] == right
             yield ids[len(left) : end] if whole else None

@@ -87,13 +87,14 @@ class Windows:
         self._made: _Tokenizers | None = None
         self._lock = threading.Lock()
 
-    def ids(self, text: str, room: int | None = None, *, left: bool = False) -> array[int]:
+    def ids(self, text: str, room: int | None = None, *, left: bool = False, first: int = 0) -> array[int]:
         """Ids of `text` without special tokens: all of them, or at least `room` + 1 if it has so many.
 
         Args:
             text: the text.
             room: how many tokens count; None for all.
             left: the ids are the text's last ones, in place of its first ones.
+            first: with `left`, so many of the text's first ids stand before its last ones.
         """
         found = array("i")
         for piece in self.stream(text, None if left else room):
@@ -101,8 +102,8 @@ class Windows:
             if room is not None:
                 if not left and len(found) > room:
                     break
-                if left and len(found) > 4 * (room + _WINDOW):
-                    del found[: len(found) - room - 1]
+                if left and len(found) > first + 4 * (room + _WINDOW):
+                    del found[first : len(found) - room - 1]
         return found
 
     def end(self, text: str, room: int) -> int | None:
