@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from fastrerank.cur.checks import positive
 from fastrerank.cur.search import checked_scores
+from fastrerank.fingerprint import fingerprint
 
 __all__ = ["Build", "Progress", "discard", "identity", "same_scorer"]
 
@@ -40,9 +41,10 @@ def identity(reranker: Any) -> dict[str, Any]:
     for name in ("template", "instruction", "heads", "calibrate"):
         value = getattr(reranker, name, None)
         if value is not None:
-            found[name] = hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    if getattr(reranker, "num_labels", 1) > 1:  # one checkpoint has other scores for each label
-        found["label"] = reranker.label
+            found[name] = hashlib.sha256(fingerprint(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    labels = getattr(reranker, "num_labels", None)
+    if isinstance(labels, int) and labels > 1:  # one checkpoint has other scores for each label
+        found["label"] = getattr(reranker, "label", None)
     return found
 
 
