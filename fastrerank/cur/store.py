@@ -68,7 +68,10 @@ def saving(folder: Path) -> Iterator[None]:
                     folder.rmdir()
             raise
     finally:
-        os.close(handle)  # and with it the lock
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # closing alone leaves the lock to a child that was forked meanwhile
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 def _named(folder: Path) -> set[str]:
