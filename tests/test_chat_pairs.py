@@ -22,7 +22,11 @@ import transformers
 import fastrerank
 from fastrerank import CrossEncoder
 from fastrerank.rerankers.pointwise import PointwiseReranker
+from fastrerank.checkpoint import open_checkpoint
+from fastrerank.text.chat_pairs import ChatPairs
 from fastrerank.text.files import chat_template_of
+from fastrerank.text.limits import TextLimits
+from fastrerank.text.prompt_tokenizer import PromptTokenizer
 
 QUERY = "how long do fleas live?"
 TEXTS = [
@@ -172,6 +176,39 @@ def test_a_query_that_does_not_fit_leaves_room_for_documents(checkpoint: Callabl
     assert 30 < ours.last_usage["query_tokens"][0] / 3 <= 60
     with pytest.warns(UserWarning, match=r"max_length=9 leaves no room for texts .* it should be at least \d+"):
         ours.predict(PAIRS, processing_kwargs={"text": {"max_length": 9}})
+
+
+@pytest.mark.filterwarnings("ignore:max_length=:UserWarning")
+def test_prompts_that_are_cut_off_keep_the_limits_of_their_call(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(*TEMPLATES["loop"])
+    pairs = ChatPairs.load(open_checkpoint(folder))
+    assert pairs is not None
+    long = "owls hunt mice at night " * 20_000
+    expected = pairs.pair_list([(long[:8000], "mice"), ("owl?", long[:8000])], 9)
+    seen, encode = [], PromptTokenizer._encode
+
+    def counted(self: Any, query: str, lists: Any, *arguments: Any) -> Any:
+        seen.append(len(query) + sum(len(text) for texts in lists for text in texts))
+        return encode(self, query, lists, *arguments)
+
+    monkeypatch.setattr(PromptTokenizer, "_encode", counted)
+    found = pairs.pair_list([(long, "mice"), ("owl?", long)], 9)
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.truncated.all()
+    assert max(seen) < 80_000 < len(long)
+    short = TextLimits(max_tokens_per_query=1, max_tokens_per_doc=1)
+    # Query and document of one token: what a call with these very texts gives.
+    whole = pairs.pair_list([("owl hunts mice", "owl sleeps all day")], None, limits=short)
+    room = len(whole.ids) - 1
+    got = pairs.pair_list([("owl hunts mice", "owl sleeps all day")], room, limits=short)
+    assert len(got.ids) == room
+    one = pairs.pair_list([("owl hunts mice", "owl sleeps all day")], room)
+    assert got.ids.tolist() != one.ids.tolist()
+    assert got.truncated.all()
+    with pytest.raises(ValueError, match=r"max_length=9 leaves no room .* truncation_side='left' cannot keep"):
+        pairs.pair_list(PAIRS, 9, limits=TextLimits(truncation_side="left"))
 
 
 def test_markers_in_texts_are_text(checkpoint: Callable[..., Path]) -> None:

@@ -161,7 +161,8 @@ class ChatPairs:
         as sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
         the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
-        Raises ValueError where the template drops the prompt or a text; TooLong where `limits.truncate` is False and a
+        Raises ValueError where the template drops the prompt or a text, and for `truncation_side` "left" where it leaves
+        no room for texts; TooLong where `limits.truncate` is False and a
         text would be cut.
         """
         prompts = self._laid_out(prompt, chat_options or {})
@@ -215,15 +216,29 @@ class ChatPairs:
                 f"inside it and their scores mean little; it should be at least {least}",
                 UserWarning, stacklevel=4,
             )  # fmt: skip
-        whole = [prompts.encode(query, [[document]])[0].ids for query, document in pairs]
+        if limits.cut_left():
+            raise ValueError(
+                f"max_length={limit} leaves no room for texts in the chat template, so truncation_side='left' cannot "
+                f"keep the end of a document; max_length should be at least {least}"
+            )
+        rest = replace(limits, max_length=None, max_tokens_per_query=None)
+        whole, queries_cut = [], False
+        for query, document in pairs:  # of a long text, `limit` tokens and some more are enough to cut the same
+            query, cut = prompts.within("the query", query, limits.max_tokens_per_query, limits)
+            queries_cut |= cut
+            texts = prompts.bounded(query, limit), prompts.bounded(document, limit)
+            whole.append(prompts.encode(texts[0], [[texts[1]]], limits=rest)[0])
         end = min(_common_end(prompts), limit)
         rows = [
-            np.concatenate([row[: limit - end], row[len(row) - end :]]) if len(row) > limit else row for row in whole
+            np.concatenate([row[: limit - end], row[len(row) - end :]]) if len(row) > limit else row
+            for row in (prompt.ids for prompt in whole)
         ]
         ids = np.concatenate([np.zeros(0, np.int32), *rows])
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        truncated = np.array([len(row) > limit for row in whole], np.bool_)
-        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, bool(truncated.any()))
+        cut_off = np.array([len(prompt.ids) > limit for prompt in whole], np.bool_)
+        truncated = cut_off | np.array([bool(prompt.truncated.any()) for prompt in whole], np.bool_)
+        query_truncated = queries_cut or bool(cut_off.any())
+        return TokenBatch(ids, np.zeros(len(ids), np.int32), offsets, truncated, query_truncated)
 
     def _check_name(self, chat_options: Mapping[str, Any]) -> None:
         """Raise ValueError if there are several templates, and the call's is none that takes a pair."""
