@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -62,13 +61,11 @@ Weight weight_of(const py::array& a, const char* what) {
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
     if (a.dtype().byteorder() == '>')  // of every array in the machine's order NumPy says '='
         throw std::invalid_argument(std::string(what) + " must be in the machine's byte order");
-    if (std::max(a.shape(0), a.shape(1)) > std::numeric_limits<int>::max() - 64)
-        throw std::invalid_argument(std::string(what) + " must have fewer than 2^31 rows and columns");
-    if (a.strides(1) != size || a.strides(0) % size)
-        throw std::invalid_argument(std::string(what) + " must have contiguous rows");
     constexpr py::ssize_t most = 1 << 30;
     if (a.shape(0) < 1 || a.shape(1) < 1 || a.shape(0) > most || a.shape(1) > most)
         throw std::invalid_argument(std::string(what) + " must have 1 to 2^30 rows and columns");
+    if (a.strides(1) != size || a.strides(0) % size)
+        throw std::invalid_argument(std::string(what) + " must have contiguous rows");
     return {a.data(), source, a.strides(0) / size, static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1))};
 }
 const float* vector_of(const std::optional<F32Array>& a, int64_t n, const char* what) {

@@ -1,4 +1,4 @@
-"""Checkpoints: a local folder or a hub id opened as configuration files and memory-mapped weights."""
+"""Checkpoints: a local folder or a hub id opened as configuration files, and weights that are read on demand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastrerank.config_values import InvalidConfig, check_sizes
-from fastrerank.layouts import marked_layout, refuse_marked_layout
+from fastrerank.layouts import TOKEN_PROJECTION, marked_layout, refuse_marked_layout
 from fastrerank.naming import model_name, shortened
 from fastrerank.tensors import Tensor, Tensors, find_weight_files
 
@@ -28,7 +28,7 @@ __all__ = [
 
 # Everything that loading a checkpoint can need, once without and once with pickled weights. The hub matches these
 # with fnmatch, where * also crosses folder borders.
-_CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model"]
+_CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model", TOKEN_PROJECTION]
 _SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors", "*/model.safetensors", "*/model-*.safetensors"]
 _PICKLE_PATTERNS = ["pytorch_model*.bin", "*/pytorch_model*.bin"]
 _IGNORE_PATTERNS = ["onnx/*", "openvino/*", "coreml/*", "*/onnx/*", "*/openvino/*", "tf_model*", "flax_model*"]
@@ -65,7 +65,7 @@ class Module:
         return f"Module({self.type!r}, {shortened(str(self.path))!r})"
 
     def tensors(self) -> Tensors:
-        """Open the module's weights, memory-mapped. Raises FileNotFoundError if its folder holds none."""
+        """Open the module's weights; their values are read on demand. Raises as `Checkpoint.tensors` does."""
         return Tensors.open(self.path)
 
 
@@ -106,7 +106,7 @@ class Checkpoint:
         return next(filter(None, (read_json(self.transformer_path / name) for name in _SENTENCE_CONFIGS)), {})
 
     def tensors(self) -> Tensors:
-        """Open the transformer's weights, memory-mapped.
+        """Open the transformer's weights; their values are read on demand, see `Tensors`.
 
         Raises FileNotFoundError if there are none, ValueError naming the file if one is damaged, and ImportError if
         they are a PyTorch pickle and torch is not installed.

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["marked_layout", "refuse_marked_layout"]
+__all__ = ["TOKEN_PROJECTION", "marked_layout", "refuse_marked_layout", "refuse_token_projection"]
+
+# BGE-M3's projection of token vectors. Its other vectors do not need it.
+TOKEN_PROJECTION = "colbert_linear.pt"
 
 _SERVED_BY = {
     "Stanford's ColBERT": "colbert-ai, PyLate or sentence-transformers' MultiVectorEncoder",
@@ -84,3 +87,14 @@ def refuse_marked_layout(path: Path, found: tuple[str, str] | None) -> None:
         "score would be missing, and the ranking would be wrong. Serve it with " + _SERVED_BY[layout] + ", or load the "
         "base model that it was trained from"
     )
+
+
+def refuse_token_projection(folders: Sequence[Path]) -> None:
+    """Raise ValueError where BGE-M3's projection of token vectors lies beside a checkpoint: it is not computed."""
+    for folder in folders:
+        if (folder / TOKEN_PROJECTION).exists():
+            raise ValueError(
+                f"{folder} holds {TOKEN_PROJECTION}, the projection of BGE-M3's token vectors, which "
+                "method='late-interaction' does not compute: its ranking would be wrong. method='embedding' serves the "
+                "checkpoint's dense vectors, and FlagEmbedding's BGEM3FlagModel its token vectors"
+            )

@@ -144,7 +144,7 @@ class Tensors(Mapping[str, Tensor]):
         Raises FileNotFoundError if there is none or a shard is missing, ValueError naming a damaged file, and
         ImportError if only a PyTorch pickle is there and torch is not installed.
         """
-        files = find_weight_files(folder)
+        files = _weight_files(folder)
         if not files:
             raise FileNotFoundError(
                 f"{folder} holds no weights: expected {_SAFETENSORS}, {_SAFETENSORS}.index.json, {_PICKLE} or "
@@ -152,7 +152,7 @@ class Tensors(Mapping[str, Tensor]):
             )
         tensors: dict[str, Tensor] = {}
         opened: list[WeightFile] = []
-        for file in files:
+        for file, promised in files.items():
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is named by the checkpoint's index but does not exist")
             found = _load_pickle(file) if file.suffix != ".safetensors" else _open_safetensors(file, opened)
@@ -161,7 +161,9 @@ class Tensors(Mapping[str, Tensor]):
                     f"{file}: the tensor {shown(name)} is also in another shard, so it is not clear which counts"
                 )
             tensors |= found
-            _check_index(file, found)
+            for name in promised:
+                if name not in found:
+                    raise ValueError(f"{file}: lacks the tensor {shown(name)}, which the index says is in it")
         return cls(tensors, opened, folder)
 
     @classmethod
@@ -223,17 +225,25 @@ class Tensors(Mapping[str, Tensor]):
 
 def find_weight_files(folder: Path) -> list[Path]:
     """Weight files of a checkpoint folder in the order of transformers' preference; [] if it holds none."""
+    return list(_weight_files(folder))
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """What `find_weight_files` returns, and the tensors that an index of shards says are in each file."""
     for name in (_SAFETENSORS, _PICKLE):
         if (folder / name).is_file():
-            return [folder / name]
+            return {folder / name: []}
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _shards(index)
-    return []
+    return {}
 
 
-def _shards(index: Path) -> list[Path]:
-    return [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+def _shards(index: Path) -> dict[Path, list[str]]:
+    shards: dict[str, list[str]] = {}
+    for tensor, name in _weight_map(index).items():
+        shards.setdefault(name, []).append(tensor)
+    return {index.parent / name: shards[name] for name in sorted(shards)}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -246,16 +256,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise ValueError(f"{index}: weight_map must map tensor names to files of the same folder")
     return dict(weight_map)
-
-
-def _check_index(file: Path, found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the index of shards, where there is one, says that `file` holds a tensor that it lacks."""
-    if file.name in (_SAFETENSORS, _PICKLE):
-        return
-    index = file.parent / f"{_SAFETENSORS if file.suffix == '.safetensors' else _PICKLE}.index.json"
-    for name, place in _weight_map(index).items():
-        if place == file.name and name not in found:
-            raise ValueError(f"{file}: lacks the tensor {shown(name)}, which {index.name} says is in it")
 
 
 def _open_safetensors(path: Path, opened: list[WeightFile]) -> dict[str, Tensor]:

@@ -135,6 +135,25 @@ def test_shards(tmp_path: Path) -> None:
         Tensors.open(tmp_path)
 
 
+def test_the_index_of_shards_is_read_once_and_every_promise_of_it_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight_map = {}
+    for i in range(30):
+        name = f"model-{i:05}-of-00030.safetensors"
+        save_file({f"{i}.a": np.ones(1, np.float32), f"{i}.b": np.ones(1, np.float32)}, tmp_path / name)
+        weight_map |= {f"{i}.a": name, f"{i}.b": name}
+    index, read, reads = tmp_path / "model.safetensors.index.json", Path.read_text, []
+    write(index, {"weight_map": weight_map})
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: (reads.append(path), read(path, **options))[1])
+    with Tensors.open(tmp_path) as tensors:
+        assert set(tensors) == set(weight_map)
+    assert reads == [index]
+    write(index, {"weight_map": weight_map | {"more": "model-00017-of-00030.safetensors"}})
+    with pytest.raises(ValueError, match=r"model-00017-of-00030\.safetensors: lacks the tensor 'more', which .*index"):
+        Tensors.open(tmp_path)
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": "../model.safetensors"}}, []])
 def test_malformed_index(tmp_path: Path, index: Any) -> None:
     write(tmp_path / "model.safetensors.index.json", index)
@@ -366,7 +385,7 @@ class FakeHub:
 
 
 MODULES = [{"type": "s.Transformer", "path": ""}, {"type": "s.Dense", "path": "2_Dense"}]
-COMMON = ["config.json", "tokenizer.json", "vocab.txt"]
+COMMON = ["colbert_linear.pt", "config.json", "tokenizer.json", "vocab.txt"]
 OTHERS = [
     "README.md",
     "onnx/model.onnx",
@@ -375,6 +394,7 @@ OTHERS = [
     "tf_model.h5",
     "flax_model.msgpack",
     "code.py",
+    "sparse_linear.pt",
 ]
 
 

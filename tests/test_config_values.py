@@ -219,6 +219,13 @@ def test_an_encoder_that_lacks_a_weight_does_not_run() -> None:
             encoder.add_rope(theta, half)
 
 
+@pytest.mark.parametrize("shape", [(1 << 31, 1), ((1 << 30) + 1, 1), (0, 32), (32, 0)])
+def test_a_matrix_has_1_to_a_billion_rows_and_columns(shape: tuple[int, int]) -> None:
+    matrix = np.lib.stride_tricks.as_strided(np.zeros(32, np.float32), shape, (0, 4), writeable=False)
+    with pytest.raises(ValueError, match=r"^q must have 1 to 2\^30 rows and columns$"):
+        _cpu.Encoder(RIGHT, ops.isa()).set_linear(0, "q", matrix, None)
+
+
 def test_a_wrong_config_is_refused_before_weights_are_opened(tiny: Tiny, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("bert"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())

@@ -20,7 +20,7 @@ import pytest
 from cur_data import Scorer, noisy
 
 import fastrerank
-from fastrerank.cur import contents, store
+from fastrerank.cur import contents, files, store
 from fastrerank.cur.files import read_arrays
 
 TESTS = Path(__file__).parent
@@ -204,27 +204,56 @@ def test_headers_that_no_save_writes_are_refused(folder: Path, tmp_path: Path, w
     refused(copy)
 
 
-@pytest.mark.parametrize("kind", ["up", "absolute", "device", "pipe", "link", "header"])
-def test_no_file_outside_the_folder_is_opened(folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "header"),
+    [(kind, False) for kind in ("up", "absolute", "device")]
+    + [(kind, header) for kind in ("pipe", "folder", "link to a device", "link to a pipe") for header in (False, True)],
+)
+def test_only_regular_files_of_the_folder_are_opened(folder: Path, tmp_path: Path, kind: str, header: bool) -> None:
     copy = rewritten(folder, tmp_path, dict)
-    header = store.read_header(copy)
-    name = header["items"]["name"]
+    body = store.read_header(copy)
+    name = body["items"]["name"]
     names = {"up": f"../copy/{name}", "absolute": str(copy / name), "device": "/dev/zero"}
     if kind in names:
-        body = {**header, "items": {**header["items"], "name": names[kind]}, "format": store.FORMAT,
+        body = {**body, "items": {**body["items"], "name": names[kind]}, "format": store.FORMAT,
                 "version": store.VERSION}  # fmt: skip
         (copy / store.HEADER).write_text(json.dumps({**body, "sha256": store._digest(body)}))
         return refused(copy, "items is not what a save writes")
-    path = copy / (store.HEADER if kind == "header" else name)
-    content = path.read_bytes()
+    path = copy / (store.HEADER if header else name)
     path.unlink()
     if kind == "pipe":
         os.mkfifo(path)
-        return refused(copy, "not a regular file")
-    outside = tmp_path / f"outside-{kind}"
-    outside.write_bytes(content)
-    path.symlink_to(outside)
-    return refused(copy, "a link out of the index's folder")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    return refused(copy, "not a regular file")
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("layout", ["blobs", "linked folder"])
+def test_an_index_whose_files_are_links_is_loaded(folder: Path, tmp_path: Path, layout: str, mmap: bool) -> None:
+    copy = rewritten(folder, tmp_path, dict)
+    if layout == "blobs":  # snapshots of the hub: every file is a link to one named by its digest
+        (tmp_path / "blobs").mkdir()
+        for i, path in enumerate(sorted(copy.iterdir())):
+            path.rename(tmp_path / "blobs" / str(i))
+            path.symlink_to(Path("../blobs") / str(i))
+    else:  # mounted volumes: files lead through a link to the folder of the day
+        linked = tmp_path / "linked"
+        linked.mkdir()
+        (linked / "..data").symlink_to(copy)
+        for path in copy.iterdir():
+            (linked / path.name).symlink_to(Path("..data") / path.name)
+        copy = linked
+    index = fastrerank.CURIndex.load(copy, mmap=mmap)
+    np.testing.assert_array_equal(index.vectors(), fastrerank.CURIndex.load(folder).vectors())
+    index.remove(index.ids[:1])
+    index.save(copy)  # replaces links, and leaves what they lead to
+    assert fastrerank.CURIndex.load(copy, mmap=mmap).count == index.count
 
 
 SAVING = """
@@ -378,6 +407,27 @@ def test_a_mapped_file_that_changes_is_noticed_before_a_search(tmp_path: Path, h
             call()
     found = copied.search(Scorer(scores[25]), k=5, budget=50)
     np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_top_k_looks_at_mapped_files_20_times_a_second_at_most(tmp_path: Path, monkeypatch: Any) -> None:
+    index_of().save(tmp_path / "index")
+    index = fastrerank.CURIndex.load(tmp_path / "index")
+    query, looks, clock = np.ones(index.width, np.float32), [], [100.0]
+    look = files.Mapped.check
+    monkeypatch.setattr(files.Mapped, "check", lambda self: (looks.append(self.path), look(self)))
+    monkeypatch.setattr(files, "monotonic", lambda: clock[0])
+    for _ in range(3):
+        index.top_k(query, k=2)
+    assert sorted(looks) == sorted(map(str, (tmp_path / "index").glob("*.safetensors")))
+    index.vectors()  # what takes longer looks every time
+    assert len(looks) == 4
+    clock[0] += 0.051
+    time.sleep(0.02)
+    with next((tmp_path / "index").glob("vectors-*")).open("r+b") as file:
+        file.write(b"\0" * 10)
+    for _ in range(2):  # a refusal is no look that counts
+        with pytest.raises(ValueError, match="was changed in place"):
+            index.top_k(query, k=2)
 
 
 def test_a_mapped_file_that_is_replaced_stays_as_it_was(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 from cur_data import Scorer, TextScorer, low_rank, noisy, recall, top
 
 import fastrerank
+from fastrerank.cur.build import identity
 from fastrerank.cur.search import round_sizes
 from fastrerank.cur.solver import RidgeFits
+from fastrerank.text.prompts import Message, Template
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +189,32 @@ def test_an_index_knows_the_checkpoint_it_was_built_with(tiny: Any, tmp_path: Pa
         index.search_reranker(other, "mice", k=2, budget=5)
     with pytest.raises(ValueError, match=r"holds scores of another build .scorer differs"):
         fastrerank.CURIndex.build(other, texts, ["owl", "cat"], checkpoint=tmp_path / "build")
+
+
+def test_the_identity_of_a_scorer_holds_every_word_of_its_template() -> None:
+    def of(**changes: Any) -> str:
+        reranker.template = replace(Template.load("qwen3-reranker"), **changes)
+        return str(identity(reranker)["template"])
+
+    reranker = types.SimpleNamespace(method="pointwise")
+    # Saved indexes hold these digests: another one would refuse them all.
+    assert of() == "bc7b774b26ed62b6"
+    reranker.template = Template.load("prp")
+    assert identity(reranker)["template"] == "b334a4259ea67bad"
+    edits = ({}, {"labels": ("yes", "nope")}, {"suffix": "?"}, {"max_length": 7}, {"chat_options": {"a": 1}},
+             {"messages": (Message("user", "{query} {document}"),)}, {"document": "[{document}]"})  # fmt: skip
+    assert len({of(**changes) for changes in edits}) == len(edits)
+
+
+@pytest.mark.parametrize(
+    ("labels", "label"), [({"num_labels": 3}, None), ({"num_labels": None}, "none"), ({"num_labels": 3, "label": 1}, 1)]
+)
+def test_a_scorer_of_ones_own_may_count_labels(scores: Any, labels: dict[str, Any], label: Any) -> None:
+    reranker = TextScorer(scores)
+    vars(reranker).update(labels)
+    assert identity(reranker).get("label", "none") == label
+    index = fastrerank.CURIndex.build(reranker, [str(i) for i in range(20)], ["1", "2"])
+    assert len(index.search_reranker(reranker, "3", k=2, budget=5)[0]) == 2
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])

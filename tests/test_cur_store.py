@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -322,3 +323,26 @@ def _worker(script: Path, folder: Path) -> subprocess.Popen[str]:
         [sys.executable, str(script), str(folder / "index"), str(folder / "build")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(store.fcntl is None or not hasattr(os, "fork"), reason="this platform has no locks or no fork")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_forked_during_a_save_does_not_hold_the_folder(tmp_path: Path, fails: bool) -> None:
+    waiting, over = os.pipe()
+    child = 0
+    try:
+        with contextlib.suppress(KeyError), store.saving(tmp_path):
+            child = os.fork()
+            if child == 0:
+                os.close(over)
+                os.read(waiting, 1)  # until the parent is done
+                os._exit(0)
+            if fails:
+                raise KeyError
+        handle = os.open(tmp_path, os.O_RDONLY)
+        store.fcntl.flock(handle, store.fcntl.LOCK_EX | store.fcntl.LOCK_NB)  # BlockingIOError where it is held
+        os.close(handle)
+    finally:
+        os.close(over)
+        os.close(waiting)
+        os.waitpid(child, 0)

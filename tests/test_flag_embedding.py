@@ -157,8 +157,8 @@ def test_upstreams_two_tests_of_rerankers(folder: Path) -> None:
 
 def test_upstreams_own_class(folder: Path, tmp_path: Path) -> None:
     peer = pytest.importorskip("FlagEmbedding")
-    # With transformers 5 it makes text of cut ids and tokenises that again, which needs a decoder; an empty passage then
-    # is no second text, as it is with transformers 4 and here.
+    # With transformers 5 it makes text of cut ids and tokenises that again, which needs a decoder; an empty passage
+    # then is no second text, as it is with transformers 4 and here.
     folder = Path(shutil.copytree(folder, tmp_path / folder.name))
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.decoder = tokenizers.decoders.WordPiece(cleanup=False)

@@ -128,3 +128,11 @@ def test_an_embedding_model_with_usual_settings_is_not_marked(tmp_path: Path) ->
     })  # fmt: skip
     write(folder / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False})
     assert fastrerank.load(str(folder)).method == "embedding"
+
+
+def test_the_projection_of_token_vectors_is_refused_by_late_interaction_alone(tmp_path: Path) -> None:
+    folder = factory.save(tmp_path, "bert")
+    (folder / "colbert_linear.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds colbert_linear\.pt.*method='embedding' serves"):
+        LateInteractionReranker(folder)
+    assert fastrerank.load(folder, method="cross-encoder").score("owl?", ["the owl"]).shape == (1,)

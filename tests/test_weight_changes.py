@@ -17,6 +17,8 @@ pytest.importorskip("transformers")
 import tiny as factory
 from safetensors.numpy import load_file, save_file
 
+from fastrerank.checkpoint import Module
+from fastrerank.engine.heads import module_head
 from fastrerank.tensors import Tensors
 from fastrerank.weight_files import WeightFile, check_unchanged, file_marks
 
@@ -216,3 +218,31 @@ def test_pipes_and_devices_hold_no_weights(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises((ValueError, OSError), match=r"regular file|[Ii]s a directory"):
             Tensors.of_file(path)
+
+
+@pytest.mark.parametrize("kind", ["Dense", "LayerNorm"])
+def test_a_modules_own_weights_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    stem, shape = ("linear", (4, 4)) if kind == "Dense" else ("norm", (4,))
+    file = tmp_path / "model.safetensors"
+    save_file({f"{stem}.weight": np.ones(shape, np.float32), f"{stem}.bias": np.ones(4, np.float32)}, file)
+    modules = [Module("Transformer", tmp_path, {}), Module("Pooling", tmp_path, {}), Module(kind, tmp_path, {})]
+    assert len(module_head(modules).steps) == 1
+    read, count = WeightFile.read, 0
+
+    def rewritten(self: WeightFile, *arguments: object) -> object:
+        nonlocal count
+        count += 1
+        content = read(self, *arguments)  # type: ignore[arg-type]
+        if count == 3:  # behind the two reads of the header and one of the two tensors
+            with file.open("r+b") as opened:
+                opened.seek(-16, 2)
+                opened.write(bytes(16))
+            os.utime(file, ns=(0, 0))
+        return content
+
+    monkeypatch.setattr(WeightFile, "read", rewritten)
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed while it was read"):
+        module_head(modules)
+    assert count == 4

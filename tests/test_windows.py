@@ -157,7 +157,7 @@ def test_prompts_of_long_texts_are_those_of_whole_texts(style: str, monkeypatch:
     for whole in (False, True):
         if whole:
             for module in (windows, runs, prompt_tokenizer):
-                monkeypatch.setattr(module, "most_whole", lambda room: 1 << 30)
+                monkeypatch.setattr(module, "most_whole", lambda _: 1 << 30)
         pointwise = prompt_tokenizer.PromptTokenizer(own, Template.load("prp"), max_length=400)
         prompts = pointwise.encode("who?", [[texts[i], texts[i - 1]] for i in range(len(texts))])
         attention = AttentionPrompts(

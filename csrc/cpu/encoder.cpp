@@ -76,8 +76,9 @@ Encoder::~Encoder() = default;
 // Every weight that a forward reads has been set, in the size that it is read in.
 void Encoder::check_complete() const {
     const EncoderConfig& g = config_;
-    const auto need = [](bool there, const std::string& what) {
-        if (!there) invalid(what + " was not set");
+    // Every forward asks, so that text is made only where something is missing.
+    const auto need = [](bool there, const char* what, int layer = -1) {
+        if (!there) invalid(what + (layer < 0 ? "" : " of layer " + std::to_string(layer)) + " was not set");
     };
     need(word_ != nullptr, "the word table");
     need(!embedding_norm_.gamma.empty(), "the embedding norm");
@@ -85,13 +86,12 @@ void Encoder::check_complete() const {
     need(g.embedding == g.hidden || projection_.bytes, "the projection");
     for (int i = 0; i < g.layers; ++i) {
         const Layer& l = layers_[i];
-        const std::string at = " of layer " + std::to_string(i);
-        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o}) need(m->bytes, "a matrix of the attention" + at);
+        for (const OwnedMatrix* m : {&l.q, &l.k, &l.v, &l.o}) need(m->bytes != 0, "a matrix of the attention", i);
         for (const FeedForward& f : l.parts)
-            need(f.up.bytes && f.down.bytes && (!g.gated || f.gate.bytes), "a matrix of the feed-forward" + at);
-        need(g.pre_norm || !l.attention_norm.gamma.empty(), "the attention norm" + at);
-        need(!l.output_norm.gamma.empty(), "the output norm" + at);
-        need(g.rope[i] < static_cast<int>(ropes_.size()), "the rotary table" + at);
+            need(f.up.bytes && f.down.bytes && (!g.gated || f.gate.bytes), "a matrix of the feed-forward", i);
+        need(g.pre_norm || !l.attention_norm.gamma.empty(), "the attention norm", i);
+        need(!l.output_norm.gamma.empty(), "the output norm", i);
+        need(g.rope[i] < static_cast<int>(ropes_.size()), "the rotary table", i);
     }
 }
 

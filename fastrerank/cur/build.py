@@ -10,7 +10,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from fastrerank.cur.checks import positive
 from fastrerank.cur.search import checked_scores
+from fastrerank.fingerprint import fingerprint
 
 __all__ = ["Build", "Progress", "discard", "identity", "same_scorer"]
 
@@ -41,21 +41,11 @@ def identity(reranker: Any) -> dict[str, Any]:
     for name in ("template", "instruction", "heads", "calibrate"):
         value = getattr(reranker, name, None)
         if value is not None:
-            found[name] = hashlib.sha256(_written(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    if getattr(reranker, "num_labels", 1) > 1:  # one checkpoint has other scores for each label
-        found["label"] = reranker.label
+            found[name] = hashlib.sha256(fingerprint(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    labels = getattr(reranker, "num_labels", None)
+    if isinstance(labels, int) and labels > 1:  # one checkpoint has other scores for each label
+        found["label"] = getattr(reranker, "label", None)
     return found
-
-
-def _written(value: Any) -> str:
-    """All that `value` holds, as text: of a dataclass each field, however short its repr is.
-
-    Saved indexes hold a digest of this text, which is that of the repr that dataclasses have by default.
-    """
-    if not is_dataclass(value) or isinstance(value, type):
-        return repr(value)
-    held = ", ".join(f"{one.name}={getattr(value, one.name)!r}" for one in fields(value) if one.repr)
-    return f"{type(value).__qualname__}({held})"
 
 
 def _files_digest(folder: Path) -> str:

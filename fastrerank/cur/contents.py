@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fastrerank import ops
 from fastrerank.cur import store
 from fastrerank.cur.build import discard
-from fastrerank.cur.files import Mapped
+from fastrerank.cur.files import Watched
 from fastrerank.cur.loading import check_items, check_shards
 from fastrerank.cur.texts import Texts
 
@@ -62,7 +62,7 @@ class Contents:
     folder: Path | None = None
     files: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsaved: Path | None = None
-    watched: tuple[Mapped, ...] = ()
+    watched: Watched = field(default_factory=Watched)
 
     def __post_init__(self) -> None:
         # A shard that is gone may leave its id to one that is made later, which the folder does not hold.
@@ -78,10 +78,9 @@ class Contents:
     def count(self) -> int:
         return sum(shard.N for shard in self.shards)
 
-    def check_files(self) -> None:
-        """Raise ValueError if a file that is mapped was changed in place."""
-        for mapped in self.watched:
-            mapped.check()
+    def check_files(self, *, seldom: bool = False) -> None:
+        """Raise ValueError if a file that is mapped was changed in place. `seldom`: see `Watched.check`."""
+        self.watched.check(seldom=seldom)
 
     def named(self, places: Ids) -> Ids:
         """The ids of the items at `places`."""
@@ -306,5 +305,5 @@ def _read(folder: Path, header: dict[str, Any], mmap: bool, verify: bool) -> Con
         scorer=header["scorer"],
         folder=Path(os.path.realpath(folder)),
         files=files,
-        watched=tuple(mapped for mapped in watched if mapped is not None),
+        watched=Watched([mapped for mapped in watched if mapped is not None]),
     )

@@ -8,19 +8,21 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ADVICE", "Mapped", "open_regular", "read_arrays"]
+__all__ = ["ADVICE", "EVERY", "Mapped", "Watched", "open_regular", "read_arrays"]
 
 ADVICE = "save or copy the index again"
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 _CHUNK = 1 << 24
+EVERY = 0.05
 _LONGEST_TABLE = 1 << 20
 
 
@@ -28,7 +30,7 @@ _LONGEST_TABLE = 1 << 20
 class Mapped:
     """A file that is mapped into memory, as it was when that was done."""
 
-    path: Path
+    path: str
     place: tuple[int, int]  # device and inode
     state: tuple[int, int]  # size and time of change
 
@@ -38,7 +40,7 @@ class Mapped:
         A file that was deleted or replaced stays mapped as it was.
         """
         try:
-            now = self.path.stat()
+            now = os.stat(self.path)  # noqa: PTH116 - a Path makes its text anew every time
         except OSError:
             return
         if (now.st_dev, now.st_ino) == self.place and (now.st_size, now.st_mtime_ns) != self.state:
@@ -48,11 +50,34 @@ class Mapped:
             )
 
 
+class Watched:
+    """The files that an index maps, and when they were last looked at. Any number of threads may share one."""
+
+    def __init__(self, files: Sequence[Mapped] = ()) -> None:
+        self.files = tuple(files)
+        self._looked = -math.inf
+
+    def check(self, *, seldom: bool = False) -> None:
+        """Raise ValueError if a file was changed in place.
+
+        With `seldom`, files are not looked at again within `EVERY` seconds, for calls that take hardly longer.
+        """
+        if not self.files:
+            return
+        now = monotonic()
+        if seldom and now - self._looked < EVERY:
+            return
+        self._looked = -math.inf  # a refusal is no look that counts
+        for mapped in self.files:
+            mapped.check()
+        self._looked = now
+
+
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file that lies in its folder. OSError if it is not there, ValueError for another."""
-    folder = os.path.realpath(path.parent)
-    if os.path.dirname(os.path.realpath(path)) != folder:  # noqa: PTH120
-        raise ValueError(f"{path}: a link out of the index's folder; copy the file itself there")
+    """A descriptor of a regular file, or of the one that a link leads to: tools that keep versions store links.
+
+    OSError if it is not there, ValueError for a device, a pipe or a folder.
+    """
     # A pipe would wait for a writer; a regular file does not know the flag.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -82,7 +107,7 @@ def read_arrays(
             raise ValueError(f"{path}: damaged, its checksum differs; {ADVICE}")
     finally:
         os.close(handle)
-    watched = Mapped(path, (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)) if map_it else None
+    watched = Mapped(str(path), (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)) if map_it else None
     return _arrays(path, content, found.st_size), watched
 
 

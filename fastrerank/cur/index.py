@@ -187,7 +187,8 @@ class CURIndex:
 
         A save of another process to the folder changes no file: an index that is open stays as it was loaded. A file
         that is written over or cut is noticed when a search begins, which then raises ValueError; one that is cut
-        during a search ends the process with SIGBUS. With mmap=False neither matters.
+        during a search ends the process with SIGBUS. `top_k` takes microseconds, so it looks at the files 20 times a
+        second at most: for 50 ms after a look, a change is as one during a search. With mmap=False none of it matters.
 
         Raises FileNotFoundError without an index there, ValueError naming a damaged file, or one whose contents no save
         writes: ids that repeat or are not ascending, anchors that are no items, texts that end beyond the file, ...
@@ -304,7 +305,7 @@ class CURIndex:
         queries = np.atleast_2d(np.asarray(query_vectors, np.float32))
         if queries.ndim != 2 or queries.shape[1] != held.width:
             raise ValueError(f"query_vectors must be (B, {held.width}), got shape {np.shape(query_vectors)}")
-        _filled(held)
+        _filled(held, seldom=True)
         places, products = ops.cur_topk(queries, held.shards, positive("k", k, held.count, "the number of items"))
         return held.named(places), products
 
@@ -470,10 +471,10 @@ class CURIndex:
         return result
 
 
-def _filled(held: Contents) -> int:
+def _filled(held: Contents, *, seldom: bool = False) -> int:
     if held.count == 0:
         raise ValueError("the index is empty: add items before searching")
-    held.check_files()
+    held.check_files(seldom=seldom)
     return held.count
 
 

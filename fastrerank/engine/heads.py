@@ -171,7 +171,9 @@ def _dense(module: Module) -> DenseStep:
         bias = tensors["linear.bias"].float32() if has_bias else None
         if bias is not None and len(bias) != weight.shape[0]:
             raise ValueError(f"{module.path}: linear.bias has shape {bias.shape}, expected ({weight.shape[0]},)")
-        return DenseStep(values(weight), bias, _ACTIVATIONS[activation])
+        step = DenseStep(values(weight), bias, _ACTIVATIONS[activation])
+        tensors.check()
+    return step
 
 
 def _layer_norm(module: Module) -> NormStep:
@@ -180,6 +182,7 @@ def _layer_norm(module: Module) -> NormStep:
     with module.tensors() as tensors:
         _check_module(module, slots, tensors)
         gamma, beta = tensors["norm.weight"].float32(), tensors["norm.bias"].float32()
+        tensors.check()
     if gamma.shape != beta.shape:
         raise ValueError(f"{module.path}: norm.bias has shape {beta.shape}, expected {gamma.shape}")
     return NormStep(gamma, beta, 1e-5)

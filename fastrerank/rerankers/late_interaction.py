@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fastrerank import ops
 from fastrerank.checkpoint import Checkpoint, Module
 from fastrerank.engine.heads import Head, module_head
+from fastrerank.layouts import refuse_token_projection
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.vectors import VectorReranker
@@ -43,6 +44,7 @@ class LateInteractionReranker(VectorReranker):
     _reads: ClassVar[str] = "token vectors"
 
     def _head(self, checkpoint: Checkpoint) -> Head:
+        refuse_token_projection((checkpoint.path, checkpoint.transformer_path))
         return module_head(_token_modules(checkpoint.modules), tokens=True)
 
     def _score_many(
