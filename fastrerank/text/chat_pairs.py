@@ -233,8 +233,7 @@ class ChatPairs:
             cut.append(bool(found.truncated.any()))
         end = min(_common_end(prompts), limit)
         rows = [
-            np.concatenate([row[: limit - end], row[len(row) - end :]]) if len(row) > limit else row
-            for row in (prompt.ids for prompt in whole)
+            np.concatenate([row[: limit - end], row[len(row) - end :]]) if len(row) > limit else row for row in whole
         ]
         ids = np.concatenate([np.zeros(0, np.int32), *rows])
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
