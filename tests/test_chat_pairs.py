@@ -22,7 +22,7 @@ import transformers
 
 import fastrerank
 from fastrerank import CrossEncoder
-from fastrerank.checkpoint import Checkpoint
+from fastrerank.checkpoint import open_checkpoint
 from fastrerank.rerankers.pointwise import PointwiseReranker
 from fastrerank.text.chat_pairs import ChatPairs
 from fastrerank.text.files import chat_template_of
@@ -179,12 +179,14 @@ def test_a_query_that_does_not_fit_leaves_room_for_documents(checkpoint: Callabl
         ours.predict(PAIRS, processing_kwargs={"text": {"max_length": 9}})
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_limits_hold_where_the_template_leaves_no_room(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
 ) -> None:
-    # Behind the query and the document stands a long text, so that some of their tokens are left.
-    chat = "<|im_start|>{{ messages[0].content }}\n{{ messages[1].content }}\n" + "judge it " * 30 + "<|im_end|>"
-    pairs = ChatPairs.load(Checkpoint.open(checkpoint("qwen3", "qwen", chat)))
+    # A long text stands behind the first one, so that some of its tokens are left.
+    first, last = (f"{{{{ messages[{place}].content }}}}" for place in order)
+    chat = f"<|im_start|>{first}\n{'judge it ' * 30}\n{last}<|im_end|>"
+    pairs = ChatPairs.load(open_checkpoint(checkpoint("qwen3", "qwen", chat)))
     assert pairs is not None
 
     def ids(query: str, document: str, limits: TextLimits = NO_LIMITS) -> list[int]:
