@@ -21,8 +21,8 @@ import transformers
 
 import fastrerank
 from fastrerank import CrossEncoder
-from fastrerank.rerankers.pointwise import PointwiseReranker
 from fastrerank.checkpoint import open_checkpoint
+from fastrerank.rerankers.pointwise import PointwiseReranker
 from fastrerank.text.chat_pairs import ChatPairs
 from fastrerank.text.files import chat_template_of
 from fastrerank.text.limits import TextLimits
