@@ -161,8 +161,8 @@ class ChatPairs:
         as sentence-transformers does, and a warning says so. `prompt` is a system turn, `chat_options` are arguments of
         the chat template. `limits` are further limits of this call; its own `max_length` is not read.
 
-        Raises ValueError where the template drops the prompt or a text, or where it alone does not fit and documents
-        are to be cut on the left; TooLong where `limits.truncate` is False and a text would be cut.
+        Raises ValueError where the template drops the prompt or a text, and for `truncation_side` "left" where it
+        leaves no room for texts; TooLong where `limits.truncate` is False and a text would be cut.
         """
         prompts = self._laid_out(prompt, chat_options or {})
         if max_length is not None and max_length < _size(prompts, "") + 2:
