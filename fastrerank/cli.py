@@ -202,7 +202,6 @@ def rank(
         checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
         heads=heads_option(heads), max_length=max_length, engine=engine, label=label,
     )  # fmt: skip
-    reranker.check_options()  # a head with several labels says now that it needs --label
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
@@ -341,9 +340,16 @@ def serve(
     threads: Threads = None,
     label: Annotated[
         list[str] | None,
-        option(MODEL, "[NAME=]LABEL", "Of a head with several labels the one that ranks, a name or number."),
+        option(
+            MODEL,
+            "[NAME=]LABEL",
+            "Of a head with several labels the one that ranks, a name or number.",
+            show_default="the one whose name tells it",
+        ),
     ] = None,
-    alias: Annotated[list[str] | None, option(LISTENING, "ALIAS=NAME", "A further name of a model.")] = None,
+    alias: Annotated[
+        list[str] | None, option(LISTENING, "ALIAS=NAME", "A further name of a model.", show_default="none")
+    ] = None,
     host: Annotated[str, option(LISTENING, "HOST", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option(LISTENING, "PORT", "Port; 0 takes a free one.", min=0, max=65535)] = 8080,
     api_flavor: Annotated[

@@ -119,6 +119,7 @@ def test_without_a_gpu_the_benchmark_of_one_says_so() -> None:
     assert "no usable CUDA device" in done.output
 
 
+@pytest.mark.nightly
 def test_varlen_and_compiled_engines_score_as_ours_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (gpu_engines, gpu_kernels):
         monkeypatch.setattr(module, "find_varlen", lambda _: plain_varlen)

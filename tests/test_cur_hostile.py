@@ -73,6 +73,7 @@ def written(folder: Path, stem: str, arrays: Arrays) -> dict[str, Any]:
         table[name] = {"dtype": kinds[array.dtype.name], "shape": array.shape, "data_offsets": span}
         blob += content
     head = json.dumps(table).encode()
+    head += b" " * (-(8 + len(head)) % 64)  # as a save places the arrays
     whole = len(head).to_bytes(8, "little") + head + blob
     name = f"{stem}-{'0' * 16}.safetensors"
     (folder / name).write_bytes(whole)

@@ -17,6 +17,7 @@ from fastrerank.text.limits import TooLong
 # Arguments of those that take more than a message.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "TooLong": ("a document", 12, 10, "words"),
+    "OptionRefused": ("label", "nothing tells which label ranks", "give label="),
     "Overloaded": ("the queue is full", 1.5),
     "Problem": (422, "Validation", "texts is missing", {"Retry-After": "2"}, "texts"),
 }

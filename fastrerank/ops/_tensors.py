@@ -60,10 +60,16 @@ def check_tensor(name: str, value: object) -> torch.Tensor:
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {said(value)}")
-    if value.layout != torch.strided or value.is_neg():
-        what = "a tensor that is still to be negated; call .resolve_neg()" if value.is_neg() else str(value.layout)
+    # torch.compile cannot trace `is_neg`, and hands no such tensor on.
+    negated = not torch.compiler.is_compiling() and value.is_neg()
+    if value.layout != torch.strided or negated:
+        what = "a tensor that is still to be negated; call .resolve_neg()" if negated else str(value.layout)
         raise ValueError(f"{name} must be a dense tensor, got {what}")
     return value
+
+
+# In float32, what is at most _LEAST rounds to 0, and _BEYOND and more to infinity.
+_LEAST, _BEYOND = 2.0**-150, 2.0**128 - 2.0**103
 
 
 def as_float(name: str, value: Any, valid: str) -> float:
@@ -73,10 +79,11 @@ def as_float(name: str, value: Any, valid: str) -> float:
     """
     try:
         number = float(value)
-        narrow = ctypes.c_float(number).value
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{name} must be a number, got {said(value)}") from error
-    if not math.isfinite(narrow) or (narrow == 0) != (number == 0):
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be {valid}, got {number}")
+    if number != 0 and not _LEAST < abs(number) < _BEYOND:
         raise ValueError(f"{name} must be {valid}, within the range of float32, got {number}")
     return number
 

@@ -92,7 +92,10 @@ def schema_problem(errors: Sequence[Any]) -> tuple[str, str | None, list[dict[st
     told, rows = [], []
     for places in found.values():
         place = max(places, key=len)
-        kept = list({error["msg"]: error for error in places[place]}.values())
+        # The order of a field's kinds is not the same in every process: a list comes first.
+        kept = sorted(
+            {error["msg"]: error for error in places[place]}.values(), key=lambda one: "list" not in one["msg"]
+        )
         rows += [{"loc": ["body", *place], "msg": error["msg"], "type": error["type"]} for error in kept]
         told.append(_told(place, [str(error["msg"]).replace("a valid dictionary", "an object") for error in kept]))
     names = [row["loc"][1] for row in rows if row["loc"][1:] and isinstance(row["loc"][1], str)]
