@@ -13,6 +13,7 @@ import numpy as np
 
 import fastrerank
 from fastrerank.datasets import JudgedQuery
+from fastrerank.fingerprint import fingerprint
 
 from .systems import System, file_name
 from .worker import Outcome
@@ -91,7 +92,7 @@ class Kept:
         model = system.model or ""
         folder = Path(model).expanduser()
         files = _files(folder) if folder.is_dir() else _commit(model, system.options, online)
-        options = sorted((name, repr(value), _file(value)) for name, value in system.options.items())
+        options = sorted((name, fingerprint(value), _file(value)) for name, value in system.options.items())
         return hashlib.sha256(json.dumps([self._asked, system.model, options, files]).encode()).hexdigest()
 
 
