@@ -1,4 +1,4 @@
-// How the module's long calls are made: without the GIL, given up on Ctrl-C, and harmless while the interpreter ends.
+// Long calls release the GIL, stop on Ctrl-C, and do no harm while the interpreter shuts down.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -54,7 +54,7 @@ class Arena:
         return self._memory[begin:end]
 
     def reset(self) -> None:
-        """Give all of it away again: what was taken is overwritten by what is taken next."""
+        """Release the whole buffer: later reads overwrite the arrays that were handed out before."""
         self._used = 0
 
 

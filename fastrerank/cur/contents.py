@@ -217,7 +217,7 @@ def save(contents: Contents, folder: Path) -> Contents:
 
 
 def _write(contents: Contents, folder: Path) -> dict[int, dict[str, Any]]:
-    """Write what the folder lacks, and the header; returns the shards' entries by `id` of the shard."""
+    """Write the files that the folder lacks, then the header. Return the shards' entries by the shard's `id`."""
     store.sync_folder(folder.resolve().parent)
     held = contents.files if contents.folder == folder.resolve() else {}
     files: dict[int, dict[str, Any]] = {}

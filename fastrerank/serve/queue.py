@@ -268,7 +268,7 @@ class Speed:
         return max(1, int(tokens / self.tokens_per_byte))
 
     def overhead(self) -> int:
-        """About how many bytes of text cost what a pair costs beside its texts."""
+        """Return the fixed cost of a pair (special tokens, prompt) as an estimated number of bytes of text."""
         return round(self.pair_tokens / self.tokens_per_byte)
 
     def seconds(self, size: int) -> float:
