@@ -204,16 +204,26 @@ INLINE int stored_inputs(int k) {
 
 template <class P, class Store>
 bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const Store& put) {
+    constexpr int kBlock = 16;
     const int n_padded = static_cast<int>(padded(n)), k_padded = stored_inputs<P>(k);
     bool ok = true;
     for (int n0 = 0; n0 < n_padded; n0 += P::kVectors * VL) {
         const int width = n_padded - n0 < P::kVectors * VL ? n_padded - n0 : P::kVectors * VL;
-        for (int c = 0; c < width; ++c) {
-            const int64_t at = (static_cast<int64_t>(n0) * k_padded) + c * P::kStep;
-            for (int i = 0; i < k_padded; ++i) {
-                const float x = n0 + c < n && i < k ? to_float(w, (n0 + c) * ldw + i, source) : 0.0f;
-                ok &= finite(x);
-                put(at + static_cast<int64_t>(i / P::kStep) * width * P::kStep + i % P::kStep, n0 + c, x);
+        // Blocks of inputs keep the lines that are written in the first cache until all their columns are there.
+        for (int i0 = 0; i0 < k_padded; i0 += kBlock) {
+            const int end = k_padded - i0 < kBlock ? k_padded : i0 + kBlock;
+            for (int c = 0; c < width; ++c) {
+                const int64_t at = static_cast<int64_t>(n0) * k_padded + c * P::kStep;
+                const auto set = [&](int i, float x) {
+                    put(at + static_cast<int64_t>(i / P::kStep) * width * P::kStep + i % P::kStep, n0 + c, x);
+                };
+                const int stored = n0 + c >= n || k <= i0 ? i0 : end < k ? end : k;
+                for (int i = i0; i < stored; ++i) {
+                    const float x = to_float(w, (n0 + c) * ldw + i, source);
+                    ok &= finite(x);
+                    set(i, x);
+                }
+                for (int i = stored; i < end; ++i) set(i, 0.0f);
             }
         }
     }
