@@ -169,7 +169,8 @@ def test_an_instruction_of_a_call_equals_that_of_loading(qwen: Path, tmp_path: P
     np.testing.assert_array_equal(model.score(QUERY, TEXTS), plain)
     (tmp_path / "silent.toml").write_text(SILENT)
     silent = PointwiseReranker(qwen, template=tmp_path / "silent.toml")
-    with pytest.raises(ValueError, match="prints no instruction"):
+    assert model.honoured_options - silent.honoured_options == {"instruction"}  # what /info lists
+    with pytest.raises(ValueError, match="no place for an instruction"):
         silent.check_options(instruction="find")
 
 

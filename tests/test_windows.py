@@ -63,6 +63,27 @@ def test_joined_windows_give_the_ids_of_the_whole_text(kind: str) -> None:
     check(kind, range(7))
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("lstrip", [False, True])
+@pytest.mark.parametrize("single_word", [False, True])
+def test_gaps_that_a_normalizer_strips_before_added_tokens_are_no_characters_less(
+    normalized: bool, lstrip: bool, single_word: bool
+) -> None:
+    own = KINDS["t5"]()
+    own.add_tokens([tokenizers.AddedToken("<sep>", normalized=normalized, lstrip=lstrip, single_word=single_word)])
+    joined = Windows(own)
+    for gap in (1, 10, 64, 300, 3000):
+        for after in ("<sep> more owls", "<sep>x more", "\x1c<sep> s"):
+            for count in (5, 100):
+                blank = " " * gap
+                text = (
+                    f"{'The old owl sees. ' * count}{blank}{after}{' and the rest of it ' * count}{blank}{after}{blank}"
+                )
+                expected = own.encode(text, add_special_tokens=False)
+                assert joined.spans(text) == (expected.ids, expected.offsets), (gap, after, count)
+
+
 @pytest.mark.nightly
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)

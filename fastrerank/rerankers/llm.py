@@ -92,6 +92,11 @@ class LLMReranker(Reranker):
             share_prefixes=share_prefixes,
         )  # fmt: skip
 
+    @property
+    def honoured_options(self) -> frozenset[str]:
+        """`call_options`, without `instruction` where the template prints none."""
+        return self.call_options - (frozenset() if self.template.uses_instruction else {"instruction"})
+
     def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Template:
         usual = self.default_seq2seq if _seq2seq(checkpoint) else self.default_template
         template = Template.load(wanted or recognised_template(checkpoint, self.kind) or usual)

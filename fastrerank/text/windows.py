@@ -12,7 +12,7 @@ import re
 import threading
 import unicodedata
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +35,8 @@ _SPARE = 64
 # Zero width joiners and halfwidth voice marks, which join what stands before them.
 _JOINING = "\u200c\u200d\uff9e\uff9f"
 _WHOLE = 1 << 16
-_GAP = re.compile(r"\s{64,}")
+# What `tokenizers` takes for white space: Python has four separators more.
+_GAP = re.compile(r"[^\S\x1c-\x1f]{64,}")
 
 
 def most_whole(room: int | None) -> int:
@@ -66,11 +67,29 @@ class _Window(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens that follow one another in a text, where they start and end in it, and where the next piece begins."""
+    """Tokens that follow one another in a stripped text, their window, and where the next piece begins in it."""
 
     ids: list[int]
     window: _Window
     end: int
+
+
+class _Stripped(NamedTuple):
+    """A text without long gaps, where each of them was in it, and how many characters it and those before it had."""
+
+    text: str
+    places: list[int]
+    lengths: list[int]
+
+    def start(self, place: int) -> int:
+        """The place in the whole text of a token that starts at `place`."""
+        before = bisect_right(self.places, place)
+        return place + (self.lengths[before - 1] if before else 0)
+
+    def end(self, place: int) -> int:
+        """The place in the whole text of a token that ends at `place`."""
+        before = bisect_left(self.places, place)
+        return place + (self.lengths[before - 1] if before else 0)
 
 
 class Windows:
@@ -97,7 +116,7 @@ class Windows:
             first: with `left`, so many of the text's first ids stand before its last ones.
         """
         found = array("i")
-        for piece in self.stream(text, None if left else room):
+        for piece in self._stream(self._tokenizers().stripped(encodable(text)).text, None if left else room):
             found.extend(piece.ids)
             if room is not None:
                 if not left and len(found) > room:
@@ -112,10 +131,11 @@ class Windows:
         Tokens of that beginning, tokenised with `_OVERLAP` characters more, are those of the whole text.
         """
         count = 0
-        for piece in self.stream(text, room):
+        stripped = self._tokenizers().stripped(encodable(text))
+        for piece in self._stream(stripped.text, room):
             count += len(piece.ids)
             if count > room:
-                return piece.end
+                return stripped.end(piece.end)
         return None
 
     def bounded(self, text: str, room: int | None, tail: int = _OVERLAP) -> str:
@@ -134,15 +154,16 @@ class Windows:
         """Ids of `text` and where each token starts and ends in it."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        for piece in self.stream(text):
+        stripped = self._tokenizers().stripped(encodable(text))
+        for piece in self._stream(stripped.text):
             ids += piece.ids
-            spans += zip(*piece.window.places(len(piece.ids)), strict=True)
+            starts, ends = piece.window.places(len(piece.ids))
+            spans += zip(map(stripped.start, starts), map(stripped.end, ends), strict=True)
         return ids, spans
 
-    def stream(self, text: str, room: int | None = None) -> Iterator[Piece]:
-        """The tokens of `text` in order; `room` is how many of them the caller is likely to take."""
+    def _stream(self, text: str, room: int | None = None) -> Iterator[Piece]:
+        """The tokens of a stripped text in order; `room` is how many of them the caller is likely to take."""
         made = self._tokenizers()
-        text = made.stripped(encodable(text))
         taken = 0
 
         def size() -> int:  # of the next window, so that little is tokenised behind the tokens that are taken
@@ -200,33 +221,39 @@ class _Tokenizers:
         if "trim_offsets" in json.dumps(data["post_processor"]):
             data["post_processor"] = None
             self.first = self.inside = type(tokenizer).from_str(json.dumps(data))
-        contents = sorted((re.escape(one["content"]) for one in data["added_tokens"] if one["content"]), key=len)[::-1]
-        self._contents = re.compile("|".join(contents) or "(?!)")
+        added = sorted((one for one in data["added_tokens"] if one["content"]), key=lambda one: -len(one["content"]))
+        contents = [_pattern(one) for one in added]
+        # The normalizer sees a text in the pieces between these tokens.
+        self._before = re.compile("|".join(_pattern(one) for one in added if not one["normalized"]) or "(?!)")
         self._strips = '"strip_right": true' in json.dumps(data["normalizer"])
         self._added = re.compile("(?!)")
         if _without_start(data):
             self.inside = type(tokenizer).from_str(json.dumps(data))
             # What happens at the beginning of a text also happens behind an added token, and at a word's beginning
             # where words are split first.
-            spaces = r"\s*" if any(one["lstrip"] for one in data["added_tokens"]) else ""
+            spaces = r"\s*" if any(one["lstrip"] for one in added) else ""
             pattern = [f"{spaces}(?:{'|'.join(contents)})"] if contents else []
             if '"WhitespaceSplit"' in json.dumps(data["pre_tokenizer"]):
                 pattern.append(_space_makers())
             self._added = re.compile("|".join(pattern) or "(?!)")
 
-    def stripped(self, text: str) -> str:
+    def stripped(self, text: str) -> _Stripped:
         """`text` without the long gaps that the normalizer strips off its end, or off the piece before an added token.
 
         What is stripped would depend on text any distance behind it.
         """
-        if not self._strips:
-            return text
-        kept, done = [], 0
-        for gap in _GAP.finditer(text):
-            if gap.end() == len(text) or self._contents.match(text, gap.end()):
-                kept.append(text[done : gap.start()])
-                done = gap.end()
-        return "".join([*kept, text[done:]]) if kept else text
+        kept: list[str] = []
+        places: list[int] = []
+        lengths: list[int] = []
+        done = removed = 0
+        for gap in _GAP.finditer(text) if self._strips else ():
+            if gap.end() == len(text) or self._before.match(text, gap.end()):
+                start = gap.start() + 1  # one stays, as what stands before a token may decide whether it is one
+                kept.append(text[done:start])
+                places.append(start - removed)
+                done, removed = gap.end(), removed + gap.end() - start
+                lengths.append(removed)
+        return _Stripped("".join([*kept, text[done:]]) if kept else text, places, lengths)
 
     def window(self, text: str, place: int, size: int, *, inside: bool, kept: str = "", source: int = 0) -> _Window:
         """Tokens of `size` characters of the text from `place` on, behind `kept`."""
@@ -234,16 +261,27 @@ class _Tokenizers:
         if place + size < len(text):
             piece += "a"  # a normalizer that strips the end of a text finds nothing to strip
         added = self._added.search(piece) if inside else None
-        parts = [(0, len(piece), self.inside if inside else self.first)]
-        if added is not None:
-            parts = [(0, added.start(), self.inside), (added.start(), len(piece), self.first)]
+        parts = [(0, len(piece), len(piece), self.inside if inside else self.first)]
+        if added is not None:  # which is tokenised with both parts: what stands before it may not be a text's end
+            start = added.start()
+            parts = [(0, start, added.end(), self.inside), (start, len(piece), len(piece), self.first)]
         window = _Window(place - len(kept), len(kept) + min(size, len(text) - place), kept, source, [], [], [])
-        for begin, end, tokenizer in parts:
-            encoding = encode_one(tokenizer, piece[begin:end])
-            window.ids.extend(encoding.ids)
-            window.starts.extend(begin + start for start, _ in encoding.offsets)
-            window.ends.extend(begin + end for _, end in encoding.offsets)
+        for begin, end, stop, tokenizer in parts:
+            encoding = encode_one(tokenizer, piece[begin:stop])
+            offsets = encoding.offsets
+            count = len(offsets)
+            while stop > end and count and begin + offsets[count - 1][0] >= end:
+                count -= 1
+            window.ids.extend(encoding.ids[:count])
+            window.starts.extend(begin + start for start, _ in offsets[:count])
+            window.ends.extend(begin + end for _, end in offsets[:count])
         return window
+
+
+def _pattern(token: dict[str, Any]) -> str:
+    """A pattern of where an added token of tokenizer.json stands in a text."""
+    content = re.escape(token["content"])
+    return rf"(?<!\w){content}(?!\w)" if token["single_word"] else content
 
 
 def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[int, _Window]:
