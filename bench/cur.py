@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrerank import CURIndex, ops
-from fastrerank.cur.tuning import Curve, chart, recall
+from fastrerank.search.tuning import Curve, chart, recall
 
 BUDGETS = {10: [50, 100, 200, 500], 100: [100, 200, 500]}
 SCIFACT = "scifact-bm25-top100.jsonl.gz"

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from bench.data import Pairs
 from bench.gpu_models import GpuModel
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.torch_encoder import TorchEncoder
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.torch.encoder import TorchEncoder
 
 Scores = NDArray[np.float32]
 DTYPE = "bfloat16"
@@ -209,7 +209,7 @@ def use_varlen(encoder: TorchEncoder, varlen: Callable[..., torch.Tensor]) -> No
     """Exchanges the attention of a packed encoder without graphs: document ends go to the device once per batch."""
     from transformers import AttentionInterface
 
-    from fastrerank.engine.upload import upload
+    from fastrerank.engine.torch.upload import upload
 
     runner, bounds = encoder._runner, _Bounds()
     hidden = runner.hidden

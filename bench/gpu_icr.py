@@ -163,7 +163,7 @@ class _Bench:
 
     def _load(self) -> None:
         """One body for transformers' engines, one for ours, and of that for few heads the layers that they need."""
-        from fastrerank.engine.attention_scorer import AttentionScorer
+        from fastrerank.engine.torch.attention import AttentionScorer
 
         icr_engines.register_two_pass()
         self.say("transformers' model")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bench.gpu_engines import DTYPE, NotHere, find_varlen
 from bench.gpu_models import key_pairs
 from fastrerank import ops
-from fastrerank.engine.packing import PackedBatch, pack_documents
+from fastrerank.engine.batch import PackedBatch, pack_documents
 
 CALLS = 10  # calls in one graph
 WARM = 3

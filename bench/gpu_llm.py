@@ -115,7 +115,7 @@ class FastRerank(LlmEngine):
     shares: ClassVar[bool] = True
 
     def load(self, others: dict[str, LlmEngine]) -> None:
-        from fastrerank.engine.causal import CausalScorer
+        from fastrerank.engine.torch.causal import CausalScorer
 
         loaded = others.get(FastRerank.name)
         if isinstance(loaded, FastRerank):

@@ -241,8 +241,8 @@ def workload(model: llm_models.LlmModel, folder: Path, context: int) -> IcrPromp
 def _prompts(model: llm_models.LlmModel) -> Any:
     from transformers import AutoTokenizer
 
-    from fastrerank.text.attention_policy import Policy
-    from fastrerank.text.attention_prompts import AttentionPrompts
+    from fastrerank.inputs.attention_policy import Policy
+    from fastrerank.inputs.attention_prompts import AttentionPrompts
 
     policy, tokenizer = Policy.load("icr"), AutoTokenizer.from_pretrained(str(model.path))
     return AttentionPrompts(

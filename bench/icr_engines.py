@@ -85,7 +85,7 @@ class FastRerank(IcrEngine):
     """Ours, all heads."""
 
     name, precision, package = "fastrerank-float32", "float32", "fastrerank"
-    modules = (*_MODEL, "fastrerank.engine.attention_scorer")
+    modules = (*_MODEL, "fastrerank.engine.torch.attention")
     setup = "AttentionScorer, all heads: one packed forward, no layer above the last one read"
 
     @classmethod
@@ -95,8 +95,8 @@ class FastRerank(IcrEngine):
         return fastrerank.__version__
 
     def load(self) -> None:
-        from fastrerank.checkpoint import open_checkpoint
-        from fastrerank.engine.attention_scorer import AttentionScorer
+        from fastrerank.checkpoints.checkpoint import open_checkpoint
+        from fastrerank.engine.torch.attention import AttentionScorer
 
         checkpoint = open_checkpoint(self.checkpoint)
         config = checkpoint.config
@@ -202,7 +202,7 @@ class Reference64(Reference):
 
 def reading_of(prompt: IcrPrompt) -> Any:
     """Equals the prompt as `AttentionScorer.masses` takes it."""
-    from fastrerank.engine.reading import Reading
+    from fastrerank.engine.torch.attention_pass import Reading
 
     begin, end = int(prompt.spans[0, 0]), int(prompt.spans[-1, 1])
     return Reading.of(prompt.context, prompt.tail, prompt.empty_tail, begin, end)

@@ -22,7 +22,7 @@ class FastRerank(Engine):
     """Ours: `CausalScorer` on token ids."""
 
     name, precision, package = "fastrerank-float32", "float32", "fastrerank"
-    modules = (*_MODEL, "fastrerank.engine.causal")
+    modules = (*_MODEL, "fastrerank.engine.torch.causal")
     setup = "CausalScorer, packed prompts, common prefixes once"
     shares: ClassVar[bool] = True
 
@@ -33,8 +33,8 @@ class FastRerank(Engine):
         return fastrerank.__version__
 
     def load(self) -> None:
-        from fastrerank.checkpoint import open_checkpoint
-        from fastrerank.engine.causal import CausalScorer
+        from fastrerank.checkpoints.checkpoint import open_checkpoint
+        from fastrerank.engine.torch.causal import CausalScorer
 
         self._labels = labels_of(self)
         self.scorer = CausalScorer.load(

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
     "AsyncReranker": "fastrerank.serve.batcher",
-    "CURIndex": "fastrerank.cur",
+    "CURIndex": "fastrerank.search",
     "AttentionReranker": "fastrerank.rerankers.attention",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
     "EmbeddingReranker": "fastrerank.rerankers.embedding",
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastrerank.cur import CURIndex
     from fastrerank.ops import set_num_threads
     from fastrerank.rerankers.attention import AttentionReranker
     from fastrerank.rerankers.base import list_methods, load
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.pairwise import PairwiseReranker
     from fastrerank.rerankers.pointwise import PointwiseReranker
     from fastrerank.rerankers.setwise import SetwiseReranker
+    from fastrerank.search import CURIndex
     from fastrerank.serve.batcher import AsyncReranker
 
 

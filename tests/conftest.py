@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastrerank import ops
-from fastrerank.engine import select
+from fastrerank.engine import loading
 
 
 def pytest_collection_finish() -> None:
@@ -31,7 +31,7 @@ def pytest_unconfigure() -> None:
 def cpu_unless_asked() -> Iterator[None]:
     """Tests say so where they want a GPU: without a device, models stay on the CPU on every machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "usable_gpu", lambda: False)
+        patch.setattr(loading, "usable_gpu", lambda: False)
         yield
 
 

@@ -382,7 +382,7 @@ def transformers_scores(folder: Path) -> list[float] | None:
         )
         if info["missing_keys"]:
             return None
-        from fastrerank.checkpoint import open_checkpoint
+        from fastrerank.checkpoints.checkpoint import open_checkpoint
 
         rows, limit = [], open_checkpoint(folder).max_seq_length
         for query, text in PAIRS:

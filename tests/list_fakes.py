@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.cost import Cost
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.usage import Cost
+from fastrerank.inputs.limits import NO_LIMITS, TextLimits
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.llm import LLMReranker
-from fastrerank.text.limits import NO_LIMITS, TextLimits
 
 # Ids of this many identifiers or labels start here.
 LABELS = 1_000_000

@@ -137,9 +137,9 @@ HOSTILE: dict[str, tuple[str, int]] = {
 
 def main(folder: Path) -> None:
     """Put hostile texts through a checkpoint as documents and as the query; print characters, tokens and memory."""
-    import fastrerank.text.backend as backend
-    import fastrerank.text.tokenizer as module
-    from fastrerank.text import Tokenizer as Ours
+    import fastrerank.inputs.backend as backend
+    import fastrerank.inputs.tokenizer as module
+    from fastrerank.inputs import Tokenizer as Ours
 
     given = 0
     plain = backend.encode_batch

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastrerank.inputs.limits import TextLimits, TooLong
 from fastrerank.rerankers.base import Reranker, Scores, Usage
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.labels import resolve_label
-from fastrerank.text.limits import TextLimits, TooLong
 
 
 class Lengths(Reranker):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from attention_models import Eager, filtered, save
 
-from fastrerank import cli
-from fastrerank.datasets import Candidate, JudgedQuery
+from fastrerank.cli import commands as cli
+from fastrerank.data.datasets import Candidate, JudgedQuery
 from fastrerank.rerankers.attention import AttentionReranker
 from fastrerank.rerankers.attention_heads import HeadScores, score_heads
 

@@ -8,8 +8,8 @@ import numpy as np
 import prompt_tokenizers
 import pytest
 
-from fastrerank.text.attention_policy import Policy, layout_of, parse_heads, read_preset, write_preset
-from fastrerank.text.attention_prompts import AttentionPrompts
+from fastrerank.inputs.attention_policy import Policy, layout_of, parse_heads, read_preset, write_preset
+from fastrerank.inputs.attention_prompts import AttentionPrompts
 
 TYPES = {
     "qwen": "qwen2", "llama3": "llama", "llama2": "llama", "mistral": "mistral", "gemma": "gemma2", "phi3": "phi3",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrerank.engine.attention_scorer import AttentionScorer, check_heads
-from fastrerank.engine.decoder import find_layers
-from fastrerank.engine.reading import Reading, read
+from fastrerank.engine.torch.attention import AttentionScorer, check_heads
+from fastrerank.engine.torch.attention_pass import Reading, read
+from fastrerank.engine.torch.decoder import find_layers
 
 PACKED = [family for family in decoders.FAMILIES if family not in (*decoders.PADDED, *decoders.WHOLE)]
 HEADS: list[Any] = [None, [(2, 3)], [(0, 1), (1, 2)], [(0, 0)]]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastrerank import _cpu
-from fastrerank.engine.balance import column_factors, spread, strip_columns
+from fastrerank.engine.native.int8_scaling import column_factors, spread, strip_columns
 
 
 def weights(n: int = 24, k: int = 80, seed: int = 0) -> np.ndarray:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from serve_fakes import Lengths
 
+from fastrerank.inputs.limits import TextLimits
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.serve.admission import measure
 from fastrerank.serve.batcher import AsyncReranker, TooLarge
 from fastrerank.serve.queue import MOST_TOKENS_PER_BYTE, PAIR_TOKENS, Speed
-from fastrerank.text.limits import TextLimits
 
 ENGLISH = 0.25  # tokens of a byte
 

@@ -14,11 +14,11 @@ from test_pointwise import save as save_pointwise
 
 import fastrerank
 from fastrerank import CrossEncoder
+from fastrerank.inputs.limits import TextLimits, TooLong
 from fastrerank.rerankers.attention import AttentionReranker
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.pointwise import PointwiseReranker
-from fastrerank.text.limits import TextLimits, TooLong
 
 Tiny = Callable[..., Path]
 QUERY = "how long do fleas live"

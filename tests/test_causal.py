@@ -13,11 +13,11 @@ pytest.importorskip("transformers")
 import decoders
 import torch
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine import causal
-from fastrerank.engine.causal import CausalScorer
-from fastrerank.engine.cost import Cost
-from fastrerank.engine.decoder import PackedDecoder
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.torch import causal
+from fastrerank.engine.torch.causal import CausalScorer
+from fastrerank.engine.torch.decoder import PackedDecoder
+from fastrerank.engine.usage import Cost
 
 LABELS = np.array([7, 3, 119, 50])
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"

@@ -22,12 +22,12 @@ import transformers
 
 import fastrerank
 from fastrerank import CrossEncoder
-from fastrerank.checkpoint import open_checkpoint
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.inputs.chat_pairs import ChatPairs
+from fastrerank.inputs.files import chat_template_of
+from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
+from fastrerank.inputs.text_pieces import TextTokenizer
 from fastrerank.rerankers.pointwise import PointwiseReranker
-from fastrerank.text.chat_pairs import ChatPairs
-from fastrerank.text.files import chat_template_of
-from fastrerank.text.limits import NO_LIMITS, TextLimits, TooLong
-from fastrerank.text.runs import TextTokenizer
 
 QUERY = "how long do fleas live?"
 TEXTS = [

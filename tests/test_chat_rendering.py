@@ -11,10 +11,10 @@ from typing import Any
 import prompt_tokenizers
 import pytest
 
-from fastrerank.text import chat_rendering
-from fastrerank.text.chat_rendering import TemplateBudgetError, render
-from fastrerank.text.prompt_tokenizer import PromptTokenizer
-from fastrerank.text.prompts import Template
+from fastrerank.inputs import chat_rendering
+from fastrerank.inputs.chat_rendering import TemplateBudgetError, render
+from fastrerank.inputs.prompt_tokenizer import PromptTokenizer
+from fastrerank.inputs.prompts import Template
 
 CONVERSATIONS = [
     [{"role": "user", "content": "hi {x} "}],

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fastrerank.checkpoint import Tensors, max_length_of, open_checkpoint, position_limit
+from fastrerank.checkpoints.checkpoint import Tensors, max_length_of, open_checkpoint, position_limit
 
 CONFIG = {"model_type": "bert", "max_position_embeddings": 512}
 WEIGHTS: dict[str, np.ndarray[Any, Any]] = {
@@ -443,7 +443,7 @@ def test_opening_imports_no_framework(folder: Path) -> None:
     import subprocess
 
     code = (
-        "import sys; from fastrerank.checkpoint import open_checkpoint; c = open_checkpoint(sys.argv[1]);"
+        "import sys; from fastrerank.checkpoints.checkpoint import open_checkpoint; c = open_checkpoint(sys.argv[1]);"
         "early = {'safetensors', 'huggingface_hub', 'tokenizers'} & set(sys.modules);"
         "t = c.tensors(); sys.exit(str(early | {'torch', 'transformers'} & set(sys.modules) or ''))"
     )

@@ -21,8 +21,8 @@ from test_cli import CLI
 
 import fastrerank
 from fastrerank.cli import main
-from fastrerank.cur import CURIndex
 from fastrerank.evaluation import comparison as comparison_module
+from fastrerank.search import CURIndex
 
 
 @pytest.fixture(scope="module")

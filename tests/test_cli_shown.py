@@ -20,15 +20,15 @@ from test_cli import LongestFirst, on_a_terminal
 from test_words import COMMANDS
 
 import fastrerank
-from fastrerank import cli_shared, doctor
-from fastrerank.cli import app, main
-from fastrerank.datasets import load_dataset
-from fastrerank.documents import read_documents
+from fastrerank.cli import app, doctor, main
+from fastrerank.cli import shared as cli_shared
+from fastrerank.data.datasets import load_dataset
+from fastrerank.data.documents import read_documents
 from fastrerank.evaluation import System, compare
 from fastrerank.evaluation.systems import parse_system, read_systems
 from fastrerank.evaluation.table import print_comparison
-from fastrerank.explain import print_tokens
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.explain import print_tokens
 from fastrerank.rerankers.options import load_keywords
 
 

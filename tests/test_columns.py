@@ -12,9 +12,9 @@ import pytest
 from helpers_tiny import save_tiny_cross_encoder
 
 import fastrerank
-from fastrerank.cur import CURIndex
-from fastrerank.text.columns import as_column, table_columns
-from fastrerank.text.tokenizer import check_texts
+from fastrerank.inputs.columns import as_column, table_columns
+from fastrerank.inputs.tokenizer import check_texts
+from fastrerank.search import CURIndex
 
 QUERIES = ["how long do fleas live", "who sleeps"]
 TEXTS = ["cats sleep all day", "a flea lives up to a year"]

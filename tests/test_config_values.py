@@ -17,8 +17,8 @@ import tiny as factory
 
 import fastrerank._cpu as _cpu
 from fastrerank import CrossEncoder, ops
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.config_values import InvalidConfig, check_sizes
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.checkpoints.config_values import InvalidConfig, check_sizes
 from fastrerank.engine.families import family_of
 
 Tiny = Callable[..., Path]

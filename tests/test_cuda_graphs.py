@@ -18,12 +18,12 @@ import torch_families as families
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine import torch_backbone
-from fastrerank.engine.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
-from fastrerank.engine.packing import pack_documents
-from fastrerank.engine.torch_backbone import PackedBackbone
-from fastrerank.engine.torch_encoder import TorchEncoder
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.batch import pack_documents
+from fastrerank.engine.torch import backbone as torch_backbone
+from fastrerank.engine.torch.backbone import PackedBackbone
+from fastrerank.engine.torch.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
+from fastrerank.engine.torch.encoder import TorchEncoder
 
 
 class Captures:
@@ -91,7 +91,7 @@ def test_larger_batches_run_without_a_graph(tmp_path: Path, monkeypatch: pytest.
     families.save(tmp_path, "bert")
     captures = Captures()
     engine = with_graphs(tmp_path, captures)
-    monkeypatch.setattr("fastrerank.engine.cuda_graphs.BUCKETS", (64,))
+    monkeypatch.setattr("fastrerank.engine.torch.cuda_graphs.BUCKETS", (64,))
     logits, _ = families.results("bert")
     assert np.abs(engine.forward(*families.documents("bert")) - logits).max() <= 2e-5 * np.abs(logits).max()
     assert captures.captured == 0

@@ -20,8 +20,8 @@ import pytest
 from cur_data import Scorer, noisy
 
 import fastrerank
-from fastrerank.cur import contents, files, store
-from fastrerank.cur.files import read_arrays
+from fastrerank.search import contents, files, store
+from fastrerank.search.files import read_arrays
 
 TESTS = Path(__file__).parent
 Arrays = dict[str, Any]
@@ -261,7 +261,7 @@ SAVING = """
 import sys, numpy as np, fastrerank
 index = fastrerank.CURIndex.load(sys.argv[1])
 for turn in range(int(sys.argv[2])):
-    index.settings = fastrerank.cur.Settings(rounds=turn + 1)
+    index.settings = fastrerank.search.Settings(rounds=turn + 1)
     index.remove(index.ids[:1])
     index.save(sys.argv[1])
 """

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastrerank.cur.build import identity, same_scorer
-from fastrerank.text.prompts import Template
+from fastrerank.inputs.prompts import Template
+from fastrerank.search.build import identity, same_scorer
 
 TEMPLATE = Template.load("qwen3-reranker")
 TEXT = Template(name="own", kind="pointwise", source="here", labels=("yes", "no"), text="{query} {document}:")

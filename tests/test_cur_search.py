@@ -12,10 +12,10 @@ import pytest
 from cur_data import Scorer, TextScorer, low_rank, noisy, recall, top
 
 import fastrerank
-from fastrerank.cur.build import identity
-from fastrerank.cur.search import round_sizes
-from fastrerank.cur.solver import RidgeFits
-from fastrerank.text.prompts import Message, Template
+from fastrerank.inputs.prompts import Message, Template
+from fastrerank.search.build import identity
+from fastrerank.search.search import round_sizes
+from fastrerank.search.solver import RidgeFits
 
 
 @pytest.fixture(scope="module")

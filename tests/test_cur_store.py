@@ -19,7 +19,7 @@ from cur_data import Scorer, TextScorer, noisy, top
 
 import fastrerank
 from fastrerank import ops
-from fastrerank.cur import contents, store
+from fastrerank.search import contents, store
 
 TESTS = Path(__file__).parent
 
@@ -239,7 +239,7 @@ WORK = """
     import numpy as np
     from cur_data import TextScorer, noisy
     import fastrerank
-    from fastrerank.cur import contents
+    from fastrerank.search import contents
 
     contents.SHARD = 32
     folder, checkpoint = sys.argv[1:3]

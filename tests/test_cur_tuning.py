@@ -14,9 +14,9 @@ import pytest
 from cur_data import low_rank, noisy
 
 import fastrerank
-from fastrerank import cli
-from fastrerank.cur.ridge import held_out_ridge
-from fastrerank.cur.tuning import Curve, chart, hold_out, recall, recall_curve, tune
+from fastrerank.cli import commands as cli
+from fastrerank.search.ridge import held_out_ridge
+from fastrerank.search.tuning import Curve, chart, hold_out, recall, recall_curve, tune
 
 
 def test_the_ridge_follows_the_noise() -> None:

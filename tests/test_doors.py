@@ -15,9 +15,9 @@ from test_scores import LABELS, QUERY, TEXTS, save_with_labels
 
 import fastrerank
 from fastrerank.cli import main
-from fastrerank.naming import hub_id, model_name
 from fastrerank.rerankers.options import load_keywords
 from fastrerank.rerankers.refusal import OptionRefused
+from fastrerank.runtime.naming import hub_id, model_name
 from fastrerank.serve.batcher import AsyncReranker
 
 

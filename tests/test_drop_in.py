@@ -28,9 +28,9 @@ from sentence_transformers.cross_encoder import evaluation
 
 import fastrerank
 from fastrerank import CrossEncoder
+from fastrerank.inputs.limits import TooLong
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.peer_interface import REFUSED
-from fastrerank.text.limits import TooLong
 
 Tiny = Callable[..., Path]
 QUERY = "where do old cats sleep?"

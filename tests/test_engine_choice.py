@@ -23,9 +23,9 @@ from helpers_tiny import save_tiny_cross_encoder
 
 import fastrerank
 from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker
-from fastrerank.engine import memory, select
-from fastrerank.engine.select import EncoderGroup, plan, usable_gpu
-from fastrerank.engine.torch_encoder import TorchEncoder
+from fastrerank.engine import loading, memory
+from fastrerank.engine.loading import EncoderGroup, plan, usable_gpu
+from fastrerank.engine.torch.encoder import TorchEncoder
 
 Tiny = Callable[..., Path]
 QUERY = "where do old cats sleep?"
@@ -39,7 +39,7 @@ LLAMA = {"model_type": "llama"}
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs, as far as choosing goes."""
-    monkeypatch.setattr(select, "usable_gpu", lambda: True)
+    monkeypatch.setattr(loading, "usable_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
@@ -102,8 +102,8 @@ def test_a_gpu_is_looked_for_without_importing_torch(tmp_path: Path) -> None:
     folder = save_tiny_cross_encoder(tmp_path / "model")
     code = f"""
 import sys, fastrerank
-from fastrerank.engine import select
-print(select.usable_gpu())
+from fastrerank.engine import loading
+print(loading.usable_gpu())
 fastrerank.CrossEncoder({str(folder)!r}).rank("flea", ["a flea", "cats"])
 fastrerank.CrossEncoder({str(folder)!r}, dtype="int8").rank("flea", ["a flea", "cats"])
 print(*[name for name in ("torch", "transformers") if name in sys.modules])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fastrerank
-from fastrerank.text.limits import TooLong
+from fastrerank.inputs.limits import TooLong
 
 # Arguments of those that take more than a message.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {

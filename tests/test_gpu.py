@@ -25,10 +25,10 @@ import torch_families as families
 
 import fastrerank
 from fastrerank import ops
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.cuda_graphs import BUCKETS
+from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.heads import Head
-from fastrerank.engine.torch_encoder import DTYPES, TorchEncoder
+from fastrerank.engine.torch.cuda_graphs import BUCKETS
+from fastrerank.engine.torch.encoder import DTYPES, TorchEncoder
 from fastrerank.ops import reference
 
 DEVICE = os.environ.get("FASTRERANK_TEST_DEVICE", "cuda")
@@ -106,8 +106,8 @@ def test_replayed_graphs_equal_eager_forwards(tmp_path: Path, family: str, dtype
 
 @needs_cuda
 def test_a_replay_gives_the_bits_of_the_same_padded_forward(tmp_path: Path) -> None:
-    from fastrerank.engine.packing import pack_documents
-    from fastrerank.engine.upload import upload
+    from fastrerank.engine.batch import pack_documents
+    from fastrerank.engine.torch.upload import upload
 
     families.save(tmp_path, "modernbert")
     runner = encoder(tmp_path, head=Head("tokens"), dtype="bfloat16")._runner
@@ -213,9 +213,9 @@ def test_a_list_of_devices(tiny: Any, devices: list[str]) -> None:
 
 @needs_cuda
 def test_a_gpu_is_chosen_where_there_is_one(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastrerank.engine import select
+    from fastrerank.engine import loading
 
-    monkeypatch.setattr(select, "usable_gpu", lambda: True)
+    monkeypatch.setattr(loading, "usable_gpu", lambda: True)
     model = fastrerank.CrossEncoder(str(tiny("bert")))
     assert (model.device, model.dtype) == ("cuda", "bfloat16")
     texts = factory.texts(5)

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 import torch
 import torch_families as families
 
-from fastrerank.engine import gpu_layers
-from fastrerank.engine.torch_backbone import PackedBackbone
+from fastrerank.engine.torch import gpu_layers
+from fastrerank.engine.torch.backbone import PackedBackbone
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
@@ -147,14 +147,14 @@ def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
 ) -> None:
     import decoders
 
-    from fastrerank.engine import decoder
-    from fastrerank.engine.causal import CausalScorer
+    from fastrerank.engine.torch import decoder
+    from fastrerank.engine.torch.causal import CausalScorer
 
     prompts, labels = decoders.prompts(), np.arange(3, 35)
     monkeypatch.setattr(decoder, "fuse_layers", lambda _: None)
     expected = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, labels)[0]
     monkeypatch.setattr(decoder, "fuse_layers", gpu_layers.fuse_on_gpu)
-    monkeypatch.setattr("fastrerank.engine.causal.packs", lambda _: False)  # torch's linear layers, as on a GPU
+    monkeypatch.setattr("fastrerank.engine.torch.causal.packs", lambda _: False)  # torch's linear layers, as on a GPU
     with caplog.at_level("INFO", "fastrerank"):
         found = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, labels)[0]
     assert "keeps its own" not in caplog.text
@@ -164,8 +164,8 @@ def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
 def test_attention_masses_stay_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import decoders
 
-    from fastrerank.engine import attention_scorer
-    from fastrerank.engine.reading import Reading
+    from fastrerank.engine.torch import attention as attention_scorer
+    from fastrerank.engine.torch.attention_pass import Reading
 
     reading = Reading.of(np.arange(3, 15), np.array([20, 21, 22]), np.array([20, 30]), 1, 9)
     monkeypatch.setattr(attention_scorer, "packs", lambda _: False)  # torch's linear layers, as on a GPU

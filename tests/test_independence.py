@@ -19,7 +19,7 @@ from attention_models import HEADS
 from serve_fakes import Lengths
 
 import fastrerank
-from fastrerank.datasets import Candidate, JudgedQuery
+from fastrerank.data.datasets import Candidate, JudgedQuery
 from fastrerank.evaluation.reranking import rerank
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker, list_methods

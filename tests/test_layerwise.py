@@ -15,8 +15,8 @@ import decoders
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.layerwise import load_layerwise
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.torch.layerwise import load_layerwise
 
 LAYERS, START, HEADS, KEY_HEADS, WIDTH, INNER = 6, 2, 4, 2, 32, 50
 CONFIG = {

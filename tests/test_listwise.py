@@ -256,7 +256,7 @@ def test_the_checkpoint_itself_writes(build: Build, monkeypatch: pytest.MonkeyPa
         def __call__(self, prompts: Any) -> list[str]:
             return [" > ".join(f"[{i}]" for i in range(len(prompt.documents), 0, -1)) for prompt in prompts]
 
-    monkeypatch.setattr("fastrerank.rerankers.lists.TransformersGenerator", Writer)
+    monkeypatch.setattr("fastrerank.rerankers.list_questions.TransformersGenerator", Writer)
     reranker = build(ListwiseReranker, template="reasonrank")
     assert (made["max_new_tokens"], made["stop"], reranker.max_length) == (3172, ("</answer>",), 4096 - 3172)
     assert order_of(reranker.rank(QUERY, documents(5))) == [4, 3, 2, 1, 0]

@@ -18,9 +18,9 @@ import tiny as factory
 import torch
 
 from fastrerank import CrossEncoder, ops
-from fastrerank.checkpoint import open_checkpoint
+from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.heads import DenseStep, Head
-from fastrerank.engine.native import DTYPES, NativeEncoder
+from fastrerank.engine.native.encoder import DTYPES, NativeEncoder
 
 LEVELS = ops.cpu_info()["supported"]
 Tiny = Callable[..., Path]

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import fastrerank
 from fastrerank.rerankers.base import Reranker, order
+from fastrerank.runtime.types import Hit
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.types import Hit
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 QUERY = "how long do fleas live"

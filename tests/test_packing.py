@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrerank.engine.packing import (
+from fastrerank.engine.batch import (
     PackedBatch,
     Segment,
     pack,

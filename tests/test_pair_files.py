@@ -15,7 +15,7 @@ pytest.importorskip("pyarrow")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastrerank.pair_files import Columns, PairFiles, filesystem, find_files, pair_files
+from fastrerank.data.pair_files import Columns, PairFiles, filesystem, find_files, pair_files
 
 ROWS = [{"id": i, "query": f"q{i // 5}", "document": f"text {i} \u2028 \U0001f989"} for i in range(103)]
 

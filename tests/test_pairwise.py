@@ -13,7 +13,7 @@ from list_fakes import Build, by_relevance, documents, order_of
 
 import fastrerank
 from fastrerank import PairwiseReranker, SetwiseReranker
-from fastrerank.rerankers import lists
+from fastrerank.rerankers import list_questions
 
 QUERY = "who?"
 ALGORITHMS = ("heapsort", "allpair", "sliding")
@@ -73,7 +73,7 @@ def test_all_pairs_are_asked_once_in_both_orders(build: Build, soft: bool) -> No
 def test_blocks_do_not_change_results(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = documents(15)
     expected = build(PairwiseReranker, algorithm="allpair", noise=5.0).score(QUERY, texts)
-    monkeypatch.setattr(lists, "BLOCK_PROMPTS", 7)
+    monkeypatch.setattr(list_questions, "BLOCK_PROMPTS", 7)
     reranker = build(PairwiseReranker, algorithm="allpair", noise=5.0)
     assert np.array_equal(reranker.score(QUERY, texts), expected)
     assert max(reranker.model.calls) == 7

@@ -21,12 +21,12 @@ import prompt_tokenizers as styles
 import tokenizers
 from tokenizers import AddedToken
 
-from fastrerank.text import prompt_tokenizer
-from fastrerank.text.limits import TextLimits, TooLong
-from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
-from fastrerank.text.prompts import Template, list_templates
-from fastrerank.text.runs import TextTokenizer
-from fastrerank.text.token_cache import TokenCache, Tokens
+from fastrerank.inputs import prompt_tokenizer
+from fastrerank.inputs.limits import TextLimits, TooLong
+from fastrerank.inputs.prompt_tokenizer import Prompt, PromptTokenizer
+from fastrerank.inputs.prompts import Template, list_templates
+from fastrerank.inputs.text_pieces import TextTokenizer
+from fastrerank.inputs.token_cache import TokenCache, Tokens
 
 RAW = ["gpt2", "t5"]
 CHAT = [style for style in styles.STYLES if style not in RAW]

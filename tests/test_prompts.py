@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastrerank.text.prompts import Template, list_templates, parse_format
-from fastrerank.text.shapes import Values, expand, fill
+from fastrerank.inputs.prompts import Template, list_templates, parse_format
+from fastrerank.inputs.template_layout import Values, expand, fill
 
 NAMES = [
     "bge-gemma",

@@ -17,7 +17,7 @@ import torch
 
 import fastrerank
 from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker, ops
-from fastrerank.engine.native import DTYPES
+from fastrerank.engine.native.encoder import DTYPES
 
 Tiny = Callable[..., Path]
 CLASSES = (CrossEncoder, LateInteractionReranker, EmbeddingReranker)

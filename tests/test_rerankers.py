@@ -25,7 +25,7 @@ import torch
 
 import fastrerank
 from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker, ops
-from fastrerank.engine.native import DTYPES
+from fastrerank.engine.native.encoder import DTYPES
 
 Tiny = Callable[..., Path]
 METHODS = {"cross-encoder": CrossEncoder, "late-interaction": LateInteractionReranker, "embedding": EmbeddingReranker}

@@ -11,7 +11,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fastrerank.engine.row_norms import fuse_norm, read_norm
+from fastrerank.engine.torch.row_norms import fuse_norm, read_norm
 
 KINDS = {
     "llama": lambda n: LlamaRMSNorm(n, 1e-6), "gemma": lambda n: Gemma2RMSNorm(n, 1e-6),

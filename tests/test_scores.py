@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import fastrerank
 from fastrerank.cli import main
-from fastrerank.datasets import Candidate, JudgedQuery
+from fastrerank.data.datasets import Candidate, JudgedQuery
 from fastrerank.evaluation import compare, evaluate
 from fastrerank.rerankers.activations import sigmoid
 from fastrerank.serve.batcher import AsyncReranker

@@ -14,8 +14,8 @@ import pytest
 import tokenizer_mutations
 from long_texts import KINDS
 
-from fastrerank.text import Tokenizer
-from fastrerank.text.screening import load_fast
+from fastrerank.inputs import Tokenizer
+from fastrerank.inputs.screening import load_fast
 
 
 def folder_of(path: Path, data: dict[str, Any]) -> Path:

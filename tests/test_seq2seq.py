@@ -16,10 +16,11 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine import seq2seq, torch_linear
-from fastrerank.engine.cost import Cost
-from fastrerank.engine.seq2seq import Seq2SeqScorer
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.torch import linear as torch_linear
+from fastrerank.engine.torch import seq2seq
+from fastrerank.engine.torch.seq2seq import Seq2SeqScorer
+from fastrerank.engine.usage import Cost
 
 DEVICE = os.environ.get("FASTRERANK_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu

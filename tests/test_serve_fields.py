@@ -20,12 +20,12 @@ from helpers_tiny import save_tiny_cross_encoder
 from serve_fakes import Explaining, Lengths, Optioned
 
 from fastrerank import CrossEncoder
+from fastrerank.inputs.limits import TextLimits
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.call import CallOptions
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
 from fastrerank.serve.errors import Flavor, dialect
-from fastrerank.text.limits import TextLimits
 
 QUERY = "abc"
 DOCUMENTS = ["hello", "azzza", "by", "zaaaaaaa"]

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker
-from fastrerank.checkpoint import open_checkpoint
+from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.families import family_of
 from fastrerank.engine.heads import Head
-from fastrerank.engine.native import NativeEncoder
-from fastrerank.engine.select import Plan, load_encoder
+from fastrerank.engine.loading import Plan, load_encoder
+from fastrerank.engine.native.encoder import NativeEncoder
 
 Tiny = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 import fastrerank
-from fastrerank.checkpoint import open_checkpoint
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.inputs.prompts import Template, list_templates, published_names
 from fastrerank.rerankers.pointwise import PointwiseReranker
 from fastrerank.rerankers.recognise import method_of, recognised_template
-from fastrerank.text.prompts import Template, list_templates, published_names
 
 QUERY, DOCUMENTS = "how long do fleas live?", ["A flea lives up to a year.", "Cats sleep all day.", ""]
 WORDS = ("true", "false", "yes", "no", "sim", "não", "Sim", "Não")

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fastrerank.text import TokenBatch, Tokenizer, check_texts
+from fastrerank.inputs import TokenBatch, Tokenizer, check_texts
 
 CORPUS = [
     "The owl sleeps by day, and hunts mice by night.",

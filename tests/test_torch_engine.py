@@ -22,11 +22,11 @@ import torch
 import torch_families as families
 import transformers
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine import torch_backbone
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.batch import Segment, pack
 from fastrerank.engine.heads import Head
-from fastrerank.engine.packing import Segment, pack
-from fastrerank.engine.torch_encoder import DTYPES, TorchEncoder
+from fastrerank.engine.torch import backbone as torch_backbone
+from fastrerank.engine.torch.encoder import DTYPES, TorchEncoder
 
 BOUND = 2e-5
 Saved = Callable[[str], Path]

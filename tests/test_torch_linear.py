@@ -18,8 +18,8 @@ import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
-from fastrerank.engine import torch_probe
-from fastrerank.engine.torch_linear import PackedLinear, fuse_feed_forwards, fuse_gated, pack_linears, packs
+from fastrerank.engine.torch import probe as torch_probe
+from fastrerank.engine.torch.linear import PackedLinear, fuse_feed_forwards, fuse_gated, pack_linears, packs
 from fastrerank.ops._tensors import share_openmp
 
 SIZES = [(32, 64), (384, 96), (33, 48), (64, 17), (7, 5), (1, 1)]  # (inputs, outputs)

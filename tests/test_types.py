@@ -17,14 +17,14 @@ pytest.importorskip("torch")
 import torch
 
 import fastrerank
-from fastrerank import types
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.engine.select import _DTYPES, ENGINES
-from fastrerank.naming import model_name, shortened
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.engine.loading import _DTYPES, ENGINES
+from fastrerank.inputs.limits import SIDES
+from fastrerank.inputs.prompts import Template
 from fastrerank.rerankers.pairwise import ALGORITHMS
 from fastrerank.rerankers.schedules import check_windows
-from fastrerank.text.limits import SIDES
-from fastrerank.text.prompts import Template
+from fastrerank.runtime import types
+from fastrerank.runtime.naming import model_name, shortened
 
 Tiny = Callable[..., Path]
 SNIPPETS = Path(__file__).with_name("snippets_types.py")
@@ -114,7 +114,7 @@ def test_other_public_objects() -> None:
     index = fastrerank.CURIndex.from_scores(np.random.default_rng(0).normal(size=(4, 30)))
     assert repr(index) == "CURIndex(30 items, scores of width 4)"
     assert repr(Template.load("qwen3-reranker")) == "Template('qwen3-reranker', kind='pointwise', readout='logits')"
-    from fastrerank.datasets import judged_query
+    from fastrerank.data.datasets import judged_query
 
     candidates = [{"docid": "d1", "text": "the owl " * 90, "rel": 1}, {"docid": "d2", "text": "x", "rel": 0}]
     query = judged_query({"qid": "q1", "query": "who?", "candidates": candidates})

@@ -17,10 +17,10 @@ pytest.importorskip("transformers")
 import tiny as factory
 from safetensors.numpy import load_file, save_file
 
-from fastrerank.checkpoint import Module
+from fastrerank.checkpoints.checkpoint import Module
+from fastrerank.checkpoints.tensors import Tensors
+from fastrerank.checkpoints.weight_files import WeightFile, check_unchanged, file_marks
 from fastrerank.engine.heads import module_head
-from fastrerank.tensors import Tensors
-from fastrerank.weight_files import WeightFile, check_unchanged, file_marks
 
 ROWS = 60_000  # x 40 float32 are 9.6 MB: more than what is read whole
 
@@ -113,7 +113,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """,
     "truncated while it loads": """
-from fastrerank import weight_files
+from fastrerank.checkpoints import weight_files
 read, count = weight_files.WeightFile.read, 0
 def counted(self, start, length, room=None):
     global count
@@ -126,7 +126,7 @@ refused(lambda: CrossEncoder(folder))
 assert count >= 20
 """,
     "rewritten while it loads": """
-from fastrerank import weight_files
+from fastrerank.checkpoints import weight_files
 read, count = weight_files.WeightFile.read, 0
 def counted(self, start, length, room=None):
     global count

@@ -13,9 +13,9 @@ import pytest
 import tokenizers
 from long_texts import HOSTILE, KINDS, make
 
-from fastrerank.text import Tokenizer, windows
-from fastrerank.text.backend import TokenizingError, encodable, encode_batch
-from fastrerank.text.windows import Windows
+from fastrerank.inputs import Tokenizer, windows
+from fastrerank.inputs.backend import TokenizingError, encodable, encode_batch
+from fastrerank.inputs.windows import Windows
 
 # Windows of these tests, so that a text of some thousand characters has several.
 SIZE = 1024
@@ -159,10 +159,11 @@ def test_prompts_of_long_texts_are_those_of_whole_texts(style: str, monkeypatch:
     """Documents and queries through templates, pairs through a chat template, and documents in one prompt."""
     import prompt_tokenizers
 
-    from fastrerank.text import prompt_tokenizer, runs
-    from fastrerank.text.attention_policy import Policy
-    from fastrerank.text.attention_prompts import AttentionPrompts
-    from fastrerank.text.prompts import Template
+    from fastrerank.inputs import prompt_tokenizer
+    from fastrerank.inputs import text_pieces as runs
+    from fastrerank.inputs.attention_policy import Policy
+    from fastrerank.inputs.attention_prompts import AttentionPrompts
+    from fastrerank.inputs.prompts import Template
 
     texts = [
         "!" * 80_000,

@@ -64,7 +64,7 @@ def main(folder: Path, seeds: list[int]) -> None:
     """Load every mutation of folder/tokenizer.json and print its seed before, and what came of it behind."""
     import tokenizers
 
-    from fastrerank.text import Tokenizer
+    from fastrerank.inputs import Tokenizer
 
     original = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     for seed in seeds:

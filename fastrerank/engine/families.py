@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastrerank.config_values import InvalidConfig, flag, number, shown, whole
+from fastrerank.checkpoints.config_values import InvalidConfig, flag, number, shown, whole
 
 __all__ = ["FAMILIES", "Dense", "Family", "Fused", "HeadNorm", "family_of"]
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Module
-from fastrerank.config_values import flag, shown, whole
+from fastrerank.checkpoints.checkpoint import Module
+from fastrerank.checkpoints.config_values import flag, shown, whole
+from fastrerank.checkpoints.tensors import Tensors
+from fastrerank.engine.expected_weights import Slot, check_slots, head_slots, values
 from fastrerank.engine.families import Dense, Family
-from fastrerank.engine.stored import Slot, check_slots, head_slots, values
-from fastrerank.tensors import Tensors
 
 __all__ = ["DenseStep", "Head", "NormStep", "NormalizeStep", "classification_head", "module_head"]
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.engine.packing import Segment
+from fastrerank.engine.batch import Segment
 
 __all__ = ["Group", "share_prefixes", "to_segments"]
 

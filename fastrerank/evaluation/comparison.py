@@ -20,15 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 import fastrerank
-from fastrerank.datasets import JudgedQuery, Run, load_dataset, read_trec_run, write_trec_run
+from fastrerank.data.datasets import JudgedQuery, Run, load_dataset, read_trec_run, write_trec_run
+from fastrerank.evaluation.kept import Kept
+from fastrerank.evaluation.measures import DEFAULT_MEASURES, PerQuery, known_measures, means, measure
+from fastrerank.evaluation.reranking import check_queries, first_stage, rerank
+from fastrerank.evaluation.statistics import PairedTest, paired_tests
+from fastrerank.evaluation.systems import FIRST_STAGE, System, as_system, check_names, file_name
+from fastrerank.evaluation.worker import Outcome, run_apart
 from fastrerank.ops import cpu_info
-
-from .kept import Kept
-from .measures import DEFAULT_MEASURES, PerQuery, known_measures, means, measure
-from .reranking import check_queries, first_stage, rerank
-from .statistics import PairedTest, paired_tests
-from .systems import FIRST_STAGE, System, as_system, check_names, file_name
-from .worker import Outcome, run_apart
 
 __all__ = ["ALPHA", "Comparison", "Dataset", "Failure", "Result", "compare"]
 
@@ -111,7 +110,7 @@ class Comparison:
         """The tables that `fastrerank eval` prints."""
         from rich.console import Console
 
-        from .table import print_comparison
+        from fastrerank.evaluation.table import print_comparison
 
         text = StringIO()
         print_comparison(self, Console(file=text, width=110, force_terminal=True, color_system=None))
@@ -187,7 +186,7 @@ class Comparison:
         The JSON holds each query's values and seconds: `load` reads it back, without the runs. Raises ValueError, after
         the other two files, for a run with an id that TREC's format cannot hold.
         """
-        from .report import to_html
+        from fastrerank.evaluation.report import to_html
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

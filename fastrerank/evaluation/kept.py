@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 import fastrerank
-from fastrerank.datasets import JudgedQuery
-from fastrerank.fingerprint import fingerprint
-
-from .systems import System, file_name
-from .worker import Outcome
+from fastrerank.data.datasets import JudgedQuery
+from fastrerank.evaluation.systems import System, file_name
+from fastrerank.evaluation.worker import Outcome
+from fastrerank.runtime.fingerprint import fingerprint
 
 __all__ = ["Kept"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrerank.datasets import Run
+from fastrerank.data.datasets import Run
 
 __all__ = ["DEFAULT_MEASURES", "import_ir_measures", "known_measures", "means", "measure"]
 

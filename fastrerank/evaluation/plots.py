@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .statistics import PairedTest
+from fastrerank.evaluation.statistics import PairedTest
 
 __all__ = ["COLOURS", "Point", "curves", "differences", "forest", "scatter"]
 

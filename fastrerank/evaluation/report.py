@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from . import plots
-from .comparison import ALPHA, Comparison
-from .statistics import RESAMPLES, PairedTest
-from .table import best, failed, highest, interval, mark, mebibytes, milliseconds, p_value
+from fastrerank.evaluation import plots
+from fastrerank.evaluation.comparison import ALPHA, Comparison
+from fastrerank.evaluation.statistics import RESAMPLES, PairedTest
+from fastrerank.evaluation.table import best, failed, highest, interval, mark, mebibytes, milliseconds, p_value
 
 __all__ = ["to_html"]
 

@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.datasets import JudgedQuery, Run, load_dataset
+from fastrerank.data.datasets import JudgedQuery, Run, load_dataset
+from fastrerank.evaluation.measures import PerQuery, import_ir_measures, means, measure
 from fastrerank.rerankers.base import Reranker
-
-from .measures import PerQuery, import_ir_measures, means, measure
 
 __all__ = ["Evaluation", "Ranker", "check_queries", "evaluate", "first_stage", "rerank"]
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fastrerank.datasets import Run
+from fastrerank.data.datasets import Run
+from fastrerank.evaluation.reranking import Ranker
+from fastrerank.inputs.attention_policy import parse_heads
 from fastrerank.rerankers.base import list_methods
 from fastrerank.rerankers.options import load_keywords
-from fastrerank.text.attention_policy import parse_heads
-
-from .reranking import Ranker
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,8 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .comparison import ALPHA, Comparison
-from .statistics import PairedTest
+from fastrerank.evaluation.comparison import ALPHA, Comparison
+from fastrerank.evaluation.statistics import PairedTest
 
 __all__ = [
     "best", "failed", "highest", "interval", "mark", "mebibytes", "milliseconds", "p_value", "print_comparison",

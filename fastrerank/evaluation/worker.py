@@ -25,10 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 import fastrerank
-from fastrerank.datasets import JudgedQuery, Run
+from fastrerank.data.datasets import JudgedQuery, Run
+from fastrerank.evaluation.reranking import rerank
 from fastrerank.rerankers.refusal import OptionRefused
-
-from .reranking import rerank
 
 __all__ = ["Outcome", "peak_bytes", "run_apart"]
 

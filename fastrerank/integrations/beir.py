@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastrerank.inputs.columns import pairs_of_columns
 from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
-from fastrerank.text.columns import pairs_of_columns
 
 __all__ = ["FastReranker"]
 

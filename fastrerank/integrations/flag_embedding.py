@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastrerank
-from fastrerank.checkpoint import position_limit
-from fastrerank.engine import select
+from fastrerank.checkpoints.checkpoint import position_limit
+from fastrerank.engine import loading
+from fastrerank.inputs.columns import pairs_of_columns
 from fastrerank.integrations.loading import call_options
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.activations import sigmoid
-from fastrerank.text.columns import pairs_of_columns
 
 __all__ = ["FlagReranker"]
 
@@ -57,7 +57,7 @@ class FlagReranker:
         if devices is not None and device is not None:
             raise TypeError(f"devices and device say the same: give one, got {devices!r} and {device!r}")
         chosen = _device(device if devices is None else devices)
-        on_gpu = select.usable_gpu() if chosen is None else "cpu" not in str(chosen)
+        on_gpu = loading.usable_gpu() if chosen is None else "cpu" not in str(chosen)
         if "dtype" not in options:
             options["dtype"] = "bfloat16" if use_bf16 or (use_fp16 and on_gpu) else "float32"
         elif use_fp16 or use_bf16:

@@ -11,13 +11,13 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, Field, PrivateAttr
 
 import fastrerank
+from fastrerank.inputs.columns import pairs_of_columns
 from fastrerank.integrations.loading import call_options, load_reranker, shared_by, shown
 from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
+from fastrerank.runtime.types import Hit
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.text.columns import pairs_of_columns
-from fastrerank.types import Hit
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]
 

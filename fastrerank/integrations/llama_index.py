@@ -12,8 +12,8 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from fastrerank.integrations.loading import call_options, load_reranker, name_of, shared_by
 from fastrerank.rerankers.base import Reranker
+from fastrerank.runtime.types import Hit
 from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.types import Hit
 
 __all__ = ["FastRerank"]
 

@@ -12,8 +12,8 @@ from mteb.models.model_meta import ModelMeta
 
 from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
-from fastrerank.naming import hub_id
 from fastrerank.rerankers.base import Reranker
+from fastrerank.runtime.naming import hub_id
 
 __all__ = ["FastReranker", "model_meta", "score_batches"]
 

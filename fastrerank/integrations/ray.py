@@ -18,9 +18,9 @@ import ray
 import ray.data
 
 import fastrerank
+from fastrerank.data.pair_files import Columns, PairFiles, Part, filesystem, find_files, pair_files
 from fastrerank.integrations.loading import call_options, load_reranker, shown
 from fastrerank.integrations.pairs import score_pairs
-from fastrerank.pair_files import Columns, PairFiles, Part, filesystem, find_files, pair_files
 from fastrerank.rerankers.base import Scores
 from fastrerank.rerankers.independence import check_independent
 

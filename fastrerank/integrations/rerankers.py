@@ -10,8 +10,8 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
 
+from fastrerank.inputs.columns import as_column
 from fastrerank.integrations.loading import call_options, load_reranker, shown
-from fastrerank.text.columns import as_column
 
 __all__ = ["FastRanker"]
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.select import plan
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.loading import plan
+from fastrerank.inputs.attention_policy import Policy, read_preset
+from fastrerank.inputs.attention_prompts import AttentionPrompt, AttentionPrompts
+from fastrerank.inputs.limits import TextLimits, TooLong
+from fastrerank.inputs.screening import load_fast
+from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.attention_context import Context
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_threshold, check_top_k, order, ranked
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import names_of
-from fastrerank.text.attention_policy import Policy, read_preset
-from fastrerank.text.attention_prompts import AttentionPrompt, AttentionPrompts
-from fastrerank.text.limits import TextLimits, TooLong
-from fastrerank.text.screening import load_fast
-from fastrerank.text.tokenizer import check_texts
-from fastrerank.types import DeviceLike, DtypeLike, Hit
+from fastrerank.runtime.types import DeviceLike, DtypeLike, Hit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,7 +134,7 @@ class AttentionReranker(Reranker):
             raise ValueError(f"max_length must be at least 1{most}, got {max_length}")
         self.prompts = load_prompts(checkpoint, self.policy, text, words)
 
-        from fastrerank.engine.attention_scorer import AttentionScorer
+        from fastrerank.engine.torch.attention import AttentionScorer
 
         self.scorer = AttentionScorer.load(
             checkpoint, self.heads, dtype=self.dtype, device=self.device, num_threads=num_threads,
@@ -258,7 +258,7 @@ class AttentionReranker(Reranker):
 
     def _read(self, prompt: AttentionPrompt, usage: Usage, before: Any = None) -> Answer:
         """One forward over a prompt that fits."""
-        from fastrerank.engine.reading import Reading
+        from fastrerank.engine.torch.attention_pass import Reading
 
         begin, end = int(prompt.spans[:, 0].min()), int(prompt.spans[:, 1].max())
         other = prompt.empty_tail if self.calibrate else None

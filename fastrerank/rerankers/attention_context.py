@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.base import Scores, Usage
-from fastrerank.text.tokenizer import check_texts
-from fastrerank.types import Hit
+from fastrerank.runtime.types import Hit
 
 if TYPE_CHECKING:
     from fastrerank.rerankers.attention import AttentionReranker

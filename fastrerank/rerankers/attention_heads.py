@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import open_checkpoint
-from fastrerank.datasets import JudgedQuery
-from fastrerank.engine.select import plan
+from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.data.datasets import JudgedQuery
+from fastrerank.engine.loading import plan
+from fastrerank.inputs.attention_policy import Policy, write_preset
+from fastrerank.inputs.attention_prompts import AttentionPrompt
 from fastrerank.rerankers.attention import filtered_sum, instruction_text, load_prompts, word_limit
-from fastrerank.text.attention_policy import Policy, write_preset
-from fastrerank.text.attention_prompts import AttentionPrompt
-from fastrerank.types import DeviceLike, DtypeLike
+from fastrerank.runtime.types import DeviceLike, DtypeLike
 
 __all__ = ["HEADS", "RULES", "HeadScores", "score_heads"]
 
@@ -82,7 +82,7 @@ def score_heads(
 
     Args:
         model: hub id or local folder of a decoder.
-        queries: labelled queries, from `fastrerank.datasets.load_dataset`; candidates without a judgement, or with
+        queries: labelled queries, from `fastrerank.data.datasets.load_dataset`; candidates without a judgement, or with
             grade 0, are not relevant.
         rule: "ndcg" (QRHead): nDCG@10 of the head's own calibrated and filtered document scores; "gold" (QRHead on
             long dialogues): the sum of these scores over the relevant documents; "contrast" (CoRe): the softmax of the
@@ -117,8 +117,8 @@ def score_heads(
     text = instruction_text(instruction, policy)
     prompts = load_prompts(checkpoint, policy, text, word_limit(words_per_document, policy))
 
-    from fastrerank.engine.attention_scorer import AttentionScorer
-    from fastrerank.engine.reading import Reading
+    from fastrerank.engine.torch.attention import AttentionScorer
+    from fastrerank.engine.torch.attention_pass import Reading
 
     scorer = AttentionScorer.load(
         checkpoint, None, dtype=chosen.dtype, device=chosen.devices[0], num_threads=num_threads,

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.cost import Cost
-from fastrerank.naming import describe
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.usage import Cost
+from fastrerank.inputs.columns import as_column
+from fastrerank.inputs.tokenizer import TokenBatch, check_texts
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.recognise import method_of
-from fastrerank.text.columns import as_column
-from fastrerank.text.tokenizer import TokenBatch, check_texts
+from fastrerank.runtime.naming import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.pairwise import PairwiseReranker
     from fastrerank.rerankers.pointwise import PointwiseReranker
     from fastrerank.rerankers.setwise import SetwiseReranker
-    from fastrerank.types import Hit, MethodName, ModelPath
+    from fastrerank.runtime.types import Hit, MethodName, ModelPath
 
 __all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
 

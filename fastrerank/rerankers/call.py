@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
-from fastrerank.text.limits import NO_LIMITS, TextLimits
-from fastrerank.types import TruncationSide
+from fastrerank.inputs.limits import NO_LIMITS, TextLimits
+from fastrerank.runtime.types import TruncationSide
 
 __all__ = ["LIMITS", "NO_OPTIONS", "CallOptions", "Options"]
 

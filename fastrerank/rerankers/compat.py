@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastrerank.checkpoint import Checkpoint, position_limit
+from fastrerank.checkpoints.checkpoint import Checkpoint, position_limit
 from fastrerank.engine.dtype import Dtype
-from fastrerank.naming import shortened
-from fastrerank.text.backend import encode_batch, guarded
-from fastrerank.text.tokenizer import Tokenizer
+from fastrerank.inputs.backend import encode_batch, guarded
+from fastrerank.inputs.tokenizer import Tokenizer
+from fastrerank.runtime.naming import shortened
 
 __all__ = [
     "OTHER_KEYWORDS",

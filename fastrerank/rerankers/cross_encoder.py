@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint, untrained
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint, untrained
 from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import Head, module_head
-from fastrerank.engine.select import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
+from fastrerank.engine.loading import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
+from fastrerank.inputs.columns import pairs_of_columns
+from fastrerank.inputs.files import template_of_pairs
+from fastrerank.inputs.limits import NO_LIMITS, TextLimits
+from fastrerank.inputs.tokenizer import TokenBatch, Tokenizer, check_texts
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Reranker, Scores, Usage, check_threshold, check_top_k, order, ranked
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
@@ -35,16 +39,12 @@ from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.peer_interface import ModelCardData, PeerInterface
 from fastrerank.rerankers.recognise import is_classifier, is_yes_no, logit_score
 from fastrerank.rerankers.refusal import OptionRefused
-from fastrerank.text.columns import pairs_of_columns
-from fastrerank.text.files import template_of_pairs
-from fastrerank.text.limits import NO_LIMITS, TextLimits
-from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
 
 if TYPE_CHECKING:
     import torch
 
-    from fastrerank.text.chat_pairs import ChatPairs
-    from fastrerank.types import DeviceLike, DtypeLike, EngineName, Hit
+    from fastrerank.inputs.chat_pairs import ChatPairs
+    from fastrerank.runtime.types import DeviceLike, DtypeLike, EngineName, Hit
 
 __all__ = ["CrossEncoder"]
 
@@ -549,7 +549,7 @@ def _chat_pairs(checkpoint: Checkpoint, chat_template: str | dict[str, str] | No
     """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
     if template_of_pairs(checkpoint, chat_template) is None:
         return None
-    from fastrerank.text.chat_pairs import ChatPairs
+    from fastrerank.inputs.chat_pairs import ChatPairs
 
     return ChatPairs.load(checkpoint, chat_template=chat_template)
 

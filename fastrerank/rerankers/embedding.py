@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank import ops
-from fastrerank.checkpoint import Checkpoint
+from fastrerank.checkpoints.checkpoint import Checkpoint
 from fastrerank.engine.heads import Head, module_head
-from fastrerank.engine.select import Encoder
+from fastrerank.engine.loading import Encoder
+from fastrerank.inputs.limits import NO_LIMITS, TextLimits
+from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.vectors import VectorReranker
-from fastrerank.text.limits import NO_LIMITS, TextLimits
-from fastrerank.text.tokenizer import check_texts
 
 __all__ = ["EmbeddingReranker"]
 

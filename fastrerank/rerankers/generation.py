@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.naming import model_name
-from fastrerank.types import DeviceLike, DtypeLike
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.runtime.naming import model_name
+from fastrerank.runtime.types import DeviceLike, DtypeLike
 
 __all__ = ["INTEGER", "Generate", "Prompt", "TransformersGenerator", "room_to_write"]
 
@@ -27,7 +27,7 @@ _TAIL = 24
 
 
 class Prompt(Protocol):
-    """What a prompt must have to be answered: see `fastrerank.text.prompts.Prompt`."""
+    """What a prompt must have to be answered: see `fastrerank.inputs.prompts.Prompt`."""
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:
@@ -87,7 +87,7 @@ class TransformersGenerator:
         self.max_new_tokens, self.temperature, self.top_p, self.seed = max_new_tokens, temperature, top_p, seed
         self.stop, self.batch_size = stop, batch_size
 
-        from fastrerank.engine.generation import load_causal
+        from fastrerank.engine.torch.generation import load_causal
 
         checkpoint = open_checkpoint(
             model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,

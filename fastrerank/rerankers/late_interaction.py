@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank import ops
-from fastrerank.checkpoint import Checkpoint, Module
+from fastrerank.checkpoints.checkpoint import Checkpoint, Module
+from fastrerank.checkpoints.layouts import refuse_token_projection
 from fastrerank.engine.heads import Head, module_head
-from fastrerank.layouts import refuse_token_projection
+from fastrerank.inputs.limits import TextLimits
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.vectors import VectorReranker
-from fastrerank.text.limits import TextLimits
 
 __all__ = ["LateInteractionReranker"]
 

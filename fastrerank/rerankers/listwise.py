@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from fastrerank.inputs.columns import as_column
+from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.base import Scores, Usage, check_threshold, check_top_k, order
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate
-from fastrerank.rerankers.lists import ListReranker, Request, Texts
-from fastrerank.rerankers.permutation import answer_of, parse_permutation, parse_scores
+from fastrerank.rerankers.list_questions import ListReranker, Request, Texts
+from fastrerank.rerankers.ranking_parser import answer_of, parse_permutation, parse_scores
 from fastrerank.rerankers.schedules import Ranking, check_windows, groups, run_together, sliding_windows, untouched
-from fastrerank.text.columns import as_column
-from fastrerank.text.tokenizer import check_texts
-from fastrerank.types import Algorithm, Hit, Readout, WindowRule
+from fastrerank.runtime.types import Algorithm, Hit, Readout, WindowRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

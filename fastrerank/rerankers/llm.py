@@ -9,15 +9,15 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
-from fastrerank.engine.cost import Cost
-from fastrerank.engine.select import plan
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.engine.loading import plan
+from fastrerank.engine.usage import Cost
+from fastrerank.inputs.prompt_tokenizer import Prompt, PromptTokenizer
+from fastrerank.inputs.prompts import Template, list_templates
 from fastrerank.rerankers.base import Reranker, Usage
 from fastrerank.rerankers.call import LIMITS, CallOptions
 from fastrerank.rerankers.recognise import recognised_template
-from fastrerank.text.prompt_tokenizer import Prompt, PromptTokenizer
-from fastrerank.text.prompts import Template, list_templates
-from fastrerank.types import DeviceLike, DtypeLike
+from fastrerank.runtime.types import DeviceLike, DtypeLike
 
 __all__ = ["LLMReranker", "Scorer"]
 
@@ -123,13 +123,13 @@ class LLMReranker(Reranker):
                 f"{self.template.name!r} is for {'encoder-decoders' if not seq2seq else 'decoders'}"
             )
         if seq2seq:
-            from fastrerank.engine.seq2seq import Seq2SeqScorer
+            from fastrerank.engine.torch.seq2seq import Seq2SeqScorer
 
             return Seq2SeqScorer.load(
                 checkpoint, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
                 decoder_prefix=self.prompts.decoder_ids.tolist(),
             )  # fmt: skip
-        from fastrerank.engine.causal import CausalScorer
+        from fastrerank.engine.torch.causal import CausalScorer
 
         architectures = checkpoint.config.get("architectures") or []
         classifier = any(name.endswith("ForSequenceClassification") for name in architectures)

@@ -9,9 +9,9 @@ import numpy as np
 
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
-from fastrerank.rerankers.lists import ListReranker, Texts
+from fastrerank.rerankers.list_questions import ListReranker, Texts
 from fastrerank.rerankers.schedules import Schedule, all_pairs, heapsort, run_together, sliding
-from fastrerank.types import PairwiseAlgorithm
+from fastrerank.runtime.types import PairwiseAlgorithm
 
 __all__ = ["PairwiseReranker"]
 

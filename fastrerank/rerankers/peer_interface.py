@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
-from fastrerank.checkpoint import Checkpoint
+from fastrerank.checkpoints.checkpoint import Checkpoint
 from fastrerank.engine.dtype import Dtype
-from fastrerank.engine.select import Encoder
+from fastrerank.engine.loading import Encoder
+from fastrerank.inputs.tokenizer import Tokenizer
 from fastrerank.rerankers.activations import Activation
 from fastrerank.rerankers.compat import Config, Device, SharedTokenizer, check_same_device
-from fastrerank.text.tokenizer import Tokenizer
 
 __all__ = ["REFUSED", "ModelCardData", "ModelView", "PeerInterface"]
 

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoint import Checkpoint
+from fastrerank.checkpoints.checkpoint import Checkpoint
+from fastrerank.inputs.chat_pairs import chat_tokenizer, joined_template, pair_template
+from fastrerank.inputs.prompt_tokenizer import Prompt
+from fastrerank.inputs.prompts import Template, list_templates
 from fastrerank.rerankers.activations import sigmoid
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import INTEGER, TransformersGenerator, room_to_write
 from fastrerank.rerankers.llm import LLMReranker
 from fastrerank.rerankers.recognise import is_classifier, is_layerwise, logit_score, recognised_template
-from fastrerank.text.chat_pairs import chat_tokenizer, joined_template, pair_template
-from fastrerank.text.prompt_tokenizer import Prompt
-from fastrerank.text.prompts import Template, list_templates
-from fastrerank.types import Readout
+from fastrerank.runtime.types import Readout
 
 __all__ = ["PointwiseReranker"]
 
@@ -112,7 +112,7 @@ class PointwiseReranker(LLMReranker):
             return None
         self._labels = np.zeros(1, np.int64)
         if is_layerwise(checkpoint):
-            from fastrerank.engine.layerwise import load_layerwise
+            from fastrerank.engine.torch.layerwise import load_layerwise
 
             return load_layerwise(checkpoint, self._cutoff_layers, **options)
         if self._cutoff_layers is not None:

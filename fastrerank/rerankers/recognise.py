@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastrerank.checkpoint import Checkpoint
-from fastrerank.text.prompts import published_names
+from fastrerank.checkpoints.checkpoint import Checkpoint
+from fastrerank.inputs.prompts import published_names
 
 __all__ = [
     "is_classifier",

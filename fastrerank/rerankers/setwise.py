@@ -10,11 +10,11 @@ import numpy as np
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate
-from fastrerank.rerankers.lists import ListReranker, Request, Texts
+from fastrerank.rerankers.list_questions import ListReranker, Request, Texts
 from fastrerank.rerankers.pairwise import check_count
-from fastrerank.rerankers.permutation import parse_label
+from fastrerank.rerankers.ranking_parser import parse_label
 from fastrerank.rerankers.schedules import run_together, setwise
-from fastrerank.types import Readout
+from fastrerank.runtime.types import Readout
 
 __all__ = ["SetwiseReranker"]
 

@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fastrerank.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import Head, NormalizeStep
-from fastrerank.engine.select import Encoder, load_encoder, plan, warm_up
+from fastrerank.engine.loading import Encoder, load_encoder, plan, warm_up
+from fastrerank.inputs.limits import TextLimits
+from fastrerank.inputs.tokenizer import Tokenizer
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.call import LIMITS
 from fastrerank.rerankers.recognise import is_classifier, other_training
-from fastrerank.text.limits import TextLimits
-from fastrerank.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from fastrerank.types import DeviceLike, DtypeLike, EngineName
+    from fastrerank.runtime.types import DeviceLike, DtypeLike, EngineName
 
 __all__ = ["VectorReranker"]
 

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from fastrerank.inputs.limits import TextLimits
 from fastrerank.serve.queue import Speed
-from fastrerank.text.limits import TextLimits
 
 __all__ = ["HEAVY_BYTES", "REQUEST_SHARE", "Measured", "Overloaded", "TooLarge", "admit", "measure"]
 

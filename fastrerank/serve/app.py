@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import fastrerank
+from fastrerank.inputs.limits import TooLong
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
@@ -39,7 +40,6 @@ from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
 from fastrerank.serve.names import check_labels
 from fastrerank.serve.schemas import Common, RerankBody, ScoreBody
 from fastrerank.serve.validation import Bodies, body_route
-from fastrerank.text.limits import TooLong
 
 __all__ = ["Settings", "create_app"]
 

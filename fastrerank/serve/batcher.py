@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.base import Reranker, check_number, check_threshold, check_top_k
 from fastrerank.rerankers.call import CallOptions
+from fastrerank.runtime.types import Hit
 from fastrerank.serve.admission import HEAVY_BYTES, Overloaded, TooLarge, admit, measure
 from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
-from fastrerank.text.tokenizer import check_texts
-from fastrerank.types import Hit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

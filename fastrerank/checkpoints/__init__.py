@@ -1,0 +1,1 @@
+"""Checkpoints: found, downloaded, checked, and their tensors read."""

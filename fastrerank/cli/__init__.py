@@ -1,0 +1,5 @@
+"""The command line; see `fastrerank.cli.commands`."""
+
+from fastrerank.cli.commands import app, main
+
+__all__ = ["app", "main"]

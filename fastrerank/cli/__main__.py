@@ -1,0 +1,5 @@
+import sys
+
+from fastrerank.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Judged data, files of pairs and of documents."""

@@ -1,0 +1,1 @@
+"""Models of transformers through one packed forward."""

@@ -1,0 +1,1 @@
+"""What every floor may use: names in messages, types of arguments, fingerprints."""

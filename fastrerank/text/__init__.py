@@ -1,5 +1,0 @@
-"""Text to tokens: one packed batch per request."""
-
-from fastrerank.text.tokenizer import TokenBatch, Tokenizer, check_texts
-
-__all__ = ["TokenBatch", "Tokenizer", "check_texts"]
