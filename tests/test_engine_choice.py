@@ -122,13 +122,13 @@ print(*[name for name in ("torch", "transformers") if name in sys.modules])
 @pytest.mark.parametrize("visible", ["", "-1", " "])
 def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(select.Path, "exists", lambda _: True)
+    monkeypatch.setattr(loading.Path, "exists", lambda _: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert usable_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert not usable_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr(select.Path, "exists", lambda _: False)
+    monkeypatch.setattr(loading.Path, "exists", lambda _: False)
     assert not usable_gpu()
 
 

@@ -1,8 +1,8 @@
 """The measures of the field: rerank a judged data set and score the ranking, or compare several systems on it.
 
 `evaluate` measures one reranker in this process. `compare` runs several systems, each in a process of its own, and
-tests their differences. Data sets come from `fastrerank.data.datasets`; the measures come from the `ir_measures` package
-(`pip install 'fastrerank[eval]'`), so they are trec_eval's.
+tests their differences. Data sets come from `fastrerank.data.datasets`; the measures come from the `ir_measures`
+package (`pip install 'fastrerank[eval]'`), so they are trec_eval's.
 """
 
 from __future__ import annotations
