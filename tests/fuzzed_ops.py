@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import fuzz_bounds as bounds
 import numpy as np
 
 REFUSALS = (TypeError, ValueError, IndexError)  # the last of a layer that an encoder lacks
@@ -151,15 +152,21 @@ def tame(*values: Any) -> bool:
     )
 
 
-def near(found: Any, expected: Any, tolerance: float = 2e-2) -> None:
+def near(found: Any, expected: Any, bound: Any) -> None:
+    """Assert equal shapes, and values within `bound` of float64's where those are finite, equal where they are not."""
     found, expected = plain(found), np.asarray(expected)
     assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
-    np.testing.assert_allclose(
-        found,
-        expected,
-        rtol=tolerance,
-        atol=tolerance * max(1.0, np.abs(expected[np.isfinite(expected)]).max(initial=0)),
-    )
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(found[~finite], expected[~finite])
+    room = np.broadcast_to(bound + 2.0**-23 * np.abs(np.where(finite, expected, 0)) + 1e-38, expected.shape)
+    beyond = np.abs(found - np.where(finite, expected, 0)) > room
+    beyond &= finite
+    if beyond.any():
+        worst = int(np.argmax(np.where(beyond, np.abs(found - expected) / room, 0)))
+        raise AssertionError(
+            f"{beyond.sum()} of {expected.size}: {found.flat[worst]}, expected {expected.flat[worst]} "
+            f"within {room.flat[worst]:.3g}"
+        )
 
 
 # Each returns the arguments of a right call, what calls it, and what checks a result by the arguments.
@@ -180,7 +187,8 @@ def max_sim() -> Case:
 
     def check(found: Any, a: Arguments) -> None:
         if tame(a["query"], a["tokens"]):
-            near(found, reference.max_sim(plain(a["query"]), plain(a["tokens"]), np.asarray(a["offsets"])))
+            query, tokens = plain(a["query"]), plain(a["tokens"])
+            near(found, reference.max_sim(query, tokens, np.asarray(a["offsets"])), bounds.max_sim(query, tokens))
 
     return given, lambda query, tokens, offsets, threads: ops.max_sim(query, tokens, offsets, threads=threads), check
 
@@ -202,8 +210,9 @@ def cur_topk() -> Case:
 
     def check(found: Any, a: Arguments) -> None:
         if tame(a["queries"], a["vectors"]) and a["exclude"] is None:
-            _, scores = reference.cur_topk(plain(a["queries"]), plain(found[2].vectors()), int(a["k"]))
-            near(found[1], scores, 1e-5)
+            queries, vectors = plain(a["queries"]), plain(found[2].vectors())
+            _, scores = reference.cur_topk(queries, vectors, int(a["k"]))
+            near(found[1], scores, bounds.dots(queries, vectors).max(1, initial=0, keepdims=True))
 
     return given, call, check
 
@@ -255,7 +264,8 @@ def attention() -> Case:
             and (a["scale"] is None or 1e-3 < a["scale"] < 1e3)
             and (not a["softcap"] or a["softcap"] > 1e-3)
         ):
-            near(found, reference.attention(*one, scale=a["scale"], softcap=a["softcap"])[0], 0.1)
+            wanted, _ = reference.attention(*one, scale=a["scale"], softcap=a["softcap"])
+            near(found, wanted, bounds.attention(*one[:3], a["scale"], str(found.dtype).removeprefix("torch.")))
 
     return given, lambda q, k, v, lo, hi, plo, phi, **rest: ops.attention(q, k, v, lo, hi, plo, phi, **rest), check
 
@@ -284,11 +294,12 @@ def attention_mass() -> Case:
         one = {name: plain(a[name]) for name in names}
         usual = (a["scale"] is None or 1e-3 < a["scale"] < 10) and (not a["softcap"] or a["softcap"] > 1e-3)
         if tame(one["q"], one["k"], one["lse"], one["row_weight"], one["head_weight"]) and usual and a["out"] is None:
-            wanted = reference.attention_mass(
-                **one, scale=a["scale"], softcap=a["softcap"], per_head=bool(a["per_head"])
-            )
+            more = {"scale": a["scale"], "softcap": a["softcap"], "per_head": bool(a["per_head"])}
+            wanted = reference.attention_mass(**one, **more)
             if (np.abs(wanted) < 1e6).all():
-                near(found, wanted, 0.1)
+                sizes = {name: None if one[name] is None else np.abs(one[name]) for name in names[-2:]}
+                magnitude = reference.attention_mass(**one | sizes, **more)
+                near(found, wanted, bounds.attention_mass(magnitude, one["q"], one["k"], one["lse"], a["scale"]))
 
     return (
         given,
@@ -316,7 +327,13 @@ def label_logits() -> Case:
         tensors = {name: plain(a[name]) for name in ("hidden", "weight", "norm_weight", "norm_bias", "bias")}
         if tame(*tensors.values()) and a["eps"] == 1e-5 and a["scale"] == 1.0 and a["softcap"] == 0.0 and width > 1:
             wanted = reference.label_logits(**tensors, norm=a["norm"], eps=a["eps"])
-            near(found[0] if a["return_order"] else found, wanted[0] if isinstance(wanted, tuple) else wanted, 0.1)
+            gamma = np.ones(1) if tensors["norm_weight"] is None else tensors["norm_weight"]
+            rows, error = bounds.normed(tensors["hidden"], a["norm"], gamma, a["eps"])
+            beta = 0 if a["norm"] is None or tensors["norm_bias"] is None else np.abs(tensors["norm_bias"])
+            weight = np.abs(tensors["weight"]).T
+            bias = 0 if tensors["bias"] is None else np.abs(tensors["bias"])
+            bound = bounds.dots(np.abs(rows) + beta, weight) + error @ weight + 4 * bounds.U * bias
+            near(found[0] if a["return_order"] else found, wanted[0] if isinstance(wanted, tuple) else wanted, bound)
 
     return given, lambda hidden, weight, **rest: ops.label_logits(hidden, weight, **rest), check
 
@@ -358,8 +375,10 @@ def linear() -> Case:
         if w.dtype == np.uint16:
             w = (w.astype(np.uint32) << 16).view(np.float32)
         if tame(a["x"], w, a["bias"]):
-            wanted = plain(a["x"]) @ plain(w).T + (0 if a["bias"] is None else plain(a["bias"]))
-            near(found, np.maximum(wanted, 0) if a["activation"] == "relu" else wanted, 0.1)
+            x, w, bias = plain(a["x"]), plain(w), plain(a["bias"])
+            wanted = x @ w.T + (0 if bias is None else bias)
+            wanted = np.maximum(wanted, 0) if a["activation"] == "relu" else wanted
+            near(found, wanted, bounds.linear(x, w, bias, a["dtype"]))
 
     return given, lambda x, w, bias, dtype, activation, isa: _cpu.linear(x, w, bias, dtype, activation, isa), check
 
@@ -377,9 +396,9 @@ def rows() -> Case:
 
     def check(found: Any, a: Arguments) -> None:
         if tame(a["x"], a["gamma"], a["beta"]) and a["eps"] == 1e-5:
-            x = plain(a["x"])
-            x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
-            near(found, x * plain(a["gamma"]) + (0 if a["beta"] is None else plain(a["beta"])), 0.1)
+            rows, error = bounds.normed(plain(a["x"]), "layer", plain(a["gamma"]), 1e-5)
+            beta = np.zeros(1) if a["beta"] is None else plain(a["beta"])
+            near(found, rows + beta, error + 4 * bounds.U * (np.abs(rows) + np.abs(beta)))
 
     return given, call, check
 

@@ -37,6 +37,7 @@ class Template:
     readout: str = "logits"
     most_documents: int | None = None
     uses_notes: bool = False
+    uses_instruction: bool = False
     max_length: int | None = None
 
 

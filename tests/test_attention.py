@@ -403,3 +403,15 @@ def test_the_reference_is_softmax_attention() -> None:
     expected, expected_lse = packing.plain(*inputs, spans, case.softcap, case.head_dim**-0.5)
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_an_out_that_cannot_hold_the_result_is_refused(width: int) -> None:
+    q, bounds = torch.zeros(3, 2, width), torch.tensor([0, 0, 0], dtype=torch.int32)
+    for out in (torch.zeros(3, 1, width).expand(3, 2, width), torch.zeros(1, 2, width).expand(3, 2, width)):
+        with pytest.raises(ValueError, match="out must have a place of its own for every value"):
+            ops.attention(q, q, q, bounds, bounds + 3, out=out)
+    with pytest.raises(ValueError, match="out must not require a gradient"):
+        ops.attention(q, q, q, bounds, bounds + 3, out=torch.nn.Parameter(torch.zeros_like(q)))
+    turned = torch.zeros(2, 3, width).transpose(0, 1)
+    assert ops.attention(q, q, q, bounds, bounds + 3, out=turned) is turned

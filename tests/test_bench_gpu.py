@@ -58,6 +58,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
+@pytest.mark.nightly
 def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> None:
     file = cache / "gpu.json"
     given = ["--device", "cpu", "all", "--tiny", "--no-compile", "--rounds", "2", "--cache", str(cache)]

@@ -383,3 +383,15 @@ def test_wrong_buffers_are_named() -> None:
     ):
         with pytest.raises(error, match=message):
             ops.PackedItems(**(good | change))
+
+
+@pytest.mark.parametrize("ids", [1e300, [0.0, 1.0], [True], "1"])
+def test_ids_that_are_no_integers_are_refused(ids: Any) -> None:
+    with pytest.raises(TypeError, match="ids must be integers"):
+        ops.cur_pack(np.ones((2, 3), np.float32), "float32").vectors(ids)
+
+
+def test_references_of_no_queries_and_of_integers() -> None:
+    places, scores = reference.cur_topk(np.zeros((0, 2)), np.ones((2, 5)), 3)
+    assert places.shape == scores.shape == (0, 3)
+    assert reference.max_sim(np.array([[1, 0]]), np.array([[0.5, 2.0]]), np.array([0, 1])).tolist() == [0.5]

@@ -113,7 +113,7 @@ def test_one_property_says_what_is_a_logit(checkpoint: str) -> None:
         """A pointwise reranker of a template, without a model."""
 
         def __init__(self, score: str) -> None:
-            self.template: Any = type("Template", (), {"score": score})()
+            self.template: Any = type("Template", (), {"score": score, "uses_instruction": False})()
             self.max_length, self.device, self.dtype = 512, "cpu", "float32"  # type: ignore[misc]
 
     for model, kind in (

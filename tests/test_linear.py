@@ -52,6 +52,13 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(isa: str, dtype:
     assert rms(np.concatenate([e.ravel() for e in ours])) <= factor * rms(np.concatenate([e.ravel() for e in theirs]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 16, 32, 48, 70, 130])
+def test_no_rows_give_no_rows(isa: str, dtype: str, n: int) -> None:
+    x, w, bias = operands(0, n, 42)
+    assert _cpu.linear(x, w, bias, dtype, "relu", isa).shape == (0, n)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_element_exceeds_the_bound_of_its_own_sum(isa: str, dtype: str, shape: tuple[int, int, int]) -> None:

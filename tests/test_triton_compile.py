@@ -128,12 +128,17 @@ for op, arch, dtype, *case in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """What every configuration compiled to, by ("attention" or "attention_mass", arch, dtype, head size, softcap),
-    ("gather", arch, dtype, key heads), ("label_logits", arch, dtype, labels, h, norm),
-    ("gated", arch, dtype, columns, activation), ("norm_rows", arch, dtype, width, mean and bias, residual) or
-    ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles)."""
+@pytest.fixture(scope="module", params=[90, *(pytest.param(arch, marks=pytest.mark.nightly) for arch in (80, 89, 100))])
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What every configuration of an architecture compiled to.
+
+    By ("attention" or "attention_mass", arch, dtype, head size, softcap), ("gather", arch, dtype, key heads),
+    ("label_logits", arch, dtype, labels, h, norm), ("gated", arch, dtype, columns, activation),
+    ("norm_rows", arch, dtype, width, mean and bias, residual) or
+    ("rotary", arch, dtype, head size, columns that turn, heads of a program, dtype of the angles).
+    """
     wanted: list[tuple[Any, ...]] = [
         *(("attention", arch, "bfloat16", d, False) for arch in ARCHS for d in HEAD_SIZES),
         *(("attention", 89, "bfloat16", d, False) for d in (64, 128, 256)),
@@ -151,6 +156,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], 
         *(("gated", arch, dtype, *case) for arch in ARCHS for dtype in ("bfloat16", "float32") for case in GATED),
         *(("label_logits", arch, dtype, 26, 4096, "rms") for arch in ARCHS for dtype in ("float32", "float16")),
     ]
+    wanted = [one for one in wanted if one[1] == request.param]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])

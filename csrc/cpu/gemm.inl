@@ -177,6 +177,7 @@ using StoredS8 = S8;
 #endif
 
 void linear(const Linear& g) {
+    if (!g.rows) return;  // panels are fetched ahead in as many shares as there are row tiles
     switch (g.w->precision) {
         case Precision::kFloat32:
 #ifdef FASTRERANK_TILES

@@ -8,7 +8,7 @@ import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
-from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
 
 __all__ = ["attention"]
 
@@ -84,6 +84,7 @@ def attention(
         if out is not None:
             if out.shape != q.shape or out.dtype != q.dtype:
                 raise ValueError(f"out must be {q.dtype} of shape {tuple(q.shape)}, got {said(out)}")
+            check_out(out)
             result = out.copy_(result)
     else:
         result, lse = _run(q, k, v, lo, hi, plo, phi, scale, softcap, out, return_lse, backend)
@@ -178,8 +179,10 @@ def _check(
         raise ValueError(f"k must be (S, Hkv, {head_dim}) with Hkv dividing {heads} heads, got {tuple(k.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if out is not None and out.shape != q.shape:
-        raise ValueError(f"out must have q's shape {tuple(q.shape)}, got {tuple(out.shape)}")
+    if out is not None:
+        if out.shape != q.shape:
+            raise ValueError(f"out must have q's shape {tuple(q.shape)}, got {tuple(out.shape)}")
+        check_out(out)
     if max(rows, keys) >= 2**31:
         raise ValueError(f"q and k must have fewer than 2**31 rows, got {rows} and {keys}")
     if (plo is None) != (phi is None):

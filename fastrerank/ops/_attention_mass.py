@@ -8,7 +8,7 @@ import torch
 
 import fastrerank._cpu as _cpu
 from fastrerank import ops
-from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
 
 __all__ = ["attention_mass"]
 
@@ -137,8 +137,7 @@ def _check_out(q: torch.Tensor, k: torch.Tensor, per_head: bool, out: torch.Tens
         raise ValueError(f"out must be on {q.device} like q, got {out.device}")
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         raise ValueError(f"out must be contiguous along the keys, got strides {out.stride()}")
-    if per_head and out.stride(0) < out.shape[1] and out.shape[0] > 1:
-        raise ValueError(f"out must have a place of its own for every value, got strides {out.stride()}")
+    check_out(out)
 
 
 def _check(

@@ -105,13 +105,16 @@ class PackedItems:
     def vectors(self, ids: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
         """The stored values of the items `ids`, or of all: float32 (K, n), scales multiplied in.
 
-        Raises IndexError for an id outside 0 .. N - 1.
+        Raises TypeError for ids that are no integers, IndexError for one outside 0 .. N - 1.
 
         Example:
             >>> cur_pack(np.array([[0.5, 1.0]], np.float32), "bfloat16").vectors([1]).tolist()
             [[1.0]]
         """
-        chosen = np.arange(self.N) if ids is None else np.asarray(ids, np.int64).reshape(-1)
+        given = np.arange(self.N) if ids is None else np.asarray(ids)
+        if given.size and given.dtype.kind not in "iu":
+            raise TypeError(f"ids must be integers, got {given.dtype}")
+        chosen = given.astype(np.int64).reshape(-1)
         if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.N):
             raise IndexError(f"ids must be within 0 .. {self.N - 1}, got {chosen.min()} .. {chosen.max()}")
         out = self._unscaled(chosen)

@@ -13,7 +13,7 @@ import torch
 
 import fastrerank._cpu as _cpu
 
-__all__ = ["DTYPES", "as_float", "check_tensor", "choose_backend", "on_device", "said"]
+__all__ = ["DTYPES", "as_float", "check_out", "check_tensor", "choose_backend", "on_device", "said"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKENDS = ("cpp", "triton")
@@ -66,6 +66,21 @@ def check_tensor(name: str, value: object) -> torch.Tensor:
         what = "a tensor that is still to be negated; call .resolve_neg()" if negated else str(value.layout)
         raise ValueError(f"{name} must be a dense tensor, got {what}")
     return value
+
+
+def check_out(out: torch.Tensor) -> None:
+    """Check that a result can be written to `out`.
+
+    Raises ValueError where two values share memory, or a gradient is wanted.
+    """
+    needed = 1
+    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if out.numel() and size > 1:
+            if step < needed:
+                raise ValueError(f"out must have a place of its own for every value, got strides {out.stride()}")
+            needed = step * (size - 1) + needed
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not require a gradient: call .detach(), or use torch.no_grad()")
 
 
 # In float32, what is at most _LEAST rounds to 0, and _BEYOND and more to infinity.

@@ -119,7 +119,7 @@ def cur_topk(
     for line, out in zip(products, left_out, strict=True):
         order = np.argsort(-line, kind="stable")
         rows.append(order[~np.isin(order, out)][:k])
-    ids = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    ids = np.full((len(rows), max(map(len, rows), default=min(k, products.shape[1]))), -1, np.int64)
     scores = np.full(ids.shape, -np.inf, np.float32)
     for i, order in enumerate(rows):
         ids[i, : len(order)], scores[i, : len(order)] = order, products[i, order]
@@ -195,14 +195,15 @@ def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDAr
     Args:
         query: (Q, D). tokens: (T, D). offsets: int64 (N+1,), document d's tokens are tokens[offsets[d]:offsets[d+1]].
 
-    Returns (N,) in the inputs' dtype.
+    Returns (N,) in the inputs' dtype, float64 for integers.
 
     Example:
         >>> max_sim(np.eye(2, 4), np.eye(4), np.array([0, 1, 4])).tolist()
         [0.5, 0.5]
     """
     best = [(query @ tokens[begin:end].T).max(axis=1) for begin, end in pairwise(offsets)]
-    return np.array([similarities.mean() for similarities in best], query.dtype)
+    dtype = np.result_type(query, tokens)
+    return np.array([similarities.mean() for similarities in best], dtype if dtype.kind == "f" else np.float64)
 
 
 def norm_rows(
