@@ -14,8 +14,8 @@ import torch
 
 from bench.gpu_kernels import CALLS, WARM, KernelResult, captured, said, timed_call
 from fastrerank import ops
-from fastrerank.ops import _cur_cuda
-from fastrerank.ops._cur import TILE
+from fastrerank.ops._cur_topk import cuda as _cur_cuda
+from fastrerank.ops._cur_topk.items import TILE
 
 _CHUNK = 1 << 20  # items that the way in two passes scores before it chooses
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+import fastrerank._moved  # noqa: F401  (earlier names of modules)
+from fastrerank.runtime.version import VERSION as __version__
 
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
@@ -25,8 +26,9 @@ _NAMES = {
     "ListwiseReranker": "fastrerank.rerankers.listwise",
     "PairwiseReranker": "fastrerank.rerankers.pairwise",
     "SetwiseReranker": "fastrerank.rerankers.setwise",
-    "list_methods": "fastrerank.rerankers.base",
-    "load": "fastrerank.rerankers.base",
+    "list_methods": "fastrerank.rerankers.registry",
+    "load": "fastrerank.rerankers.loading",
+    "register": "fastrerank.rerankers.registry",
     "set_num_threads": "fastrerank.ops",
 }
 __all__ = [
@@ -43,19 +45,21 @@ __all__ = [
     "__version__",
     "list_methods",
     "load",
+    "register",
     "set_num_threads",
 ]
 
 if TYPE_CHECKING:
     from fastrerank.ops import set_num_threads
     from fastrerank.rerankers.attention import AttentionReranker
-    from fastrerank.rerankers.base import list_methods, load
     from fastrerank.rerankers.cross_encoder import CrossEncoder
     from fastrerank.rerankers.embedding import EmbeddingReranker
     from fastrerank.rerankers.late_interaction import LateInteractionReranker
     from fastrerank.rerankers.listwise import ListwiseReranker
+    from fastrerank.rerankers.loading import load
     from fastrerank.rerankers.pairwise import PairwiseReranker
     from fastrerank.rerankers.pointwise import PointwiseReranker
+    from fastrerank.rerankers.registry import list_methods, register
     from fastrerank.rerankers.setwise import SetwiseReranker
     from fastrerank.search import CURIndex
     from fastrerank.serve.batcher import AsyncReranker

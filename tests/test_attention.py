@@ -57,7 +57,7 @@ LONG = {
 def triton_attention(monkeypatch: pytest.MonkeyPatch, rows: int = 16, keys: int = 16) -> Callable[..., Any]:
     """`ops.attention` in Triton, in the interpreter with small tiles: small cases then have many."""
     pytest.importorskip("triton")
-    import fastrerank.ops.triton.attention as module
+    import fastrerank.ops._attention.triton as module
 
     if not GPU:
         monkeypatch.setattr(module, "tile", lambda *_, **__: module.Tile(rows, keys, 4, 2))

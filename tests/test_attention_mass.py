@@ -147,7 +147,7 @@ def check(*calls: Given, **options: Any) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch, queries: int = 16, keys: int = 16) -> dict[str, str]:
     """Triton, in the interpreter with small tiles: small cases then have many."""
     pytest.importorskip("triton")
-    import fastrerank.ops.triton.attention_mass as module
+    import fastrerank.ops._attention_mass.triton as module
 
     if not GPU:
         monkeypatch.setattr(module, "tile", lambda *_: module.Tile(queries, keys, 4, 2))

@@ -325,7 +325,7 @@ def test_cur_topk_of_tensors_on_the_emulated_kernels(
 ) -> None:
     """From `ops.cur_topk` to the kernels and back: what a pointer means, and every number beside it."""
     torch = pytest.importorskip("torch")
-    from fastrerank.ops import _cur_cuda
+    from fastrerank.ops._cur_topk import cuda as _cur_cuda
 
     run = program("none")
 

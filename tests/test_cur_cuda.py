@@ -39,7 +39,7 @@ def test_the_selection_is_the_references(values: list[float], k: int, batch: int
 
 def test_the_kernels_take_as_many_as_python_wants_and_its_statuses_are_theirs() -> None:
     pytest.importorskip("torch")
-    from fastrerank.ops import _cur_cuda
+    from fastrerank.ops._cur_topk import cuda as _cur_cuda
 
     header = (SOURCES / "cuda" / "kernels.h").read_text()
     assert f"kCurMostK = {_cur_cuda._wider(_cur_cuda._MOST_K)};" in header

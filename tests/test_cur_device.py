@@ -11,7 +11,8 @@ from cur_rounding import rounded
 torch = pytest.importorskip("torch")
 
 from fastrerank import _cpu, ops  # noqa: E402
-from fastrerank.ops import _cur_cuda, reference  # noqa: E402
+from fastrerank.ops import reference  # noqa: E402
+from fastrerank.ops._cur_topk import cuda as _cur_cuda  # noqa: E402
 
 
 def scan_in_torch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:

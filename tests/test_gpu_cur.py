@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fastrerank import ops  # noqa: E402
-from fastrerank.ops import _cur_cuda  # noqa: E402
+from fastrerank.ops._cur_topk import cuda as _cur_cuda  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

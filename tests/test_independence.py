@@ -21,8 +21,9 @@ from serve_fakes import Lengths
 import fastrerank
 from fastrerank.data.datasets import Candidate, JudgedQuery
 from fastrerank.evaluation.reranking import rerank
-from fastrerank.integrations.pairs import score_pairs
-from fastrerank.rerankers.base import Reranker, list_methods
+from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.rerankers.registry import list_methods
 from fastrerank.serve.batcher import AsyncReranker
 
 QUERIES = ["how long do fleas live?", "where do owls sleep?"]

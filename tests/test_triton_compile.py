@@ -44,7 +44,12 @@ import torch
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastrerank.ops.triton import attention, attention_mass, gated, label_logits, norm_rows, rotary
+from fastrerank.ops._attention import triton as attention
+from fastrerank.ops._attention_mass import triton as attention_mass
+from fastrerank.ops._gated import triton as gated
+from fastrerank.ops._label_logits import triton as label_logits
+from fastrerank.ops._norm_rows import triton as norm_rows
+from fastrerank.ops._rotary import triton as rotary
 
 tools = Path(triton.backends.nvidia.__file__).parent / "bin"
 

@@ -64,6 +64,7 @@ from fastrerank.data.datasets import load_dataset
 from fastrerank.data.documents import read_documents
 from fastrerank.rerankers.explain import print_tokens, to_html
 from fastrerank.rerankers.refusal import OptionRefused
+from fastrerank.runtime.version import VERSION
 
 LONG_WORK = 256  # documents from which one `rank` call may take seconds and gets a progress line
 
@@ -444,7 +445,7 @@ def doctor(
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(fastrerank.__version__)
+    print(VERSION)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import fastrerank
 from fastrerank.ops import cpu_info, cuda_info
+from fastrerank.runtime.version import VERSION
 
 REQUIRED = ("numpy", "tokenizers", "safetensors", "huggingface_hub")
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
@@ -38,7 +38,7 @@ def report(*, ask_torch: bool = False) -> dict[str, Any]:
     cpu = cpu_info()
     kernels = importlib.util.find_spec("fastrerank._cpu")
     return {
-        "fastrerank": fastrerank.__version__,
+        "fastrerank": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu["isa"],

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-import fastrerank
 from fastrerank.inputs.attention_policy import parse_heads
+from fastrerank.rerankers.loading import load
+from fastrerank.rerankers.registry import find_method, list_methods
 
 _NUMBER = re.compile(r"|-|[-+]?(\d[\d.,]*(e[-+]?\d+)?|nan|inf)( ?%)?")  # an empty cell too
 
@@ -44,8 +45,11 @@ class Engine(str, Enum):
 
 
 def _method(value: str | None) -> str | None:
-    if value is not None and value not in (known := list(fastrerank.list_methods())):
-        raise typer.BadParameter(f"{value!r} is not a method; one of {', '.join(known)}")
+    try:
+        if value is not None:
+            find_method(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not a method; one of {', '.join(list_methods())}") from None
     return value
 
 
@@ -76,7 +80,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         callback=_method, metavar="METHOD", rich_help_panel=MODEL, show_default=FOUND,
-        help=f"How documents are ranked: {', '.join(fastrerank.list_methods())}.",
+        help=f"How documents are ranked: {', '.join(list_methods())}.",
     ),
 ]  # fmt: skip
 TemplateOption = Annotated[
@@ -223,7 +227,7 @@ def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) 
     """The reranker, with the options that were given: some methods do not know all of them, and refuse those."""
     given = load_options(dtype=dtype, **options)
     try:
-        return fastrerank.load(model, method=method, **given)
+        return load(model, method=method, **given)
     except TypeError as error:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in given:

@@ -19,19 +19,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import fastrerank
 from fastrerank.data.datasets import JudgedQuery, Run, load_dataset, read_trec_run, write_trec_run
 from fastrerank.evaluation.kept import Kept
 from fastrerank.evaluation.measures import DEFAULT_MEASURES, PerQuery, known_measures, means, measure
 from fastrerank.evaluation.reranking import check_queries, first_stage, rerank
-from fastrerank.evaluation.statistics import PairedTest, paired_tests
+from fastrerank.evaluation.statistics import ALPHA, PairedTest, paired_tests
 from fastrerank.evaluation.systems import FIRST_STAGE, System, as_system, check_names, file_name
 from fastrerank.evaluation.worker import Outcome, run_apart
 from fastrerank.ops import cpu_info
+from fastrerank.runtime.version import VERSION
 
 __all__ = ["ALPHA", "Comparison", "Dataset", "Failure", "Result", "compare"]
 
-ALPHA = 0.05
 _CUTOFFS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 _FORMAT = 1
 
@@ -410,7 +409,7 @@ def _about(top_k: int | None, warmup: int) -> dict[str, Any]:
     listed = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
     return {
-        "fastrerank": fastrerank.__version__,
+        "fastrerank": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": model[1] if model else platform.processor() or platform.machine(),

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-import fastrerank
 from fastrerank.data.datasets import JudgedQuery
 from fastrerank.evaluation.systems import System, file_name
 from fastrerank.evaluation.worker import Outcome
 from fastrerank.runtime.fingerprint import fingerprint
+from fastrerank.runtime.version import VERSION
 
 __all__ = ["Kept"]
 
@@ -38,7 +38,7 @@ class Kept:
     ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self._names = list(datasets)
-        digest = hashlib.sha256(json.dumps([fastrerank.__version__, top_k, warmup]).encode())
+        digest = hashlib.sha256(json.dumps([VERSION, top_k, warmup]).encode())
         for name, queries in datasets.items():
             for query in queries:
                 row = [name, query.qid, query.query, [[c.docid, c.text] for c in query.candidates]]

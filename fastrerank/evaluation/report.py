@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from html import escape
+from typing import TYPE_CHECKING
 
 from fastrerank.evaluation import plots
-from fastrerank.evaluation.comparison import ALPHA, Comparison
-from fastrerank.evaluation.statistics import RESAMPLES, PairedTest
+from fastrerank.evaluation.statistics import ALPHA, RESAMPLES, PairedTest
 from fastrerank.evaluation.table import best, failed, highest, interval, mark, mebibytes, milliseconds, p_value
+
+if TYPE_CHECKING:
+    from fastrerank.evaluation.comparison import Comparison
 
 __all__ = ["to_html"]
 

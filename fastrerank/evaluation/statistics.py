@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RESAMPLES", "PairedTest", "holm", "paired_tests"]
+__all__ = ["ALPHA", "RESAMPLES", "PairedTest", "holm", "paired_tests"]
 
+ALPHA = 0.05
 RESAMPLES = 100_000
 _SEED = 20070101
 _ENTRIES = 1 << 22  # of the sign matrix at a time: 32 MiB

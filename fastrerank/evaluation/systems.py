@@ -13,8 +13,8 @@ from typing import Any, cast
 from fastrerank.data.datasets import Run
 from fastrerank.evaluation.reranking import Ranker
 from fastrerank.inputs.attention_policy import parse_heads
-from fastrerank.rerankers.base import list_methods
 from fastrerank.rerankers.options import load_keywords
+from fastrerank.rerankers.registry import list_methods
 
 if sys.version_info >= (3, 11):
     import tomllib

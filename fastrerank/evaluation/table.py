@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fastrerank.evaluation.comparison import ALPHA, Comparison
-from fastrerank.evaluation.statistics import PairedTest
+from fastrerank.evaluation.statistics import ALPHA, PairedTest
+
+if TYPE_CHECKING:
+    from fastrerank.evaluation.comparison import Comparison
 
 __all__ = [
     "best", "failed", "highest", "interval", "mark", "mebibytes", "milliseconds", "p_value", "print_comparison",

@@ -24,9 +24,9 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-import fastrerank
 from fastrerank.data.datasets import JudgedQuery, Run
 from fastrerank.evaluation.reranking import rerank
+from fastrerank.rerankers.loading import load
 from fastrerank.rerankers.refusal import OptionRefused
 
 __all__ = ["Outcome", "peak_bytes", "run_apart"]
@@ -157,7 +157,7 @@ def main(job_folder: str, pipe: int) -> int:
         try:
             job = pickle.loads((folder / "job").read_bytes())
             start = time.perf_counter()
-            reranker = fastrerank.load(job["model"], **job["options"])
+            reranker = load(job["model"], **job["options"])
             _tell(events, load_seconds=time.perf_counter() - start)
             for number, (name, queries) in enumerate(job["datasets"].items()):
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastrerank.inputs.columns import pairs_of_columns
 from fastrerank.integrations.loading import call_options, load_reranker, shown
-from fastrerank.integrations.pairs import score_pairs
+from fastrerank.rerankers.pairs import score_pairs
 
 __all__ = ["FastReranker"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import fastrerank
 from fastrerank.checkpoints.checkpoint import position_limit
 from fastrerank.engine import loading
 from fastrerank.inputs.columns import pairs_of_columns
 from fastrerank.integrations.loading import call_options
-from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.activations import sigmoid
+from fastrerank.rerankers.cross_encoder import CrossEncoder
+from fastrerank.rerankers.pairs import score_pairs
 
 __all__ = ["FlagReranker"]
 
@@ -62,7 +62,7 @@ class FlagReranker:
             options["dtype"] = "bfloat16" if use_bf16 or (use_fp16 and on_gpu) else "float32"
         elif use_fp16 or use_bf16:
             raise TypeError("dtype, use_fp16 and use_bf16 say the same: give one of them")
-        self.model = fastrerank.CrossEncoder(
+        self.model = CrossEncoder(
             model_name_or_path, device=chosen, trust_remote_code=trust_remote_code, cache_folder=cache_dir, **options
         )
         self.query_instruction_for_rerank, self.query_instruction_format = (

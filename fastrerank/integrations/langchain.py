@@ -10,12 +10,12 @@ from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, Field, PrivateAttr
 
-import fastrerank
 from fastrerank.inputs.columns import pairs_of_columns
 from fastrerank.integrations.loading import call_options, load_reranker, shared_by, shown
-from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.cross_encoder import CrossEncoder
 from fastrerank.rerankers.independence import check_independent
+from fastrerank.rerankers.pairs import score_pairs
 from fastrerank.runtime.types import Hit
 from fastrerank.serve.batcher import AsyncReranker
 
@@ -40,7 +40,7 @@ class FastRerankCrossEncoder(BaseCrossEncoder):
     """
 
     def __init__(self, model: Any, *, label: str | int | None = None, raw: bool = False, **options: Any) -> None:
-        found = model if isinstance(model, Reranker) else fastrerank.CrossEncoder(model, **options)
+        found = model if isinstance(model, Reranker) else CrossEncoder(model, **options)
         self.model = load_reranker(found, None, options if found is model else None, label)
         check_independent(self.model, "FastRerankCrossEncoder scores pairs, FastReranker ranks lists")
         self.label, self.raw = label, raw

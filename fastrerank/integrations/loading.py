@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-import fastrerank
 from fastrerank.rerankers.base import Reranker, Scores
+from fastrerank.rerankers.loading import load
 from fastrerank.serve.batcher import AsyncReranker
 
 __all__ = ["call_options", "load_reranker", "name_of", "shared_by", "shown"]
@@ -37,7 +37,7 @@ def load_reranker(
             raise ValueError(f"{', '.join(given)} cannot change a loaded reranker: give them where it is loaded")
         reranker = model
     else:
-        reranker = fastrerank.load(model, method=method, **(options or {}))
+        reranker = load(model, method=method, **(options or {}))
     reranker.check_options(**call_options(label))
     return reranker
 

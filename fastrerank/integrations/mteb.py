@@ -8,19 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from mteb.models.model_meta import ModelMeta
 
-from fastrerank.integrations.loading import call_options, load_reranker, shown
-from fastrerank.integrations.pairs import score_pairs
+from fastrerank.integrations.loading import call_options, load_reranker
 from fastrerank.rerankers.base import Reranker
-from fastrerank.runtime.naming import hub_id
+from fastrerank.rerankers.mteb_protocol import model_meta, score_batches
 
 __all__ = ["FastReranker", "model_meta", "score_batches"]
-
-# What MTEB gives every model beside the texts. Work is split by tokens, and no bar is drawn.
-_WITHOUT_EFFECT = frozenset(
-    {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar", "num_proc"}
-)
 
 
 class FastReranker:
@@ -70,36 +63,3 @@ class FastReranker:
         Raises ValueError for inputs without text, as tasks of other modalities have them, TypeError for other keywords.
         """
         return score_batches(self.reranker, inputs1, inputs2, raw=self.raw, **{**call_options(self.label), **kwargs})
-
-
-def score_batches(
-    reranker: Reranker, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, raw: bool = True,
-    **options: Any,
-) -> npt.NDArray[np.float32]:  # fmt: skip
-    """Return the score of each pair of MTEB's loaders, float32 (N,); see `FastReranker.predict`."""
-    asked = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
-    reranker.check_options(**asked)
-    return shown(reranker, score_pairs(reranker, _texts(inputs1), _texts(inputs2), **asked), raw)
-
-
-def model_meta(reranker: Reranker, name: str | None = None, revision: str | None = None) -> ModelMeta:
-    """Return what MTEB files results under; `name` None: the hub id of the checkpoint, or fastrerank/<folder>."""
-    if name is None:
-        name = f"fastrerank/{type(reranker).__name__}"
-        path = getattr(getattr(reranker, "checkpoint", None), "path", None)
-        if path is not None:
-            found = hub_id(path)
-            name, revision = (f"fastrerank/{path.name}", revision) if found is None else (found, path.name)
-    return ModelMeta.create_empty(
-        {"name": name, "revision": revision, "model_type": ["cross-encoder"], "modalities": ["text"],
-         "max_tokens": getattr(reranker, "max_length", None)}
-    )  # fmt: skip
-
-
-def _texts(batches: Iterable[dict[str, Any]]) -> list[str]:
-    texts: list[str] = []
-    for batch in batches:
-        if "text" not in batch:
-            raise ValueError(f"fastrerank scores texts, but this task's inputs have {', '.join(batch)}")
-        texts += batch["text"]
-    return texts

@@ -17,12 +17,12 @@ import pyarrow.fs
 import ray
 import ray.data
 
-import fastrerank
 from fastrerank.data.pair_files import Columns, PairFiles, Part, filesystem, find_files, pair_files
 from fastrerank.integrations.loading import call_options, load_reranker, shown
-from fastrerank.integrations.pairs import score_pairs
 from fastrerank.rerankers.base import Scores
 from fastrerank.rerankers.independence import check_independent
+from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.runtime.version import VERSION
 
 __all__ = ["PairScorer", "score_files"]
 
@@ -156,7 +156,7 @@ def score_files(
     job = {
         "inputs": sizes, "model": model, "method": method, "columns": asdict(columns),
         "options": {name: value for name, value in options.items() if name not in UNRECORDED},
-        "rows_per_part": rows_per_part, "fastrerank": fastrerank.__version__, **call_options(label),
+        "rows_per_part": rows_per_part, "fastrerank": VERSION, **call_options(label),
         **({} if raw else {"raw": raw}),
     }  # fmt: skip
     _claim(*target, job)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 import fastrerank._cpu as _cpu
-from fastrerank.ops._cur import PackedItems, cur_pack
 from fastrerank.ops._cur_topk import cur_topk
+from fastrerank.ops._cur_topk.items import PackedItems, cur_pack
+from fastrerank.ops._max_sim import max_sim
+from fastrerank.runtime.cpu import BFLOAT16_LEVELS, cpu_info, isa, num_threads, set_isa, set_num_threads
 
 if TYPE_CHECKING:
     from fastrerank.ops._attention import attention
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from fastrerank.ops._label_logits import label_logits
 
 __all__ = [
+    "BFLOAT16_LEVELS",
     "PackedItems",
     "attention",
     "attention_mass",
@@ -53,71 +52,6 @@ def __getattr__(name: str) -> Any:
     op = getattr(importlib.import_module(f"fastrerank.ops._{name}"), name)
     globals()[name] = op
     return op
-
-
-# Levels that multiply bfloat16 inputs as they are; the others widen weights and keep inputs in float32.
-BFLOAT16_LEVELS = ("avx512_bf16", "amx")
-
-_threads: int | None = None
-_isa: str | None = None
-
-
-def set_num_threads(n: int | None) -> None:
-    """Set how many CPU threads a call may use, for objects that were given no `num_threads` of their own.
-
-    None restores the default: the CPUs that this process may run on. Raises ValueError below 1.
-
-    Example:
-        >>> set_num_threads(2)
-    """
-    global _threads
-    if n is not None and (not isinstance(n, int) or n < 1):
-        raise ValueError(f"n must be a positive int or None, got {n!r}")
-    _threads = n
-
-
-def num_threads(requested: int | None = None) -> int:
-    """Return `requested`, else what `set_num_threads` set, else the number of CPUs this process may run on."""
-    if requested is not None:
-        if not isinstance(requested, int) or requested < 1:
-            raise ValueError(f"num_threads must be a positive int or None, got {requested!r}")
-        return requested
-    return _threads or _available_cpus()
-
-
-def _available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def set_isa(level: str | None) -> None:
-    """Choose the instruction-set level of models loaded from now on; None restores the best one.
-
-    `level` is "portable", "avx2", "avx512", "avx512_bf16" or "amx". Raises ValueError for one that this CPU lacks.
-    """
-    global _isa
-    _isa = None if level is None else _checked(level, "level")
-
-
-def isa() -> str:
-    """Return the level in force: `set_isa`'s, else the environment's FASTRERANK_ISA, else the best of this CPU."""
-    if _isa is not None:
-        return _isa
-    wanted = os.environ.get("FASTRERANK_ISA")
-    return _checked(wanted, "FASTRERANK_ISA") if wanted else str(_cpu.levels()[-1])
-
-
-def _checked(level: str, name: str) -> str:
-    levels = _cpu.levels()
-    if level not in levels:
-        raise ValueError(f"{name} must be a level that this CPU runs ({', '.join(levels)}), got {level!r}")
-    return level
-
-
-def cpu_info() -> dict[str, Any]:
-    """Return {"isa": level in force, "supported": levels this CPU runs, "threads": default number of threads}."""
-    return {"isa": isa(), "supported": list(_cpu.levels()), "threads": num_threads()}
 
 
 def peak(dtype: str, threads: int | None = None) -> float:
@@ -164,45 +98,3 @@ def bandwidth(device: int = 0, *, size: int = 1 << 30, rounds: int = 20) -> floa
     if importlib.util.find_spec("fastrerank._cuda") is None:
         raise RuntimeError("the CUDA kernels are not built: install with FASTRERANK_CUDA=ON and nvcc on the PATH")
     return float(importlib.import_module("fastrerank._cuda").bandwidth(device, size, rounds))
-
-
-def max_sim(
-    query: npt.NDArray[np.float32],
-    tokens: npt.NDArray[np.float32],
-    offsets: npt.NDArray[np.int64],
-    *,
-    threads: int | None = None,
-) -> npt.NDArray[np.float32]:
-    """Like `[(query @ tokens[a:b].T).max(1).mean() for a, b in zip(offsets, offsets[1:])]`.
-
-    Late interaction: the mean over query tokens of the best document token (ColBERT, arXiv 2004.12832, takes the sum).
-
-    Args:
-        query: float32 (Q, D), Q >= 1.
-        tokens: float32 (T, D), the documents' tokens one after the other.
-        offsets: int64 (N+1,); document d's tokens are tokens[offsets[d]:offsets[d+1]], at least one each.
-        threads: CPU threads; None for the default. The result does not depend on it.
-
-    Returns float32 (N,). Raises ValueError for shapes that do not fit or a document without tokens.
-
-    Example:
-        >>> q, t = np.eye(2, 4, dtype=np.float32), np.eye(4, dtype=np.float32)
-        >>> max_sim(q, t, np.array([0, 1, 4])).tolist()
-        [0.5, 0.5]
-    """
-    query, tokens = _numbers("query", query), _numbers("tokens", tokens)
-    offsets = np.asarray(offsets)
-    if offsets.ndim != 1 or offsets.dtype.kind not in "iu":
-        raise ValueError(f"offsets must be integers (N+1,), got {offsets.dtype} of shape {offsets.shape}")
-    offsets = np.ascontiguousarray(offsets, np.int64)
-    if (np.diff(offsets) < 1).any():
-        raise ValueError(f"offsets must give every document at least one token, got lengths {np.diff(offsets)}")
-    result: npt.NDArray[np.float32] = _cpu.max_sim(query, tokens, offsets, num_threads(threads), isa())
-    return result
-
-
-def _numbers(name: str, value: Any) -> npt.NDArray[np.float32]:
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{name} must be an array of real numbers, got {array.dtype} of shape {array.shape}")
-    return np.require(array, np.float32, ["C", "A"])

@@ -1,9 +1,7 @@
-"""The protocol that every reranker follows, and `load`, which finds the method that a checkpoint serves."""
+"""The protocol that every reranker follows."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
 import threading
 import time
@@ -11,34 +9,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.usage import Cost
 from fastrerank.inputs.columns import as_column
 from fastrerank.inputs.tokenizer import TokenBatch, check_texts
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
-from fastrerank.rerankers.recognise import method_of
 from fastrerank.runtime.naming import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastrerank.rerankers.attention import AttentionReranker
     from fastrerank.rerankers.call import Options
-    from fastrerank.rerankers.cross_encoder import CrossEncoder
-    from fastrerank.rerankers.embedding import EmbeddingReranker
-    from fastrerank.rerankers.late_interaction import LateInteractionReranker
-    from fastrerank.rerankers.listwise import ListwiseReranker
-    from fastrerank.rerankers.pairwise import PairwiseReranker
-    from fastrerank.rerankers.pointwise import PointwiseReranker
-    from fastrerank.rerankers.setwise import SetwiseReranker
-    from fastrerank.runtime.types import Hit, MethodName, ModelPath
+    from fastrerank.runtime.types import Hit
 
-__all__ = ["Reranker", "Usage", "list_methods", "load", "order"]
+__all__ = ["Reranker", "Usage", "order"]
 
 Scores = npt.NDArray[np.float32]
 
@@ -307,168 +295,3 @@ def ranked(
         for row in rows:
             row["text"] = documents[row["corpus_id"]]
     return rows
-
-
-# Method -> (module, class, papers).
-_METHODS = {
-    "cross-encoder": (
-        "fastrerank.rerankers.cross_encoder",
-        "CrossEncoder",
-        "Passage Re-ranking with BERT (Nogueira and Cho 2019, arXiv 1901.04085)",
-    ),
-    "late-interaction": (
-        "fastrerank.rerankers.late_interaction",
-        "LateInteractionReranker",
-        "ColBERT (Khattab and Zaharia 2020, arXiv 2004.12832)",
-    ),
-    "embedding": (
-        "fastrerank.rerankers.embedding",
-        "EmbeddingReranker",
-        "Sentence-BERT (Reimers and Gurevych 2019, arXiv 1908.10084)",
-    ),
-    "pointwise": (
-        "fastrerank.rerankers.pointwise",
-        "PointwiseReranker",
-        "monoT5 (Nogueira et al. 2020, arXiv 2003.06713), Qwen3 Embedding (Zhang et al. 2025, arXiv 2506.05176)",
-    ),
-    "listwise": (
-        "fastrerank.rerankers.listwise",
-        "ListwiseReranker",
-        "FIRST (Reddy et al. 2024, arXiv 2406.15657); RankGPT (Sun et al. 2023, arXiv 2304.09542)",
-    ),
-    "pairwise": (
-        "fastrerank.rerankers.pairwise",
-        "PairwiseReranker",
-        "Pairwise Ranking Prompting (Qin et al. 2023, arXiv 2306.17563)",
-    ),
-    "setwise": (
-        "fastrerank.rerankers.setwise",
-        "SetwiseReranker",
-        "Setwise prompting (Zhuang et al. 2023, arXiv 2310.09497); Rank-R1 (Zhuang et al. 2025, arXiv 2503.06034)",
-    ),
-    "icr": (
-        "fastrerank.rerankers.attention",
-        "icr",
-        "In-Context Reranking (Chen et al. 2024, arXiv 2410.02642)",
-    ),
-    "qrhead": (
-        "fastrerank.rerankers.attention",
-        "qrhead",
-        "Query-focused retrieval heads (Zhang et al. 2025, arXiv 2506.09944)",
-    ),
-    "core": (
-        "fastrerank.rerankers.attention",
-        "core",
-        "Contrastive retrieval heads (Tran et al. 2025, arXiv 2510.02219)",
-    ),
-}
-
-
-def list_methods() -> dict[str, str]:
-    """Return the method names that `load` takes, each with the paper it comes from.
-
-    Example:
-        >>> list_methods()["icr"]
-        'In-Context Reranking (Chen et al. 2024, arXiv 2410.02642)'
-    """
-    return {name: paper for name, (_, _, paper) in _METHODS.items()}
-
-
-@overload
-def load(model: ModelPath, method: Literal["cross-encoder"], **options: Any) -> CrossEncoder: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["late-interaction"], **options: Any) -> LateInteractionReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["embedding"], **options: Any) -> EmbeddingReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["pointwise"], **options: Any) -> PointwiseReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["listwise"], **options: Any) -> ListwiseReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["pairwise"], **options: Any) -> PairwiseReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["setwise"], **options: Any) -> SetwiseReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: Literal["icr", "qrhead", "core"], **options: Any) -> AttentionReranker: ...
-
-
-@overload
-def load(model: ModelPath, method: str | None = None, **options: Any) -> Reranker: ...
-
-
-def load(model: ModelPath, method: MethodName | str | None = None, **options: Any) -> Reranker:
-    """Load a checkpoint as a reranker.
-
-    Args:
-        model: hub id or local folder.
-        method: one of `list_methods()`; None finds it: a published LLM reranker by its name or files, a sequence
-            classification head is a cross-encoder, a sentence-transformers model with Pooling is an embedding model.
-        options: the class's own keywords (device, dtype, max_length, num_threads, revision, token, ...).
-
-    Raises ValueError for an unknown method, and for a checkpoint that the method, or every method, must refuse;
-    TypeError for a keyword that the method does not have, with those that it has.
-
-    Example:
-        >>> load("path/to/all-MiniLM-L6-v2", method="late-interaction")  # doctest: +SKIP
-    """
-    if method is not None and method not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    if method is None:
-        hub = ("revision", "cache_folder", "local_files_only", "token", "trust_remote_code")
-        method = _method_of(open_checkpoint(model, **{key: options[key] for key in hub if key in options}))
-    _check_keywords(method, options)
-    module, name, _ = _METHODS[method]
-    reranker = getattr(importlib.import_module(module), name)(model, **options)
-    return cast("Reranker", reranker)
-
-
-def _check_keywords(method: str, options: dict[str, Any]) -> None:
-    from fastrerank.rerankers.options import load_keywords, other_keywords
-
-    known = load_keywords(method)
-    unknown = [name for name in options if name not in known and name not in other_keywords(method)]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TypeError(
-            f"load() got an unexpected keyword argument {unknown[0]!r}{meant}: method {method!r} takes "
-            f"{', '.join(known)}"
-        )
-
-
-def _method_of(checkpoint: Checkpoint) -> str:
-    found = method_of(checkpoint)
-    if found is not None:
-        return found
-    architectures = checkpoint.config.get("architectures") or []
-    kinds = [module.type for module in checkpoint.modules]
-    if checkpoint.st_config.get("model_type") == "CrossEncoder" or (
-        not kinds and any(name.endswith("ForSequenceClassification") for name in architectures)
-    ):
-        return "cross-encoder"
-    if "Pooling" in kinds:
-        return "embedding"
-    if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
-        raise ValueError(
-            f"{checkpoint.path} is a language model ({', '.join(architectures)}) of a name that tells no method: say "
-            "method='pointwise', 'listwise', 'pairwise' or 'setwise', and template= where it was trained with one; or "
-            "method='icr', which needs no training but a decoder"
-        )
-    raise ValueError(
-        f"{checkpoint.path}: cannot tell which method this checkpoint is for (architectures {architectures}, no "
-        "pooling modules); say method='late-interaction' or method='embedding' to use its token vectors"
-    )

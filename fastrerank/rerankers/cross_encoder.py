@@ -213,7 +213,7 @@ class CrossEncoder(PeerInterface, Reranker):
     def mteb_model_meta(self) -> Any:
         """What MTEB files results under, so that `mteb.evaluate` takes the object itself; there where mteb is."""
         try:
-            from fastrerank.integrations.mteb import model_meta
+            from fastrerank.rerankers.mteb_protocol import model_meta
         except ImportError as error:
             raise AttributeError(f"mteb_model_meta needs mteb: {error}") from None
         return model_meta(self)
@@ -322,7 +322,7 @@ class CrossEncoder(PeerInterface, Reranker):
             array([0.91, 0.03], dtype=float32)
         """
         if "inputs1" in options:  # MTEB's protocol: loaders of queries and documents, and raw scores
-            from fastrerank.integrations.mteb import score_batches
+            from fastrerank.rerankers.mteb_protocol import score_batches
 
             return score_batches(self, **(options if label is None else options | {"label": label}))
         limits, chat_options = self._processing(options)

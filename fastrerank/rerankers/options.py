@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
-from fastrerank.rerankers.base import _METHODS
+from fastrerank.rerankers.registry import METHODS
 
 __all__ = ["load_keywords", "other_keywords"]
 
@@ -25,9 +25,9 @@ def load_keywords(method: str | None = None) -> list[str]:
         (True, False)
     """
     names: set[str] = set()
-    for known, (module, name, _) in _METHODS.items():
+    for known, entry in METHODS.items():
         if method in (None, known):
-            found = getattr(importlib.import_module(module), name)
+            found = entry.load()
             if not inspect.isclass(found):
                 found = getattr(importlib.import_module(_SHARED[0]), _SHARED[1])
             names |= _keywords(found)

@@ -25,9 +25,9 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-import fastrerank
 from fastrerank.inputs.limits import TooLong
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
+from fastrerank.runtime.version import VERSION
 from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
 from fastrerank.serve.docs_page import add_docs_page
@@ -286,7 +286,7 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
             await reranker.aclose()
 
     app = FastAPI(
-        title="fastrerank", version=fastrerank.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="fastrerank", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
     )  # fmt: skip
     app.router.route_class = body_route(Bodies())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import fastrerank
+from fastrerank.runtime.version import VERSION
 from fastrerank.serve.batcher import AsyncReranker
 
 __all__ = ["infinity_models", "openai_models", "tei_info"]
@@ -31,7 +31,7 @@ def tei_info(models: Mapping[str, AsyncReranker], aliases: Mapping[str, str], ma
         "max_concurrent_requests": limit,
         "max_input_length": first.max_length or limit, "max_batch_tokens": first.max_batch_tokens,
         "max_batch_requests": None, "max_client_batch_size": max_documents, "auto_truncate": True,
-        "tokenization_workers": first.workers, "version": fastrerank.__version__, "sha": None, "docker_label": None,
+        "tokenization_workers": first.workers, "version": VERSION, "sha": None, "docker_label": None,
         "models": rows,
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrerank.ops.triton.attention import tanh
+from fastrerank.ops._attention.triton import tanh
 
 __all__ = ["ACTIVATIONS", "block_of", "gated", "kernel"]
 

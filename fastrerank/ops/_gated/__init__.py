@@ -34,7 +34,7 @@ def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def _run(x: torch.Tensor, activation: str) -> torch.Tensor:
-    from fastrerank.ops.triton.gated import gated as launch
+    from fastrerank.ops._gated.triton import gated as launch
 
     check_tensor("x", x)
     if x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1]:

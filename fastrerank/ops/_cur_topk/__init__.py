@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank import _cpu, ops
-from fastrerank.ops._cur import PackedItems, as_shards
+import fastrerank._cpu as _cpu
+from fastrerank.ops._cur_topk.items import PackedItems, as_shards
+from fastrerank.runtime import cpu
 
 if TYPE_CHECKING:
     import torch
 
-    from fastrerank.ops._cur_cuda import CudaItems
+    from fastrerank.ops._cur_topk.cuda import CudaItems
 
 __all__ = ["cur_topk"]
 
@@ -91,7 +92,7 @@ def cur_topk(
          for a, b in zip(shards, exact, strict=True)],
         shards[0].storage, exact[0].storage, rescore is not None, width,
         _address(shards[0].scale if shards[0].scales == "anchor" else None), _address(queries), len(queries), keep,
-        _address(gone), _address(begins), _address(ids), _address(scores), ops.num_threads(threads), ops.isa(),
+        _address(gone), _address(begins), _address(ids), _address(scores), cpu.num_threads(threads), cpu.isa(),
     )  # fmt: skip
     if fault == 1:
         raise ValueError(f"queries and items give a score that is NaN: query {row}, item {item}")
@@ -103,7 +104,7 @@ def cur_topk(
 
 
 def _on_device(queries: Any, items: Any, k: int, exclude: Any, rescore: Any) -> tuple[Any, Any]:
-    cuda = importlib.import_module("fastrerank.ops._cur_cuda")
+    cuda = importlib.import_module("fastrerank.ops._cur_topk.cuda")
     shards = cuda.checked_shards(items)
     queries = cuda.checked_queries(queries, shards)
     count = sum(shard.N for shard in shards)

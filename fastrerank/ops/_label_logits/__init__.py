@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank import ops
 from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
+from fastrerank.runtime import cpu
 
 __all__ = ["label_logits"]
 
@@ -116,12 +116,12 @@ def _cpp(
         hidden.data_ptr(), str(hidden.dtype)[6:], hidden.stride(0), hidden.shape[0],
         weight.data_ptr(), str(weight.dtype)[6:], weight.stride(0), weight.shape[0], weight.shape[1],
         norm or "none", gamma, beta, eps, added, scale, softcap, logits.data_ptr(), places,
-        ops.num_threads(), ops.isa(),
+        cpu.num_threads(), cpu.isa(),
     )  # fmt: skip
 
 
 def _triton(hidden: torch.Tensor, *others: Any) -> None:
-    from fastrerank.ops.triton.label_logits import label_logits as launch
+    from fastrerank.ops._label_logits.triton import label_logits as launch
 
     if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
         with torch.cuda.device(hidden.device):

@@ -43,7 +43,7 @@ def _run(
     x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    from fastrerank.ops.triton.norm_rows import norm_rows as launch
+    from fastrerank.ops._norm_rows.triton import norm_rows as launch
 
     _check(x, norm, weight, bias, residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -148,7 +148,7 @@ class PackedItems:
         """
         if importlib.util.find_spec("torch") is None:
             raise ImportError(f"items on device {str(device)!r} need torch: pip install 'fastrerank[torch]'")
-        return importlib.import_module("fastrerank.ops._cur_cuda").to_device(self, device)
+        return importlib.import_module("fastrerank.ops._cur_topk.cuda").to_device(self, device)
 
     def append(self, vectors: npt.NDArray[np.float32]) -> PackedItems:
         """A new PackedItems with the items of `vectors`, float32 (K, n), after these.

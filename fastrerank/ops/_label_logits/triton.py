@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrerank.ops.triton.attention import tanh
+from fastrerank.ops._attention.triton import tanh
 
 __all__ = ["Tile", "kernel", "label_logits", "tile"]
 

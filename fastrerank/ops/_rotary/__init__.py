@@ -38,7 +38,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 
 def _run(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    from fastrerank.ops.triton.rotary import rotary as launch
+    from fastrerank.ops._rotary.triton import rotary as launch
 
     _check(q, k, cos, sin)
     _, heads, tokens, head_dim = q.shape

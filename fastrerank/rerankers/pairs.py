@@ -1,4 +1,4 @@
-"""What adapters of pairs share: lists of (query, document) pairs scored as each query's list of documents."""
+"""Scores of pairs: lists of (query, document) pairs scored as each query's list of documents."""
 
 from __future__ import annotations
 

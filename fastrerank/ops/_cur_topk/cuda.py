@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastrerank.ops._cur import TILE, PackedItems
+from fastrerank.ops._cur_topk.items import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrerank.ops.triton.attention import capability, constants, tanh
+from fastrerank.ops._attention.triton import capability, constants, tanh
 
 __all__ = ["Tile", "attention_mass", "constants", "gather", "kernel", "tile"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank import ops
 from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
+from fastrerank.runtime import cpu
 
 __all__ = ["attention_mass"]
 
@@ -110,12 +110,12 @@ def _cpp(
     _cpu.attention_mass(
         q.data_ptr(), k.data_ptr(), lse.data_ptr(), lo.data_ptr(), hi.data_ptr(), row_weight.data_ptr(),
         0 if head_weight is None else head_weight.data_ptr(), out.data_ptr(), rows, keys, heads, kv_heads, head_dim,
-        strides, str(q.dtype)[6:], scale, softcap, per_head, ops.num_threads(), ops.isa(),
+        strides, str(q.dtype)[6:], scale, softcap, per_head, cpu.num_threads(), cpu.isa(),
     )  # fmt: skip
 
 
 def _triton(q: torch.Tensor, *others: Any) -> None:
-    from fastrerank.ops.triton.attention_mass import attention_mass as launch
+    from fastrerank.ops._attention_mass.triton import attention_mass as launch
 
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):

@@ -7,8 +7,8 @@ from typing import Any, Literal, overload
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank import ops
 from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
+from fastrerank.runtime import cpu
 
 __all__ = ["attention"]
 
@@ -140,7 +140,7 @@ def _cpp(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
         lo.data_ptr(), hi.data_ptr(), 0 if plo is None else plo.data_ptr(), 0 if phi is None else phi.data_ptr(),
         rows, keys, heads, kv_heads, head_dim, strides, "bfloat16" if q.dtype == torch.bfloat16 else "float32",
-        scale, softcap, ops.num_threads(), ops.isa(),
+        scale, softcap, cpu.num_threads(), cpu.isa(),
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def _triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
     phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
 ) -> None:  # fmt: skip
-    from fastrerank.ops.triton.attention import attention as launch
+    from fastrerank.ops._attention.triton import attention as launch
 
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):

@@ -1,0 +1,125 @@
+"""Names that modules had in earlier releases: they import still, with a DeprecationWarning, until the next release."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+
+__all__ = ["MOVED"]
+
+_ROOT = "fastrerank."
+# Earlier name -> name, both beneath fastrerank.
+MOVED = {
+    "checkpoint": "checkpoints.checkpoint",
+    "cli_eval": "cli.evaluate",
+    "cli_index": "cli.index",
+    "cli_score": "cli.score",
+    "cli_shared": "cli.shared",
+    "config_values": "checkpoints.config_values",
+    "cur": "search",
+    "cur.anchors": "search.anchors",
+    "cur.build": "search.build",
+    "cur.candidates": "search.candidates",
+    "cur.checks": "search.checks",
+    "cur.contents": "search.contents",
+    "cur.files": "search.files",
+    "cur.index": "search.index",
+    "cur.loading": "search.loading",
+    "cur.ridge": "search.ridge",
+    "cur.search": "search.search",
+    "cur.solver": "search.solver",
+    "cur.store": "search.store",
+    "cur.texts": "search.texts",
+    "cur.tuning": "search.tuning",
+    "datasets": "data.datasets",
+    "doctor": "cli.doctor",
+    "documents": "data.documents",
+    "engine.attention_scorer": "engine.torch.attention",
+    "engine.balance": "engine.native.int8_scaling",
+    "engine.causal": "engine.torch.causal",
+    "engine.cost": "engine.usage",
+    "engine.cuda_graphs": "engine.torch.cuda_graphs",
+    "engine.decoder": "engine.torch.decoder",
+    "engine.generation": "engine.torch.generation",
+    "engine.gpu_layers": "engine.torch.gpu_layers",
+    "engine.label_encoder": "engine.torch.last_token",
+    "engine.layerwise": "engine.torch.layerwise",
+    "engine.packing": "engine.batch",
+    "engine.padded": "engine.torch.padded",
+    "engine.placing": "engine.torch.placement",
+    "engine.reading": "engine.torch.attention_pass",
+    "engine.row_norms": "engine.torch.row_norms",
+    "engine.select": "engine.loading",
+    "engine.seq2seq": "engine.torch.seq2seq",
+    "engine.stored": "engine.expected_weights",
+    "engine.torch_backbone": "engine.torch.backbone",
+    "engine.torch_encoder": "engine.torch.encoder",
+    "engine.torch_heads": "engine.torch.heads",
+    "engine.torch_linear": "engine.torch.linear",
+    "engine.torch_loading": "engine.torch.loading",
+    "engine.torch_probe": "engine.torch.probe",
+    "engine.upload": "engine.torch.upload",
+    "explain": "rerankers.explain",
+    "fingerprint": "runtime.fingerprint",
+    "integrations.pairs": "rerankers.pairs",
+    "layouts": "checkpoints.layouts",
+    "naming": "runtime.naming",
+    "ops._cur": "ops._cur_topk.items",
+    "ops._cur_cuda": "ops._cur_topk.cuda",
+    "pair_files": "data.pair_files",
+    "rerankers.lists": "rerankers.list_questions",
+    "rerankers.permutation": "rerankers.ranking_parser",
+    "tensors": "checkpoints.tensors",
+    "text": "inputs",
+    "text.attention_policy": "inputs.attention_policy",
+    "text.attention_prompts": "inputs.attention_prompts",
+    "text.backend": "inputs.backend",
+    "text.chat_pairs": "inputs.chat_pairs",
+    "text.chat_rendering": "inputs.chat_rendering",
+    "text.columns": "inputs.columns",
+    "text.files": "inputs.files",
+    "text.layout": "inputs.prompt_layout",
+    "text.limits": "inputs.limits",
+    "text.prompt_tokenizer": "inputs.prompt_tokenizer",
+    "text.prompts": "inputs.prompts",
+    "text.runs": "inputs.text_pieces",
+    "text.screening": "inputs.screening",
+    "text.shapes": "inputs.template_layout",
+    "text.token_cache": "inputs.token_cache",
+    "text.tokenizer": "inputs.tokenizer",
+    "text.windows": "inputs.windows",
+    "types": "runtime.types",
+    "weight_files": "checkpoints.weight_files",
+}
+
+
+class _Moved:
+    """Finds earlier names; the module is that of today, not a second one."""
+
+    def find_spec(self, name: str, _path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
+        if not name.startswith(_ROOT) or name[len(_ROOT) :] not in MOVED:
+            return None
+        return ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        import importlib
+        import warnings
+
+        new = _ROOT + MOVED[spec.name[len(_ROOT) :]]
+        warnings.warn(f"{spec.name} is {new} now, and its old name goes with the next release", DeprecationWarning, 2)
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__, module.__loader__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__, module.__loader__ = module.__spec__.loader_state
+
+
+# First, as a moved package's own path would find its modules a second time.
+sys.meta_path.insert(0, _Moved())

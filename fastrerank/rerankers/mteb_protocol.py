@@ -1,0 +1,62 @@
+"""MTEB's protocol of a cross-encoder: pairs as two loaders of batches, and what results are filed under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrerank.rerankers.base import Reranker
+from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.runtime.naming import hub_id
+
+if TYPE_CHECKING:
+    from mteb.models.model_meta import ModelMeta
+
+__all__ = ["model_meta", "score_batches"]
+
+# What MTEB gives every model beside the texts. Work is split by tokens, and no bar is drawn.
+_WITHOUT_EFFECT = frozenset(
+    {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar", "num_proc"}
+)
+
+
+def score_batches(
+    reranker: Reranker, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, raw: bool = True,
+    **options: Any,
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """Return the score of each pair of MTEB's loaders, float32 (N,); see `FastReranker.predict`."""
+    asked = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
+    reranker.check_options(**asked)
+    return _shown(reranker, score_pairs(reranker, _texts(inputs1), _texts(inputs2), **asked), raw)
+
+
+def model_meta(reranker: Reranker, name: str | None = None, revision: str | None = None) -> ModelMeta:
+    """Return what MTEB files results under; `name` None: the hub id of the checkpoint, or fastrerank/<folder>."""
+    from mteb.models.model_meta import ModelMeta
+
+    if name is None:
+        name = f"fastrerank/{type(reranker).__name__}"
+        path = getattr(getattr(reranker, "checkpoint", None), "path", None)
+        if path is not None:
+            found = hub_id(path)
+            name, revision = (f"fastrerank/{path.name}", revision) if found is None else (found, path.name)
+    return ModelMeta.create_empty(
+        {"name": name, "revision": revision, "model_type": ["cross-encoder"], "modalities": ["text"],
+         "max_tokens": getattr(reranker, "max_length", None)}
+    )  # fmt: skip
+
+
+def _texts(batches: Iterable[dict[str, Any]]) -> list[str]:
+    texts: list[str] = []
+    for batch in batches:
+        if "text" not in batch:
+            raise ValueError(f"fastrerank scores texts, but this task's inputs have {', '.join(batch)}")
+        texts += batch["text"]
+    return texts
+
+
+def _shown(reranker: Reranker, scores: npt.NDArray[np.float32], raw: bool) -> npt.NDArray[np.float32]:
+    return scores if raw else np.asarray(reranker.activated(scores), np.float32)
