@@ -52,8 +52,7 @@ build-gpu:
 
 test-gpu: build-gpu
 	$(PYTHON) -m pytest -m 'gpu and not nightly' --durations 10 $(shell $(PYTHON) -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null) \
-		tests/test_gpu.py tests/test_attention.py tests/test_attention_mass.py tests/test_label_logits.py tests/test_rotary.py tests/test_norm_rows.py tests/test_gated.py tests/test_gpu_layers.py \
-		tests/test_seq2seq.py tests/test_gpu_cur.py tests/test_upload.py tests/test_gpu_sanitizer.py
+		tests/engine tests/ops
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

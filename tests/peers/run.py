@@ -74,17 +74,17 @@ class Suite:
 
 NOT_SHIPPED = "its source distribution holds no tests of cross-encoders"
 SUITES = (
-    Suite("sentence-transformers", "2.7.0", ("tests/test_cross_encoder.py",), tuple(OLD_SKIPS)),
-    Suite("sentence-transformers", "3.4.1", ("tests/test_cross_encoder.py",), tuple(OLD_SKIPS)),
+    Suite("sentence-transformers", "2.7.0", ("tests/rerankers/test_cross_encoder.py",), tuple(OLD_SKIPS)),
+    Suite("sentence-transformers", "3.4.1", ("tests/rerankers/test_cross_encoder.py",), tuple(OLD_SKIPS)),
     Suite("sentence-transformers", "4.1.0", absent=f"{NOT_SHIPPED}; run with --checkout"),
     Suite("sentence-transformers", "5.1.2", absent=f"{NOT_SHIPPED}; run with --checkout"),
-    Suite("sentence-transformers", "6.2.0", absent=f"{NOT_SHIPPED}; tests/test_drop_in.py sweeps its public names"),
+    Suite("sentence-transformers", "6.2.0", absent=f"{NOT_SHIPPED}; rerankers/test_drop_in.py sweeps its public names"),
     Suite("FlagEmbedding", "1.3.5", absent=NOT_SHIPPED),
     Suite("beir", "2.2.0", absent=NOT_SHIPPED),
     Suite("rerankers", "0.10.0", absent="its one test of cross-encoders replaces rank() by a mock"),
     Suite("mteb", "2.26.24", absent="its tests of rerankers load models and data sets of the hub"),
     Suite("haystack, langchain, cohere, infinity-emb, vllm", "-", absent="no tests of rerankers in the package index; "
-          "tests/test_integrations.py and tests/test_serve_clients.py run their own classes and clients"),
+          "integrations/test_integrations.py and serve/test_serve_clients.py run their own classes and clients"),
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def run(suite: Suite, root: Path, folder: Path) -> dict[str, int]:
     """Run a suite and return how many tests passed, failed and were skipped; pytest's report goes to stdout."""
     made = folder / "checkpoints"
     made.mkdir(exist_ok=True)
-    paths = os.pathsep.join([str(root), str(HERE), str(HERE.parent)])
+    paths = os.pathsep.join([str(root), str(HERE), str(HERE.parent / "support")])
     settings = {"PYTHONPATH": paths, "PEER_FOLDER": str(made), "PEER_SKIPS": json.dumps(suite.skips)}
     if not (root / "tests" / "utils.py").is_file():
         settings["PEER_UTILS"] = "1"
