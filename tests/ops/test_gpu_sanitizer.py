@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def sanitized(tool: str, what: str) -> tuple[int, str]:
-    """Return exit status and output of support/sanitized.py under a tool of compute-sanitizer; 86: it found something."""
+    """Exit status and output of support/sanitized.py under a tool of compute-sanitizer; 86: it found something."""
     # Tensors of torch's caching allocator lie side by side in one allocation, where nothing is out of bounds.
     environment = {
         **os.environ,
