@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastrerank.checkpoints.config_values import InvalidConfig, check_sizes
+from fastrerank.checkpoints.config_values import InvalidConfig, check_sizes, shown
 from fastrerank.checkpoints.layouts import TOKEN_PROJECTION, marked_layout, refuse_marked_layout
 from fastrerank.checkpoints.tensors import Tensor, Tensors, find_weight_files
 from fastrerank.runtime.naming import model_name, shortened
@@ -33,6 +33,7 @@ _SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors", "*/model.sa
 _PICKLE_PATTERNS = ["pytorch_model*.bin", "*/pytorch_model*.bin"]
 _IGNORE_PATTERNS = ["onnx/*", "openvino/*", "coreml/*", "*/onnx/*", "*/openvino/*", "tf_model*", "flax_model*"]
 
+_TOKENIZER_LIMIT = ("tokenizer_config.json", "model_max_length")
 _SENTENCE_CONFIGS = [
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -211,10 +212,15 @@ def max_length_of(folder: Path, config: Mapping[str, Any]) -> int | None:
     The first that is stated of `max_seq_length` (sentence_bert_config.json and its siblings) and `model_max_length`
     (tokenizer_config.json), cut to the number of positions in config.json; None if nothing states a limit.
     """
-    stated = [read_json(folder / name).get("max_seq_length") for name in _SENTENCE_CONFIGS]
-    stated.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    numbers = [value for value in stated if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    limits = [int(value) for value in numbers if 1 <= value <= _SANE_LENGTH][:1]
+    limits: list[int] = []
+    for name, key in (*((name, "max_seq_length") for name in _SENTENCE_CONFIGS), _TOKENIZER_LIMIT):
+        value = read_json(folder / name).get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{folder / name}: {key} must be a number of tokens, got {shown(value)}")
+        if not limits and 1 <= value <= _SANE_LENGTH:
+            limits.append(int(value))
     rows = config.get("max_position_embeddings")
     if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
         limits.append(rows - _position_offset(config))

@@ -63,8 +63,10 @@ class Slot:
         """Return the name that the file has it under; None if it has none."""
         if self.name in tensors:
             return self.name
+        if not self.norm:
+            return None
         stem, dot, kind = self.name.rpartition(".")
-        alias = stem + _ALIASES[dot + kind] if self.norm else ""
+        alias = stem + _ALIASES[dot + kind]
         return alias if alias in tensors else None
 
 

@@ -161,6 +161,7 @@ def _stated_labels(config: Config) -> int | None:
 def _bert_like(config: Config, base: str, head: tuple[Dense | HeadNorm, ...], **changes: Any) -> Family:
     _refuse(config, "position_embedding_type", ("absolute", None))
     _refuse(config, "is_decoder", (False,))
+    _refuse(config, "add_cross_attention", (False, None))
     settings: dict[str, Any] = {
         "model_type": config["model_type"],
         "base": base,

@@ -45,7 +45,10 @@ def most_whole(room: int | None) -> int:
 
 
 class _Window(NamedTuple):
-    """Tokens of a window and where they start and end; `origin` + place is the place in the text, behind `kept`."""
+    """Tokens of a window and where they start and end; `origin` + place is the place in the text, behind `kept`.
+
+    `skipped` tokens at its beginning are left out: they are parts of tokens that the window before it has.
+    """
 
     origin: int
     size: int
@@ -54,6 +57,7 @@ class _Window(NamedTuple):
     ids: list[int]
     starts: list[int]
     ends: list[int]
+    skipped: int = 0
 
     def places(self, count: int) -> tuple[list[int], list[int]]:
         """Where the first `count` tokens start and end in the text."""
@@ -195,7 +199,8 @@ class Windows:
             # Windows of the same characters have the same tokens, and the same join behind them.
             shift, long = following.origin - window.origin, window.size
             content = text[window.origin : window.origin + long] if inside and not window.kept else ""
-            while content and following.size == long and following.origin + shift + long < len(text):
+            alike = following.size == long and following.skipped == window.skipped
+            while content and alike and following.origin + shift + long < len(text):
                 begin = following.origin
                 if text[begin : begin + long] != content or text[begin + shift : begin + shift + long] != content:
                     break
@@ -300,10 +305,37 @@ def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[i
                 return count, following
             if best is None or agreed > best[0]:
                 best = agreed, count, following
+    found = _joined_in_characters(made, text, window, size)
+    if found is not None:
+        return found
     if best is None:
         place = window.origin + window.ends[last - 1]
         return last, made.window(text, place, size, inside=True)
     return best[1], best[2]
+
+
+def _joined_in_characters(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[int, _Window] | None:
+    """`_joined` where tokens end within characters: a window from such a character on has the same tokens soon."""
+    last = _last_boundary(window)
+    for first in range(last, max(0, last - _TRIES), -1):
+        place = window.origin + window.starts[first]
+        if place <= window.origin or window.starts[first] < len(window.kept):
+            continue
+        following = made.window(text, place, size, inside=True)
+        shift = place - window.origin
+        for skipped in range(1, min(_TRIES, len(following.ids))):
+            token = following.ids[skipped], following.starts[skipped] + shift, following.ends[skipped] + shift
+            for count in range(first, min(first + 2 * _TRIES, len(window.ids))):
+                if (window.ids[count], window.starts[count], window.ends[count]) != token:
+                    continue
+                rest = following._replace(
+                    ids=following.ids[skipped:], starts=following.starts[skipped:], ends=following.ends[skipped:],
+                    skipped=skipped,
+                )  # fmt: skip
+                agreed, asked = _agreement(window, count, rest)
+                if agreed == asked:
+                    return count, rest
+    return None
 
 
 def _beginning(text: str, begin: int, end: int, place: int) -> str:

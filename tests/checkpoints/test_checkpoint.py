@@ -449,3 +449,13 @@ def test_opening_imports_no_framework(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("value", [{}, [512], "512", True])
+@pytest.mark.parametrize(
+    ("name", "key"), [("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")]
+)
+def test_limits_that_are_no_numbers_are_refused(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    (tmp_path / name).write_text(json.dumps({key: value}))
+    with pytest.raises(ValueError, match=rf"{name}: {key} must be a number of tokens, got"):
+        max_length_of(tmp_path, {"model_type": "bert", "max_position_embeddings": 512})

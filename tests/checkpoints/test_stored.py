@@ -268,3 +268,13 @@ def test_a_module_before_pooling_is_refused(tmp_path: Path) -> None:
     folder = save_modules(tmp_path, DENSE | {"activation_function": "torch.nn.Tanh"}, DENSE_TENSORS, "TDP")
     with pytest.raises(ValueError, match="Dense stands before Pooling"):
         EmbeddingReranker(folder)
+
+
+def test_a_tensor_without_a_name_stands_for_none(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "nameless"
+    shutil.copytree(tiny("bert"), folder)
+    stored = load_file(folder / "model.safetensors")
+    del stored["bert.embeddings.position_embeddings.weight"]
+    save_file(stored | {"": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the weights lack 'bert\.embeddings\.position_embeddings\.weight'"):
+        CrossEncoder(folder)

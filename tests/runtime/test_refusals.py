@@ -170,6 +170,7 @@ def test_families_and_variants_that_the_native_engine_does_not_run(folder: Path)
         ({"hidden_act": "laplace"}, "laplace.*gelu"),
         ({"position_embedding_type": "relative_key"}, "relative_key.*absolute"),
         ({"is_decoder": True}, "is_decoder"),
+        ({"add_cross_attention": [1]}, "add_cross_attention"),
         ({"num_attention_heads": 3}, "not a multiple of 3 heads"),
     ):
         saved = (folder / "config.json").read_text()

@@ -54,9 +54,9 @@ def mutated(original: dict[str, Any], seed: int) -> dict[str, Any]:
             other = choose.choice(list(holder))
             holder[path[-1]], holder[other] = holder[other], holder[path[-1]]
         elif kind == 4 and isinstance(holder, dict) and "vocab" in original["model"]:
-            holder["zz" * 30000 if choose.random() < 0.5 else "<0x41>"] = choose.choice(NASTY)
+            holder["zz" * 30000 if choose.random() < 0.5 else "<0x41>"] = copy.deepcopy(choose.choice(NASTY))
         else:
-            holder[path[-1]] = choose.choice(NASTY)
+            holder[path[-1]] = copy.deepcopy(choose.choice(NASTY))
     return data
 
 

@@ -42,6 +42,10 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
     with torch.inference_mode():
         try:
             expected = torch.cat([documents.states(runner, [number]) for number in range(3)])
+        except (KeyError, AttributeError, NameError) as error:  # whatever the tokens are
+            raise ValueError(
+                f"{type(backbone).__name__} cannot run with this config.json: {type(error).__name__}: {error}"
+            ) from error
         except Exception as error:  # a model may want tokens that random text lacks
             runner.pads = False
             return runner, _join(reason, f"it cannot be tried on random tokens ({type(error).__name__}: {error})")
