@@ -1,4 +1,4 @@
-// The door to top-k scans of packed items, whose arguments Python has checked: pointers as integers (0: none).
+// The interface to top-k scans of packed items, whose arguments Python has checked: pointers as integers (0: none).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

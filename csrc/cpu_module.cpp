@@ -1,4 +1,4 @@
-// The pybind11 door to the CPU kernels: checks buffers, releases the GIL, calls. No arithmetic.
+// The pybind11 interface to the CPU kernels: checks buffers, releases the GIL, calls. No arithmetic.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

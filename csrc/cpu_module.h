@@ -1,4 +1,4 @@
-// What the files of the pybind11 door share: names to values, and what each file adds to the module.
+// What the files of the pybind11 interface share: names to values, and what each file adds to the module.
 #pragma once
 #include <pybind11/pybind11.h>
 

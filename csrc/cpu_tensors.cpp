@@ -1,4 +1,4 @@
-// The door to the ops on tensors that the caller has checked: pointers as integers (0: none), strides in elements.
+// The interface to the ops on tensors that the caller has checked: pointers as integers (0: none), strides in elements.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// The pybind11 door to the CUDA kernels: checks arguments, releases the GIL, calls. No arithmetic. Importing it needs
+// The pybind11 interface to the CUDA kernels: checks arguments, releases the GIL, calls. No arithmetic. Importing it needs
 // no driver: the runtime is linked statically and loads the driver with the first call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

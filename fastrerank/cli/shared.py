@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+import fastrerank
 from fastrerank.inputs.attention_policy import parse_heads
-from fastrerank.rerankers.loading import load
 from fastrerank.rerankers.registry import find_method, list_methods
 
 _NUMBER = re.compile(r"|-|[-+]?(\d[\d.,]*(e[-+]?\d+)?|nan|inf)( ?%)?")  # an empty cell too
@@ -227,7 +227,7 @@ def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) 
     """The reranker, with the options that were given: some methods do not know all of them, and refuse those."""
     given = load_options(dtype=dtype, **options)
     try:
-        return load(model, method=method, **given)
+        return fastrerank.load(model, method=method, **given)
     except TypeError as error:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in given:

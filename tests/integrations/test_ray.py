@@ -34,7 +34,7 @@ Job = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A local Ray with room for two workers and the replicas; its server's door may take a minute to open.
+    """A local Ray with room for two workers and the replicas; its server's interface may take a minute to open.
 
     Ray Serve kills a proxy that is not ready in 5 s, which a process on a busy machine needs for its imports alone.
     """

@@ -152,7 +152,7 @@ def test_ray_takes_scores_of_single_pairs(method: str, load: Load, monkeypatch: 
     from fastrerank.integrations.ray import PairScorer
 
     reranker = load(method)
-    monkeypatch.setattr(fastrerank, "load", lambda *_, **__: reranker)
+    monkeypatch.setattr("fastrerank.integrations.loading.load", lambda *_, **__: reranker)
     if not reranker.independent:
         with pytest.raises(ValueError, match=f"method '{method}' compares"):
             PairScorer("path")

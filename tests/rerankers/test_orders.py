@@ -1,4 +1,4 @@
-"""One order of a model's documents, whichever door ranks them: also where an activation changes that of logits."""
+"""One order of a model's documents, whichever interface ranks them: also where an activation changes that of logits."""
 
 from __future__ import annotations
 

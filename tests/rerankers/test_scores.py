@@ -1,4 +1,4 @@
-"""docs/scores.md: each door of its table has the scale that it says, and asks early which label ranks."""
+"""docs/scores.md: each interface of its table has the scale that it says, and asks early which label ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABELS = ["contradiction", "entailment", "neutral"]
 CPU = {"device": "cpu"}
 
 Call = Callable[[], Sequence[float]]  # the scores of TEXTS for QUERY, in their order
-Door = Callable[..., Call]  # (checkpoint, other scale, label=) -> Call
+Interface = Callable[..., Call]  # (checkpoint, other scale, label=) -> Call
 
 
 def save_with_labels(folder: Path, names: Sequence[str]) -> Path:
@@ -179,8 +179,8 @@ def rerankers(path: str, other: bool, **label: Any) -> Call:
     return call
 
 
-def replica(kind: str) -> Door:
-    def door(path: str, other: bool, **label: Any) -> Call:
+def replica(kind: str) -> Interface:
+    def interface(path: str, other: bool, **label: Any) -> Call:
         pytest.importorskip("ray.serve")
         from fastrerank.integrations.ray_serve import Replica
 
@@ -193,7 +193,7 @@ def replica(kind: str) -> Door:
 
         return lambda: asyncio.run(run())
 
-    return door
+    return interface
 
 
 def pyterrier(path: str, other: bool, **label: Any) -> Call:
@@ -337,8 +337,8 @@ def eval_command(path: str, _other: bool, **label: Any) -> Call:
     return call
 
 
-def http(flavor: str) -> Door:
-    def door(path: str, other: bool, **label: Any) -> Call:
+def http(flavor: str) -> Interface:
+    def interface(path: str, other: bool, **label: Any) -> Call:
         pytest.importorskip("fastapi")
         httpx = pytest.importorskip("httpx")
         from fastrerank.serve.app import Settings, create_app
@@ -357,10 +357,10 @@ def http(flavor: str) -> Door:
 
         return lambda: asyncio.run(run())
 
-    return door
+    return interface
 
 
-DOORS: dict[str, Door] = {
+INTERFACES: dict[str, Interface] = {
     "Reranker.score, score_many": scored, "Reranker.rank": ranked, "CrossEncoder.predict": predicted,
     "AsyncReranker.score, submit": shared, "AsyncReranker.rank": shared_rank,
     "langchain.FastReranker": langchain, "langchain.FastRerankCrossEncoder": langchain_pairs,
@@ -379,7 +379,7 @@ TABLE = [
     [cell.strip() for cell in line.strip("|\n").split("|")]
     for line in re.findall(r"^\| `.*$", PAGE.read_text("utf-8"), re.MULTILINE)
 ]
-ROWS = [(door.replace("`", ""), scale.split(",")[0], bool(other)) for door, scale, other in TABLE]
+ROWS = [(interface.replace("`", ""), scale.split(",")[0], bool(other)) for interface, scale, other in TABLE]
 
 
 def expected(path: str, scale: str, **label: Any) -> np.ndarray:
@@ -400,26 +400,26 @@ def close(ours: Sequence[float], wanted: np.ndarray) -> bool:
 
 
 def test_the_table_lists_every_door() -> None:
-    assert [door for door, _, _ in ROWS] == list(DOORS)
+    assert [interface for interface, _, _ in ROWS] == list(INTERFACES)
     assert {scale for _, scale, _ in ROWS} == {"raw", "activated"}
 
 
-@pytest.mark.parametrize(("door", "scale", "other"), ROWS, ids=[row[0] for row in ROWS])
-def test_each_door_has_its_scale(door: str, scale: str, other: bool, checkpoint: str) -> None:
+@pytest.mark.parametrize(("interface", "scale", "other"), ROWS, ids=[row[0] for row in ROWS])
+def test_each_door_has_its_scale(interface: str, scale: str, other: bool, checkpoint: str) -> None:
     assert not close(expected(checkpoint, "raw"), expected(checkpoint, "activated"))
-    assert close(DOORS[door](checkpoint, False)(), expected(checkpoint, scale))
+    assert close(INTERFACES[interface](checkpoint, False)(), expected(checkpoint, scale))
     if other:
         opposite = "activated" if scale == "raw" else "raw"
-        assert close(DOORS[door](checkpoint, True)(), expected(checkpoint, opposite))
+        assert close(INTERFACES[interface](checkpoint, True)(), expected(checkpoint, opposite))
 
 
-LABELLED = [(door, scale) for door, scale, _ in ROWS if not door.startswith(("CrossEncoder.predict",))]
+LABELLED = [(interface, scale) for interface, scale, _ in ROWS if not interface.startswith(("CrossEncoder.predict",))]
 
 
-@pytest.mark.parametrize(("door", "scale"), LABELLED, ids=[row[0] for row in LABELLED])
-def test_each_door_ranks_by_the_label(door: str, scale: str, telling: str) -> None:
-    assert close(DOORS[door](telling, False)(), expected(telling, scale))
-    assert close(DOORS[door](telling, False, label="neutral")(), expected(telling, scale, label="neutral"))
+@pytest.mark.parametrize(("interface", "scale"), LABELLED, ids=[row[0] for row in LABELLED])
+def test_each_door_ranks_by_the_label(interface: str, scale: str, telling: str) -> None:
+    assert close(INTERFACES[interface](telling, False)(), expected(telling, scale))
+    assert close(INTERFACES[interface](telling, False, label="neutral")(), expected(telling, scale, label="neutral"))
 
 
 # The library's own classes serve predict() without a label, so they ask for it in the call.
@@ -428,20 +428,20 @@ ADAPTERS = [row[0] for row in ROWS if "." in row[0].split(",")[0] and row[0][0].
 ]
 
 
-@pytest.mark.parametrize("door", [door for door in ADAPTERS if not door.startswith("evaluation")])
-def test_an_adapter_asks_for_the_label_when_it_is_made(door: str, silent: str) -> None:
+@pytest.mark.parametrize("interface", [interface for interface in ADAPTERS if not interface.startswith("evaluation")])
+def test_an_adapter_asks_for_the_label_when_it_is_made(interface: str, silent: str) -> None:
     with pytest.raises(ValueError, match="LABEL_0', 'LABEL_1"):
-        DOORS[door](silent, False)
-    DOORS[door](silent, False, label=1)()
-    DOORS[door](silent, False, label="LABEL_0")()
+        INTERFACES[interface](silent, False)
+    INTERFACES[interface](silent, False, label=1)()
+    INTERFACES[interface](silent, False, label="LABEL_0")()
 
 
-@pytest.mark.parametrize("door", [row[0] for row in ROWS if row[0].startswith("fastrerank")])
-def test_a_command_asks_for_the_label(door: str, silent: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("interface", [row[0] for row in ROWS if row[0].startswith("fastrerank")])
+def test_a_command_asks_for_the_label(interface: str, silent: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"^$"):
-        DOORS[door](silent, False)()
+        INTERFACES[interface](silent, False)()
     assert "'LABEL_0', 'LABEL_1'" in capfd.readouterr().err.replace("\n", " ")
-    DOORS[door](silent, False, label=1)()
+    INTERFACES[interface](silent, False, label=1)()
 
 
 def test_langchains_own_reranker_sorts_by_the_label(telling: str) -> None:
@@ -488,7 +488,7 @@ def test_a_saved_activation_is_shown_and_haystack_scales_on_request(checkpoint: 
     assert close(found[None], raw)
     assert close(found[False], raw)
     assert close(found[True], sigmoid(raw))
-    assert close(DOORS["langchain.FastReranker"](str(folder), False)(), raw)
+    assert close(INTERFACES["langchain.FastReranker"](str(folder), False)(), raw)
 
 
 def test_what_a_loaded_reranker_cannot_take_is_refused(checkpoint: str) -> None:

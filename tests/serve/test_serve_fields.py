@@ -32,7 +32,7 @@ DOCUMENTS = ["hello", "azzza", "by", "zaaaaaaa"]
 
 
 @dataclass(frozen=True)
-class Door:
+class Interface:
     """A route under a pinned dialect, and the name of its candidates: `texts`, `documents`, or the sides of pairs."""
 
     pinned: str
@@ -51,16 +51,27 @@ class Door:
         return dialect(self.path, body.keys(), Flavor(self.pinned))
 
 
-DOORS = [
-    Door("auto", "/rerank", "texts"), Door("auto", "/", "texts"), Door("auto", "/rerank", "documents"),
-    Door("auto", "/v1/rerank", "documents"), Door("auto", "/v2/rerank", "documents"), Door("auto", "/", "documents"),
-    Door("tei", "/rerank", "texts"), Door("cohere", "/v1/rerank", "documents"),
-    Door("cohere", "/v2/rerank", "documents"), Door("jina", "/v1/rerank", "documents"),
-    Door("vllm", "/rerank", "documents"), Door("vllm", "/v2/rerank", "documents"),
-    Door("infinity", "/rerank", "documents"), Door("sglang", "/v1/rerank", "documents"),
-    Door("voyage", "/v1/rerank", "documents"), Door("auto", "/score", "text_2"), Door("auto", "/v1/score", "text_2"),
-    Door("vllm", "/score", "text_2"), Door("tei", "/v1/score", "text_2"),
-]  # fmt: skip
+INTERFACES = [
+    Interface("auto", "/rerank", "texts"),
+    Interface("auto", "/", "texts"),
+    Interface("auto", "/rerank", "documents"),
+    Interface("auto", "/v1/rerank", "documents"),
+    Interface("auto", "/v2/rerank", "documents"),
+    Interface("auto", "/", "documents"),
+    Interface("tei", "/rerank", "texts"),
+    Interface("cohere", "/v1/rerank", "documents"),
+    Interface("cohere", "/v2/rerank", "documents"),
+    Interface("jina", "/v1/rerank", "documents"),
+    Interface("vllm", "/rerank", "documents"),
+    Interface("vllm", "/v2/rerank", "documents"),
+    Interface("infinity", "/rerank", "documents"),
+    Interface("sglang", "/v1/rerank", "documents"),
+    Interface("voyage", "/v1/rerank", "documents"),
+    Interface("auto", "/score", "text_2"),
+    Interface("auto", "/v1/score", "text_2"),
+    Interface("vllm", "/score", "text_2"),
+    Interface("tei", "/v1/score", "text_2"),
+]
 
 
 def limits(**options: Any) -> CallOptions:
@@ -196,12 +207,12 @@ def document_of(answer: Any) -> Any:
     return found.get("text", found.get("document"))
 
 
-def expected_rows(door: Door, flavor: Flavor, known: Field) -> list[tuple[int, float]]:
+def expected_rows(interface: Interface, flavor: Flavor, known: Field) -> list[tuple[int, float]]:
     """What `known` makes of the request, computed without a server."""
     fake = Optioned()
     raw = [float(np.float32(fake.value(QUERY, text, known.call or CallOptions()))) for text in DOCUMENTS]
     shown = raw if known.raw or flavor is Flavor.vllm else [1 / (1 + np.exp(-value)) for value in raw]
-    places = range(len(raw)) if door.pairs else sorted(range(len(raw)), key=lambda i: -raw[i])
+    places = range(len(raw)) if interface.pairs else sorted(range(len(raw)), key=lambda i: -raw[i])
     rows = [(i, float(shown[i])) for i in places]
     if known.least is not None:
         rows = [row for row in rows if row[1] >= known.least]
@@ -238,18 +249,20 @@ def check_refusal(flavor: Flavor, answer: Any, name: str, schema: bool, beside: 
         assert flavor is not Flavor.auto or body.keys() == {"message", "error", "detail"}
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: f"{door.pinned}{door.path}:{door.key}")
-def test_every_field_is_honoured_refused_or_told(door: Door) -> None:
+@pytest.mark.parametrize(
+    "interface", INTERFACES, ids=lambda interface: f"{interface.pinned}{interface.path}:{interface.key}"
+)
+def test_every_field_is_honoured_refused_or_told(interface: Interface) -> None:
     async def work(client: Any) -> None:
         async def ask(extra: dict[str, Any]) -> tuple[Flavor, Any]:
-            body = door.body(extra)
-            return door.flavor(body), await client.post(door.path, json=body)
+            body = interface.body(extra)
+            return interface.flavor(body), await client.post(interface.path, json=body)
 
         _, plain = await ask({})
         assert plain.status_code == 200
         assert "x-ignored-fields" not in plain.headers
         for known in FIELDS:
-            where = f"{door} {known.name}={known.valid!r}"
+            where = f"{interface} {known.name}={known.valid!r}"
             flavor, null = await ask({known.name: None})
             assert null.status_code == 200, (where, null.text)
             # A name that nobody knows is told whatever its value; all others are as if they were not there.
@@ -259,14 +272,14 @@ def test_every_field_is_honoured_refused_or_told(door: Door) -> None:
 
             flavor, answer = await ask({known.name: known.valid, **known.beside})
             # A side of a pair may not be told twice by `documents` and `texts`, nor a result of /rerank be asked for.
-            if known.refused or (door.pairs and known.rerank_only and known.valid is not False):
+            if known.refused or (interface.pairs and known.rerank_only and known.valid is not False):
                 # What /score has no place for is refused as it comes, whatever came beside it.
                 check_refusal(flavor, answer, known.name, False, known.beside if known.rerank_only else ())
             else:
                 assert answer.status_code == 200, (where, answer.text)
-                check_answer(door, flavor, known, answer, where)
+                check_answer(interface, flavor, known, answer, where)
             for value in () if known.invalid == (object,) else known.invalid:
-                if door.pairs and known.rerank_only and value in (0, False):
+                if interface.pairs and known.rerank_only and value in (0, False):
                     continue
                 flavor, answer = await ask({**known.beside, known.name: value})
                 assert answer.status_code in (400, 422), (where, value, answer.text)
@@ -275,10 +288,10 @@ def test_every_field_is_honoured_refused_or_told(door: Door) -> None:
                     answer,
                     known.name,
                     _by_schema(answer),
-                    known.beside if door.pairs and known.rerank_only else (),
+                    known.beside if interface.pairs and known.rerank_only else (),
                 )
 
-    run(work, Settings(flavor=Flavor(door.pinned)))
+    run(work, Settings(flavor=Flavor(interface.pinned)))
 
 
 def _by_schema(answer: Any) -> bool:
@@ -287,11 +300,11 @@ def _by_schema(answer: Any) -> bool:
     return isinstance(error, dict) and error.get("type") == "Bad Request"
 
 
-def check_answer(door: Door, flavor: Flavor, known: Field, answer: Any, where: str) -> None:
-    rows, wanted = rows_of(answer.json()), expected_rows(door, flavor, known)
+def check_answer(interface: Interface, flavor: Flavor, known: Field, answer: Any, where: str) -> None:
+    rows, wanted = rows_of(answer.json()), expected_rows(interface, flavor, known)
     assert [i for i, _ in rows] == [i for i, _ in wanted], where
     np.testing.assert_allclose([s for _, s in rows], [s for _, s in wanted], rtol=1e-6, err_msg=where)
-    plain = expected_rows(door, flavor, Field("", None))
+    plain = expected_rows(interface, flavor, Field("", None))
     visible = known.call is not None or known.top is not None or known.least is not None
     if known.raw:
         visible = flavor is not Flavor.vllm  # the fake's own activation is none
@@ -300,7 +313,7 @@ def check_answer(door: Door, flavor: Flavor, known: Field, answer: Any, where: s
     assert ("x-ignored-fields" in answer.headers) == known.told, where
     if known.told:
         assert answer.headers["x-ignored-fields"] == known.name
-    if not door.pairs:
+    if not interface.pairs:
         returned = flavor in (Flavor.jina, Flavor.vllm, Flavor.sglang)
         assert (document_of(answer.json()) is not None) == (returned if known.carries is None else known.carries), where
 

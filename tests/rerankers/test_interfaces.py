@@ -1,4 +1,4 @@
-"""What each door tells in its own words, and the names that it knows: `load`, commands, the server, Ray Serve."""
+"""What each interface tells in its own words, and the names that it knows: `load`, commands, the server, Ray Serve."""
 
 from __future__ import annotations
 
