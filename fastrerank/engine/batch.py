@@ -13,6 +13,7 @@ import numpy.typing as npt
 __all__ = [
     "PackedBatch",
     "Segment",
+    "check_ids",
     "pack",
     "pack_documents",
     "shares",
@@ -112,6 +113,19 @@ class PackedBatch:
 
         names = ("types", "positions", "lo", "hi", "plo", "phi")
         return replace(self, ids=longer(self.ids, pad_id), **{name: longer(getattr(self, name)) for name in names})
+
+
+def check_ids(ids: npt.NDArray[np.integer] | Sequence[int], vocabulary: int, where: str = "") -> None:
+    """Raise ValueError for a token id outside the vocabulary; `where` begins its message.
+
+    Example:
+        >>> check_ids(np.array([0, 7]), 8)
+    """
+    if not len(ids):
+        return
+    for wrong in (int(np.min(ids)), int(np.max(ids))):
+        if not 0 <= wrong < vocabulary:
+            raise ValueError(f"{where}token id {wrong} is outside the vocabulary of {vocabulary}")
 
 
 def pack(segments: Sequence[Segment]) -> PackedBatch:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
-__all__ = ["CPU_DECODER_TOKENS", "CPU_TOKENS", "bytes_per_token", "device_budget"]
+__all__ = ["CPU_DECODER_TOKENS", "CPU_TOKENS", "bytes_per_token", "device_budget", "forward_budget", "halved"]
+
+log = logging.getLogger("fastrerank")
 
 # On a CPU more tokens at a time do not run faster; this bounds memory to some hundred MiB of activations.
 CPU_TOKENS = 4096
@@ -40,6 +43,32 @@ def bytes_per_token(config: Any, itemsize: int, packed: bool) -> int:
     if not packed:
         values += 3 * heads * min(getattr(text, "max_position_embeddings", None) or 512, 4096)
     return itemsize * int(values)
+
+
+def forward_budget(
+    config: Any, dtype: torch.dtype, device: torch.device, memory_limit: float | None, *, packed: bool, on_cpu: int
+) -> int:
+    """Return how many tokens one forward of a model may take: `on_cpu` on a CPU without a limit; see `device_budget`.
+
+    Example:
+        >>> forward_budget(None, torch.float32, torch.device("cpu"), None, packed=True, on_cpu=4096)
+        4096
+    """
+    if device.type == "cpu" and memory_limit is None:
+        return on_cpu
+    return device_budget(device, bytes_per_token(config, dtype.itemsize, packed), memory_limit)
+
+
+def halved(budget: int, size: int, device: torch.device) -> int:
+    """Return the budget after a forward of `size` tokens ran out of memory on `device`; the device's cache is emptied.
+
+    Called outside the exception's handler, whose traceback would keep the forward's tensors alive.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    budget = max(1, min(budget, size) // 2)
+    log.warning("out of memory on %s: going on with %d tokens at a time", device, budget)
+    return budget
 
 
 def device_budget(device: torch.device, each: int, memory_limit: float | None) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
+from fastrerank.engine.batch import check_ids
 from fastrerank.engine.memory import bytes_per_token, device_budget
 from fastrerank.engine.torch.attention_pass import Kept, Reading, narrow, read, release_unused
 from fastrerank.engine.torch.backbone import CannotPack, PackedBackbone, causality
@@ -20,15 +21,15 @@ from fastrerank.engine.torch.decoder import find_layers, find_norm, fuse_layers,
 from fastrerank.engine.torch.linear import packs
 from fastrerank.engine.torch.loading import cast_parameters, load_model
 from fastrerank.engine.torch.placement import place_on, stretch, unstretched
-from fastrerank.engine.torch.probe import choose_runner, pack_when_equal, relative_error
+from fastrerank.engine.torch.probe import choose_runner, pack_when_equal, probe_tokens, relative_error
 from fastrerank.engine.usage import Cost
 
-__all__ = ["AttentionScorer", "Head"]
+__all__ = ["AttentionScorer", "LayerHead"]
 
 log = logging.getLogger("fastrerank")
 
 # A layer's number and a query head's, both from 0.
-Head = tuple[int, int]
+LayerHead = tuple[int, int]
 # Relative difference from the masses of the model's own attention that passes when it is loaded. Attention moves with
 # the exponential of the scores, which half precision rounds; reading a wrong row or head gives a difference of about 1.
 _AGREES = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.3}
@@ -51,7 +52,7 @@ class AttentionScorer:
 
     def __init__(
         self, runner: PackedBackbone, weights: dict[int, torch.Tensor | None], *, dtype: str, budget: int | None,
-        num_threads: int | None, heads: tuple[Head, ...] | None, kept_bytes: int,
+        num_threads: int | None, heads: tuple[LayerHead, ...] | None, kept_bytes: int,
     ) -> None:  # fmt: skip
         self._runner, self._weights, self.kept_bytes = runner, weights, kept_bytes
         self.dtype, self.device, self.budget, self.num_threads = dtype, runner.device, budget, num_threads
@@ -64,7 +65,7 @@ class AttentionScorer:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, heads: Iterable[Head] | None = None, *, dtype: str = "float32",
+        cls, checkpoint: Checkpoint, heads: Iterable[LayerHead] | None = None, *, dtype: str = "float32",
         device: str = "cpu", num_threads: int | None = None, memory_limit: float | None = None,
         early_exit: bool = True,
     ) -> AttentionScorer:  # fmt: skip
@@ -97,7 +98,7 @@ class AttentionScorer:
 
     @classmethod
     def from_model(
-        cls, backbone: Any, heads: Iterable[Head] | None = None, *, dtype: str = "float32", device: str = "cpu",
+        cls, backbone: Any, heads: Iterable[LayerHead] | None = None, *, dtype: str = "float32", device: str = "cpu",
         num_threads: int | None = None, memory_limit: float | None = None, early_exit: bool = True,
     ) -> AttentionScorer:  # fmt: skip
         """Take over a transformers model without its head, in evaluation mode; the model is changed for good."""
@@ -148,8 +149,8 @@ class AttentionScorer:
             kept = Kept(probe.shared[: probe.first])
             alone = Reading(kept.ids, (), probe.first, 0, 0, np.zeros(0, np.float32))
             read(runner, alone, by_layer, keep=kept)
-        each = bytes_per_token(config, kind.itemsize, packed=True)
         unlimited = place.type == "cpu" and memory_limit is None
+        each = bytes_per_token(config, kind.itemsize, packed=True)
         return cls(
             runner, by_layer, dtype=dtype, budget=None if unlimited else device_budget(place, each, memory_limit),
             num_threads=num_threads, heads=chosen, kept_bytes=kept.nbytes // len(kept.ids),
@@ -203,14 +204,12 @@ class AttentionScorer:
         if self.max_length is not None and reading.longest > self.max_length:
             raise ValueError(f"the prompt has {reading.longest} tokens, the model takes {self.max_length}")
         for ids in (reading.shared, *reading.branches):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocabulary:
-                wrong = int(ids.min() if ids.min() < 0 else ids.max())
-                raise ValueError(f"token id {wrong} is outside the vocabulary of {self._vocabulary}")
+            check_ids(ids, self._vocabulary)
         if before is not None and not np.array_equal(reading.shared[: len(before.ids)], before.ids):
             raise ValueError("the prompt does not begin with the context whose keys were kept")
 
 
-def check_heads(heads: Iterable[Head] | None, config: dict[str, Any]) -> tuple[Head, ...] | None:
+def check_heads(heads: Iterable[LayerHead] | None, config: dict[str, Any]) -> tuple[LayerHead, ...] | None:
     """Return heads sorted, each once; ValueError naming one that a model of this config does not have, or none at all.
 
     Example:
@@ -238,7 +237,7 @@ def check_heads(heads: Iterable[Head] | None, config: dict[str, Any]) -> tuple[H
     return tuple(sorted(set(found)))
 
 
-def _by_layer(heads: tuple[Head, ...] | None, config: Any, device: torch.device) -> dict[int, torch.Tensor | None]:
+def _by_layer(heads: tuple[LayerHead, ...] | None, config: Any, device: torch.device) -> dict[int, torch.Tensor | None]:
     if heads is None:
         return dict.fromkeys(range(config.num_hidden_layers))
     weights: dict[int, torch.Tensor | None] = {}
@@ -251,8 +250,7 @@ def _by_layer(heads: tuple[Head, ...] | None, config: Any, device: torch.device)
 
 def _probe(config: Any) -> Reading:
     """A prompt of random tokens with two branches, longer than the model's window where that is small."""
-    taken = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
-    usable = np.array([i for i in range(min(int(config.vocab_size), 1000)) if i not in taken])
+    usable = probe_tokens(config)
     window = getattr(config, "sliding_window", None) or 0
     most = (getattr(config, "max_position_embeddings", None) or 512) - 20
     size = max(4, min(window + 9 if window <= 128 else 40, 40 if not window else 140, most))

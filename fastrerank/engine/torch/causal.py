@@ -13,14 +13,13 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.engine.batch import Segment, pack, split, split_equal, split_lengths, split_padded
-from fastrerank.engine.memory import CPU_DECODER_TOKENS, bytes_per_token, device_budget
+from fastrerank.engine.batch import Segment, check_ids, pack, split, split_equal, split_lengths, split_padded
+from fastrerank.engine.memory import CPU_DECODER_TOKENS, forward_budget, halved
 from fastrerank.engine.prefixes import Group, share_prefixes, to_segments
 from fastrerank.engine.torch.decoder import PackedDecoder
-from fastrerank.engine.torch.linear import packs
 from fastrerank.engine.torch.loading import cast_parameters, load_model
 from fastrerank.engine.torch.placement import place_on, stretch, unstretched
-from fastrerank.engine.torch.probe import choose_runner, pack_when_equal
+from fastrerank.engine.torch.probe import probe_tokens, runner_of
 from fastrerank.engine.torch.row_norms import FinalNorm
 from fastrerank.engine.usage import Cost
 
@@ -33,7 +32,7 @@ Ids = npt.NDArray[np.integer]
 _AGREES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
-class Head:
+class LabelHead:
     """K rows of a decoder's head on normed hidden states, in float32: equals the head's logits at these labels.
 
     Args:
@@ -84,7 +83,7 @@ class CausalScorer:
     """
 
     def __init__(
-        self, runner: Any, head: Head, *, dtype: str, budget: int, max_length: int | None,
+        self, runner: Any, head: LabelHead, *, dtype: str, budget: int, max_length: int | None,
         num_threads: int | None = None, share_prefixes: bool = True,
     ) -> None:  # fmt: skip
         self._runner, self._head = runner, head
@@ -162,11 +161,7 @@ class CausalScorer:
         """Put a backbone and head rows on a device, and prove them against what `probes` are `expected` to give."""
         place, kind = torch.device(device), getattr(torch, dtype)
         backbone.to(place).eval()
-        with place_on(None, place):
-            runner, reason = choose_runner(backbone, dtype, None)
-        if place.type == "cpu" and packs(kind):
-            with torch.inference_mode(), place_on(num_threads, place):
-                pack_when_equal(runner, dtype)
+        runner, reason = runner_of(backbone, dtype, None, num_threads=num_threads)
         norm = FinalNorm(None)
         if runner.packed:
             try:
@@ -175,11 +170,11 @@ class CausalScorer:
             except ValueError as error:
                 reason = str(error)
         config = backbone.config.get_text_config()
-        each = bytes_per_token(config, kind.itemsize, runner.packed)
-        unlimited = place.type == "cpu" and memory_limit is None
         scorer = cls(
-            runner, Head(weight, bias, norm, **_logit_options(config)), dtype=dtype,
-            budget=CPU_DECODER_TOKENS if unlimited else device_budget(place, each, memory_limit),
+            runner, LabelHead(weight, bias, norm, **_logit_options(config)), dtype=dtype,
+            budget=forward_budget(
+                config, kind, place, memory_limit, packed=runner.packed, on_cpu=CPU_DECODER_TOKENS
+            ),
             max_length=getattr(config, "max_position_embeddings", None), num_threads=num_threads,
             share_prefixes=share_prefixes,
         )  # fmt: skip
@@ -236,8 +231,7 @@ class CausalScorer:
                             f"one prompt of {batch.size()} tokens does not fit in the memory of {self.device}"
                         )
                     failed += batch.members(waiting)
-                    self.budget = max(1, min(self.budget, batch.size()) // 2)
-                    log.warning("out of memory on %s: going on with %d tokens at a time", self.device, self.budget)
+                    self.budget = halved(self.budget, batch.size(), self.device)
                 else:
                     finished.append((np.array(batch.members(waiting)), values))
                     cost += Cost(1, batch.size(), batch.prefix_tokens())
@@ -253,7 +247,6 @@ class CausalScorer:
         except torch.OutOfMemoryError:
             if self.device.type != "cuda":
                 raise
-        torch.cuda.empty_cache()  # outside the handler, whose traceback would keep the tensors alive
         return None
 
     def _batches(self, prompts: list[Ids]) -> list[_Batch]:
@@ -287,9 +280,7 @@ class CausalScorer:
                 raise ValueError(f"prompt {i} has no tokens")
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(f"prompt {i} has {len(ids)} tokens, the model takes {self.max_length}")
-            for wrong in (int(np.min(ids)), int(np.max(ids))):
-                if not 0 <= wrong < self._vocabulary:
-                    raise ValueError(f"prompt {i}: token id {wrong} is outside the vocabulary of {self._vocabulary}")
+            check_ids(ids, self._vocabulary, f"prompt {i}: ")
 
 
 class _Packed:
@@ -363,8 +354,7 @@ class Probes:
     """Short prompts of random tokens: what the model itself says of them, and how far a scorer is from it."""
 
     def __init__(self, config: Any, labels: int) -> None:
-        taken = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
-        usable = np.array([i for i in range(min(int(config.vocab_size), 1000)) if i not in taken])
+        usable = probe_tokens(config)
         generator = np.random.default_rng(0)
         # More tokens in all than rows are read, padding included: a layer that takes one for the other must not pass.
         shared = generator.choice(usable, 30)

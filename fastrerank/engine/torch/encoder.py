@@ -14,16 +14,15 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint, position_limit
-from fastrerank.engine.batch import split_equal, split_lengths, split_padded
+from fastrerank.engine.batch import check_ids, split_equal, split_lengths, split_padded
 from fastrerank.engine.heads import Head
-from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
+from fastrerank.engine.memory import CPU_TOKENS, forward_budget, halved
 from fastrerank.engine.torch.backbone import Read
 from fastrerank.engine.torch.gpu_layers import fuse_on_gpu
 from fastrerank.engine.torch.heads import ModuleHead, split_head
-from fastrerank.engine.torch.linear import packs
 from fastrerank.engine.torch.loading import cast_parameters, load_model
 from fastrerank.engine.torch.placement import place_on, stretch, unstretched
-from fastrerank.engine.torch.probe import choose_runner, pack_when_equal
+from fastrerank.engine.torch.probe import runner_of
 
 __all__ = ["DTYPES", "TorchEncoder"]
 
@@ -103,20 +102,16 @@ class TorchEncoder:
         cast_parameters(backbone, getattr(torch, dtype))
         place = torch.device(device)
         backbone.to(place).eval()
-        with place_on(None, place):
-            runner, found = choose_runner(backbone, dtype, packed, whole=task_head is None)
-        if place.type == "cpu" and packs(getattr(torch, dtype)):
-            with torch.inference_mode(), place_on(num_threads, place):
-                pack_when_equal(runner, dtype)
+        runner, found = runner_of(backbone, dtype, packed, whole=task_head is None, num_threads=num_threads)
         if place.type == "cuda" and runner.packed:
             fuse_on_gpu(runner)
         reason = "; ".join(part for part in (reason, found) if part)
         if packed and not runner.packed:
             raise ValueError(f"engine='torch' cannot run {checkpoint.path} packed: {reason}; engine='padded' runs it")
         task_head = _Whole(int(backbone.config.num_labels)) if task_head is None else task_head.to(place)
-        each = bytes_per_token(backbone.config, getattr(torch, dtype).itemsize, runner.packed)
-        unlimited = place.type == "cpu" and memory_limit is None
-        budget = CPU_TOKENS if unlimited else device_budget(place, each, memory_limit)
+        budget = forward_budget(
+            backbone.config, getattr(torch, dtype), place, memory_limit, packed=runner.packed, on_cpu=CPU_TOKENS
+        )
         encoder = cls(checkpoint, runner, task_head, dtype=dtype, budget=budget, num_threads=num_threads)
         encoder.reason = reason
         if cuda_graphs and runner.packed and place.type == "cuda" and encoder._stretch is None:
@@ -186,10 +181,7 @@ class TorchEncoder:
                     raise
                 values = None
             if values is None:  # outside the handler, whose traceback would keep the tensors alive
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                self.budget = max(1, min(self.budget, self._size(lengths[chosen])) // 2)
-                log.warning("out of memory on %s: going on with %d tokens at a time", self.device, self.budget)
+                self.budget = halved(self.budget, self._size(lengths[chosen]), self.device)
                 waiting += self._split(lengths, chosen)
             elif self.readout == "tokens":
                 yield chosen, values
@@ -223,9 +215,7 @@ class TorchEncoder:
         if self._positions is not None and lengths.max() > self._positions:
             longest = int(np.argmax(lengths))
             raise ValueError(f"document {longest} has {lengths[longest]} tokens, the model takes {self._positions}")
-        for wrong in (int(ids.min()), int(ids.max())):
-            if not 0 <= wrong < self._vocabulary:
-                raise ValueError(f"token id {wrong} is outside the vocabulary of {self._vocabulary}")
+        check_ids(ids, self._vocabulary)
         if types is not None and self._undeclared_types and types.any():
             raise ValueError(
                 f"token type {int(types.max())} cannot be given to {type(self._runner.backbone).__name__}, whose "

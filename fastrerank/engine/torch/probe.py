@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastrerank.engine.torch.backbone import CannotPack, PackedBackbone, why_not_packed
-from fastrerank.engine.torch.linear import fuse_feed_forwards, pack_linears
+from fastrerank.engine.torch.linear import fuse_feed_forwards, pack_linears, packs
 from fastrerank.engine.torch.padded import PaddedBackbone, PaddedModel
 from fastrerank.engine.torch.placement import place_on
 
-__all__ = ["AGREES", "choose_runner", "pack_when_equal", "relative_error", "when_equal"]
+__all__ = ["AGREES", "choose_runner", "pack_when_equal", "probe_tokens", "relative_error", "runner_of", "when_equal"]
 
 log = logging.getLogger("fastrerank")
 
@@ -65,6 +66,25 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
     if not runner.pads:
         reason = _join(reason, f"padding changes what it computes by {error_:.2g}")
     return runner, reason or ""
+
+
+def runner_of(
+    backbone: Any, dtype: str, packed: bool | None, *, whole: bool = False, num_threads: int | None = None
+) -> tuple[Any, str]:
+    """`choose_runner`, whose layers of a model on a CPU are put on packed kernels where those compute the same."""
+    device = next(backbone.parameters()).device
+    with place_on(None, device):
+        runner, reason = choose_runner(backbone, dtype, packed, whole)
+    if device.type == "cpu" and packs(getattr(torch, dtype)):
+        with torch.inference_mode(), place_on(num_threads, device):
+            pack_when_equal(runner, dtype)
+    return runner, reason
+
+
+def probe_tokens(config: Any) -> npt.NDArray[np.int64]:
+    """Return the first thousand token ids but padding and the end, for prompts of random tokens."""
+    taken = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
+    return np.array([i for i in range(min(int(config.vocab_size), 1000)) if i not in taken])
 
 
 def pack_when_equal(runner: Any, dtype: str) -> None:

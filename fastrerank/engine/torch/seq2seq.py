@@ -12,14 +12,14 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.engine.memory import CPU_TOKENS, bytes_per_token, device_budget
+from fastrerank.engine.batch import check_ids
+from fastrerank.engine.memory import CPU_TOKENS, forward_budget
 from fastrerank.engine.torch.backbone import Read
 from fastrerank.engine.torch.encoder import TorchEncoder
-from fastrerank.engine.torch.linear import packs
 from fastrerank.engine.torch.loading import cast_parameters, load_model
 from fastrerank.engine.torch.padded import PaddedBackbone
 from fastrerank.engine.torch.placement import place_on
-from fastrerank.engine.torch.probe import AGREES, choose_runner, pack_when_equal, relative_error
+from fastrerank.engine.torch.probe import AGREES, relative_error, runner_of
 from fastrerank.engine.usage import Cost
 
 __all__ = ["Seq2SeqScorer"]
@@ -96,15 +96,9 @@ class Seq2SeqScorer:
         with torch.inference_mode(), place_on(num_threads, place):
             model.to(place)
             expected = probes.expected(model)
-        with place_on(None, place):
-            runner, reason = choose_runner(model.encoder, dtype, False)
-        if place.type == "cpu" and packs(kind):
-            with torch.inference_mode(), place_on(num_threads, place):
-                pack_when_equal(runner, dtype)
+        runner, reason = runner_of(model.encoder, dtype, False, num_threads=num_threads)
         step = DecoderStep(runner, model.decoder, start)
-        each = bytes_per_token(model.config, kind.itemsize, False)
-        unlimited = place.type == "cpu" and memory_limit is None
-        budget = CPU_TOKENS if unlimited else device_budget(place, each, memory_limit)
+        budget = forward_budget(model.config, kind, place, memory_limit, packed=False, on_cpu=CPU_TOKENS)
         engine = TorchEncoder(
             checkpoint, step, _State(model.config.d_model), dtype=dtype, budget=budget, num_threads=num_threads
         )
@@ -170,9 +164,7 @@ class Seq2SeqScorer:
                     f"prompt {i} has {len(ids)} tokens, {len(ids) - self.max_length} more than max_length, "
                     f"{self.max_length}; cut its documents, or set max_length: T5 has no last position"
                 )
-            for wrong in (int(np.min(ids)), int(np.max(ids))):
-                if not 0 <= wrong < self._vocabulary:
-                    raise ValueError(f"prompt {i}: token id {wrong} is outside the vocabulary of {self._vocabulary}")
+            check_ids(ids, self._vocabulary, f"prompt {i}: ")
 
 
 class DecoderStep:
