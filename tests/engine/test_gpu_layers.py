@@ -154,7 +154,7 @@ def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
     monkeypatch.setattr(decoder, "fuse_layers", lambda _: None)
     expected = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, labels)[0]
     monkeypatch.setattr(decoder, "fuse_layers", gpu_layers.fuse_on_gpu)
-    monkeypatch.setattr("fastrerank.engine.torch.causal.packs", lambda _: False)  # torch's linear layers, as on a GPU
+    monkeypatch.setattr("fastrerank.engine.torch.probe.packs", lambda _: False)  # torch's linear layers, as on a GPU
     with caplog.at_level("INFO", "fastrerank"):
         found = CausalScorer.from_model(decoders.build(family), device=DEVICE).label_logits(prompts, labels)[0]
     assert "keeps its own" not in caplog.text

@@ -227,6 +227,8 @@ class CausalScorer:
                 values = self._try(batch, labels)
                 if values is None:
                     if batch.size() == 1 or len(batch.members(waiting)) == 1:
+                        if self.device.type == "cuda":
+                            torch.cuda.empty_cache()
                         raise torch.OutOfMemoryError(
                             f"one prompt of {batch.size()} tokens does not fit in the memory of {self.device}"
                         )
