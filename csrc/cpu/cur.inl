@@ -45,7 +45,8 @@ __attribute__((noinline)) bool append(CurReservoir& r, vf score, vf bound, unsig
 INLINE vf norms_of(const CurScan& g, const char* tile, int at) {
     return load(reinterpret_cast<const float*>(tile + g.tile_bytes - kCurTile * 4) + at);
 }
-// Of int8 items, whose norm is the upper half of a word; read with the lower half it is larger by 2^-7 at most.
+// Residuals of int8 items: the lower half of the word whose upper half is the norm. Read as a whole, the word exceeds
+// the norm by a factor of at most 1 + 2^-7.
 INLINE vf residuals_of(const CurScan& g, const char* tile, int at) {
     return (vf)(load_as<vi>(tile + g.tile_bytes - kCurTile * 4 + at * 4) << 16);
 }

@@ -40,7 +40,7 @@ INLINE void read_tiles(const CurScan& g, int64_t tile, Tiles<V, Scaled>& t) {
         t.scale[v] = splat(1.0f);
         if (!Scaled) continue;
         t.scale[v] = scales_of(g, t.item[v], t.lanes[v]);
-        // Of a scale below 2^-128 nothing is known: NaN, which passes.
+        // The inverse of a scale below 2^-128 overflows and becomes NaN: such items pass every bound.
         t.inverse[v] = 1.0f / t.scale[v];
         t.inverse[v] += t.inverse[v] - t.inverse[v];
     }

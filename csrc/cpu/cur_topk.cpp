@@ -120,8 +120,8 @@ private:
         run_parallel(threads, threads, [&](int t) { scan(found_[t], runs, ranks, next); });
     }
 
-    // Looks at a sample of the items, spread over all of them, and supposes of each query that the wanted best of all
-    // reach what so many of the sample reach that it would be a wonder if they did not. False: no sample is worth it.
+    // Estimates a threshold for each query from a sample that is spread over all items: a score that so many sampled
+    // items reach that, very likely, the wanted number of all items reach it too. False if a sample is not worth it.
     bool sample() {
         if (runs_.size() < kSampledRuns) return false;
         std::vector<Run> sample;

@@ -134,12 +134,12 @@ INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, cons
     }
 }
 
-// Of 8-bit rows: the scale, and that times the zero point.
+// Factors of 8-bit rows: the scale, and the scale times the zero point.
 struct RowFactors {
     float scale[kMostRows], zero[kMostRows];
 };
 
-// Of a float32 sum that is not finite.
+// Computes float32 sums again, with fused multiply-adds, where a tile's sums are not finite.
 vf fused_sums(const Linear& g, int row, int n);
 
 // Finishes the sums of a block, row by row.

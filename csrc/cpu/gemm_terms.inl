@@ -49,7 +49,7 @@ struct WeightSplitter {
                 // Fetched while the rows of a block are multiplied.
                 __builtin_prefetch(w + kAhead * kStride);
                 __builtin_prefetch(w + (kAhead + 1) * kStride);
-                // Of a weight that is infinite in its first term the sums are not finite, and made otherwise.
+                // A weight whose first term is infinite gives sums that are not finite; those are computed again.
                 even = split_finite(load(w));
                 odd = split_finite(load(w + kStride));
             }

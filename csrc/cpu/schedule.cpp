@@ -14,8 +14,8 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Of all encoders' idle workspaces: one, so that a fork can hold it. A child that came to be while another thread held
-// it would never get it.
+// One mutex for the idle workspaces of all encoders, so that a fork can hold it: a child that is forked while another
+// thread holds it could never lock it.
 std::mutex idle_mutex;
 [[maybe_unused]] const int registered =
     pthread_atfork([] { idle_mutex.lock(); }, [] { idle_mutex.unlock(); }, [] { idle_mutex.unlock(); });

@@ -90,7 +90,7 @@ __device__ __forceinline__ void add_tile(const char* tile, int stored_width, con
     }
 }
 
-// Of eight lanes, `apart` from each other, the sums of all eight values: lane `part` of them gets that of s[part].
+// Sums eight values over eight lanes that are `apart` from each other: lane `part` gets the sum of s[part].
 template <class T>
 __device__ __forceinline__ T sum_over_lanes(T* s, int part, int apart) {
 #pragma unroll

@@ -453,7 +453,7 @@ class PromptTokenizer:
     @staticmethod
     def _cache_key(kind: tuple[Any, ...], text: str, limit: int | None, left: bool) -> tuple[Any, ...]:
         """What cached ids depend on beside the text: the limit and the side only where they may have cut them."""
-        # Of the last tokens, a text of fewer characters than that has all: its unit's literals are short beside it.
+        # A text with fewer characters than this keeps all its tokens on either side: its unit's literals are short.
         return kind if len(text) <= most_whole(limit) // (2 if left else 1) else (*kind, limit, left)
 
     def _prepare(self, document: str) -> tuple[str, bool]:

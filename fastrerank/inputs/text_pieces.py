@@ -27,7 +27,7 @@ _LEFTS = ("a", "", "7", ".", " ", "\n", "'", '"', "東京", "x\n\n", "é (", "["
 _RIGHTS = ("a", "", "7", ".", "  b", "\n\n", "'s", '"', "東京", "\r\nc", "-", "]")
 # Cuts are looked for this close to the ends of a literal; a unit takes this much of the literal as context.
 _REACH, _WINDOW, _CONTEXT = 24, 64, 6
-# Of one character, NFKC makes up to 18 (U+FDFA), in UTF-8 eleven times as many bytes.
+# NFKC turns one character into up to 18 (U+FDFA), with eleven times as many bytes in UTF-8.
 _LONGEST_FORM = 18
 # What white space looks like inside a vocabulary: as it is, or in the byte-level and sentencepiece alphabets.
 _FORMS = {" ": " Ġ▁", "\n": "\nĊ", "\t": "\tĉ", "\r": "\rč"}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 __all__ = ["CacheInfo", "TokenCache", "Tokens"]
 
-# Of an entry beside its ids and its text: two dictionary slots, the key's and the value's tuples, array headers.
+# Bytes of an entry besides its ids and its text: two dictionary slots, two tuples, array headers.
 _OVERHEAD = 512
 
 

@@ -28,7 +28,7 @@ CHARS_PER_TOKEN = 8
 # Characters of a window (a multiple of every small number, so that repetitions fill it), of the stretch that two
 # windows must agree on, and of its end that the cut may change.
 _WINDOW, _OVERLAP, _MARGIN = 15120, 1 << 11, 1 << 8
-# Of a token or a gap that is longer than a window, so much of its beginning stands for all of it.
+# A token or a gap that is longer than a window is represented by this many of its first characters.
 _KEPT = 1 << 11
 _TRIES = 12
 _SPARE = 64

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 __all__ = ["add_docs_page"]
 
-# Of Swagger UI 5, the first that reads OpenAPI 3.1: name -> media type.
+# Files of Swagger UI 5, the first version that reads OpenAPI 3.1: name -> media type.
 _FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 _INLINE = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 

@@ -86,7 +86,7 @@ def schema_problem(errors: Sequence[Any]) -> tuple[str, str | None, list[dict[st
     found: dict[str, dict[tuple[str | int, ...], list[Any]]] = {}
     for error in errors:
         loc = error["loc"][1:]
-        # Of what follows a field's name only positions are the client's; strings are pydantic's names of kinds.
+        # Behind a field's name, integers are positions in the client's lists; strings are pydantic's type names.
         place = (*loc[:1], *(part for part in loc[1:] if isinstance(part, int)))
         found.setdefault(str(loc[:1]), {}).setdefault(place, []).append(error)
     told, rows = [], []

@@ -15,7 +15,7 @@ __all__ = ["agreed", "call_options", "ignored_header", "raw_wanted", "refuse", "
 
 # Concern transport, or what texts alone do not have: they change neither scores nor results.
 _WITHOUT_EFFECT = frozenset({"user", "request_id", "cache_salt", "mm_processor_kwargs", "padding"})
-# Of /rerank alone; on /score they would be ignored.
+# Fields of /rerank only: /score has no use for them.
 _RERANK_ONLY = (
     "texts", "top_n", "top_k", "topN", "score_threshold", "min_score", "return_documents", "return_text", "explain",
     "rank_fields",

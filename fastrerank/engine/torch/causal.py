@@ -79,7 +79,7 @@ class CausalScorer:
         shares: whether common prefixes of prompts are computed once.
         budget: tokens of one forward; halved for good when a forward runs out of memory.
         reason: why prompts run padded and share nothing; "" where they run packed.
-        skipped: token id at the end of prompts that is passed over, as classifiers do with padding; None for none.
+        skipped: token id that is skipped at the end of prompts, as classifiers skip padding; None for none.
     """
 
     def __init__(

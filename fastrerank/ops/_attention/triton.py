@@ -147,7 +147,7 @@ def _span(
     full_begin = tl.max(tl.where(some, lo, tl.where(dead, 0, NEVER)))
     full_keys = tl.min(tl.where(some, hi, tl.where(dead, NEVER, 0)))
     full = tl.maximum(tl.minimum(full_keys, end) - full_begin, 0) // BN
-    # The pipelined loop asks whether `begin + BN` lies before the end even where it has no turn: NEVER + BN overflows.
+    # The pipelined loop compares `begin + BN` with the end even if it never runs, and NEVER + BN would overflow.
     full_begin = tl.where(full > 0, full_begin, 0)
     full_end = full_begin + full * BN
     for n in range(full_begin, full_end, BN):

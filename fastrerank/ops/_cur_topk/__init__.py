@@ -134,7 +134,7 @@ def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:
         raise TypeError(f"queries must be a float32 NumPy array, got {got}")
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"queries must be (B, {width}), the items' width, got shape {queries.shape}")
-    # Of a subclass what lies beneath, as the scan reads it.
+    # The scan reads the buffer: a subclass (a masked array) is reduced to its plain array.
     return queries if type(queries) is np.ndarray and queries.flags.c_contiguous else np.ascontiguousarray(queries)
 
 
