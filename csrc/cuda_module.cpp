@@ -1,5 +1,5 @@
-// The pybind11 interface to the CUDA kernels: checks arguments, releases the GIL, calls. No arithmetic. Importing it needs
-// no driver: the runtime is linked statically and loads the driver with the first call.
+// The pybind11 interface to the CUDA kernels: checks arguments, releases the GIL, calls. No arithmetic. Importing it
+// needs no driver: the runtime is linked statically and loads the driver with the first call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
