@@ -1,4 +1,4 @@
-"""Names that modules had in earlier releases: they import still, with a DeprecationWarning, until the next release."""
+"""Earlier names of modules. They still import in this release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["MOVED"]
 
 _ROOT = "fastrerank."
-# Earlier name -> name, both beneath fastrerank.
+# Earlier name -> present name, without `fastrerank.`.
 MOVED = {
     "checkpoint": "checkpoints.checkpoint",
     "cli_eval": "cli.evaluate",
@@ -99,7 +99,7 @@ MOVED = {
 
 
 class _Moved:
-    """Finds earlier names; the module is that of today, not a second one."""
+    """A finder of earlier names. It returns the present module itself, never a copy."""
 
     def find_spec(self, name: str, _path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
         if not name.startswith(_ROOT) or name[len(_ROOT) :] not in MOVED:
@@ -111,7 +111,7 @@ class _Moved:
         import warnings
 
         new = _ROOT + MOVED[spec.name[len(_ROOT) :]]
-        warnings.warn(f"{spec.name} is {new} now, and its old name goes with the next release", DeprecationWarning, 2)
+        warnings.warn(f"{spec.name} is now {new}; the next release removes the old name", DeprecationWarning, 2)
         module = importlib.import_module(new)
         spec.loader_state = module.__spec__, module.__loader__
         return module
@@ -121,5 +121,5 @@ class _Moved:
         module.__spec__, module.__loader__ = module.__spec__.loader_state
 
 
-# First, as a moved package's own path would find its modules a second time.
+# Inserted before Python's own finders: they would import the modules of a moved package a second time.
 sys.meta_path.insert(0, _Moved())

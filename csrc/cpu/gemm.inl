@@ -177,7 +177,7 @@ using StoredS8 = S8;
 #endif
 
 void linear(const Linear& g) {
-    if (!g.rows) return;  // panels are fetched ahead in as many shares as there are row tiles
+    if (!g.rows) return;  // linear_panel divides by the number of row tiles
     switch (g.w->precision) {
         case Precision::kFloat32:
 #ifdef FASTRERANK_TILES
@@ -210,7 +210,7 @@ bool pack_with(const void* w, Source source, int64_t ldw, int n, int k, const St
     bool ok = true;
     for (int n0 = 0; n0 < n_padded; n0 += P::kVectors * VL) {
         const int width = n_padded - n0 < P::kVectors * VL ? n_padded - n0 : P::kVectors * VL;
-        // Blocks of inputs keep the lines that are written in the first cache until all their columns are there.
+        // A block of inputs keeps its cache lines in L1 until all columns of the panel are written.
         for (int i0 = 0; i0 < k_padded; i0 += kBlock) {
             const int end = k_padded - i0 < kBlock ? k_padded : i0 + kBlock;
             for (int c = 0; c < width; ++c) {

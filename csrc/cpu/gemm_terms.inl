@@ -49,7 +49,7 @@ struct WeightSplitter {
                 // Fetched while the rows of a block are multiplied.
                 __builtin_prefetch(w + kAhead * kStride);
                 __builtin_prefetch(w + (kAhead + 1) * kStride);
-                // A weight whose first term is infinite gives sums that are not finite; those are computed again.
+                // If a weight's first term is infinite, its sums are not finite. `fused_sums` computes them again.
                 even = split_finite(load(w));
                 odd = split_finite(load(w + kStride));
             }

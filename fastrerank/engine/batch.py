@@ -116,7 +116,7 @@ class PackedBatch:
 
 
 def check_ids(ids: npt.NDArray[np.integer] | Sequence[int], vocabulary: int, where: str = "") -> None:
-    """Raise ValueError for a token id outside the vocabulary; `where` begins its message.
+    """Raise ValueError if a token id of `ids` (T,) is not in 0 .. vocabulary - 1; the message begins with `where`.
 
     Example:
         >>> check_ids(np.array([0, 7]), 8)

@@ -48,7 +48,9 @@ def bytes_per_token(config: Any, itemsize: int, packed: bool) -> int:
 def forward_budget(
     config: Any, dtype: torch.dtype, device: torch.device, memory_limit: float | None, *, packed: bool, on_cpu: int
 ) -> int:
-    """Return how many tokens one forward of a model may take: `on_cpu` on a CPU without a limit; see `device_budget`.
+    """Return the token budget of one forward.
+
+    It is `on_cpu` on a CPU without `memory_limit`, else `device_budget` of what a token of the model takes.
 
     Example:
         >>> forward_budget(None, torch.float32, torch.device("cpu"), None, packed=True, on_cpu=4096)
@@ -60,9 +62,9 @@ def forward_budget(
 
 
 def halved(budget: int, size: int, device: torch.device) -> int:
-    """Return the budget after a forward of `size` tokens ran out of memory on `device`; the device's cache is emptied.
+    """Return the token budget to go on with after a forward of `size` tokens ran out of memory on `device`.
 
-    Called outside the exception's handler, whose traceback would keep the forward's tensors alive.
+    It also empties the device's cache. Call it outside the exception handler: the traceback keeps tensors alive.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -35,7 +35,7 @@ _SPARE = 64
 # Zero width joiners and halfwidth voice marks, which join what stands before them.
 _JOINING = "\u200c\u200d\uff9e\uff9f"
 _WHOLE = 1 << 16
-# What `tokenizers` takes for white space: Python has four separators more.
+# White space as `tokenizers` defines it. Python's `\s` has four separators more.
 _GAP = re.compile(r"[^\S\x1c-\x1f]{64,}")
 
 
@@ -47,7 +47,7 @@ def most_whole(room: int | None) -> int:
 class _Window(NamedTuple):
     """Tokens of a window and where they start and end; `origin` + place is the place in the text, behind `kept`.
 
-    `skipped` tokens at its beginning are left out: they are parts of tokens that the window before it has.
+    The first `skipped` tokens are left out: they are parts of tokens of the window before.
     """
 
     origin: int
@@ -79,19 +79,25 @@ class Piece(NamedTuple):
 
 
 class _Stripped(NamedTuple):
-    """A text without long gaps, where each of them was in it, and how many characters it and those before it had."""
+    """A text without its long gaps, and what maps its places to those of the whole text.
+
+    Attributes:
+        text: the text without the gaps.
+        places: for each gap, the place in `text` where it was.
+        lengths: for each gap, the characters that it and the gaps before it had.
+    """
 
     text: str
     places: list[int]
     lengths: list[int]
 
     def start(self, place: int) -> int:
-        """The place in the whole text of a token that starts at `place`."""
+        """Return where a token that starts at `place` in `text` starts in the whole text."""
         before = bisect_right(self.places, place)
         return place + (self.lengths[before - 1] if before else 0)
 
     def end(self, place: int) -> int:
-        """The place in the whole text of a token that ends at `place`."""
+        """Return where a token that ends at `place` in `text` ends in the whole text."""
         before = bisect_left(self.places, place)
         return place + (self.lengths[before - 1] if before else 0)
 
@@ -253,7 +259,7 @@ class _Tokenizers:
         done = removed = 0
         for gap in _GAP.finditer(text) if self._strips else ():
             if gap.end() == len(text) or self._before.match(text, gap.end()):
-                start = gap.start() + 1  # one stays, as what stands before a token may decide whether it is one
+                start = gap.start() + 1  # one blank stays: an added token may depend on the character before it
                 kept.append(text[done:start])
                 places.append(start - removed)
                 done, removed = gap.end(), removed + gap.end() - start
@@ -267,7 +273,7 @@ class _Tokenizers:
             piece += "a"  # a normalizer that strips the end of a text finds nothing to strip
         added = self._added.search(piece) if inside else None
         parts = [(0, len(piece), len(piece), self.inside if inside else self.first)]
-        if added is not None:  # which is tokenised with both parts: what stands before it may not be a text's end
+        if added is not None:  # both parts contain it, so that no normalizer takes the first part's end for a text's
             start = added.start()
             parts = [(0, start, added.end(), self.inside), (start, len(piece), len(piece), self.first)]
         window = _Window(place - len(kept), len(kept) + min(size, len(text) - place), kept, source, [], [], [])
@@ -284,7 +290,7 @@ class _Tokenizers:
 
 
 def _pattern(token: dict[str, Any]) -> str:
-    """A pattern of where an added token of tokenizer.json stands in a text."""
+    """Return a regular expression that matches an added token of tokenizer.json in a text."""
     content = re.escape(token["content"])
     return rf"(?<!\w){content}(?!\w)" if token["single_word"] else content
 
@@ -315,11 +321,16 @@ def _joined(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[i
 
 
 def _joined_in_characters(made: _Tokenizers, text: str, window: _Window, size: int) -> tuple[int, _Window] | None:
-    """`_joined` where tokens end within characters: a window from such a character on has the same tokens soon."""
+    """`_joined` for tokens that end within characters.
+
+    The next window begins at such a character. Its first tokens differ; it is joined at the first token that both
+    windows have, and the tokens before that one are left out.
+    """
     last = _last_boundary(window)
     for first in range(last, max(0, last - _TRIES), -1):
         place = window.origin + window.starts[first]
-        if place <= window.origin or window.starts[first] < len(window.kept):
+        within = window.starts[first] < window.ends[first - 1]
+        if not within or place <= window.origin or window.starts[first] < len(window.kept):
             continue
         following = made.window(text, place, size, inside=True)
         shift = place - window.origin

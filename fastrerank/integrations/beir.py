@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrerank.inputs.columns import pairs_of_columns
-from fastrerank.integrations.loading import call_options, load_reranker, shown
-from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.integrations.loading import call_options, load_reranker
+from fastrerank.rerankers.pairs import score_pairs, shown
 
 __all__ = ["FastReranker"]
 

@@ -11,11 +11,11 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from fastrerank.inputs.columns import pairs_of_columns
-from fastrerank.integrations.loading import call_options, load_reranker, shared_by, shown
+from fastrerank.integrations.loading import call_options, load_reranker, shared_by
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.cross_encoder import CrossEncoder
 from fastrerank.rerankers.independence import check_independent
-from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.rerankers.pairs import score_pairs, shown
 from fastrerank.runtime.types import Hit
 from fastrerank.serve.batcher import AsyncReranker
 

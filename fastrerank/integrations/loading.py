@@ -6,13 +6,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from fastrerank.rerankers.base import Reranker, Scores
+from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.loading import load
 from fastrerank.serve.batcher import AsyncReranker
 
-__all__ = ["call_options", "load_reranker", "name_of", "shared_by", "shown"]
+__all__ = ["call_options", "load_reranker", "name_of", "shared_by"]
 
 _creating = threading.Lock()
 
@@ -62,11 +60,6 @@ def shared_by(owner: Any, reranker: Reranker) -> AsyncReranker:
             owner._shared = AsyncReranker(reranker)
         found: AsyncReranker = owner._shared
     return found
-
-
-def shown(reranker: Reranker, scores: Scores, raw: bool) -> Scores:
-    """Return raw scores, or what `rank` shows for them, float32 of the same shape."""
-    return scores if raw else np.asarray(reranker.activated(scores), np.float32)
 
 
 def name_of(model: Any) -> str:

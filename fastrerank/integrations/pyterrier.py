@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from fastrerank.integrations.loading import call_options, load_reranker, name_of, shown
+from fastrerank.integrations.loading import call_options, load_reranker, name_of
+from fastrerank.rerankers.pairs import shown
 
 __all__ = ["FastReRanker"]
 

@@ -18,10 +18,10 @@ import ray
 import ray.data
 
 from fastrerank.data.pair_files import Columns, PairFiles, Part, filesystem, find_files, pair_files
-from fastrerank.integrations.loading import call_options, load_reranker, shown
+from fastrerank.integrations.loading import call_options, load_reranker
 from fastrerank.rerankers.base import Scores
 from fastrerank.rerankers.independence import check_independent
-from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.rerankers.pairs import score_pairs, shown
 from fastrerank.runtime.version import VERSION
 
 __all__ = ["PairScorer", "score_files"]

@@ -11,7 +11,8 @@ from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
 
 from fastrerank.inputs.columns import as_column
-from fastrerank.integrations.loading import call_options, load_reranker, shown
+from fastrerank.integrations.loading import call_options, load_reranker
+from fastrerank.rerankers.pairs import shown
 
 __all__ = ["FastRanker"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.rerankers.base import Reranker
-from fastrerank.rerankers.pairs import score_pairs
+from fastrerank.rerankers.pairs import score_pairs, shown
 from fastrerank.runtime.naming import hub_id
 
 if TYPE_CHECKING:
@@ -30,11 +30,14 @@ def score_batches(
     """Return the score of each pair of MTEB's loaders, float32 (N,); see `FastReranker.predict`."""
     asked = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
     reranker.check_options(**asked)
-    return _shown(reranker, score_pairs(reranker, _texts(inputs1), _texts(inputs2), **asked), raw)
+    return shown(reranker, score_pairs(reranker, _texts(inputs1), _texts(inputs2), **asked), raw)
 
 
 def model_meta(reranker: Reranker, name: str | None = None, revision: str | None = None) -> ModelMeta:
-    """Return what MTEB files results under; `name` None: the hub id of the checkpoint, or fastrerank/<folder>."""
+    """Return the metadata under which MTEB files results.
+
+    With `name` None, the name is the checkpoint's hub id, or "fastrerank/<folder>" for a local folder.
+    """
     from mteb.models.model_meta import ModelMeta
 
     if name is None:
@@ -56,7 +59,3 @@ def _texts(batches: Iterable[dict[str, Any]]) -> list[str]:
             raise ValueError(f"fastrerank scores texts, but this task's inputs have {', '.join(batch)}")
         texts += batch["text"]
     return texts
-
-
-def _shown(reranker: Reranker, scores: npt.NDArray[np.float32], raw: bool) -> npt.NDArray[np.float32]:
-    return scores if raw else np.asarray(reranker.activated(scores), np.float32)

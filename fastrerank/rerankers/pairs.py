@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fastrerank.rerankers.call import Options
 
-__all__ = ["score_pairs"]
+__all__ = ["score_pairs", "shown"]
 
 
 def score_pairs(
@@ -45,6 +45,11 @@ def score_pairs(
     lists = [documents[begin:end] for begin, end in pairwise(bounds)]
     found = reranker.score_many([queries[begin] for begin in bounds[:-1]], lists, **options)
     return np.concatenate([np.zeros(0, np.float32), *found])
+
+
+def shown(reranker: Reranker, scores: npt.NDArray[np.float32], raw: bool) -> npt.NDArray[np.float32]:
+    """Return raw scores as they are, or as `rank` shows them: float32 of the same shape."""
+    return scores if raw else np.asarray(reranker.activated(scores), np.float32)
 
 
 def _check_together(reranker: Reranker, queries: Sequence[str], bounds: npt.NDArray[np.int64]) -> None:

@@ -1,4 +1,4 @@
-"""Which CPU this is for the kernels: the instruction-set level in force, and how many threads a call may use."""
+"""The instruction-set level that kernels use, and the number of threads of a call."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _isa: str | None = None
 
 
 def set_num_threads(n: int | None) -> None:
-    """Set how many CPU threads a call may use, for objects that were given no `num_threads` of their own.
+    """Set the number of CPU threads of a call. Objects with a `num_threads` of their own keep it.
 
-    None restores the default: the CPUs that this process may run on. Raises ValueError below 1.
+    None restores the default, the number of CPUs that this process may run on. Raises ValueError below 1.
 
     Example:
         >>> set_num_threads(2)

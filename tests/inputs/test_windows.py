@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def repeats(text: str) -> bool:
-    """Whether one pattern of up to 16 characters repeats over more than a window's overlap."""
+    """Return whether a pattern of up to 16 characters repeats over more than the overlap of two windows."""
     size = windows._OVERLAP
     return any(
         text[begin : begin + size] == text[begin + period : begin + period + size]
@@ -44,9 +44,10 @@ def repeats(text: str) -> bool:
 
 
 def assert_same(kind: str, found: list[int], expected: list[int], place: object, text: str) -> None:
-    """Equal ids; of a unigram model, whose best paths may tie, ids of the same characters and the same score.
+    """Assert that the ids are equal.
 
-    In a unigram model's word that repeats itself beyond a window, each join may add three tokens: docs/numerics.md.
+    A unigram model may have several best paths: then the characters and the score must be equal. In a text that repeats
+    one pattern beyond a window, each join may add three tokens: see docs/numerics.md.
     """
     if found == expected:
         return
@@ -84,7 +85,7 @@ def test_joined_windows_give_the_ids_of_the_whole_text(kind: str) -> None:
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("lstrip", [False, True])
 @pytest.mark.parametrize("single_word", [False, True])
-def test_gaps_that_a_normalizer_strips_before_added_tokens_are_no_characters_less(
+def test_spans_behind_gaps_that_a_normalizer_strips_are_those_of_the_whole_text(
     normalized: bool, lstrip: bool, single_word: bool
 ) -> None:
     own = KINDS["t5"]()

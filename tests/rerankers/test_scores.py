@@ -30,7 +30,8 @@ LABELS = ["contradiction", "entailment", "neutral"]
 CPU = {"device": "cpu"}
 
 Call = Callable[[], Sequence[float]]  # the scores of TEXTS for QUERY, in their order
-Interface = Callable[..., Call]  # (checkpoint, other scale, label=) -> Call
+# Called with a checkpoint, whether the other scale is wanted, and optionally label=.
+Interface = Callable[..., Call]
 
 
 def save_with_labels(folder: Path, names: Sequence[str]) -> Path:

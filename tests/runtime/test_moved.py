@@ -17,7 +17,7 @@ def test_an_earlier_name_is_the_module_of_today(old: str) -> None:
         pytest.importorskip("torch")
     new = importlib.import_module(f"fastrerank.{MOVED[old]}")
     sys.modules.pop(f"fastrerank.{old}", None)
-    with pytest.warns(DeprecationWarning, match=rf"fastrerank\.{old} is fastrerank\.{MOVED[old]} now"):
+    with pytest.warns(DeprecationWarning, match=rf"fastrerank\.{old} is now fastrerank\.{MOVED[old]};"):
         module = importlib.import_module(f"fastrerank.{old}")
     assert module is new
     assert module.__spec__ is not None

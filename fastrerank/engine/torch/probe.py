@@ -43,7 +43,7 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
     with torch.inference_mode():
         try:
             expected = torch.cat([documents.states(runner, [number]) for number in range(3)])
-        except (KeyError, AttributeError, NameError) as error:  # whatever the tokens are
+        except KeyError as error:  # a name in the config that transformers does not know, whatever the tokens are
             raise ValueError(
                 f"{type(backbone).__name__} cannot run with this config.json: {type(error).__name__}: {error}"
             ) from error
@@ -71,7 +71,10 @@ def choose_runner(backbone: Any, dtype: str, packed: bool | None, whole: bool = 
 def runner_of(
     backbone: Any, dtype: str, packed: bool | None, *, whole: bool = False, num_threads: int | None = None
 ) -> tuple[Any, str]:
-    """`choose_runner`, whose layers of a model on a CPU are put on packed kernels where those compute the same."""
+    """Return the runner and the reason of `choose_runner`.
+
+    On a CPU the model's linear layers then run on packed kernels, if these give the same results.
+    """
     device = next(backbone.parameters()).device
     with place_on(None, device):
         runner, reason = choose_runner(backbone, dtype, packed, whole)
@@ -82,7 +85,7 @@ def runner_of(
 
 
 def probe_tokens(config: Any) -> npt.NDArray[np.int64]:
-    """Return the first thousand token ids but padding and the end, for prompts of random tokens."""
+    """Return token ids below 1000, int64, without the padding and end tokens. Probes draw random prompts from them."""
     taken = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
     return np.array([i for i in range(min(int(config.vocab_size), 1000)) if i not in taken])
 

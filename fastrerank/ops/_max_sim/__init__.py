@@ -1,4 +1,4 @@
-"""`ops.max_sim`: arguments are checked, and C++ computes."""
+"""`ops.max_sim`: checks its arguments and calls the C++ kernel."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def max_sim(
     *,
     threads: int | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Like `[(query @ tokens[a:b].T).max(1).mean() for a, b in zip(offsets, offsets[1:])]`.
+    """Equal to `[(query @ tokens[a:b].T).max(1).mean() for a, b in zip(offsets, offsets[1:])]`.
 
-    Late interaction: the mean over query tokens of the best document token (ColBERT, arXiv 2004.12832, takes the sum).
+    Late interaction: each query token takes its best document token, and the mean over query tokens is the score.
+    ColBERT (arXiv 2004.12832) takes the sum.
 
     Args:
         query: float32 (Q, D), Q >= 1.
