@@ -81,10 +81,17 @@ def run(options: Options, log: Any) -> Findings:
 
     reranker = fastrerank.load(str(options.checkpoint), device="cpu", dtype=options.dtype, num_threads=options.threads)
     expected = reranker.score_many(*map(list, zip(*options.asked, strict=True)))
-    findings = Findings(host(options), {
-        "clients": options.clients, "documents": len(options.asked[0][1]), "large_documents": options.large_documents,
-        "query_bytes": options.query_bytes, "seconds": options.seconds, "dtype": options.dtype,
-    })  # fmt: skip
+    findings = Findings(
+        host(options),
+        {
+            "clients": options.clients,
+            "documents": len(options.asked[0][1]),
+            "large_documents": options.large_documents,
+            "query_bytes": options.query_bytes,
+            "seconds": options.seconds,
+            "dtype": options.dtype,
+        },
+    )
     texts = [text for _, documents in options.asked for text in documents]
     many = [texts[i % len(texts)] for i in range(options.large_documents)]
     query = (" ".join(texts) + " ") * (1 + options.query_bytes // max(1, sum(map(len, texts))))
@@ -144,8 +151,16 @@ async def _phase(
     verdict = compare(phase.answered(), expected, 0.0)
     others = [reply for reply in phase.replies if reply.status != 200]
     problem = verdict.first or (f"{others[0].status}: {others[0].body[:200]!r}" if others else "")
-    return Beside(phase.percentile(50), phase.percentile(99), phase.percentile(100), len(phase.answered()), len(others),
-                  verdict.wrong, problem, statuses)  # fmt: skip
+    return Beside(
+        phase.percentile(50),
+        phase.percentile(99),
+        phase.percentile(100),
+        len(phase.answered()),
+        len(others),
+        verdict.wrong,
+        problem,
+        statuses,
+    )
 
 
 def _kept(address: Address, reranker: Any, texts: list[str]) -> dict[str, float]:
@@ -183,17 +198,29 @@ def show(findings: Findings) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("small requests", "p50 s", "p99 s", "longest s", "p50 x", "p99 x", "answered", "other", "wrong",
-                  "large ones")  # fmt: skip
+    table = Table(
+        "small requests", "p50 s", "p99 s", "longest s", "p50 x", "p99 x", "answered", "other", "wrong", "large ones"
+    )
     for name, one in findings.phases.items():
         p50, p99 = findings.ratio(name)
-        table.add_row(name, f"{one.p50:.4f}", f"{one.p99:.4f}", f"{one.longest:.4f}", f"{p50:.2f}", f"{p99:.2f}",
-                      str(one.answered), str(one.other), str(one.wrong), str(one.large))  # fmt: skip
+        table.add_row(
+            name,
+            f"{one.p50:.4f}",
+            f"{one.p99:.4f}",
+            f"{one.longest:.4f}",
+            f"{p50:.2f}",
+            f"{p99:.2f}",
+            str(one.answered),
+            str(one.other),
+            str(one.wrong),
+            str(one.large),
+        )
         if one.problem:
             console.print(f"[red]{name}: {one.problem}[/red]", highlight=False)
     console.print(table)
     kept = findings.kept
     console.print(
         f"one document over a kept connection: {1e3 * kept['kept_connection']:.2f} ms, the library alone "
-        f"{1e3 * kept['library']:.2f} ms", highlight=False,
-    )  # fmt: skip
+        f"{1e3 * kept['library']:.2f} ms",
+        highlight=False,
+    )

@@ -60,8 +60,14 @@ def run(
             f"{row['ms_together']:.2f} ms per query of {row['together']} together"
         )
     if json_file is not None:
-        found = {"command": command, "threads": ops.num_threads(), "isa": ops.isa(), "numpy": np.__version__,
-                 "recall": [vars(curve) for curve in curves], "time": timings}  # fmt: skip
+        found = {
+            "command": command,
+            "threads": ops.num_threads(),
+            "isa": ops.isa(),
+            "numpy": np.__version__,
+            "recall": [vars(curve) for curve in curves],
+            "time": timings,
+        }
         json_file.write_text(json.dumps(found, indent=1) + "\n")
     if picture is not None and curves:
         shown = [c for c in curves if c.k == 10 and "5 rounds" not in c.name and "int8" not in c.name]

@@ -121,8 +121,10 @@ def run(options: Options, log: Any, save: Callable[[Findings], None] = lambda _:
     """
     shapes, llms = tuple(gpu_models.SHAPES), tuple(llm_models.SHAPES)
     for what, given, valid in (
-        ("part", options.parts, PARTS), ("model", options.models, shapes), ("language model", options.llms, llms),
-    ):  # fmt: skip
+        ("part", options.parts, PARTS),
+        ("model", options.models, shapes),
+        ("language model", options.llms, llms),
+    ):
         for one in given:
             if one not in valid:
                 raise ValueError(f"{what} {one!r} is unknown; valid are {', '.join(valid)}")
@@ -152,9 +154,12 @@ class _Bench:
         options, findings, self._save = self._options, self.findings, save
         folder, tokenizer = self._texts()
         parts: list[tuple[str, Callable[[], None]]] = [
-            ("ceilings", self._ceilings), ("attention", lambda: self._attention(folder, tokenizer)),
-            ("attention_mass", self._attention_mass), ("label_logits", self._label_logits), ("cur", self._cur),
-        ]  # fmt: skip
+            ("ceilings", self._ceilings),
+            ("attention", lambda: self._attention(folder, tokenizer)),
+            ("attention_mass", self._attention_mass),
+            ("label_logits", self._label_logits),
+            ("cur", self._cur),
+        ]
         todo = [(name, part) for name, part in parts if name in options.parts]
         if {"engines", "latency", "profile"} & {*options.parts}:
             todo += [(name, lambda name=name: self._build(name, folder, tokenizer)) for name in options.models]
@@ -189,9 +194,15 @@ class _Bench:
         options, result = self._options, gpu_llm.LlmResult(name, "", {}, {})
         self.findings.llms.append(result)
         gpu_llm.measure(
-            name, result, folder, options.cache, self._device, tiny=options.tiny, rounds=min(options.rounds, 5),
+            name,
+            result,
+            folder,
+            options.cache,
+            self._device,
+            tiny=options.tiny,
+            rounds=min(options.rounds, 5),
             say=self._say,
-        )  # fmt: skip
+        )
 
     def _settle(self) -> None:
         gc.collect()
@@ -258,9 +269,12 @@ class _Bench:
         options, sizes = self._options, self._options.sizes
         whole = {size: work.pairs.head(size) for size in sizes}
         result = ModelResult(
-            model.shape.name, model.note, {size: int(pairs.lengths.sum()) for size, pairs in whole.items()},
-            {size: model.flop(pairs.lengths) for size, pairs in whole.items()}, 0.0,
-        )  # fmt: skip
+            model.shape.name,
+            model.note,
+            {size: int(pairs.lengths.sum()) for size, pairs in whole.items()},
+            {size: model.flop(pairs.lengths) for size, pairs in whole.items()},
+            0.0,
+        )
         self.findings.models.append(result)
         if "engines" in options.parts:
             self._say(f"{model.shape.name}: reference")
@@ -356,9 +370,13 @@ class _Bench:
         row.peak_bytes = torch.cuda.max_memory_allocated(self._device) - before
 
     def _check(
-        self, engine: GpuEngine, row: Row, result: ModelResult, whole: dict[int, data.Pairs],
+        self,
+        engine: GpuEngine,
+        row: Row,
+        result: ModelResult,
+        whole: dict[int, data.Pairs],
         reference: NDArray[np.float64],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """WRONG is an engine whose rms error against float32 is over twice that of sentence-transformers' default.
 
         Twice its error on the larger request. The squared errors of the smaller one's n scores are some of all N, whose
@@ -410,8 +428,9 @@ class _Bench:
         ours = Ours(str(model.path), device=device, engine="torch", dtype=gpu_engines.DTYPE)
         kwargs = {"dtype": getattr(torch, gpu_engines.DTYPE), "attn_implementation": "sdpa"}
         rankers: dict[str, Any] = {
-            "fastrerank": ours, "sentence-transformers": Theirs(str(model.path), device=device, model_kwargs=kwargs),
-        }  # fmt: skip
+            "fastrerank": ours,
+            "sentence-transformers": Theirs(str(model.path), device=device, model_kwargs=kwargs),
+        }
         scores = []
         for ranker in rankers.values():
             ranked = {}

@@ -221,15 +221,22 @@ def use_varlen(encoder: TorchEncoder, varlen: Callable[..., torch.Tensor]) -> No
         return states
 
     def attend(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,  # noqa: ARG001
-        attention_mask: torch.Tensor | None, scaling: float | None = None, sliding_window: int | None = None, **_: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        module: torch.nn.Module,  # noqa: ARG001
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
         if attention_mask is not None:
             raise ValueError("packed rows need no mask, got one")
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = varlen(q, k, v, bounds.ends, bounds.ends, bounds.longest, bounds.longest, scale=scaling,
-                     window_size=window)  # fmt: skip
+        out = varlen(
+            q, k, v, bounds.ends, bounds.ends, bounds.longest, bounds.longest, scale=scaling, window_size=window
+        )
         return out[None], None
 
     name = f"fastrerank-bench-varlen-{id(encoder)}"

@@ -24,16 +24,20 @@ def host(device: str) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     found: dict[str, Any] = {
-        "system": platform.platform(), "python": sys.version.split()[0], "versions": versions,
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+        "versions": versions,
         "clocks before": clocks(),
-    }  # fmt: skip
+    }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = {
-            "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "memory": properties.total_memory, "multiprocessors": properties.multi_processor_count,
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
             "cuda of torch": torch.version.cuda,
-        }  # fmt: skip
+        }
     return found
 
 
@@ -44,8 +48,11 @@ def clocks() -> list[dict[str, str]]:
         return []
     done = subprocess.run(
         [tool, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader"],
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     if done.returncode:
         return [{"error": (done.stderr or done.stdout).strip()[:200]}]
     lines = [line for line in done.stdout.splitlines() if line.strip()]

@@ -217,8 +217,9 @@ class _Bench:
         """From token ids to masses."""
         forward, reading, expected = self._on_model(Forward), reading_of(prompt), self._expected[count]
         engines: dict[str, Callable[[], Any]] = {
-            "forward": lambda: forward.scores(prompt), "two-pass": lambda: self._two_pass.scores(prompt),
-        }  # fmt: skip
+            "forward": lambda: forward.scores(prompt),
+            "two-pass": lambda: self._two_pass.scores(prompt),
+        }
         for name, scorer in self._scorers.items():
             engines[name] = lambda scorer=scorer: scorer.masses(reading)[0]
         self._ready("two-pass")
@@ -245,9 +246,12 @@ class _Bench:
         ours = Ours(tokenizer, self._scorers["fastrerank"])
         seen = OursSeen(tokenizer, self._scorers["fastrerank"])
         engines: list[TextEngine] = [
-            TokenisedOnce(tokenizer, self._two_pass), Published(tokenizer, self._two_pass), ours, seen,
+            TokenisedOnce(tokenizer, self._two_pass),
+            Published(tokenizer, self._two_pass),
+            ours,
+            seen,
             OursCore(tokenizer, self._scorers["fastrerank-core"]),
-        ]  # fmt: skip
+        ]
         self.found.setups = {engine.name: engine.setup for engine in engines}
         prompt = self._expected_texts[count].prompt
         rows = [Row(engine.name, count, prompt.tokens) for engine in engines]
@@ -369,9 +373,14 @@ def _ids_table(findings: Findings) -> Table:
     for row in findings.rows:
         some = {one.name: one for one in findings.rows if one.documents == row.documents}
         rows.append(
-            [*_begin(row), _times(some["forward"], row, share=True), _times(some["two-pass"], row),
-             _scientific(row.error), f"{row.peak / MIB:.0f}"]
-        )  # fmt: skip
+            [
+                *_begin(row),
+                _times(some["forward"], row, share=True),
+                _times(some["two-pass"], row),
+                _scientific(row.error),
+                f"{row.peak / MIB:.0f}",
+            ]
+        )
     notes = [
         _error_note(findings.bounds),
         "MiB: peak beside the weights. of a forward: the share of its time; x two-pass: times faster.",
@@ -386,9 +395,15 @@ def _texts_table(findings: Findings) -> Table:
         some = {one.name: one for one in findings.text_rows if one.documents == row.documents}
         text = f"{1e3 * float(np.median(row.tokenising)):.1f}" if row.seconds else ""
         rows.append(
-            [*_begin(row), text, _times(some[Published.name], row), _times(some[TokenisedOnce.name], row),
-             _scientific(row.error), _scientific(row.score_error)]
-        )  # fmt: skip
+            [
+                *_begin(row),
+                text,
+                _times(some[Published.name], row),
+                _times(some[TokenisedOnce.name], row),
+                _scientific(row.error),
+                _scientific(row.score_error),
+            ]
+        )
     notes = [
         f"{findings.texts}; a byte-level BPE tokenizer trained on them; every round asks about other documents.",
         *(f"{name}: {setup}." for name, setup in findings.setups.items()),

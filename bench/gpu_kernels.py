@@ -159,9 +159,9 @@ def ceilings(device: torch.device, *, tiny: bool, rounds: int) -> dict[str, floa
     return found
 
 
-def attention_cases(natural: NDArray[np.int64], shapes: dict[str, tuple[int, int]], *, tiny: bool) -> list[
-    AttentionCase
-]:  # fmt: skip
+def attention_cases(
+    natural: NDArray[np.int64], shapes: dict[str, tuple[int, int]], *, tiny: bool
+) -> list[AttentionCase]:
     """Equals every shape on documents of natural lengths and of 512 tokens, and ModernBERT's window on both."""
     full = np.full(2 if tiny else 32, 64 if tiny else 512)
     cases = []

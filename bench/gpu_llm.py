@@ -184,9 +184,16 @@ class LlmResult:
 
 
 def measure(
-    name: str, result: LlmResult | None, folder: Path, cache: Path, device: torch.device, *, tiny: bool, rounds: int,
+    name: str,
+    result: LlmResult | None,
+    folder: Path,
+    cache: Path,
+    device: torch.device,
+    *,
+    tiny: bool,
+    rounds: int,
     say: Callable[[str], None],
-) -> LlmResult:  # fmt: skip
+) -> LlmResult:
     """Equals one model's result: every engine checked against float32, then timed in interleaved rounds."""
     shape = llm_models.tiny(llm_models.SHAPES[name]) if tiny else llm_models.SHAPES[name]
     model = llm_models.build(shape, cache, folder, DTYPE, weights=False)
@@ -211,9 +218,14 @@ class _Bench:
     """The steps of one model."""
 
     def __init__(
-        self, model: llm_models.LlmModel, device: torch.device, result: LlmResult, whole: dict[int, Pairs],
-        batches: tuple[int, ...], say: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        model: llm_models.LlmModel,
+        device: torch.device,
+        result: LlmResult,
+        whole: dict[int, Pairs],
+        batches: tuple[int, ...],
+        say: Callable[[str], None],
+    ) -> None:
         self._model, self._device, self._result, self._whole = model, device, result, whole
         self._batches, self._say = batches, say
         self.loaded: dict[str, LlmEngine] = {}

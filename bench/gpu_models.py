@@ -49,40 +49,83 @@ def _std(width: int) -> float:
 _POSITIONS = {"xlm-roberta": {"max_position_embeddings": 8194, "type_vocab_size": 1, "pad_token_id": 1}}
 SHAPES = {
     "xlmr-large": Shape(
-        "xlmr-large", "XLMRoberta",
+        "xlmr-large",
+        "XLMRoberta",
         {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "layer_norm_eps": 1e-5, "initializer_range": _std(1024), **_POSITIONS["xlm-roberta"],
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "layer_norm_eps": 1e-5,
+            "initializer_range": _std(1024),
+            **_POSITIONS["xlm-roberta"],
         },
         "bge-reranker-v2-m3's shape (XLM-RoBERTa-large, 24 layers, 1024 wide): random weights, vocabulary of 30,522",
     ),
     "minilm": Shape(
-        "minilm", "Bert",
-        {key: models.MINILM_CONFIG[key] for key in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-            "type_vocab_size", "layer_norm_eps", "pad_token_id",
-        )} | {"initializer_range": _std(384)},
+        "minilm",
+        "Bert",
+        {
+            key: models.MINILM_CONFIG[key]
+            for key in (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "max_position_embeddings",
+                "type_vocab_size",
+                "layer_norm_eps",
+                "pad_token_id",
+            )
+        }
+        | {"initializer_range": _std(384)},
         "MiniLM-L6's shape (6 layers, 384 wide): random weights",
     ),
     "modernbert-base": Shape(
-        "modernbert-base", "ModernBert",
+        "modernbert-base",
+        "ModernBert",
         {
-            "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12,
-            "max_position_embeddings": 8192, "initializer_range": _std(768), "pad_token_id": 0, "bos_token_id": 101,
-            "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102,
+            "hidden_size": 768,
+            "intermediate_size": 1152,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 8192,
+            "initializer_range": _std(768),
+            "pad_token_id": 0,
+            "bos_token_id": 101,
+            "eos_token_id": 102,
+            "cls_token_id": 101,
+            "sep_token_id": 102,
         },
         "ModernBERT-base's shape (22 layers, 768 wide, windows of 128): random weights, vocabulary of 30,522",
     ),
-}  # fmt: skip
+}
 # For a machine without a GPU: the same three families, small enough for seconds.
 TINY = {
-    "xlmr-large": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-                   "max_position_embeddings": 514, "initializer_range": _std(64)},
-    "minilm": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "initializer_range": _std(64)},
-    "modernbert-base": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 3,
-                        "local_attention": 32, "initializer_range": _std(48)},
-}  # fmt: skip
+    "xlmr-large": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 514,
+        "initializer_range": _std(64),
+    },
+    "minilm": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": _std(64),
+    },
+    "modernbert-base": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "local_attention": 32,
+        "initializer_range": _std(48),
+    },
+}
 
 
 @dataclass(frozen=True)

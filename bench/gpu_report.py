@@ -40,23 +40,31 @@ def tables(findings: Findings) -> list[Table]:
     found = [
         _ceilings(findings),
         _kernels(
-            findings, findings.attention, "Attention alone, forward",
+            findings,
+            findings.attention,
+            "Attention alone, forward",
             "Floors: q, k, v and output moved once at the copy rate; products inside documents at the matmul rate.",
         ),
         _kernels(
-            findings, findings.attention_mass, "Attention mass alone: weighted rows on every key",
+            findings,
+            findings.attention_mass,
+            "Attention mass alone: weighted rows on every key",
             "Floors: q, k, logarithms and masses moved once at the copy rate; products at the matmul rate.",
         ),
         _kernels(
-            findings, findings.label_logits, "Label logits alone: final norm, label rows, order",
+            findings,
+            findings.label_logits,
+            "Label logits alone: final norm, label rows, order",
             "Floors: states, label rows, logits and order moved once at the copy rate; products at the matmul rate.",
         ),
         _kernels(
-            findings, findings.cur, "Scan of packed items: the best k of queries",
+            findings,
+            findings.cur,
+            "Scan of packed items: the best k of queries",
             "Floors: int8 values and scales read once at the copy rate, for the rivals too, which read bfloat16.",
             "Error: share of the exact best that is missing. ops.cur_topk waits for the answer, its kernels do not.",
         ),
-    ]  # fmt: skip
+    ]
     for model in findings.models:
         found += [_engines(model, findings.ceilings.get("matmul")), _latency(model), _profile(model)]
     for llm in findings.llms:
@@ -65,9 +73,11 @@ def tables(findings: Findings) -> list[Table]:
 
 
 def _ceilings(findings: Findings) -> Table:
-    units = {"matmul": ("bfloat16 product, 8192^3", 1e12, "TFLOP/s"),
-             "copy": ("device-to-device copy, read plus written", 1e9, "GB/s"),
-             "read": ("ops.bandwidth, read only", 1e9, "GB/s")}  # fmt: skip
+    units = {
+        "matmul": ("bfloat16 product, 8192^3", 1e12, "TFLOP/s"),
+        "copy": ("device-to-device copy, read plus written", 1e9, "GB/s"),
+        "read": ("ops.bandwidth, read only", 1e9, "GB/s"),
+    }
     rows = [
         [units[name][0], f"{value / units[name][1]:.0f}", units[name][2]] for name, value in findings.ceilings.items()
     ]

@@ -83,8 +83,10 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
     "integers for documents": ("/rerank", _listed("documents", "1")),
     "integers for texts": ("/rerank", _listed("texts", "1")),
     "integers for sides": ("/score", lambda _, size: _filled('{"text_1":"q","text_2":[', "1,", "1]}", size)),
-    "integers in a field that nothing reads": ("/v1/rerank", lambda _, size: _filled(
-        '{"query":"q","documents":["a"],"x":[', "1,", "1]}", size)),
+    "integers in a field that nothing reads": (
+        "/v1/rerank",
+        lambda _, size: _filled('{"query":"q","documents":["a"],"x":[', "1,", "1]}", size),
+    ),
     "floats": ("/rerank", _listed("documents", "1e1")),
     "nulls": ("/v2/rerank", _listed("documents", "null")),
     "empty objects": ("/rerank", _listed("documents", "{}")),
@@ -94,7 +96,7 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
     "letters": ("/rerank", _listed("documents", '"a"')),
     "100,000 letters": ("/rerank", lambda r, size: _listed("documents", '"a"')(r, min(size, 400_000))),
     "many keys": ("/rerank", _keys),
-    "one key again and again": ("/rerank", lambda _, size: _filled('{', '"query":"q",', '"documents":["a"]}', size)),
+    "one key again and again": ("/rerank", lambda _, size: _filled("{", '"query":"q",', '"documents":["a"]}', size)),
     "open brackets": ("/rerank", lambda _, size: b"[" * size),
     "open braces": ("/rerank", lambda _, size: b'{"a":' * (size // 5)),
     "closed brackets": ("/rerank", lambda _, size: b"[" * (size // 2) + b"]" * (size // 2)),
@@ -106,17 +108,21 @@ KINDS: dict[str, tuple[str, Callable[[random.Random, int], bytes]]] = {
     "a document of one thing": ("/rerank", _document),
     "a query of one thing": ("/rerank", _query),
     "a long query and many letters": ("/rerank", _query_and_letters),
-    "a long name of a model": ("/rerank", lambda _, size: _filled(
-        '{"query":"q","documents":["a"],"model":"', "m", '"}', size)),
-    "a long field": ("/rerank", lambda _, size: _filled(
-        '{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size)),
+    "a long name of a model": (
+        "/rerank",
+        lambda _, size: _filled('{"query":"q","documents":["a"],"model":"', "m", '"}', size),
+    ),
+    "a long field": (
+        "/rerank",
+        lambda _, size: _filled('{"query":"q","documents":[{"a":"b"}],"rank_fields":["', "m", '"]}', size),
+    ),
     "as many queries as documents": ("/score", _pairs),
     "all bounds at once": ("/rerank", _at_the_bounds),
     "a body that is cut": ("/rerank", _cut),
     "a body with wrong bytes": ("/v1/rerank", _flipped),
     "UTF-16": ("/rerank", lambda _, size: ('{"query":"q","documents":["' + "x" * (size // 2) + '"]}').encode("utf-16")),
     "no JSON": ("/rerank", lambda _, size: b"x" * size),
-}  # fmt: skip
+}
 
 
 def bodies(count: int, size: int, seed: int = 0, first: int = 0) -> Iterator[tuple[str, str, bytes]]:

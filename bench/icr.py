@@ -21,14 +21,24 @@ from bench.timing import EngineError, Worker, interleave, percentile, ratio
 
 DTYPES = tuple(icr_engines.BY_DTYPE)
 SHAPE = llm_models.Shape(
-    "qwen2.5-0.5b", "qwen2",
+    "qwen2.5-0.5b",
+    "qwen2",
     {
-        "vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "max_position_embeddings": 32768, "head_dim": 64, "hidden_size": 896, "intermediate_size": 4864,
-        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+        "head_dim": 64,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
     },
-    151643, "Qwen2.5-0.5B's shape (24 layers, 896 wide, 14 heads, 2 key-value heads): random weights",
-)  # fmt: skip
+    151643,
+    "Qwen2.5-0.5B's shape (24 layers, 896 wide, 14 heads, 2 key-value heads): random weights",
+)
 CONTEXT, TINY_CONTEXT = 2048, 400
 SHORT = 4  # documents of the prompt that float64 runs too
 MEMORY, TINY_MEMORY = (1024, 2048, 4096, 8192), (128, 256, 512)
@@ -127,9 +137,13 @@ class _Bench:
     def workload(self) -> dict[str, Any]:
         prompt = self.prompt
         return {
-            "model": self.model.shape.note, "shape": self.model.shape.settings, "documents": len(prompt.spans),
-            "context": len(prompt.context), "tail": len(prompt.tail), "empty_tail": len(prompt.empty_tail),
-        }  # fmt: skip
+            "model": self.model.shape.note,
+            "shape": self.model.shape.settings,
+            "documents": len(prompt.spans),
+            "context": len(prompt.context),
+            "tail": len(prompt.tail),
+            "empty_tail": len(prompt.empty_tail),
+        }
 
     def run(self, save: Callable[[], None]) -> None:
         reference = self._reference()
@@ -288,10 +302,16 @@ def show(findings: Findings, *, markdown: bool) -> None:
 
 def _checks(dtype: str, result: Result) -> Table:
     rows = [
-        [row.name, row.version, *(f"{row.check[name]:.1e}" for name in ("mass", "score")), f"{row.check['tau']:.3f}",
-         row.state]
-        for row in result.rows if row.check
-    ]  # fmt: skip
+        [
+            row.name,
+            row.version,
+            *(f"{row.check[name]:.1e}" for name in ("mass", "score")),
+            f"{row.check['tau']:.3f}",
+            row.state,
+        ]
+        for row in result.rows
+        if row.check
+    ]
     notes = [
         "Largest error of a token's mass and of a document's score, over the largest of transformers' eager float32; "
         f"allowed of the masses: {result.bound:.1e}. What is over is WRONG and not timed."
@@ -310,9 +330,15 @@ def _times(dtype: str, result: Result) -> Table:
         cells = [f"{ratio(them, row.seconds):.2f}" if them else "" for them in (base["eager"], base["two-pass"])]
         share = f"{ratio(row.seconds, base['forward']):.2f}" if base["forward"] else ""
         rows.append(
-            [row.name, f"{1e3 * float(np.median(row.seconds)):.0f}",
-             f"{percentile(row.seconds, 5):.0f}-{percentile(row.seconds, 95):.0f}", *cells, share, str(row.tokens)]
-        )  # fmt: skip
+            [
+                row.name,
+                f"{1e3 * float(np.median(row.seconds)):.0f}",
+                f"{percentile(row.seconds, 5):.0f}-{percentile(row.seconds, 95):.0f}",
+                *cells,
+                share,
+                str(row.tokens),
+            ]
+        )
     notes = [f"{row.name}: {row.setup}" for row in result.rows]
     notes += [f"{row.name}: {row.state}: {row.detail}" for row in result.rows if row.state != "ok"]
     rounds = max((len(row.seconds) for row in result.rows), default=0)
@@ -331,9 +357,13 @@ def _peaks(dtype: str, result: Result) -> Table:
             peaks = dict(row.memory)
             slopes = increments(row.memory)
             rows.append(
-                [row.name, *(f"{peaks[n] / MIB:.0f}" if n in peaks else "" for n in lengths),
-                 f"{slopes[-1] / 1024:.0f}", f"{slopes[-1] / slopes[0]:.2f}" if len(slopes) > 1 and slopes[0] else ""]
-            )  # fmt: skip
+                [
+                    row.name,
+                    *(f"{peaks[n] / MIB:.0f}" if n in peaks else "" for n in lengths),
+                    f"{slopes[-1] / 1024:.0f}",
+                    f"{slopes[-1] / slopes[0]:.2f}" if len(slopes) > 1 and slopes[0] else "",
+                ]
+            )
     notes = [
         "Peak of the process's resident memory while a prompt is read, weights included, MiB; KiB per further token"
     ]

@@ -145,10 +145,15 @@ class _Bench:
             self.model.prompts(self.pairs, tokenizer)
             seconds.append(time.perf_counter() - start)
         return {
-            "model": self.model.shape.note, "shape": self.model.shape.settings, "query": self.pairs.query,
-            "documents": len(lengths), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
-            "shortest": int(lengths.min()), "tokenise_seconds": min(seconds),
-        }  # fmt: skip
+            "model": self.model.shape.note,
+            "shape": self.model.shape.settings,
+            "query": self.pairs.query,
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "longest": int(lengths.max()),
+            "shortest": int(lengths.min()),
+            "tokenise_seconds": min(seconds),
+        }
 
     def run(self, save: Callable[[], None]) -> None:
         result = self.result
@@ -277,9 +282,11 @@ class _Bench:
         weights = shape.settings["num_hidden_layers"] * shape.linear()
         moved = itemsize * (row.forwards * weights + row.tokens * shape.settings["hidden_size"])
         self.result.floors = {
-            "flop": row.flop, "operations": row.flop / self.result.peak, "bytes": moved,
+            "flop": row.flop,
+            "operations": row.flop / self.result.peak,
+            "bytes": moved,
             "memory": moved / self.result.copy,
-        }  # fmt: skip
+        }
 
     def _peak(self, workers: dict[str, Worker]) -> float:
         names = [kind.name for kind in llm_engines.BY_DTYPE[self._dtype] if issubclass(kind, llm_engines.FastRerank)]

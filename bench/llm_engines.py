@@ -38,9 +38,11 @@ class FastRerank(Engine):
 
         self._labels = labels_of(self)
         self.scorer = CausalScorer.load(
-            open_checkpoint(self.checkpoint), dtype=self.precision, num_threads=self.threads,
+            open_checkpoint(self.checkpoint),
+            dtype=self.precision,
+            num_threads=self.threads,
             share_prefixes=self.shares,
-        )  # fmt: skip
+        )
 
     def scores(self, pairs: Pairs) -> Scores:
         logits, self.cost = self.scorer.label_logits(pairs.ids, self._labels)

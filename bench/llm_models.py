@@ -89,49 +89,89 @@ class Shape:
 
 def _qwen3(name: str, note: str, **settings: int) -> Shape:
     given = {
-        "vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "max_position_embeddings": 40960, "head_dim": 128, "num_key_value_heads": 8,
-    }  # fmt: skip
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+        "head_dim": 128,
+        "num_key_value_heads": 8,
+    }
     return Shape(name, "qwen3", given | settings, 151643, note)
 
 
 _WEIGHTS = "random weights"
 CPU_SHAPE = _qwen3(
-    "qwen3-8x512", f"a Qwen3 shape of 8 layers, 512 wide, 8 heads, 4 key-value heads, tied embeddings: {_WEIGHTS}",
-    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+    "qwen3-8x512",
+    f"a Qwen3 shape of 8 layers, 512 wide, 8 heads, 4 key-value heads, tied embeddings: {_WEIGHTS}",
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=64,
-)  # fmt: skip
+)
 SHAPES = {
     shape.name: shape
     for shape in (
-        _qwen3("qwen3-0.6b", f"Qwen3-0.6B's shape (28 layers, 1024 wide): {_WEIGHTS}", hidden_size=1024,
-               intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
-        _qwen3("qwen3-4b", f"Qwen3-4B's shape (36 layers, 2560 wide): {_WEIGHTS}", hidden_size=2560,
-               intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+        _qwen3(
+            "qwen3-0.6b",
+            f"Qwen3-0.6B's shape (28 layers, 1024 wide): {_WEIGHTS}",
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+        ),
+        _qwen3(
+            "qwen3-4b",
+            f"Qwen3-4B's shape (36 layers, 2560 wide): {_WEIGHTS}",
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+        ),
         Shape(
-            "llama-3.1-8b", "llama",
+            "llama-3.1-8b",
+            "llama",
             {
-                "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
-                "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 5e5,
-                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                 "original_max_position_embeddings": 8192},
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "vocab_size": 128256,
+                "tie_word_embeddings": False,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 131072,
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
             },
-            128000, f"Llama-3.1-8B's shape (32 layers, 4096 wide): {_WEIGHTS}, Qwen3-Reranker's prompt",
+            128000,
+            f"Llama-3.1-8B's shape (32 layers, 4096 wide): {_WEIGHTS}, Qwen3-Reranker's prompt",
         ),
     )
-}  # fmt: skip
+}
 _TINY = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 
 
 def tiny(shape: Shape) -> Shape:
     """Equals a model of the same family that runs in milliseconds."""
     settings = shape.settings | _TINY | {"vocab_size": _MERGED + 32}
-    return Shape(f"{shape.name}-tiny", shape.kind, settings, _MERGED,
-                 f"a tiny model in the place of {shape.note}")  # fmt: skip
+    return Shape(f"{shape.name}-tiny", shape.kind, settings, _MERGED, f"a tiny model in the place of {shape.note}")
 
 
 @dataclass(frozen=True)
@@ -210,9 +250,7 @@ def _torch_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def train_tokenizer(
-    texts: Path, specials: Mapping[str, int], first_special: int, wording: Sequence[str] = ()
-) -> Any:  # fmt: skip
+def train_tokenizer(texts: Path, specials: Mapping[str, int], first_special: int, wording: Sequence[str] = ()) -> Any:
     """Equals a `tokenizers.Tokenizer`: byte-level BPE of a file like DL19's, and of `wording`, which is made common.
 
     `specials`: special tokens and their places behind `first_special`.
@@ -261,15 +299,18 @@ def _write_tokenizer(folder: Path, texts: Path, first_special: int) -> None:
 def _write_modules(folder: Path) -> None:
     """What sentence-transformers reads: the two modules, and a chat template that renders the prompt from a pair."""
     package = "sentence_transformers"
-    kinds = (("", f"{package}.base.modules.transformer.Transformer"),
-             ("1_LogitScore", f"{package}.cross_encoder.modules.logit_score.LogitScore"))  # fmt: skip
+    kinds = (
+        ("", f"{package}.base.modules.transformer.Transformer"),
+        ("1_LogitScore", f"{package}.cross_encoder.modules.logit_score.LogitScore"),
+    )
     modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
     (folder / "modules.json").write_text(json.dumps(modules))
     logits = {"method": "forward", "method_output_name": "logits"}
     config = {
-        "transformer_task": "text-generation", "module_output_name": "causal_logits",
+        "transformer_task": "text-generation",
+        "module_output_name": "causal_logits",
         "modality_config": {"text": logits, "message": logits | {"format": "flat"}},
-    }  # fmt: skip
+    }
     (folder / "sentence_bert_config.json").write_text(json.dumps(config))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder"}))
     role = '(messages | selectattr("role", "eq", "{}") | map(attribute="content") | first)'

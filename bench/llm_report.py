@@ -57,12 +57,18 @@ def tables(findings: Findings) -> list[Table]:
 def _check(dtype: str, result: Result) -> Table:
     rows = [
         [
-            row.name, row.version, f"{row.check['max_delta']:.1e}", f"{row.check['rms']:.1e}",
-            f"{row.check['tau']:.3f}", f"{row.check['swaps']:.0f}", f"{row.check['widest_swap']:.1e}", row.state,
+            row.name,
+            row.version,
+            f"{row.check['max_delta']:.1e}",
+            f"{row.check['rms']:.1e}",
+            f"{row.check['tau']:.3f}",
+            f"{row.check['swaps']:.0f}",
+            f"{row.check['widest_swap']:.1e}",
+            row.state,
         ]
         for row in result.rows
         if row.check
-    ]  # fmt: skip
+    ]
     allowed = ", ".join(f"{name} {value:.1e}" for name, value in result.bounds.items())
     notes = [
         f"Scores logit(yes) - logit(no) against transformers eager float32, prompt by prompt; they span "

@@ -74,8 +74,9 @@ def run(options: Options, log: Any) -> Findings:
         log.print(f"{options.rows} pairs in {FILES} files; scoring {sum(map(_count, queries))} of them in one process")
         expected = _offline(queries, checkpoint, options, found)
         for name, source, kill in (
-            ("a worker killed", folder / "pairs", "worker"), ("the job killed", paths[0], "job"),
-        ):  # fmt: skip
+            ("a worker killed", folder / "pairs", "worker"),
+            ("the job killed", paths[0], "job"),
+        ):
             log.print(f"{name}: {source}")
             row = _job(source, folder / name.replace(" ", "-"), checkpoint, options, kill)
             row = {"name": name, **row, **_compare(folder / name.replace(" ", "-"), expected, row["rows"])}
@@ -93,9 +94,12 @@ def _host(options: Options) -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     versions = {name: metadata.version(name) for name in ("ray", "pyarrow", "numpy", "tokenizers")}
     return {
-        "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "versions": versions,
-        "python": platform.python_version(), "command": options.command,
-    }  # fmt: skip
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "command": options.command,
+    }
 
 
 def _count(query: dict[str, Any]) -> int:
@@ -118,11 +122,13 @@ def _write(queries: list[dict[str, Any]], rows: int, folder: Path) -> list[Path]
         some = [places[i % len(places)] for i in numbers]
         table = pa.table(
             {
-                "row": numbers, "q": [q for q, _ in some], "d": [d for _, d in some],
+                "row": numbers,
+                "q": [q for q, _ in some],
+                "d": [d for _, d in some],
                 "query": [queries[q]["query"] for q, _ in some],
                 "document": [queries[q]["candidates"][d]["text"] for q, d in some],
             }
-        )  # fmt: skip
+        )
         paths.append(folder / f"{number}.parquet")
         pq.write_table(table, paths[-1])
     return paths
@@ -149,10 +155,26 @@ def _job(source: Path, output: Path, checkpoint: Path, options: Options, kill: s
     import pyarrow.parquet as pq
 
     command = [
-        sys.executable, "-m", "fastrerank.cli", "score", str(source), str(output), "--model", str(checkpoint),
-        "--dtype", options.dtype, "--device", "cpu", "--workers", str(options.workers), "--rows-per-part",
-        str(PART_ROWS), "--keep", "row,q,d", "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "fastrerank.cli",
+        "score",
+        str(source),
+        str(output),
+        "--model",
+        str(checkpoint),
+        "--dtype",
+        options.dtype,
+        "--device",
+        "cpu",
+        "--workers",
+        str(options.workers),
+        "--rows-per-part",
+        str(PART_ROWS),
+        "--keep",
+        "row,q,d",
+        "--json",
+    ]
     files = [source] if source.is_file() else sorted(source.iterdir())
     rows = sum(pq.read_metadata(path).num_rows for path in files)
     row: dict[str, Any] = {"rows": rows}

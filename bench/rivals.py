@@ -357,19 +357,31 @@ def _convert_onnx(checkpoint: Path, folder: Path) -> None:
     axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "length"} for name in names} | {"logits": {0: "batch"}}
     with torch.inference_mode():
         torch.onnx.export(
-            model, kwargs=example, f=str(folder / "plain.onnx"), input_names=names, output_names=["logits"],
-            dynamic_axes=axes, dynamo=False, opset_version=17,
-        )  # fmt: skip
+            model,
+            kwargs=example,
+            f=str(folder / "plain.onnx"),
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes=axes,
+            dynamo=False,
+            opset_version=17,
+        )
     fused = optimize_model(
-        str(folder / "plain.onnx"), model_type="bert", num_heads=config["num_attention_heads"],
-        hidden_size=config["hidden_size"], opt_level=1,
-    )  # fmt: skip
+        str(folder / "plain.onnx"),
+        model_type="bert",
+        num_heads=config["num_attention_heads"],
+        hidden_size=config["hidden_size"],
+        opt_level=1,
+    )
     fused.save_model_to_file(str(folder / "fused.onnx"))
     draft = folder / "draft-int8.onnx"
     quantize_dynamic(
-        folder / "fused.onnx", draft, per_channel=True, weight_type=QuantType.QInt8,
+        folder / "fused.onnx",
+        draft,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
         extra_options={"DefaultTensorType": 1},
-    )  # fmt: skip
+    )
     draft.rename(folder / "int8.onnx")
 
 
@@ -377,8 +389,17 @@ OURS: tuple[type[Engine], ...] = (FastRerank, FastRerankBfloat16, FastRerankInt8
 # Ours too, but not what a user of these models gets without asking: it takes part where it is named.
 NAMED: tuple[type[Engine], ...] = (FastRerankTorch,)
 RIVALS: tuple[type[Engine], ...] = (
-    SentenceTransformers, SentenceTransformersModel, Torch, TorchBfloat16, OnnxRuntime, OnnxRuntimeInt8,
-    OpenVino, OpenVinoBfloat16, OpenVinoInt8, CTranslate2, CTranslate2Int8,
-)  # fmt: skip
+    SentenceTransformers,
+    SentenceTransformersModel,
+    Torch,
+    TorchBfloat16,
+    OnnxRuntime,
+    OnnxRuntimeInt8,
+    OpenVino,
+    OpenVinoBfloat16,
+    OpenVinoInt8,
+    CTranslate2,
+    CTranslate2Int8,
+)
 _YARDSTICKS: tuple[type[Engine], ...] = (Reference, Reference64)
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in OURS + NAMED + RIVALS + _YARDSTICKS}

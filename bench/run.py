@@ -118,19 +118,36 @@ def llm(
     from rich.console import Console
 
     log = Console(stderr=True)
-    elsewhere = {"--only": only} if context.obj == "cpu" else {
-        "--dtype": dtype != "float32,bfloat16", "--docs": docs != 100, "--threads": threads, "--no-memory": not memory,
-    }  # fmt: skip
+    elsewhere = (
+        {"--only": only}
+        if context.obj == "cpu"
+        else {
+            "--dtype": dtype != "float32,bfloat16",
+            "--docs": docs != 100,
+            "--threads": threads,
+            "--no-memory": not memory,
+        }
+    )
     if given := [name for name, value in elsewhere.items() if value]:
         place = "GPU" if context.obj == "cpu" else "CPU"
         log.print(f"[red]error:[/red] {', '.join(given)} is for the comparison on a {place}", highlight=False)
         raise typer.Exit(2)
     if context.obj == "cuda":
         everything(
-            context, parts="ceilings,llm", only=None, rounds=rounds, compiled=False, seconds=0.0, quick=False,
-            tiny=tiny, data=data, cache=cache, json_file=json_file or (None if tiny else RESULTS / "gpu-llm.json"),
-            markdown=markdown, llms=only,
-        )  # fmt: skip
+            context,
+            parts="ceilings,llm",
+            only=None,
+            rounds=rounds,
+            compiled=False,
+            seconds=0.0,
+            quick=False,
+            tiny=tiny,
+            data=data,
+            cache=cache,
+            json_file=json_file or (None if tiny else RESULTS / "gpu-llm.json"),
+            markdown=markdown,
+            llms=only,
+        )
     from bench import llm as bench
     from bench import llm_report as report
 
@@ -176,9 +193,20 @@ def cur(
             log.print("[red]error:[/red] --part and --picture are for searches on a CPU", highlight=False)
             raise typer.Exit(2)
         everything(
-            context, parts="ceilings,cur", only=None, rounds=15, compiled=False, seconds=0.0, quick=False, tiny=False,
-            data=data, cache=None, json_file=json_file or RESULTS / "gpu-cur.json", markdown=False, llms=None,
-        )  # fmt: skip
+            context,
+            parts="ceilings,cur",
+            only=None,
+            rounds=15,
+            compiled=False,
+            seconds=0.0,
+            quick=False,
+            tiny=False,
+            data=data,
+            cache=None,
+            json_file=json_file or RESULTS / "gpu-cur.json",
+            markdown=False,
+            llms=None,
+        )
     from bench import cur as bench
 
     try:
@@ -208,10 +236,15 @@ def cur_scan(
     from bench import cur_scan as bench
 
     options = bench.Options(
-        items=items, width=width, k=k, queries=tuple(int(n) for n in queries.split(",")), rounds=rounds,
-        threads=threads or _cores(), against=tuple(against.split(",")),
+        items=items,
+        width=width,
+        k=k,
+        queries=tuple(int(n) for n in queries.split(",")),
+        rounds=rounds,
+        threads=threads or _cores(),
+        against=tuple(against.split(",")),
         command="python -m bench.run " + " ".join(sys.argv[1:]),
-    )  # fmt: skip
+    )
     found = bench.run(options, Console(stderr=True))
     bench.show(found, Console())
     if json_file:
@@ -247,9 +280,14 @@ def icr(
 
         file = json_file or (None if tiny else RESULTS / "gpu-icr.json")
         options_ = gpu_icr.Options(
-            "cuda:0", tiny, rounds, tuple(parts.split(",")), (data,) if data else (DATA, ROOT / "shared" / "data"),
-            cache or models.default_cache(), command,
-        )  # fmt: skip
+            "cuda:0",
+            tiny,
+            rounds,
+            tuple(parts.split(",")),
+            (data,) if data else (DATA, ROOT / "shared" / "data"),
+            cache or models.default_cache(),
+            command,
+        )
         try:
             gpu = gpu_icr.run(options_, log, lambda found: gpu_icr.write_json(found, file) if file else None)
         except ValueError as error:
@@ -261,9 +299,15 @@ def icr(
 
     try:
         options = bench.Options(
-            dtypes=tuple(dtype.split(",")), rounds=rounds, threads=threads or _cores(), memory=memory, tiny=tiny,
-            data=data or DATA, cache=cache or models.default_cache(), command=command,
-        )  # fmt: skip
+            dtypes=tuple(dtype.split(",")),
+            rounds=rounds,
+            threads=threads or _cores(),
+            memory=memory,
+            tiny=tiny,
+            data=data or DATA,
+            cache=cache or models.default_cache(),
+            command=command,
+        )
         findings = bench.run(options, log, lambda found: bench.write_json(found, json_file) if json_file else None)
     except (ValueError, FileNotFoundError) as error:
         log.print(f"[red]error:[/red] {error}", highlight=False)
@@ -305,14 +349,23 @@ def serve(
     try:
         found = bench.run(
             bench.Options(
-                dtype=dtype, clients=clients, documents=docs, requests=requests, seconds=seconds, overload=overload,
-                queue_tokens=queue_tokens, server_options=tuple(options.split()), infinity=infinity_python,
+                dtype=dtype,
+                clients=clients,
+                documents=docs,
+                requests=requests,
+                seconds=seconds,
+                overload=overload,
+                queue_tokens=queue_tokens,
+                server_options=tuple(options.split()),
+                infinity=infinity_python,
                 infinity_options=tuple(infinity_options.split()),
-                threads=threads or _cores(), data=data, cache=cache or models.default_cache(),
+                threads=threads or _cores(),
+                data=data,
+                cache=cache or models.default_cache(),
                 command="python -m bench.run " + " ".join(sys.argv[1:]),
             ),
             log,
-        )  # fmt: skip
+        )
     except (ValueError, FileNotFoundError, ServerError) as error:
         log.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
@@ -345,9 +398,17 @@ def beside(
     log, folder = Console(stderr=True), cache or models.default_cache()
     try:
         options = bench.Options(
-            models.build("minilm", folder).path, serve.texts(data, 40, docs), dtype, clients, large, query_bytes,
-            seconds, threads or _cores(), folder / "logs", "python -m bench.run " + " ".join(sys.argv[1:]),
-        )  # fmt: skip
+            models.build("minilm", folder).path,
+            serve.texts(data, 40, docs),
+            dtype,
+            clients,
+            large,
+            query_bytes,
+            seconds,
+            threads or _cores(),
+            folder / "logs",
+            "python -m bench.run " + " ".join(sys.argv[1:]),
+        )
         found = bench.run(options, log)
     except (ValueError, FileNotFoundError, ServerError) as error:
         log.print(f"[red]error:[/red] {error}", highlight=False)
@@ -378,9 +439,15 @@ def soak(
     log, folder = Console(stderr=True), cache or models.default_cache()
     try:
         options = bench.Options(
-            models.build("minilm", folder).path, serve.texts(data, 60, docs), minutes, clients, _cores(),
-            folder / "logs", "python -m bench.run " + " ".join(sys.argv[1:]), seed,
-        )  # fmt: skip
+            models.build("minilm", folder).path,
+            serve.texts(data, 60, docs),
+            minutes,
+            clients,
+            _cores(),
+            folder / "logs",
+            "python -m bench.run " + " ".join(sys.argv[1:]),
+            seed,
+        )
         found = bench.run(options, log)
     except (ValueError, FileNotFoundError, ServerError) as error:
         log.print(f"[red]error:[/red] {error}", highlight=False)

@@ -140,11 +140,16 @@ def run(options: Options, log: Any) -> Findings:
     findings = Findings(
         host=host(options),
         workload={
-            "model": model.note, "dtype": options.dtype, "clients": options.clients, "documents": options.documents,
-            "distinct_requests": len(asked), "seconds": options.seconds, "queue_tokens": options.queue_tokens,
+            "model": model.note,
+            "dtype": options.dtype,
+            "clients": options.clients,
+            "documents": options.documents,
+            "distinct_requests": len(asked),
+            "seconds": options.seconds,
+            "queue_tokens": options.queue_tokens,
         },
         offline={},
-    )  # fmt: skip
+    )
     logs = options.cache / "logs"
     queue = ("--max-queue-tokens", str(options.queue_tokens), *options.server_options)
     with servers.fastrerank(model.path, options.dtype, logs, queue) as server:
@@ -158,10 +163,11 @@ def run(options: Options, log: Any) -> Findings:
         expected = [*first, *second]
         total = sum(len(documents) for _, documents in asked)
         findings.offline = {
-            "seconds": [seconds_first, seconds_second], "documents": total,
+            "seconds": [seconds_first, seconds_second],
+            "documents": total,
             "tokens": tokens_first + tokens_second,
             "documents_per_second": total / (seconds_first + seconds_second),
-        }  # fmt: skip
+        }
         found = findings.loads[server.name] = {"closed": steady.load(options, expected, 0.0)}
         if options.overload:
             rate = 2 * found["closed"].documents_per_second / options.documents
@@ -203,16 +209,26 @@ class _Measured:
         if failed:
             problem = problem or f"status {failed[0].status}: {failed[0].body[:200]!r}"
         return Load(
-            wall=phase.end - phase.begin, sent=len(phase.replies), answered=len(phase.answered()),
-            refused=len(refused), failed=len(failed),
+            wall=phase.end - phase.begin,
+            sent=len(phase.replies),
+            answered=len(phase.answered()),
+            refused=len(refused),
+            failed=len(failed),
             unannounced=sum(reply.retry_after is None for reply in refused),
-            wrong=verdict.wrong, furthest=verdict.furthest, problem=problem,
+            wrong=verdict.wrong,
+            furthest=verdict.furthest,
+            problem=problem,
             documents_per_second=phase.rate * options.documents,
-            p50=phase.percentile(50), p95=phase.percentile(95), p99=phase.percentile(99),
-            longest=phase.percentile(100), server_cpu=self._cpu, client_cpu=phase.cpu,
-            resident_before=self._memory.first, resident_most=self._memory.most,
+            p50=phase.percentile(50),
+            p95=phase.percentile(95),
+            p99=phase.percentile(99),
+            longest=phase.percentile(100),
+            server_cpu=self._cpu,
+            client_cpu=phase.cpu,
+            resident_before=self._memory.first,
+            resident_most=self._memory.most,
             refused_p99=float(np.percentile([reply.seconds for reply in refused], 99)) if refused else None,
-        )  # fmt: skip
+        )
 
 
 def _columns(asked: list[tuple[str, list[str]]]) -> tuple[list[str], list[list[str]]]:
@@ -251,27 +267,56 @@ def show(findings: Findings) -> None:
     console.print(
         f"{work['model']}, {work['dtype']}; {work['distinct_requests']} requests of {work['documents']} DL19 passages, "
         f"{offline['tokens'] / offline['documents']:.0f} tokens a pair; the library alone: "
-        f"{offline['documents_per_second']:.1f} documents/s", highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    names = ("server", "load", "documents/s", "p50 s", "p95 s", "p99 s", "longest s", "answered", "429", "failed",
-             "wrong", "CPU s", "clients' CPU s", "MiB before", "MiB most")  # fmt: skip
+        f"{offline['documents_per_second']:.1f} documents/s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    names = (
+        "server",
+        "load",
+        "documents/s",
+        "p50 s",
+        "p95 s",
+        "p99 s",
+        "longest s",
+        "answered",
+        "429",
+        "failed",
+        "wrong",
+        "CPU s",
+        "clients' CPU s",
+        "MiB before",
+        "MiB most",
+    )
     table = Table(*names)
     for server, loads in findings.loads.items():
         for phase, load in loads.items():
             table.add_row(
-                server, phase, f"{load.documents_per_second:.1f}", f"{load.p50:.3f}", f"{load.p95:.3f}",
-                f"{load.p99:.3f}", f"{load.longest:.3f}", str(load.answered), str(load.refused), str(load.failed),
-                str(load.wrong), f"{load.server_cpu:.1f}", f"{load.client_cpu:.1f}",
-                f"{load.resident_before / 2**20:.0f}", f"{load.resident_most / 2**20:.0f}",
-            )  # fmt: skip
+                server,
+                phase,
+                f"{load.documents_per_second:.1f}",
+                f"{load.p50:.3f}",
+                f"{load.p95:.3f}",
+                f"{load.p99:.3f}",
+                f"{load.longest:.3f}",
+                str(load.answered),
+                str(load.refused),
+                str(load.failed),
+                str(load.wrong),
+                f"{load.server_cpu:.1f}",
+                f"{load.client_cpu:.1f}",
+                f"{load.resident_before / 2**20:.0f}",
+                f"{load.resident_most / 2**20:.0f}",
+            )
             if load.problem:
                 console.print(f"[red]{server}, {phase}: {load.problem}[/red]", highlight=False)
     console.print(table)
     ours = findings.loads["fastrerank"]["closed"]
     console.print(
         f"{findings.share:.3f} of the library alone (at least {LEAST_SHARE:g} wanted); p99 is "
-        f"{ours.p99 / ours.p50:.2f} times p50 (at most {MOST_SPREAD:g} wanted)", highlight=False,
-    )  # fmt: skip
+        f"{ours.p99 / ours.p50:.2f} times p50 (at most {MOST_SPREAD:g} wanted)",
+        highlight=False,
+    )
     flood = findings.loads["fastrerank"].get("overload")
     if flood is not None:
         pair = offline["tokens"] / offline["documents"]
@@ -280,13 +325,15 @@ def show(findings: Findings) -> None:
         console.print(
             f"at twice the rate: a full queue of {work['queue_tokens']} tokens takes {full:.1f} s; accepted requests "
             f"waited {flood.p99:.1f} s (p99){refused}; {flood.unannounced} of {flood.refused} refusals lacked "
-            "Retry-After", highlight=False,
-        )  # fmt: skip
+            "Retry-After",
+            highlight=False,
+        )
     for server, loads in findings.loads.items():
         if server != "fastrerank":
             ratio = ours.documents_per_second / loads["closed"].documents_per_second
             about = findings.servers[server]
             console.print(
                 f"{ratio:.2f} times the throughput of {server} {about['version']} in {about['dtype']}; largest "
-                f"difference of a score {loads['closed'].furthest:.2g}", highlight=False,
-            )  # fmt: skip
+                f"difference of a score {loads['closed'].furthest:.2g}",
+                highlight=False,
+            )

@@ -39,9 +39,12 @@ class Server:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
                 env={**os.environ, **_QUIET},
-            )  # fmt: skip
+            )
         try:
             end = time.monotonic() + START_SECONDS
             self.address = Address("127.0.0.1", port or self._port_of_log(end))
@@ -127,8 +130,21 @@ def fastrerank(checkpoint: Path, dtype: str, logs: Path, options: Sequence[str] 
     """Equals `fastrerank serve` on a free port."""
     from importlib.metadata import version
 
-    command = [sys.executable, "-m", "fastrerank.cli", "serve", "--model", f"{NAME}={checkpoint}", "--port", "0",
-               "--device", "cpu", "--dtype", dtype, *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "fastrerank.cli",
+        "serve",
+        "--model",
+        f"{NAME}={checkpoint}",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--dtype",
+        dtype,
+        *options,
+    ]
     return Server("fastrerank", version("fastrerank"), command, logs / "fastrerank.log")
 
 
@@ -146,7 +162,23 @@ def infinity(
     if done.returncode:
         raise ServerError(f"{python} cannot find infinity-emb: {done.stderr.strip().splitlines()[-1:]}")
     ours, torch = done.stdout.split()
-    command = [str(python.with_name("infinity_emb")), "v2", "--model-id", str(checkpoint), "--served-model-name", NAME,
-               "--host", "127.0.0.1", "--port", str(port), "--engine", "torch", "--device", "cpu",
-               "--dtype", dtype, *options]  # fmt: skip
+    command = [
+        str(python.with_name("infinity_emb")),
+        "v2",
+        "--model-id",
+        str(checkpoint),
+        "--served-model-name",
+        NAME,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--engine",
+        "torch",
+        "--device",
+        "cpu",
+        "--dtype",
+        dtype,
+        *options,
+    ]
     return Server("infinity-emb", f"{ours}, torch {torch}", command, logs / "infinity.log", port)

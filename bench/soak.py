@@ -198,8 +198,9 @@ class _Soak:
         await self.once(kind, self.head(route, len(raw)) + raw)
 
     def head(self, route: str, length: int) -> bytes:
-        return (f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {length}\r\n\r\n").encode()  # fmt: skip
+        return (
+            f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        ).encode()
 
     async def fault(self) -> None:
         text = self.random.choice((PANIC, BREAK))
@@ -276,9 +277,21 @@ def run(options: Options, log: Any) -> Findings:
 
 
 def _server(options: Options) -> Server:
-    command = [sys.executable, "-m", "bench.faulty", "--model", f"{NAME}={options.checkpoint}", "--max-queue-tokens",
-               str(QUEUE_TOKENS), "--max-body-mb", str(BODY_MB), "--header-timeout", "2",
-               "--body-timeout", "2"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "bench.faulty",
+        "--model",
+        f"{NAME}={options.checkpoint}",
+        "--max-queue-tokens",
+        str(QUEUE_TOKENS),
+        "--max-body-mb",
+        str(BODY_MB),
+        "--header-timeout",
+        "2",
+        "--body-timeout",
+        "2",
+    ]
     return Server("bench.faulty", version("fastrerank"), command, options.logs / "soak.log")
 
 
@@ -291,8 +304,12 @@ async def _kill(server: Server, options: Options, findings: Findings) -> None:
     statuses = Counter(str(reply.status) for reply in await asyncio.gather(*waiting))
     while server.process.poll() is None and time.monotonic() < begin + 30:
         await asyncio.sleep(0.05)
-    findings.killed = {"status": died.status, "others": dict(statuses), "exit_code": server.process.poll(),
-                       "seconds": time.monotonic() - begin}  # fmt: skip
+    findings.killed = {
+        "status": died.status,
+        "others": dict(statuses),
+        "exit_code": server.process.poll(),
+        "seconds": time.monotonic() - begin,
+    }
 
 
 def _judge(findings: Findings) -> None:
@@ -325,10 +342,12 @@ def show(findings: Findings) -> None:
     console = Console()
     resident = {name: f"{value / 2**20:.0f} MiB" for name, value in findings.resident.items()}
     rows = {
-        "honest answers": findings.honest, "wrong": findings.wrong,
+        "honest answers": findings.honest,
+        "wrong": findings.wrong,
         "/health": f"{findings.health_asked} answers, the longest after {findings.health_longest:.3f} s",
-        "memory": resident, "killed worker": findings.killed,
-    }  # fmt: skip
+        "memory": resident,
+        "killed worker": findings.killed,
+    }
     for name, value in (rows | findings.hostile).items():
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
     for text in findings.problems:

@@ -288,9 +288,12 @@ def _open_folder(root: Path, trust_remote_code: bool) -> Checkpoint:
         trust_remote_code=trust_remote_code,
     )
     marked = marked_layout(
-        (root, transformer_path), config, [module.dotted for module in modules], checkpoint.st_config,
+        (root, transformer_path),
+        config,
+        [module.dotted for module in modules],
+        checkpoint.st_config,
         checkpoint.sentence_config(),
-    )  # fmt: skip
+    )
     refuse_marked_layout(root, marked)
     return checkpoint
 

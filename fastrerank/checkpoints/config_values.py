@@ -21,12 +21,24 @@ _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"), MAX_LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), MAX_HEADS),
     **dict.fromkeys(
-        ("hidden_size", "intermediate_size", "embedding_size", "d_model", "d_ff", "d_inner", "d_kv", "n_embd", "dim",
-         "hidden_dim", "head_dim"), MAX_SIZE,
+        (
+            "hidden_size",
+            "intermediate_size",
+            "embedding_size",
+            "d_model",
+            "d_ff",
+            "d_inner",
+            "d_kv",
+            "n_embd",
+            "dim",
+            "hidden_dim",
+            "head_dim",
+        ),
+        MAX_SIZE,
     ),
     "vocab_size": MAX_SIZE,
     "max_position_embeddings": MAX_POSITIONS,
-}  # fmt: skip
+}
 _MISSING: Any = object()
 
 

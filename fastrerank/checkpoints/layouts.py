@@ -24,8 +24,12 @@ _MULTI_VECTOR_MODULES = ("MultiVectorMask", "HierarchicalTokenPooling")
 # Keys of config_sentence_transformers.json that only PyLate writes, and those of sentence_bert_config.json that only a
 # MultiVectorEncoder does.
 _PYLATE_KEYS = (
-    "query_prefix", "document_prefix", "do_query_expansion", "attend_to_expansion_tokens", "skiplist_words",
-)  # fmt: skip
+    "query_prefix",
+    "document_prefix",
+    "do_query_expansion",
+    "attend_to_expansion_tokens",
+    "skiplist_words",
+)
 _EXPANSION_KEYS = ("query_expansion", "query_length", "document_length")
 
 

@@ -200,9 +200,18 @@ def rank(
     if not documents:
         warn("there are no documents to rank")
     reranker = load_reranker(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
-        heads=heads_option(heads), max_length=max_length, engine=engine, label=label,
-    )  # fmt: skip
+        checkpoint,
+        method,
+        dtype,
+        device=device,
+        num_threads=threads,
+        template=template,
+        instruction=instruction,
+        heads=heads_option(heads),
+        max_length=max_length,
+        engine=engine,
+        label=label,
+    )
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
@@ -288,9 +297,17 @@ def heads(
     kept_in = f"the heads' scores of the queries so far are in {state}"
     with resumable(kept_in), progress_bar("scoring heads", total=len(labelled), shown=True) as advance:
         found = score_heads(
-            checkpoint, labelled, rule=rule.value, temperature=temperature, instruction=instruction, state=state,
-            progress=advance, device=device, dtype=dtype.value, num_threads=threads,
-        )  # fmt: skip
+            checkpoint,
+            labelled,
+            rule=rule.value,
+            temperature=temperature,
+            instruction=instruction,
+            state=state,
+            progress=advance,
+            device=device,
+            dtype=dtype.value,
+            num_threads=threads,
+        )
     kept = found.save(save, top)
     state.unlink()
     if as_json:
@@ -408,21 +425,33 @@ def serve(
     named, keys = parse_models(model or []), read_keys(api_key_file)
     labels, aliases = parse_labels(label or [], named), hub_names(named) | parse_aliases(alias or [], named)
     options = {
-        "device": device, "num_threads": threads, "template": template, "instruction": instruction,
-        "max_length": max_length, "engine": engine,
-    }  # fmt: skip
+        "device": device,
+        "num_threads": threads,
+        "template": template,
+        "instruction": instruction,
+        "max_length": max_length,
+        "engine": engine,
+    }
     rerankers = {
         name: fastrerank.AsyncReranker(
             load_reranker(checkpoint, method, dtype, label=labels.get(name), **options),
-            max_batch_tokens=max_batch_tokens, max_wait_ms=max_wait_ms, max_queue_tokens=max_queue_tokens,
+            max_batch_tokens=max_batch_tokens,
+            max_wait_ms=max_wait_ms,
+            max_queue_tokens=max_queue_tokens,
         )
         for name, checkpoint in named.items()
-    }  # fmt: skip
+    }
     settings = Settings(
-        keys=keys, flavor=Flavor(api_flavor), max_body_bytes=int(max_body_mb * 2**20), max_documents=max_documents,
-        max_bodies_bytes=None if max_bodies_mb is None else int(max_bodies_mb * 2**20), body_seconds=body_timeout,
-        timeout=timeout, origins=tuple(cors_origin or ()), aliases=aliases,
-    )  # fmt: skip
+        keys=keys,
+        flavor=Flavor(api_flavor),
+        max_body_bytes=int(max_body_mb * 2**20),
+        max_documents=max_documents,
+        max_bodies_bytes=None if max_bodies_mb is None else int(max_bodies_mb * 2**20),
+        body_seconds=body_timeout,
+        timeout=timeout,
+        origins=tuple(cors_origin or ()),
+        aliases=aliases,
+    )
     run_server(create_app(rerankers, settings), host, port, grace=grace, header_seconds=header_timeout)
 
 

@@ -121,10 +121,16 @@ def evaluate_command(
         cli.need_model(None)
     _check_files(datasets, trec_run, qrels, queries, systems)
     given = {
-        "method": method, "device": device,
-        "num_threads": threads, "template": template, "instruction": instruction, "heads": cli.heads_option(heads),
-        "max_length": max_length, "engine": engine, "label": label,
-    }  # fmt: skip
+        "method": method,
+        "device": device,
+        "num_threads": threads,
+        "template": template,
+        "instruction": instruction,
+        "heads": cli.heads_option(heads),
+        "max_length": max_length,
+        "engine": engine,
+        "label": label,
+    }
     defaults = cli.load_options(dtype, **given)
     listed = _listed(model or [], systems, with_run or [], defaults)
     checkpoint = None if several or listed[0].options != defaults else listed[0].model
@@ -135,9 +141,16 @@ def evaluate_command(
             )
         pools = _pools(datasets, trec_run, qrels, queries)
         _compare(
-            listed, pools, out, as_json, baseline=baseline or FIRST_STAGE, top_k=top_k, min_relevance=min_relevance,
-            warmup=warmup, **({"measures": measure} if measure else {}),
-        )  # fmt: skip
+            listed,
+            pools,
+            out,
+            as_json,
+            baseline=baseline or FIRST_STAGE,
+            top_k=top_k,
+            min_relevance=min_relevance,
+            warmup=warmup,
+            **({"measures": measure} if measure else {}),
+        )
         return
     if run is not None and not run.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")

@@ -38,10 +38,13 @@ Budget = Annotated[
 Queries = Annotated[
     int,
     typer.Option(
-        "--queries", min=1, metavar="N", rich_help_panel=SEARCH,
+        "--queries",
+        min=1,
+        metavar="N",
+        rich_help_panel=SEARCH,
         help="Anchor queries to hold out, at most half of them.",
     ),
-]  # fmt: skip
+]
 
 
 class Storage(str, Enum):
@@ -102,10 +105,17 @@ def build(
     checkpoint = cli.need_model(model)
     texts, anchors = _read("--items", items), _read("--queries", queries)
     reranker = cli.load_reranker(
-        checkpoint, method, dtype, device=device, num_threads=threads, template=template, instruction=instruction,
+        checkpoint,
+        method,
+        dtype,
+        device=device,
+        num_threads=threads,
+        template=template,
+        instruction=instruction,
         label=label,
-        max_length=max_length, engine=engine,
-    )  # fmt: skip
+        max_length=max_length,
+        engine=engine,
+    )
     with cli.resumable(f"the scores made so far are in {folder / 'build'}"):
         index = CURIndex.build(reranker, texts, anchors, checkpoint=folder / "build", storage=storage.value)
         index.save(folder)
@@ -143,9 +153,17 @@ def search(
     """Find the best texts of FOLDER for QUERY with at most --budget calls of the reranker."""
     index = CURIndex.load(folder)
     reranker = cli.load_reranker(
-        cli.need_model(model), method, dtype, device=device, num_threads=threads, template=template,
-        instruction=instruction, max_length=max_length, engine=engine, label=label,
-    )  # fmt: skip
+        cli.need_model(model),
+        method,
+        dtype,
+        device=device,
+        num_threads=threads,
+        template=template,
+        instruction=instruction,
+        max_length=max_length,
+        engine=engine,
+        label=label,
+    )
     ids, scores = index.search_reranker(reranker, query, k=top_k, budget=budget, rounds=rounds)
     texts = index.texts(ids)
     usage = index.last_usage

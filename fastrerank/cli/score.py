@@ -73,8 +73,13 @@ def score(
         raise ImportError(f"scoring files needs {error.name}: pip install 'fastrerank[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     given = cli.load_options(
-        dtype, template=template, instruction=instruction, device=device, max_length=max_length, engine=engine,
-    )  # fmt: skip
+        dtype,
+        template=template,
+        instruction=instruction,
+        device=device,
+        max_length=max_length,
+        engine=engine,
+    )
     # Ray prints on standard output what workers print, and that one has died: here that is the result's.
     with (
         cli.resumable(f"the parts that are whole are in {output}"),
@@ -82,10 +87,24 @@ def score(
         cli.progress_bar("scoring pairs", shown=True, total=0) as advance,
     ):
         done = score_files(
-            inputs, output, checkpoint, method, workers=workers, num_threads=threads, num_gpus=gpus, query=query_field,
-            document=document_field, score=score_field, keep=None if keep is None else keep.split(","),
-            rows_per_part=rows_per_part, address=address, progress=advance, label=label, raw=not activated, **given,
-        )  # fmt: skip
+            inputs,
+            output,
+            checkpoint,
+            method,
+            workers=workers,
+            num_threads=threads,
+            num_gpus=gpus,
+            query=query_field,
+            document=document_field,
+            score=score_field,
+            keep=None if keep is None else keep.split(","),
+            rows_per_part=rows_per_part,
+            address=address,
+            progress=advance,
+            label=label,
+            raw=not activated,
+            **given,
+        )
     if as_json:
         cli.print_json(done)
     else:

@@ -79,17 +79,23 @@ Model = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        callback=_method, metavar="METHOD", rich_help_panel=MODEL, show_default=FOUND,
+        callback=_method,
+        metavar="METHOD",
+        rich_help_panel=MODEL,
+        show_default=FOUND,
         help=f"How documents are ranked: {', '.join(list_methods())}.",
     ),
-]  # fmt: skip
+]
 TemplateOption = Annotated[
     str | None,
     typer.Option(
-        "--template", metavar="NAME", rich_help_panel=MODEL, show_default=FOUND,
+        "--template",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        show_default=FOUND,
         help="Prompt of a language model: a published one's name, or a TOML file.",
     ),
-]  # fmt: skip
+]
 Instruction = Annotated[
     str | None,
     typer.Option(
@@ -99,45 +105,62 @@ Instruction = Annotated[
 HeadsOption = Annotated[
     str | None,
     typer.Option(
-        "--heads", metavar="HEADS", rich_help_panel=MODEL,
+        "--heads",
+        metavar="HEADS",
+        rich_help_panel=MODEL,
         help="Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`.",
     ),
-]  # fmt: skip
+]
 LabelOption = Annotated[
     str | None,
     typer.Option(
-        "--label", callback=_label, metavar="LABEL", rich_help_panel=MODEL, show_default="the one whose name tells it",
+        "--label",
+        callback=_label,
+        metavar="LABEL",
+        rich_help_panel=MODEL,
+        show_default="the one whose name tells it",
         help="Of a head with several labels the one that ranks, a name or number.",
     ),
-]  # fmt: skip
+]
 MaxLength = Annotated[
     int | None,
     typer.Option(
-        "--max-length", min=1, metavar="TOKENS", rich_help_panel=MODEL, show_default="the checkpoint's limit",
+        "--max-length",
+        min=1,
+        metavar="TOKENS",
+        rich_help_panel=MODEL,
+        show_default="the checkpoint's limit",
         help="Tokens of a query and a document together; longer documents are cut.",
     ),
-]  # fmt: skip
+]
 EngineOption = Annotated[
     Engine | None,
     typer.Option(
-        "--engine", metavar="ENGINE", rich_help_panel=COMPUTING, show_default="the fastest that runs the model",
+        "--engine",
+        metavar="ENGINE",
+        rich_help_panel=COMPUTING,
+        show_default="the fastest that runs the model",
         help="What computes: native (C++, on CPUs), torch (packed) or padded (torch, any model).",
     ),
-]  # fmt: skip
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        metavar="DTYPE", rich_help_panel=COMPUTING,
+        metavar="DTYPE",
+        rich_help_panel=COMPUTING,
         help=f"Precision: {', '.join(one.value for one in Dtype)}; auto is float32 on a CPU and bfloat16 on a GPU.",
     ),
-]  # fmt: skip
+]
 Device = Annotated[
     str | None,
     typer.Option(
-        callback=_device, metavar="DEVICE", rich_help_panel=COMPUTING, show_default="a usable GPU, else the CPU",
+        callback=_device,
+        metavar="DEVICE",
+        rich_help_panel=COMPUTING,
+        show_default="a usable GPU, else the CPU",
         help="Where to compute: cpu, cuda or cuda:1.",
     ),
-]  # fmt: skip
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -276,10 +276,15 @@ class JsonLines(PairFiles):
                     rows += 1
                 position += len(line)
         return [
-            Part(number + i, path, i * rows_per_part, min(rows_per_part, rows - i * rows_per_part),
-                 -1 if path.endswith(".gz") else offset)
+            Part(
+                number + i,
+                path,
+                i * rows_per_part,
+                min(rows_per_part, rows - i * rows_per_part),
+                -1 if path.endswith(".gz") else offset,
+            )
             for i, offset in enumerate(begins)
-        ]  # fmt: skip
+        ]
 
     def read(self, part: Part) -> list[dict[str, Any]]:
         ahead = part.path == self._path and self._row <= part.begin
@@ -324,8 +329,12 @@ class JsonLines(PairFiles):
 
 
 _KINDS: dict[str, type[PairFiles]] = {
-    ".parquet": Parquet, ".jsonl": JsonLines, ".jsonl.gz": JsonLines, ".ndjson": JsonLines, ".ndjson.gz": JsonLines,
-}  # fmt: skip
+    ".parquet": Parquet,
+    ".jsonl": JsonLines,
+    ".jsonl.gz": JsonLines,
+    ".ndjson": JsonLines,
+    ".ndjson.gz": JsonLines,
+}
 
 
 def _kind(path: str) -> type[PairFiles] | None:

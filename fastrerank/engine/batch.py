@@ -154,9 +154,12 @@ def pack(segments: Sequence[Segment]) -> PackedBatch:
 
 
 def pack_documents(
-    ids: npt.NDArray[np.integer], types: npt.NDArray[np.integer] | None, offsets: npt.NDArray[np.integer],
-    chosen: npt.NDArray[np.integer], causal: bool,
-) -> PackedBatch:  # fmt: skip
+    ids: npt.NDArray[np.integer],
+    types: npt.NDArray[np.integer] | None,
+    offsets: npt.NDArray[np.integer],
+    chosen: npt.NDArray[np.integer],
+    causal: bool,
+) -> PackedBatch:
     """Return `pack` of the documents ids[offsets[d]:offsets[d+1]] for d in `chosen`, without prefixes."""
     lengths = np.diff(offsets)[chosen].astype(np.int64)
     ends = np.cumsum(lengths)
@@ -175,10 +178,16 @@ def _assemble(
     lo, hi = np.repeat(starts, lengths), np.repeat(ends, lengths)
     plo = np.repeat(np.where(base > 0, starts[prefix], 0) if len(lengths) else starts, lengths)
     return PackedBatch(
-        ids=ids, types=types, positions=rows - lo + np.repeat(base, lengths), lo=lo.astype(np.int32),
-        hi=np.where(np.repeat(causal, lengths), rows + 1, hi).astype(np.int32), plo=plo.astype(np.int32),
-        phi=(plo + np.repeat(base, lengths)).astype(np.int32), starts=starts, ends=ends,
-    )  # fmt: skip
+        ids=ids,
+        types=types,
+        positions=rows - lo + np.repeat(base, lengths),
+        lo=lo.astype(np.int32),
+        hi=np.where(np.repeat(causal, lengths), rows + 1, hi).astype(np.int32),
+        plo=plo.astype(np.int32),
+        phi=(plo + np.repeat(base, lengths)).astype(np.int32),
+        starts=starts,
+        ends=ends,
+    )
 
 
 def _check(segments: Sequence[Segment]) -> None:

@@ -194,9 +194,13 @@ def _electra(config: Config) -> Family:
     embedding = whole(config, "embedding_size", 128)
     projected = embedding != config["hidden_size"]
     return _bert_like(
-        config, "electra.", head, embedding=embedding, projection="embeddings_project" if projected else None,
+        config,
+        "electra.",
+        head,
+        embedding=embedding,
+        projection="embeddings_project" if projected else None,
         ruled_out=() if projected else ("embeddings_project",),
-    )  # fmt: skip
+    )
 
 
 def _roberta(config: Config) -> Family:

@@ -198,9 +198,13 @@ def _torch(what: str) -> Any:
 
 
 def load_encoder(
-    checkpoint: Checkpoint, head: Head | None, chosen: Plan, *, num_threads: int | None = None,
+    checkpoint: Checkpoint,
+    head: Head | None,
+    chosen: Plan,
+    *,
+    num_threads: int | None = None,
     memory_limit: float | None = None,
-) -> Encoder:  # fmt: skip
+) -> Encoder:
     """Load a checkpoint on the engine and devices of a plan; several devices share each call's documents.
 
     `head` None is the checkpoint's own classification head. Raises ValueError if it has none that is trained, or if
@@ -213,9 +217,13 @@ def load_encoder(
 
 
 def load_label_encoder(
-    checkpoint: Checkpoint, labels: Sequence[int] | None, chosen: Plan, *, num_threads: int | None = None,
+    checkpoint: Checkpoint,
+    labels: Sequence[int] | None,
+    chosen: Plan,
+    *,
+    num_threads: int | None = None,
     memory_limit: float | None = None,
-) -> Encoder:  # fmt: skip
+) -> Encoder:
     """Load a decoder that shares what documents begin with; several devices share each call's documents.
 
     `labels` are one or two token ids of a language model; None: it is a classifier. Raises ValueError if the model is
@@ -236,9 +244,13 @@ def load_label_encoder(
 
 
 def _load_native(
-    checkpoint: Checkpoint, head: Head | None, chosen: Plan, device: str, num_threads: int | None,  # noqa: ARG001
+    checkpoint: Checkpoint,
+    head: Head | None,
+    chosen: Plan,
+    device: str,  # noqa: ARG001
+    num_threads: int | None,
     memory_limit: float | None,  # noqa: ARG001
-) -> Encoder:  # fmt: skip
+) -> Encoder:
     family = family_of(checkpoint.config)
     with checkpoint.tensors() as tensors:
         if head is None:
@@ -250,15 +262,24 @@ def _load_native(
         # What is rounded in the last layers reaches every coordinate of a vector.
         vectors = bool(head.steps) and isinstance(head.steps[-1], NormalizeStep)
         return native_encoder.NativeEncoder(
-            checkpoint, family, tensors, head, dtype=chosen.dtype, num_threads=num_threads,
+            checkpoint,
+            family,
+            tensors,
+            head,
+            dtype=chosen.dtype,
+            num_threads=num_threads,
             precise_layers=family.layers // 3 if vectors else 0,
-        )  # fmt: skip
+        )
 
 
 def _load_torch(
-    checkpoint: Checkpoint, head: Head | None, chosen: Plan, device: str, num_threads: int | None,
+    checkpoint: Checkpoint,
+    head: Head | None,
+    chosen: Plan,
+    device: str,
+    num_threads: int | None,
     memory_limit: float | None,
-) -> Encoder:  # fmt: skip
+) -> Encoder:
     try:
         _torch("the torch engine")
     except ImportError as error:
@@ -269,9 +290,14 @@ def _load_torch(
 
     packed = {"torch": True, "padded": False, None: None}[chosen.engine]
     encoder = TorchEncoder.load(
-        checkpoint, head, dtype=chosen.dtype, device=device, num_threads=num_threads, packed=packed,
+        checkpoint,
+        head,
+        dtype=chosen.dtype,
+        device=device,
+        num_threads=num_threads,
+        packed=packed,
         memory_limit=memory_limit,
-    )  # fmt: skip
+    )
     if device == chosen.devices[0] and chosen.engine is None:
         if encoder.packed:
             log.info("%s runs packed on the torch engine: %s", checkpoint.path, chosen.reason)

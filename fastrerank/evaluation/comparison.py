@@ -145,7 +145,7 @@ class Comparison:
                 for m in self.measures
             }
             for name in whole
-        }  # fmt: skip
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the runs, JSON-ready: `from_json` reads it back. Tests are added for other readers."""
@@ -159,9 +159,13 @@ class Comparison:
         }
         own = {key: value for key, value in vars(self).items() if key not in ("datasets", "results", "failures")}
         return {
-            "format": _FORMAT, **own, "datasets": {name: asdict(value) for name, value in self.datasets.items()},
-            "results": results, "tests": tests, "failures": [asdict(failure) for failure in self.failures],
-        }  # fmt: skip
+            "format": _FORMAT,
+            **own,
+            "datasets": {name: asdict(value) for name, value in self.datasets.items()},
+            "results": results,
+            "tests": tests,
+            "failures": [asdict(failure) for failure in self.failures],
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Comparison:
@@ -271,9 +275,15 @@ def compare(
         raise ValueError(f"a run belongs to one data set, and there are {len(pools)}: {', '.join(runs)}")
 
     comparison = Comparison(
-        baseline, list(measures), min_relevance, {name: _about_pool(*pool) for name, pool in pools.items()}, {},
-        {name: {} for name in pools}, [], _about(top_k, warmup),
-    )  # fmt: skip
+        baseline,
+        list(measures),
+        min_relevance,
+        {name: _about_pool(*pool) for name, pool in pools.items()},
+        {},
+        {name: {} for name in pools},
+        [],
+        _about(top_k, warmup),
+    )
     queries = {name: found for name, (_, found) in pools.items()}
     kept = None if keep is None else Kept(keep, queries, top_k=top_k, warmup=warmup)
     for system in [System(FIRST_STAGE, run={}), *listed]:
@@ -284,8 +294,10 @@ def compare(
                 kept.write(system, outcome)
         comparison.systems[system.name] = {
             **({"run": "the candidates' own order"} if system.name == FIRST_STAGE else system.about),
-            "load_seconds": outcome.load_seconds, "peak_bytes": outcome.peak, "peak_gpu_bytes": outcome.peak_gpu,
-        }  # fmt: skip
+            "load_seconds": outcome.load_seconds,
+            "peak_bytes": outcome.peak,
+            "peak_gpu_bytes": outcome.peak_gpu,
+        }
         for name, (run, seconds) in outcome.runs.items():
             timed = None if system.run is not None else seconds
             result = _measured(run, timed, queries[name], list(measures), min_relevance)
@@ -319,9 +331,12 @@ def _outcome(
         try:
             if system.ranker is not None:
                 outcome.runs[name] = rerank(
-                    system.ranker, pool, top_k=top_k, warmup=warmup,
+                    system.ranker,
+                    pool,
+                    top_k=top_k,
+                    warmup=warmup,
                     progress=lambda done, of, name=name: advance(name, done, of),  # type: ignore[misc]
-                )  # fmt: skip
+                )
             elif system.name == FIRST_STAGE:
                 outcome.runs[name] = first_stage(pool), np.zeros(0)
             else:

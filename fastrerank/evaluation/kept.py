@@ -33,9 +33,13 @@ class Kept:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], datasets: Mapping[str, Sequence[JudgedQuery]], *, top_k: int | None,
+        self,
+        folder: str | os.PathLike[str],
+        datasets: Mapping[str, Sequence[JudgedQuery]],
+        *,
+        top_k: int | None,
         warmup: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder = Path(folder)
         self._names = list(datasets)
         digest = hashlib.sha256(json.dumps([VERSION, top_k, warmup]).encode())
@@ -63,10 +67,12 @@ class Kept:
         """Keep the outcome of a system that did not fail: after this its file is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         row: dict[str, Any] = {
-            "key": self._key(system, online=False), "load_seconds": outcome.load_seconds, "peak": outcome.peak,
+            "key": self._key(system, online=False),
+            "load_seconds": outcome.load_seconds,
+            "peak": outcome.peak,
             "peak_gpu": outcome.peak_gpu,
             "runs": {name: [run, seconds.tolist()] for name, (run, seconds) in outcome.runs.items()},
-        }  # fmt: skip
+        }
         path = self._path(system)
         beside = path.with_suffix(".tmp")
         beside.write_text(json.dumps(row), "utf-8")
@@ -120,9 +126,12 @@ def _commit(model: str, options: Mapping[str, Any], online: bool) -> str | None:
     cache = options.get("cache_folder")
     try:
         snapshot = snapshot_download(
-            model, revision=options.get("revision"), cache_dir=None if cache is None else os.fspath(cache),
-            local_files_only=not online or bool(options.get("local_files_only")), allow_patterns=["config.json"],
-        )  # fmt: skip
+            model,
+            revision=options.get("revision"),
+            cache_dir=None if cache is None else os.fspath(cache),
+            local_files_only=not online or bool(options.get("local_files_only")),
+            allow_patterns=["config.json"],
+        )
     except (OSError, ValueError):
         return None
     return Path(snapshot).name

@@ -144,8 +144,9 @@ def _table(comparison: Comparison, dataset: str) -> str:
     header = ["system", *measures, f"Δ {first} [95 %]", "p50 ms", "p95 ms", "peak MiB", *(["GPU MiB"] if gpu else [])]
     rows = []
     for number, (name, system) in enumerate(comparison.systems.items()):
-        cells = [f'<td><span class="swatch" style="background:var(--s{number % plots.COLOURS})"></span>'
-                 f"{_escape(name)}</td>"]  # fmt: skip
+        cells = [
+            f'<td><span class="swatch" style="background:var(--s{number % plots.COLOURS})"></span>{_escape(name)}</td>'
+        ]
         if failed(comparison, dataset, name):
             cells.append(f'<td class="down" colspan="{len(header) - 1}" style="text-align:left">failed</td>')
         else:

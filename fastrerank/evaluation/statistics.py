@@ -86,12 +86,20 @@ def paired_tests(
     p_randomisation = _randomise(differences, resamples)
     return [
         PairedTest(
-            count, float(mean[i]), float(mean[i] - half[i]), float(mean[i] + half[i]),
-            _effect(float(mean[i]), float(spread[i])), float(p_randomisation[i]), float(p_t[i]), corrected,
-            int((row > 0).sum()), int((row == 0).sum()), int((row < 0).sum()),
+            count,
+            float(mean[i]),
+            float(mean[i] - half[i]),
+            float(mean[i] + half[i]),
+            _effect(float(mean[i]), float(spread[i])),
+            float(p_randomisation[i]),
+            float(p_t[i]),
+            corrected,
+            int((row > 0).sum()),
+            int((row == 0).sum()),
+            int((row < 0).sum()),
         )
         for i, (row, corrected) in enumerate(zip(differences, holm(p_randomisation.tolist()), strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def holm(values: Sequence[float]) -> list[float]:

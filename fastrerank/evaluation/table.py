@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from fastrerank.evaluation.comparison import Comparison
 
 __all__ = [
-    "best", "failed", "highest", "interval", "mark", "mebibytes", "milliseconds", "p_value", "print_comparison",
+    "best",
+    "failed",
+    "highest",
+    "interval",
+    "mark",
+    "mebibytes",
+    "milliseconds",
+    "p_value",
+    "print_comparison",
     "tab_separated",
-]  # fmt: skip
+]
 
 _WIDE = 124  # columns from which differences and their intervals have room
 

@@ -128,9 +128,16 @@ class AttentionPrompts:
     """
 
     def __init__(
-        self, tokenizer: Any, policy: Policy, *, model_type: str = "", instruction: str, words: int | None,
-        max_length: int | None = None, cache_bytes: int = 64 << 20,
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: Any,
+        policy: Policy,
+        *,
+        model_type: str = "",
+        instruction: str,
+        words: int | None,
+        max_length: int | None = None,
+        cache_bytes: int = 64 << 20,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"prompts need a fast tokenizer (a tokenizer.json), got {type(tokenizer).__name__}")
@@ -231,9 +238,14 @@ class AttentionPrompts:
             found = self._others.get(instruction)
             if found is None:
                 found = AttentionPrompts(
-                    self._tokenizer, self.policy, model_type=self._model_type, instruction=instruction,
-                    words=self.words, max_length=self.room, cache_bytes=self._cache_bytes,
-                )  # fmt: skip
+                    self._tokenizer,
+                    self.policy,
+                    model_type=self._model_type,
+                    instruction=instruction,
+                    words=self.words,
+                    max_length=self.room,
+                    cache_bytes=self._cache_bytes,
+                )
                 while len(self._others) >= _KEPT_INSTRUCTIONS:
                     self._others.pop(next(iter(self._others)))
                 self._others[instruction] = found

@@ -41,9 +41,12 @@ _CACHE_BYTES = 16 << 20
 
 
 def pair_template(
-    checkpoint: Checkpoint, chat_template: ChatTemplate | None, *, prompt: str = "",
+    checkpoint: Checkpoint,
+    chat_template: ChatTemplate | None,
+    *,
+    prompt: str = "",
     chat_options: Mapping[str, Any] | None = None,
-) -> Template:  # fmt: skip
+) -> Template:
     """The two turns of a pair for a checkpoint: how contents are written, the arguments of its chat template.
 
     Args:
@@ -65,18 +68,25 @@ def pair_template(
         style = "flat" if plain or not parts else "structured"
     messages = (*([Message("system", "{instruction}")] if prompt else []), *template.messages)
     return replace(
-        template, messages=messages, instruction=prompt, chat_options=MappingProxyType(arguments),
+        template,
+        messages=messages,
+        instruction=prompt,
+        chat_options=MappingProxyType(arguments),
         content="text" if style == "flat" else "parts",
-    )  # fmt: skip
+    )
 
 
 def joined_template(prompt: str = "") -> Template:
     """A pair as the tokenizer joins it, the prompt before the query."""
     template = Template.load("sentence-transformers")
     return replace(
-        template, messages=(), pair=("{instruction}{query}", "{document}"), instruction=prompt, special_tokens="auto",
+        template,
+        messages=(),
+        pair=("{instruction}{query}", "{document}"),
+        instruction=prompt,
+        special_tokens="auto",
         chat_options=MappingProxyType({}),
-    )  # fmt: skip
+    )
 
 
 def chat_tokenizer(checkpoint: Checkpoint, chat_template: ChatTemplate | None = None) -> Any | None:
@@ -109,8 +119,9 @@ def chat_tokenizer(checkpoint: Checkpoint, chat_template: ChatTemplate | None = 
     if problem:
         log.warning(
             "%s: pairs are joined by the tokenizer, as its chat template cannot take the roles query and document (%s)",
-            checkpoint.path, problem,
-        )  # fmt: skip
+            checkpoint.path,
+            problem,
+        )
         return None
     return tokenizer
 
@@ -151,9 +162,14 @@ class ChatPairs:
         return None if tokenizer is None else cls(checkpoint, tokenizer)
 
     def pair_list(
-        self, pairs: Sequence[tuple[str, str]], max_length: int | None = None, *, prompt: str = "",
-        chat_options: Mapping[str, Any] | None = None, limits: TextLimits = NO_LIMITS,
-    ) -> TokenBatch:  # fmt: skip
+        self,
+        pairs: Sequence[tuple[str, str]],
+        max_length: int | None = None,
+        *,
+        prompt: str = "",
+        chat_options: Mapping[str, Any] | None = None,
+        limits: TextLimits = NO_LIMITS,
+    ) -> TokenBatch:
         """Pack the prompts of N pairs of str.
 
         The document is cut to fit `max_length`, never what follows it. The query is cut only if it alone does not fit:
@@ -219,8 +235,9 @@ class ChatPairs:
             warnings.warn(
                 f"max_length={limit} leaves no room for texts in the chat template, so that prompts are cut off "
                 f"inside it and their scores mean little; it should be at least {least}",
-                UserWarning, stacklevel=4,
-            )  # fmt: skip
+                UserWarning,
+                stacklevel=4,
+            )
         own = replace(limits, max_length=None, max_tokens_per_query=None, truncation_side=None)
         whole, cut = [], []
         query_truncated = False

@@ -176,11 +176,14 @@ def _environment() -> Any:
 
     theirs = _compile_jinja_template("").environment
     made = Environment(
-        trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks,
+        trim_blocks=theirs.trim_blocks,
+        lstrip_blocks=theirs.lstrip_blocks,
         keep_trailing_newline=theirs.keep_trailing_newline,
         extensions=[type(one) for one in theirs.extensions.values()],
-        finalize=_finalized, optimized=False, cache_size=0,
-    )  # fmt: skip
+        finalize=_finalized,
+        optimized=False,
+        cache_size=0,
+    )
     made.globals.update({name: value for name, value in theirs.globals.items() if name != "lipsum"})
     made.globals.pop("lipsum", None)  # it makes random text without end
     for name, filter_ in theirs.filters.items():

@@ -24,9 +24,14 @@ _WORDPIECE_TOKENS = {
     "mask_token": "[MASK]",
 }
 _ROBERTA_TOKENS = {
-    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
-    "cls_token": "<s>", "mask_token": "<mask>",
-}  # fmt: skip
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
 _ROBERTA_LIKE = ("roberta", "bart", "longformer", "led", "mvp")
 _CONVERT = 'make one with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
 

@@ -104,9 +104,15 @@ class PromptTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, template: Template, *, max_length: int | None = None, instruction: str | None = None,
-        readout: str | None = None, cache_bytes: int = 64 << 20,
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: Any,
+        template: Template,
+        *,
+        max_length: int | None = None,
+        instruction: str | None = None,
+        readout: str | None = None,
+        cache_bytes: int = 64 << 20,
+    ) -> None:
         """Prepare a template for a tokenizer.
 
         Args:
@@ -166,9 +172,16 @@ class PromptTokenizer:
 
     @classmethod
     def load(
-        cls, path: Path, template: Template, *, max_length: int | None = None, instruction: str | None = None,
-        trust_remote_code: bool = False, readout: str | None = None, cache_bytes: int = 64 << 20,
-    ) -> PromptTokenizer:  # fmt: skip
+        cls,
+        path: Path,
+        template: Template,
+        *,
+        max_length: int | None = None,
+        instruction: str | None = None,
+        trust_remote_code: bool = False,
+        readout: str | None = None,
+        cache_bytes: int = 64 << 20,
+    ) -> PromptTokenizer:
         """Load the tokenizer of a checkpoint folder; see `__init__` for the rest.
 
         `max_length` None: the template's limit or the checkpoint's, whichever is smaller. Raises ValueError if the
@@ -197,9 +210,15 @@ class PromptTokenizer:
         return self._cache.info()
 
     def encode(
-        self, query: str, lists: Sequence[Sequence[str]], *, notes: Sequence[Sequence[str]] | None = None,
-        reserve: int = 0, max_length: int | None = None, limits: TextLimits = NO_LIMITS,
-    ) -> list[Prompt]:  # fmt: skip
+        self,
+        query: str,
+        lists: Sequence[Sequence[str]],
+        *,
+        notes: Sequence[Sequence[str]] | None = None,
+        reserve: int = 0,
+        max_length: int | None = None,
+        limits: TextLimits = NO_LIMITS,
+    ) -> list[Prompt]:
         """One prompt per list: 1 document for a pointwise template, 2 for a pairwise one, else as many as there are.
 
         Documents are cut by the template's own limit first; where a prompt still exceeds `max_length`, its longest
@@ -266,9 +285,13 @@ class PromptTokenizer:
     def _other(self, instruction: str) -> PromptTokenizer:
         if bool(instruction) != bool(self._instruction):  # the layout's literals differ
             return PromptTokenizer(
-                self._tokenizer, self.template, max_length=self.max_length, instruction=instruction,
-                readout=self._readout, cache_bytes=self._cache_bytes,
-            )  # fmt: skip
+                self._tokenizer,
+                self.template,
+                max_length=self.max_length,
+                instruction=instruction,
+                readout=self._readout,
+                cache_bytes=self._cache_bytes,
+            )
         other = copy.copy(self)  # the instruction is a value between the same literals; documents' ids are shared
         other._instruction, other._others, other._lock = instruction, {}, threading.Lock()
         return other
@@ -377,9 +400,13 @@ class PromptTokenizer:
     # ---- encoding
 
     def _encode(
-        self, query: str, lists: list[list[str]], notes: list[list[str]], limit: int | None,
+        self,
+        query: str,
+        lists: list[list[str]],
+        notes: list[list[str]],
+        limit: int | None,
         limits: TextLimits = NO_LIMITS,
-    ) -> Iterator[Prompt]:  # fmt: skip
+    ) -> Iterator[Prompt]:
         query = self._checked_query(self.template.prepare_query(query), limit)
         shapes = {count: self._shape_of(count) for count in {len(documents) for documents in lists}}
         found = self._documents(lists, shapes, limit, limits.cut_left())
@@ -468,9 +495,13 @@ class PromptTokenizer:
         return template.rewrite_document(text[: spans[template.document_limit - 1][1]] if cut else text), cut
 
     def _parts(
-        self, item: npt.NDArray[np.int32] | Run, values: Values, documents: list[str],
-        found: dict[tuple[Any, ...], Tokens], spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None],
-    ) -> list[Part]:  # fmt: skip
+        self,
+        item: npt.NDArray[np.int32] | Run,
+        values: Values,
+        documents: list[str],
+        found: dict[tuple[Any, ...], Tokens],
+        spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None],
+    ) -> list[Part]:
         if not isinstance(item, Run):
             return [Part(item)]
         parts: list[Part] = []

@@ -386,12 +386,14 @@ class _Checker:
             raise self._error("messages", "repeat a turn per document", "that in a setwise or listwise template only")
         allowed = _TEXTS | (set() if repeats else whole) | ({"note"} if template.kind == "pointwise" else set())
         for place, text, names in [
-            *((f"messages[{i}].content", m.content, block | {"count"} if m.repeat else allowed)
-              for i, m in enumerate(template.messages)),
+            *(
+                (f"messages[{i}].content", m.content, block | {"count"} if m.repeat else allowed)
+                for i, m in enumerate(template.messages)
+            ),
             ("text", template.text, allowed),
             *((f"segments[{i}]", text, allowed) for i, text in enumerate(template.segments)),
             *((f"pair[{i}]", text, allowed) for i, text in enumerate(template.pair)),
-        ]:  # fmt: skip
+        ]:
             seen += self._check_names(place, text, names)
         for name in {"query"} | ({"document"} if repeats else whole):
             if name not in seen:

@@ -133,8 +133,9 @@ def render_chat(template: Template, turns: list[Turn], render: Render) -> tuple[
             raise ValueError(f"the checkpoint's chat template prints the {what} more than once")
         word = words.word(i)
         lstrip, rstrip = f" \n{word}" not in wide_prompt, f"{word} \n" not in wide_prompt
-        slots[i] = replace(slot, lstrip=lstrip, rstrip=rstrip,
-                           before=slot.before if rstrip else 0, after=slot.after if lstrip else 0)  # fmt: skip
+        slots[i] = replace(
+            slot, lstrip=lstrip, rstrip=rstrip, before=slot.before if rstrip else 0, after=slot.after if lstrip else 0
+        )
     return turns, [slots[piece] if isinstance(piece, int) else piece for piece in prompt]
 
 

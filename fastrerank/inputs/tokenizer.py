@@ -32,9 +32,16 @@ _WORD_END, _LONGEST_WORD = re.compile(r"\w(?= )"), 4096
 _PROBES = ("a", "the", "hello", "1", ".")
 # The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
 _TYPED_CLASSES = {
-    "BertTokenizer", "ConvBertTokenizer", "DebertaTokenizer", "DebertaV2Tokenizer", "ElectraTokenizer", "FNetTokenizer",
-    "LayoutLMTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
-}  # fmt: skip
+    "BertTokenizer",
+    "ConvBertTokenizer",
+    "DebertaTokenizer",
+    "DebertaV2Tokenizer",
+    "ElectraTokenizer",
+    "FNetTokenizer",
+    "LayoutLMTokenizer",
+    "MobileBertTokenizer",
+    "SqueezeBertTokenizer",
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,14 @@ class Tokenizer:
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, max_length: int | None = None, *,
-        position_limit: int | None = None, truncation_side: str = "right", use_type_ids: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        max_length: int | None = None,
+        *,
+        position_limit: int | None = None,
+        truncation_side: str = "right",
+        use_type_ids: bool = True,
+    ) -> None:
         """Take over `tokenizer`: its truncation and padding are switched off here, once, for good."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -166,9 +178,13 @@ class Tokenizer:
         return self._pack_pairs(flat[0::2], flat[1::2], max_length, limits)
 
     def singles(
-        self, texts: Sequence[str], max_length: int | None = None, *, limits: TextLimits = NO_LIMITS,
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        *,
+        limits: TextLimits = NO_LIMITS,
         most: int | None = None,
-    ) -> TokenBatch:  # fmt: skip
+    ) -> TokenBatch:
         """Pack single texts with the special tokens of a single sequence, cut to max_length.
 
         Args:

@@ -340,9 +340,11 @@ def _joined_in_characters(made: _Tokenizers, text: str, window: _Window, size: i
                 if (window.ids[count], window.starts[count], window.ends[count]) != token:
                     continue
                 rest = following._replace(
-                    ids=following.ids[skipped:], starts=following.starts[skipped:], ends=following.ends[skipped:],
+                    ids=following.ids[skipped:],
+                    starts=following.starts[skipped:],
+                    ends=following.ends[skipped:],
                     skipped=skipped,
-                )  # fmt: skip
+                )
                 agreed, asked = _agreement(window, count, rest)
                 if agreed == asked:
                     return count, rest

@@ -47,13 +47,26 @@ class FlagReranker:
     """
 
     def __init__(
-        self, model_name_or_path: str, use_fp16: bool = False, query_instruction_for_rerank: str | None = None,
-        query_instruction_format: str = "{}{}", passage_instruction_for_rerank: str | None = None,
-        passage_instruction_format: str = "{}{}", trust_remote_code: bool = False, cache_dir: str | None = None,
-        devices: Any = None, batch_size: int = 128, query_max_length: int | None = None,
-        max_length: int | None = 512, normalize: bool = False, *, device: Any = None, use_bf16: bool = False,
-        label: str | int | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model_name_or_path: str,
+        use_fp16: bool = False,
+        query_instruction_for_rerank: str | None = None,
+        query_instruction_format: str = "{}{}",
+        passage_instruction_for_rerank: str | None = None,
+        passage_instruction_format: str = "{}{}",
+        trust_remote_code: bool = False,
+        cache_dir: str | None = None,
+        devices: Any = None,
+        batch_size: int = 128,
+        query_max_length: int | None = None,
+        max_length: int | None = 512,
+        normalize: bool = False,
+        *,
+        device: Any = None,
+        use_bf16: bool = False,
+        label: str | int | None = None,
+        **options: Any,
+    ) -> None:
         if devices is not None and device is not None:
             raise TypeError(f"devices and device say the same: give one, got {devices!r} and {device!r}")
         chosen = _device(device if devices is None else devices)
@@ -66,11 +79,13 @@ class FlagReranker:
             model_name_or_path, device=chosen, trust_remote_code=trust_remote_code, cache_folder=cache_dir, **options
         )
         self.query_instruction_for_rerank, self.query_instruction_format = (
-            query_instruction_for_rerank, query_instruction_format,
-        )  # fmt: skip
+            query_instruction_for_rerank,
+            query_instruction_format,
+        )
         self.passage_instruction_for_rerank, self.passage_instruction_format = (
-            passage_instruction_for_rerank, passage_instruction_format,
-        )  # fmt: skip
+            passage_instruction_for_rerank,
+            passage_instruction_format,
+        )
         self.batch_size, self.query_max_length, self.max_length = batch_size, query_max_length, max_length
         self.normalize, self.label = normalize, label
         self._positions = position_limit(self.model.checkpoint.config)
@@ -87,9 +102,13 @@ class FlagReranker:
         return f"FlagReranker({self.model!r})"
 
     def compute_score(
-        self, sentence_pairs: Pair | Sequence[Pair], batch_size: int | None = None,
-        query_max_length: int | None = None, max_length: int | None = None, normalize: bool | None = None,
-    ) -> list[float]:  # fmt: skip
+        self,
+        sentence_pairs: Pair | Sequence[Pair],
+        batch_size: int | None = None,
+        query_max_length: int | None = None,
+        max_length: int | None = None,
+        normalize: bool | None = None,
+    ) -> list[float]:
         """Return one score per pair; one pair gives a list of one, no pairs an empty one.
 
         Args:

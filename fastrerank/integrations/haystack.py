@@ -42,12 +42,24 @@ class FastRanker:
     """
 
     def __init__(
-        self, model: str, *, method: str | None = None, top_k: int = 10, query_prefix: str = "",
-        query_suffix: str = "", document_prefix: str = "", document_suffix: str = "",
-        meta_fields_to_embed: list[str] | None = None, embedding_separator: str = "\n",
-        scale_score: bool | None = None, score_threshold: float | None = None, label: str | int | None = None,
-        raw: bool = False, batch_size: int = 16, options: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        *,
+        method: str | None = None,
+        top_k: int = 10,
+        query_prefix: str = "",
+        query_suffix: str = "",
+        document_prefix: str = "",
+        document_suffix: str = "",
+        meta_fields_to_embed: list[str] | None = None,
+        embedding_separator: str = "\n",
+        scale_score: bool | None = None,
+        score_threshold: float | None = None,
+        label: str | int | None = None,
+        raw: bool = False,
+        batch_size: int = 16,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         _check("top_k", top_k)
         _check("batch_size", batch_size)
         check_threshold(score_threshold)
@@ -73,9 +85,23 @@ class FastRanker:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` makes the same component of."""
-        names = ("model", "method", "top_k", "query_prefix", "query_suffix", "document_prefix", "document_suffix",
-                 "meta_fields_to_embed", "embedding_separator", "scale_score", "score_threshold", "label", "raw",
-                 "batch_size", "options")  # fmt: skip
+        names = (
+            "model",
+            "method",
+            "top_k",
+            "query_prefix",
+            "query_suffix",
+            "document_prefix",
+            "document_suffix",
+            "meta_fields_to_embed",
+            "embedding_separator",
+            "scale_score",
+            "score_threshold",
+            "label",
+            "raw",
+            "batch_size",
+            "options",
+        )
         return dict(default_to_dict(self, **{name: getattr(self, name) for name in names}))
 
     @classmethod
@@ -86,9 +112,13 @@ class FastRanker:
 
     @component.output_types(documents=list[Document])
     def run(
-        self, query: str, documents: list[Document], top_k: int | None = None, scale_score: bool | None = None,
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        scale_score: bool | None = None,
         score_threshold: float | None = None,
-    ) -> dict[str, list[Document]]:  # fmt: skip
+    ) -> dict[str, list[Document]]:
         """Return {"documents": best first}. Of documents with one id, the one with the highest score so far counts.
 
         `top_k`, `scale_score` and `score_threshold` are for this call; None for the component's own.

@@ -48,9 +48,16 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
     _shared: AsyncReranker | None = PrivateAttr(default=None)
 
     def __init__(
-        self, model: Any, top_n: int = 2, *, method: str | None = None, keep_retrieval_score: bool = False,
-        label: str | int | None = None, raw: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        top_n: int = 2,
+        *,
+        method: str | None = None,
+        keep_retrieval_score: bool = False,
+        label: str | int | None = None,
+        raw: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(
             model=name_of(model), top_n=top_n, keep_retrieval_score=keep_retrieval_score, label=label, raw=raw
         )

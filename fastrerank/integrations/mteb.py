@@ -36,9 +36,17 @@ class FastReranker:
     """
 
     def __init__(
-        self, model_name: Any, revision: str | None = None, device: str | None = None, *, method: str | None = None,
-        name: str | None = None, label: str | int | None = None, raw: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model_name: Any,
+        revision: str | None = None,
+        device: str | None = None,
+        *,
+        method: str | None = None,
+        name: str | None = None,
+        label: str | int | None = None,
+        raw: bool = True,
+        **options: Any,
+    ) -> None:
         loading = {"revision": revision, "device": device}
         options |= {key: value for key, value in loading.items() if value is not None}
         self.reranker = load_reranker(model_name, method, options, label)
@@ -52,9 +60,16 @@ class FastReranker:
         return f"FastReranker({self.reranker!r})"
 
     def predict(
-        self, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, task_metadata: Any,
-        hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any,
-    ) -> npt.NDArray[np.float32]:  # fmt: skip
+        self,
+        inputs1: Iterable[dict[str, Any]],
+        inputs2: Iterable[dict[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> npt.NDArray[np.float32]:
         """Return the score of each pair, float32 (N,), of loaders whose batches have "text".
 
         Of `kwargs`, the encode_kwargs of `mteb.evaluate`, those that `Reranker.score` knows hold for this call;

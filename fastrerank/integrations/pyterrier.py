@@ -35,9 +35,15 @@ class FastReRanker(pt.Transformer):
     """
 
     def __init__(
-        self, model: Any, *, method: str | None = None, text_field: str = "text", label: str | int | None = None,
-        raw: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        *,
+        method: str | None = None,
+        text_field: str = "text",
+        label: str | int | None = None,
+        raw: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__()
         # PyTerrier's inspection finds every argument under its own name.
         self.model, self.method, self.text_field = model, method, text_field
@@ -60,9 +66,10 @@ class FastReRanker(pt.Transformer):
                 raise ValueError(f"qid {qid!r} has several queries: a query's documents are ranked by one")
         places = list(groups.values())
         found = self.reranker.score_many(
-            [queries[rows[0]] for rows in places], [[texts[i] for i in rows] for rows in places],
+            [queries[rows[0]] for rows in places],
+            [[texts[i] for i in rows] for rows in places],
             **call_options(self.label),
-        )  # fmt: skip
+        )
         scores = np.zeros(len(out), np.float32)
         for rows, values in zip(places, found, strict=True):
             scores[rows] = shown(self.reranker, values, self.raw)

@@ -54,9 +54,17 @@ class PairScorer:
     """
 
     def __init__(
-        self, model: str, method: str | None = None, *, query: str = "query", document: str = "document",
-        score: str = "score", label: str | int | None = None, raw: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        method: str | None = None,
+        *,
+        query: str = "query",
+        document: str = "document",
+        score: str = "score",
+        label: str | int | None = None,
+        raw: bool = True,
+        **options: Any,
+    ) -> None:
         self.reranker = load_reranker(model, method, options, label)
         check_independent(self.reranker, "pairs are scored one by one, in batches that part a query's")
         self.columns = Columns(query, document, score)
@@ -112,12 +120,25 @@ def _told(error: Exception) -> str:
 
 
 def score_files(
-    inputs: str | Sequence[str], output: str, model: str, method: str | None = None, *, workers: int = 1,
-    num_threads: int = 1, num_gpus: float = 0.0, query: str = "query", document: str = "document",
-    score: str = "score", keep: Sequence[str] | None = None, rows_per_part: int = 4096, address: str | None = None,
-    progress: Callable[[int, int], None] | None = None, label: str | int | None = None, raw: bool = True,
+    inputs: str | Sequence[str],
+    output: str,
+    model: str,
+    method: str | None = None,
+    *,
+    workers: int = 1,
+    num_threads: int = 1,
+    num_gpus: float = 0.0,
+    query: str = "query",
+    document: str = "document",
+    score: str = "score",
+    keep: Sequence[str] | None = None,
+    rows_per_part: int = 4096,
+    address: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    label: str | int | None = None,
+    raw: bool = True,
     **options: Any,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Score files of (query, document) pairs on Ray, and write the rows with their scores to a folder.
 
     The input is cut into parts of `rows_per_part` rows. Workers score parts and write `part-000000.parquet` (or
@@ -154,11 +175,16 @@ def score_files(
     files, parts, sizes = _plan([inputs] if isinstance(inputs, str) else list(inputs), columns, rows_per_part)
     target = filesystem(output)
     job = {
-        "inputs": sizes, "model": model, "method": method, "columns": asdict(columns),
+        "inputs": sizes,
+        "model": model,
+        "method": method,
+        "columns": asdict(columns),
         "options": {name: value for name, value in options.items() if name not in UNRECORDED},
-        "rows_per_part": rows_per_part, "fastrerank": VERSION, **call_options(label),
+        "rows_per_part": rows_per_part,
+        "fastrerank": VERSION,
+        **call_options(label),
         **({} if raw else {"raw": raw}),
-    }  # fmt: skip
+    }
     _claim(*target, job)
     written = type(files)(target[0], columns)
     missing = [part for part in parts if not written.done(target[1], part)]
@@ -167,17 +193,18 @@ def score_files(
     if progress is not None:
         progress(done, rows)
     if missing:
-        load = {
-            "model": model, "method": method, "num_threads": num_threads, "label": label, "raw": raw, **options
-        }  # fmt: skip
+        load = {"model": model, "method": method, "num_threads": num_threads, "label": label, "raw": raw, **options}
         with _cluster(address, workers * num_threads, workers * num_gpus):
             scored = ray.data.from_items(
                 [asdict(part) for part in missing], override_num_blocks=min(len(missing), MOST_BLOCKS)
             ).map_batches(
-                _PartScorer, fn_constructor_kwargs={"files": files, "output": target, "load": load}, batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))), num_cpus=num_threads,
+                _PartScorer,
+                fn_constructor_kwargs={"files": files, "output": target, "load": load},
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
+                num_cpus=num_threads,
                 num_gpus=num_gpus or None,
-            )  # fmt: skip
+            )
             for batch in scored.iter_batches(batch_size=None):
                 if error := next(filter(None, batch["error"]), None):
                     raise RuntimeError(f"a worker could not go on: {error}")

@@ -81,15 +81,19 @@ class Replica:
         self.models = {
             name: AsyncReranker(
                 _loaded(checkpoint, labels.get(name), given),
-                max_batch_tokens=given.max_batch_tokens, max_wait_ms=given.max_wait_ms,
+                max_batch_tokens=given.max_batch_tokens,
+                max_wait_ms=given.max_wait_ms,
                 max_queue_tokens=given.max_queue_tokens,
             )
             for name, checkpoint in named.items()
-        }  # fmt: skip
+        }
         settings = Settings(
-            keys=read_keys(None), flavor=given.api_flavor, max_documents=given.max_documents, timeout=given.timeout,
+            keys=read_keys(None),
+            flavor=given.api_flavor,
+            max_documents=given.max_documents,
+            timeout=given.timeout,
             aliases=aliases,
-        )  # fmt: skip
+        )
         self.routes = create_app(self.models, settings)
 
     def check_health(self) -> None:
@@ -112,9 +116,15 @@ class Replica:
         return scores
 
     async def rank(
-        self, query: str, documents: list[str], top_k: int | None = None, model: str | None = None, *,
-        raw: bool = False, **options: Unpack[Options],
-    ) -> list[Hit]:  # fmt: skip
+        self,
+        query: str,
+        documents: list[str],
+        top_k: int | None = None,
+        model: str | None = None,
+        *,
+        raw: bool = False,
+        **options: Unpack[Options],
+    ) -> list[Hit]:
         """Return [{"corpus_id", "score"}], best first, as `Reranker.rank` does: activated scores unless `raw`."""
         return await self._named(model).rank(query, documents, top_k=top_k, raw=raw, **options)
 
@@ -144,12 +154,14 @@ def app(arguments: Arguments) -> serve.Application:
         serve.ingress()(Replica),
         name="fastrerank",
         autoscaling_config={
-            "min_replicas": arguments.min_replicas, "max_replicas": arguments.max_replicas,
-            "target_ongoing_requests": arguments.target_ongoing_requests, **arguments.autoscaling,
+            "min_replicas": arguments.min_replicas,
+            "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": arguments.target_ongoing_requests,
+            **arguments.autoscaling,
         },
         max_ongoing_requests=arguments.max_ongoing_requests,
         ray_actor_options={"num_cpus": arguments.num_threads, "num_gpus": arguments.num_gpus},
-    )  # fmt: skip
+    )
     return deployment.bind(arguments.model_dump(mode="json"))
 
 

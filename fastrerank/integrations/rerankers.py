@@ -33,9 +33,15 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model_name_or_path: Any, verbose: int = 0, *, method: str | None = None, label: str | int | None = None,
-        raw: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model_name_or_path: Any,
+        verbose: int = 0,
+        *,
+        method: str | None = None,
+        label: str | int | None = None,
+        raw: bool = False,
+        **options: Any,
+    ) -> None:
         self.verbose = verbose
         self.model = load_reranker(model_name_or_path, method, options, label)
         self.label, self.raw = label, raw
@@ -49,10 +55,13 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
         return float(shown(self.model, scores, self.raw)[0])
 
     def rank(
-        self, query: str, docs: str | Document | Sequence[str | Document],
-        doc_ids: Sequence[str] | Sequence[int] | None = None, metadata: Sequence[dict[str, Any]] | None = None,
+        self,
+        query: str,
+        docs: str | Document | Sequence[str | Document],
+        doc_ids: Sequence[str] | Sequence[int] | None = None,
+        metadata: Sequence[dict[str, Any]] | None = None,
         batch_size: int | None = None,
-    ) -> RankedResults:  # fmt: skip
+    ) -> RankedResults:
         """Return `RankedResults`, best first, ranks from 1; no documents give no results.
 
         `batch_size` changes nothing: work is split by tokens.

@@ -13,10 +13,17 @@ __all__ = ["attention", "attention_mass", "cur_topk", "gated", "label_logits", "
 
 
 def attention(
-    q: npt.NDArray[Any], k: npt.NDArray[Any], v: npt.NDArray[Any], lo: npt.NDArray[Any], hi: npt.NDArray[Any],
-    plo: npt.NDArray[Any] | None = None, phi: npt.NDArray[Any] | None = None, *, scale: float | None = None,
+    q: npt.NDArray[Any],
+    k: npt.NDArray[Any],
+    v: npt.NDArray[Any],
+    lo: npt.NDArray[Any],
+    hi: npt.NDArray[Any],
+    plo: npt.NDArray[Any] | None = None,
+    phi: npt.NDArray[Any] | None = None,
+    *,
+    scale: float | None = None,
     softcap: float = 0.0,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:  # fmt: skip
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Softmax attention in which row i sees the keys [lo[i], hi[i]) and [plo[i], phi[i]), which do not overlap.
 
     Args:
@@ -51,10 +58,19 @@ def attention(
 
 
 def attention_mass(
-    q: npt.NDArray[Any], k: npt.NDArray[Any], lse: npt.NDArray[Any], lo: npt.NDArray[Any], hi: npt.NDArray[Any],
-    row_weight: npt.NDArray[Any], *, head_weight: npt.NDArray[Any] | None = None, scale: float | None = None,
-    softcap: float = 0.0, per_head: bool = False, out: npt.NDArray[Any] | None = None,
-) -> npt.NDArray[Any]:  # fmt: skip
+    q: npt.NDArray[Any],
+    k: npt.NDArray[Any],
+    lse: npt.NDArray[Any],
+    lo: npt.NDArray[Any],
+    hi: npt.NDArray[Any],
+    row_weight: npt.NDArray[Any],
+    *,
+    head_weight: npt.NDArray[Any] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    per_head: bool = False,
+    out: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:
     """What R rows' softmax weights sum to on each of S keys, over rows and heads, each with a weight.
 
     Args:
@@ -152,10 +168,17 @@ def gated(x: npt.NDArray[Any], activation: str) -> npt.NDArray[Any]:
 
 
 def label_logits(
-    hidden: npt.NDArray[Any], weight: npt.NDArray[Any], *, norm: str | None = None,
-    norm_weight: npt.NDArray[Any] | None = None, norm_bias: npt.NDArray[Any] | None = None, eps: float = 1e-6,
-    bias: npt.NDArray[Any] | None = None, scale: float = 1.0, softcap: float = 0.0,
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:  # fmt: skip
+    hidden: npt.NDArray[Any],
+    weight: npt.NDArray[Any],
+    *,
+    norm: str | None = None,
+    norm_weight: npt.NDArray[Any] | None = None,
+    norm_bias: npt.NDArray[Any] | None = None,
+    eps: float = 1e-6,
+    bias: npt.NDArray[Any] | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
     """K rows of an LM head on the normed hidden states of N positions.
 
     Args:
@@ -207,9 +230,13 @@ def max_sim(query: npt.NDArray[Any], tokens: npt.NDArray[Any], offsets: npt.NDAr
 
 
 def norm_rows(
-    x: npt.NDArray[Any], norm: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None, eps: float,
+    x: npt.NDArray[Any],
+    norm: str,
+    weight: npt.NDArray[Any],
+    bias: npt.NDArray[Any] | None,
+    eps: float,
     residual: npt.NDArray[Any] | None = None,
-) -> npt.NDArray[Any]:  # fmt: skip
+) -> npt.NDArray[Any]:
     """Norm of x + residual over the last dimension.
 
     Args:

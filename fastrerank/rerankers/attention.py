@@ -106,22 +106,38 @@ class AttentionReranker(Reranker):
     call_options: ClassVar[frozenset[str]] = frozenset({"instruction"}) | LIMITS - {"truncation_side"}
 
     def __init__(
-        self, model: str | Path, *, preset: str = "icr", heads: Heads | str | Path | None = None,
-        instruction: str | None = None, words_per_document: int | None = None, calibrate: bool = True,
-        device: DeviceLike | None = None, dtype: DtypeLike = "auto", max_length: int | None = None,
-        num_threads: int | None = None, memory_limit: float | None = None, trust_remote_code: bool = False,
-        revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
+        self,
+        model: str | Path,
+        *,
+        preset: str = "icr",
+        heads: Heads | str | Path | None = None,
+        instruction: str | None = None,
+        words_per_document: int | None = None,
+        calibrate: bool = True,
+        device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto",
+        max_length: int | None = None,
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
         token: bool | str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.policy = Policy.load(preset)
         self.method = preset  # type: ignore[misc]  # one class serves three methods
         words = word_limit(words_per_document, self.policy)
         text = instruction_text(instruction, self.policy)
         checkpoint = open_checkpoint(
-            model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
+            model,
+            revision=revision,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+            token=token,
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         self.checkpoint, self.instruction = checkpoint, text
         chosen = plan(checkpoint.config, "torch", device, dtype)
         if len(chosen.devices) != 1:
@@ -137,18 +153,29 @@ class AttentionReranker(Reranker):
         from fastrerank.engine.torch.attention import AttentionScorer
 
         self.scorer = AttentionScorer.load(
-            checkpoint, self.heads, dtype=self.dtype, device=self.device, num_threads=num_threads,
+            checkpoint,
+            self.heads,
+            dtype=self.dtype,
+            device=self.device,
+            num_threads=num_threads,
             memory_limit=memory_limit,
-        )  # fmt: skip
+        )
         limits = (max_length, positions, self.scorer.max_length, self.scorer.budget)
         self.max_length = min((limit for limit in limits if limit is not None), default=None)
         self.prompts.room = self.max_length
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
-        explain: bool = False, *, raw: bool = False,  # noqa: ARG002
-        score_threshold: float | None = None, **options: Unpack[Options],
-    ) -> list[Hit]:  # fmt: skip
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        explain: bool = False,
+        *,
+        raw: bool = False,  # noqa: ARG002
+        score_threshold: float | None = None,
+        **options: Unpack[Options],
+    ) -> list[Hit]:
         """Return documents sorted by `score`, as `Reranker.rank` does; `raw` changes nothing: masses are shown as such.
 
         With `explain` each entry carries "tokens": the text of each token of the document's span with its mass, as
@@ -184,9 +211,16 @@ class AttentionReranker(Reranker):
         return self._answer(query, documents).masses
 
     def _rank(
-        self, query: str, documents: Sequence[str], top_k: int | None, return_documents: bool, explain: bool,
-        context: Context | None, score_threshold: float | None = None, call: CallOptions = NO_OPTIONS,
-    ) -> list[Hit]:  # fmt: skip
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None,
+        return_documents: bool,
+        explain: bool,
+        context: Context | None,
+        score_threshold: float | None = None,
+        call: CallOptions = NO_OPTIONS,
+    ) -> list[Hit]:
         check_top_k(top_k)
         check_threshold(score_threshold)
         texts = check_texts(documents, "documents")
@@ -215,9 +249,13 @@ class AttentionReranker(Reranker):
         ]
 
     def _ask(
-        self, query: str, documents: list[str], usage: Usage, context: Context | None = None,
+        self,
+        query: str,
+        documents: list[str],
+        usage: Usage,
+        context: Context | None = None,
         call: CallOptions = NO_OPTIONS,
-    ) -> Answer:  # fmt: skip
+    ) -> Answer:
         if not documents:
             return Answer(np.zeros(0, np.float32), [], [])
         limits = call.limits
@@ -276,9 +314,15 @@ class AttentionReranker(Reranker):
         return Answer(scores, masses, [(prompt, i) for i in range(len(masses))])
 
     def _in_windows(
-        self, query: str, documents: list[str], prompt: AttentionPrompt, usage: Usage, prompts: AttentionPrompts,
-        limit: int, max_tokens_per_doc: int | None,
-    ) -> Answer:  # fmt: skip
+        self,
+        query: str,
+        documents: list[str],
+        prompt: AttentionPrompt,
+        usage: Usage,
+        prompts: AttentionPrompts,
+        limit: int,
+        max_tokens_per_doc: int | None,
+    ) -> Answer:
         """Windows from the end of the list: the better half of each goes on into the next."""
         count = len(documents)
         room = limit - (prompt.longest - int(prompt.sizes.sum()))
@@ -294,8 +338,10 @@ class AttentionReranker(Reranker):
         usage.truncated += int(prompt.truncated.sum())
         log.warning(
             "%d documents of %d tokens do not fit into %d: they are ranked in windows, which is less exact",
-            count, int(prompt.sizes.sum()), room,
-        )  # fmt: skip
+            count,
+            int(prompt.sizes.sum()),
+            room,
+        )
         sizes, waiting = prompt.sizes, list(range(count))
         placed: list[int] = []
         masses: dict[int, Masses] = {}

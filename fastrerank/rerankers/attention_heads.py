@@ -71,13 +71,25 @@ class HeadScores:
 
 
 def score_heads(
-    model: str | Path, queries: Sequence[JudgedQuery], *, rule: str = "ndcg", temperature: float = _TEMPERATURE,
-    instruction: str | None = None, words_per_document: int | None = None, state: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None, device: DeviceLike | None = None, dtype: DtypeLike = "auto",
-    num_threads: int | None = None, memory_limit: float | None = None, trust_remote_code: bool = False,
-    revision: str | None = None, cache_folder: str | None = None, local_files_only: bool = False,
+    model: str | Path,
+    queries: Sequence[JudgedQuery],
+    *,
+    rule: str = "ndcg",
+    temperature: float = _TEMPERATURE,
+    instruction: str | None = None,
+    words_per_document: int | None = None,
+    state: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike = "auto",
+    num_threads: int | None = None,
+    memory_limit: float | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    cache_folder: str | None = None,
+    local_files_only: bool = False,
     token: bool | str | None = None,
-) -> HeadScores:  # fmt: skip
+) -> HeadScores:
     """Score every head of a decoder by how well it alone tells relevant documents, one forward per query.
 
     Args:
@@ -108,9 +120,13 @@ def score_heads(
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
     policy = Policy.load(RULES[rule])
     checkpoint = open_checkpoint(
-        model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
+        model,
+        revision=revision,
+        cache_folder=cache_folder,
+        local_files_only=local_files_only,
+        token=token,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     chosen = plan(checkpoint.config, "torch", device, dtype)
     if len(chosen.devices) != 1:
         raise ValueError(f"device must be one device, got {device!r}")
@@ -121,9 +137,13 @@ def score_heads(
     from fastrerank.engine.torch.attention_pass import Reading
 
     scorer = AttentionScorer.load(
-        checkpoint, None, dtype=chosen.dtype, device=chosen.devices[0], num_threads=num_threads,
+        checkpoint,
+        None,
+        dtype=chosen.dtype,
+        device=chosen.devices[0],
+        num_threads=num_threads,
         memory_limit=memory_limit,
-    )  # fmt: skip
+    )
     about: dict[str, str | int | float] = {"preset": policy.name, "rule": rule, "model": checkpoint.path.name}
     if rule == "contrast":
         about["temperature"] = float(temperature)
@@ -144,9 +164,12 @@ def score_heads(
                 rows: dict[int, Matrix] = {}
 
                 def each(
-                    layer: int, masses: npt.NDArray[np.float32], prompt: AttentionPrompt = prompt,
-                    grades: npt.NDArray[np.int64] = grades, rows: dict[int, Matrix] = rows,
-                ) -> None:  # fmt: skip
+                    layer: int,
+                    masses: npt.NDArray[np.float32],
+                    prompt: AttentionPrompt = prompt,
+                    grades: npt.NDArray[np.int64] = grades,
+                    rows: dict[int, Matrix] = rows,
+                ) -> None:
                     rows[layer] = _rate(masses, prompt, grades, rule, temperature)
 
                 scorer.masses_by_head(reading, each)
@@ -190,9 +213,12 @@ def _ask(
 
 
 def _rate(
-    masses: npt.NDArray[np.float32], prompt: AttentionPrompt, grades: npt.NDArray[np.int64], rule: str,
+    masses: npt.NDArray[np.float32],
+    prompt: AttentionPrompt,
+    grades: npt.NDArray[np.int64],
+    rule: str,
     temperature: float,
-) -> Matrix:  # fmt: skip
+) -> Matrix:
     """What the rule gives each head of a layer, from its masses (H, S): float64 (H,)."""
     begin = int(prompt.spans[:, 0].min())
     if rule == "contrast":

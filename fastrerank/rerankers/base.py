@@ -188,9 +188,16 @@ class Reranker(ABC):
             return self._finite(self._scored(checked, texts, usage, call))
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        raw: bool = False, score_threshold: float | None = None, **options: Unpack[Options],
-    ) -> list[Hit]:  # fmt: skip
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        raw: bool = False,
+        score_threshold: float | None = None,
+        **options: Unpack[Options],
+    ) -> list[Hit]:
         """Return documents sorted by `score`, best first; ties keep the order they came in.
 
         Args:
@@ -280,9 +287,12 @@ def order(*keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def ranked(
-    positions: npt.NDArray[np.int64], scores: npt.NDArray[Any], documents: Sequence[str] | None, top_k: int | None,
+    positions: npt.NDArray[np.int64],
+    scores: npt.NDArray[Any],
+    documents: Sequence[str] | None,
+    top_k: int | None,
     score_threshold: float | None = None,
-) -> list[Hit]:  # fmt: skip
+) -> list[Hit]:
     """Return the result rows for `positions` in order, with texts where `documents` is given.
 
     Rows whose score is below `score_threshold` are left out; see `check_threshold`.

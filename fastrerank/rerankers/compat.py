@@ -262,9 +262,12 @@ class Config(SimpleNamespace):
             labels = {number: f"LABEL_{number}" for number in range(num_labels)}
         stored.setdefault("classifier_dropout", None)
         stored |= {
-            "num_labels": num_labels, "id2label": labels, "name_or_path": str(checkpoint.path),
-            "label2id": {name: number for number, name in labels.items()}, "_name_or_path": str(checkpoint.path),
-        }  # fmt: skip
+            "num_labels": num_labels,
+            "id2label": labels,
+            "name_or_path": str(checkpoint.path),
+            "label2id": {name: number for number, name in labels.items()},
+            "_name_or_path": str(checkpoint.path),
+        }
         super().__init__(**stored)
 
     def __copy__(self) -> Config:

@@ -105,30 +105,51 @@ class CrossEncoder(PeerInterface, Reranker):
     call_options: ClassVar[frozenset[str]] = frozenset({"label", "instruction"}) | LIMITS
 
     def __init__(
-        self, model_name_or_path: str | Path | None = None, *legacy: Any, device: DeviceLike | None = None,
-        dtype: DtypeLike = "auto", max_length: int | None = None, activation_fn: Any = None,
-        num_labels: int | None = None, trust_remote_code: bool = False, revision: str | None = None,
-        local_files_only: bool = False, token: bool | str | None = None, cache_folder: str | None = None,
-        num_threads: int | None = None, engine: EngineName | None = None, memory_limit: float | None = None,
-        prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
-        chat_template: str | dict[str, str] | None = None, label: str | int | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model_name_or_path: str | Path | None = None,
+        *legacy: Any,
+        device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto",
+        max_length: int | None = None,
+        activation_fn: Any = None,
+        num_labels: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        num_threads: int | None = None,
+        engine: EngineName | None = None,
+        memory_limit: float | None = None,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        label: str | int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         given = {
-            "model_name_or_path": model_name_or_path, "device": device, "dtype": Dtype.of(dtype),
+            "model_name_or_path": model_name_or_path,
+            "device": device,
+            "dtype": Dtype.of(dtype),
             "max_length": max_length,
-            "activation_fn": activation_fn, "num_labels": num_labels, "cache_folder": cache_folder,
+            "activation_fn": activation_fn,
+            "num_labels": num_labels,
+            "cache_folder": cache_folder,
             "chat_template": chat_template,
-        }  # fmt: skip
+        }
         given = init_options(given, legacy, options)
         if given["model_name_or_path"] is None:
             raise TypeError("CrossEncoder needs model_name_or_path: a hub id or a local folder")
         checkpoint = open_checkpoint(
-            given["model_name_or_path"], revision=revision, cache_folder=given["cache_folder"],
-            local_files_only=local_files_only, token=token,
+            given["model_name_or_path"],
+            revision=revision,
+            cache_folder=given["cache_folder"],
+            local_files_only=local_files_only,
+            token=token,
             # A stored activation is code only if the caller did not choose another one.
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         self.checkpoint = checkpoint
         self._backend = options.get("backend", "torch")
         self.model_card_data = options.get("model_card_data") or ModelCardData()
@@ -139,9 +160,14 @@ class CrossEncoder(PeerInterface, Reranker):
         head = module_head(checkpoint.modules) if modular else None
         self._chat = _chat_pairs(checkpoint, given["chat_template"])
         self.engine = _load_engine(
-            checkpoint, head, chosen, self._chat, given=given["chat_template"] is not None, num_threads=num_threads,
+            checkpoint,
+            head,
+            chosen,
+            self._chat,
+            given=given["chat_template"] is not None,
+            num_threads=num_threads,
             memory_limit=memory_limit,
-        )  # fmt: skip
+        )
         self.num_labels = self.engine.width
         if given["num_labels"] not in (None, self.num_labels):
             raise ValueError(
@@ -174,12 +200,20 @@ class CrossEncoder(PeerInterface, Reranker):
         name = given["model_name_or_path"]
         self._arguments = {  # what loads it anew in another process; no token, which is a secret
             "model_name_or_path": str(checkpoint.path.absolute()) if Path(name).expanduser().is_dir() else name,
-            "device": given["device"], "dtype": str(given["dtype"]), "num_labels": given["num_labels"],
-            "trust_remote_code": trust_remote_code, "revision": revision, "local_files_only": local_files_only,
-            "cache_folder": given["cache_folder"], "num_threads": num_threads, "engine": engine,
-            "memory_limit": memory_limit, "default_prompt_name": default_prompt_name,
-            "chat_template": given["chat_template"], "label": label,
-        }  # fmt: skip
+            "device": given["device"],
+            "dtype": str(given["dtype"]),
+            "num_labels": given["num_labels"],
+            "trust_remote_code": trust_remote_code,
+            "revision": revision,
+            "local_files_only": local_files_only,
+            "cache_folder": given["cache_folder"],
+            "num_threads": num_threads,
+            "engine": engine,
+            "memory_limit": memory_limit,
+            "default_prompt_name": default_prompt_name,
+            "chat_template": given["chat_template"],
+            "label": label,
+        }
 
     @property
     def raw_is_logit(self) -> bool:
@@ -260,42 +294,87 @@ class CrossEncoder(PeerInterface, Reranker):
 
     @overload
     def predict(
-        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
-        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ...,
-        convert_to_numpy: bool = ..., *, convert_to_tensor: Literal[True], label: str | int | None = ...,
+        self,
+        inputs: Any = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        activation_fn: Any = ...,
+        apply_softmax: bool | None = ...,
+        convert_to_numpy: bool = ...,
+        *,
+        convert_to_tensor: Literal[True],
+        label: str | int | None = ...,
         **options: Any,
-    ) -> torch.Tensor: ...  # fmt: skip
+    ) -> torch.Tensor: ...
 
     @overload
     def predict(
-        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
-        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ..., *,
-        convert_to_numpy: Literal[False], convert_to_tensor: Literal[False] = ..., label: str | int | None = ...,
+        self,
+        inputs: Any = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        activation_fn: Any = ...,
+        apply_softmax: bool | None = ...,
+        *,
+        convert_to_numpy: Literal[False],
+        convert_to_tensor: Literal[False] = ...,
+        label: str | int | None = ...,
         **options: Any,
-    ) -> list[torch.Tensor] | torch.Tensor: ...  # fmt: skip
+    ) -> list[torch.Tensor] | torch.Tensor: ...
 
     @overload
     def predict(
-        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
-        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ...,
-        convert_to_numpy: Literal[True] = ..., convert_to_tensor: Literal[False] = ..., *,
-        label: str | int | None = ..., **options: Any,
-    ) -> npt.NDArray[np.float32]: ...  # fmt: skip
+        self,
+        inputs: Any = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        activation_fn: Any = ...,
+        apply_softmax: bool | None = ...,
+        convert_to_numpy: Literal[True] = ...,
+        convert_to_tensor: Literal[False] = ...,
+        *,
+        label: str | int | None = ...,
+        **options: Any,
+    ) -> npt.NDArray[np.float32]: ...
 
     @overload
     def predict(
-        self, inputs: Any = ..., prompt_name: str | None = ..., prompt: str | None = ..., batch_size: int = ...,
-        show_progress_bar: bool | None = ..., activation_fn: Any = ..., apply_softmax: bool | None = ...,
-        convert_to_numpy: bool = ..., convert_to_tensor: bool = ..., *, label: str | int | None = ...,
+        self,
+        inputs: Any = ...,
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool | None = ...,
+        activation_fn: Any = ...,
+        apply_softmax: bool | None = ...,
+        convert_to_numpy: bool = ...,
+        convert_to_tensor: bool = ...,
+        *,
+        label: str | int | None = ...,
         **options: Any,
-    ) -> npt.NDArray[np.float32] | list[torch.Tensor] | torch.Tensor: ...  # fmt: skip
+    ) -> npt.NDArray[np.float32] | list[torch.Tensor] | torch.Tensor: ...
 
     def predict(
-        self, inputs: Any = None, prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
-        show_progress_bar: bool | None = None, activation_fn: Any = None, apply_softmax: bool | None = False,
-        convert_to_numpy: bool = True, convert_to_tensor: bool = False, *, label: str | int | None = None,
+        self,
+        inputs: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Any = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        *,
+        label: str | int | None = None,
         **options: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Score (query, document) pairs.
 
         Args:
@@ -348,11 +427,22 @@ class CrossEncoder(PeerInterface, Reranker):
         return _converted(scores[0] if single else scores, convert_to_numpy, convert_to_tensor, single)
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
-        prompt_name: str | None = None, prompt: str | None = None, batch_size: int = 32,
-        show_progress_bar: bool | None = None, activation_fn: Any = None, *, raw: bool = False,
-        score_threshold: float | None = None, label: str | int | None = None, **options: Any,
-    ) -> list[Hit]:  # fmt: skip
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Any = None,
+        *,
+        raw: bool = False,
+        score_threshold: float | None = None,
+        label: str | int | None = None,
+        **options: Any,
+    ) -> list[Hit]:
         """Return documents sorted by activated score, best first; ties by raw score, then by position.
 
         Args:
@@ -438,8 +528,9 @@ class CrossEncoder(PeerInterface, Reranker):
             raise OptionRefused(
                 "label",
                 f"one label of the {self.num_labels} has to be the one that ranks, and their names do not tell which "
-                f"({', '.join(map(repr, self.labels))})", "label= takes a name or a number; predict() returns all",
-            )  # fmt: skip
+                f"({', '.join(map(repr, self.labels))})",
+                "label= takes a name or a number; predict() returns all",
+            )
         return self.label
 
     def _pair_list(
@@ -454,8 +545,9 @@ class CrossEncoder(PeerInterface, Reranker):
         if self._chat is None and chat_options:
             warnings.warn(
                 "processing_kwargs['chat_template'] has no effect: no chat template renders this checkpoint's pairs",
-                UserWarning, stacklevel=3,
-            )  # fmt: skip
+                UserWarning,
+                stacklevel=3,
+            )
         if self._chat is not None:
             return partial(
                 self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options, limits=limits
@@ -465,9 +557,13 @@ class CrossEncoder(PeerInterface, Reranker):
         return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit, limits)
 
     def _forward(
-        self, tokenize: Callable[[list[Any]], TokenBatch], items: list[Any], usage: Usage, progress: bool = False,
+        self,
+        tokenize: Callable[[list[Any]], TokenBatch],
+        items: list[Any],
+        usage: Usage,
+        progress: bool = False,
         lengths: list[npt.NDArray[np.int64]] | None = None,
-    ) -> npt.NDArray[np.float32]:  # fmt: skip
+    ) -> npt.NDArray[np.float32]:
         """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it.
 
         The items' numbers of tokens are appended to `lengths`.

@@ -71,9 +71,14 @@ class EmbeddingReranker(VectorReranker):
             return self._encode(self.engine, check_texts(texts, "texts"), prompt, usage)
 
     def _encode(
-        self, engine: Encoder, texts: list[str], prompt: str, usage: Usage, limits: TextLimits = NO_LIMITS,
+        self,
+        engine: Encoder,
+        texts: list[str],
+        prompt: str,
+        usage: Usage,
+        limits: TextLimits = NO_LIMITS,
         most: int | None = None,
-    ) -> npt.NDArray[np.float32]:  # fmt: skip
+    ) -> npt.NDArray[np.float32]:
         if prompt and most is not None:
             most += len(self._tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids)
         if prompt and limits.cut_left():

@@ -69,11 +69,23 @@ class TransformersGenerator:
     """
 
     def __init__(
-        self, model: str | Path, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int = 0, stop: Sequence[str] = (), batch_size: int = 16, device: DeviceLike | None = None,
-        dtype: DtypeLike = "auto", revision: str | None = None, cache_folder: str | None = None,
-        local_files_only: bool = False, token: bool | str | None = None, trust_remote_code: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        batch_size: int = 16,
+        device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto",
+        revision: str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+        token: bool | str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
@@ -90,9 +102,13 @@ class TransformersGenerator:
         from fastrerank.engine.torch.generation import load_causal
 
         checkpoint = open_checkpoint(
-            model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
+            model,
+            revision=revision,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+            token=token,
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         self.checkpoint = checkpoint
         self.engine = load_causal(checkpoint, device, dtype)
         self.device, self.dtype = self.engine.device_name, self.engine.dtype_name

@@ -62,8 +62,10 @@ class LateInteractionReranker(VectorReranker):
                 usage.count(batch)
                 with usage.stage("compute"):
                     vectors = self.query_engine.forward(batch.ids, batch.type_ids, batch.offsets)
-                scores += [self._block(vectors, texts[i : i + BLOCK_TEXTS], usage, limits)
-                           for i in range(0, len(texts), BLOCK_TEXTS)]  # fmt: skip
+                scores += [
+                    self._block(vectors, texts[i : i + BLOCK_TEXTS], usage, limits)
+                    for i in range(0, len(texts), BLOCK_TEXTS)
+                ]
             results.append(np.concatenate(scores))
         return results
 

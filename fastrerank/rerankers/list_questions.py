@@ -67,9 +67,16 @@ class ListReranker(LLMReranker):
     """
 
     def __init__(
-        self, model: str | Path, *, count: int, template: str | Path | None = None, readout: Readout | None = None,
-        generate: Generate | None = None, max_new_tokens: int | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path,
+        *,
+        count: int,
+        template: str | Path | None = None,
+        readout: Readout | None = None,
+        generate: Generate | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
         if readout not in (None, "logits", "generation"):
             raise ValueError(f"readout must be None, 'logits' or 'generation', got {readout!r}")
         if generate is not None and not callable(generate):
@@ -127,9 +134,13 @@ class ListReranker(LLMReranker):
             return super()._scorer(checkpoint, **options)
         if self.generate is None:
             self.generate = TransformersGenerator(
-                checkpoint.path, max_new_tokens=self._new_tokens, stop=self._stop, device=options["device"],
-                dtype=options["dtype"], trust_remote_code=checkpoint.trust_remote_code,
-            )  # fmt: skip
+                checkpoint.path,
+                max_new_tokens=self._new_tokens,
+                stop=self._stop,
+                device=options["device"],
+                dtype=options["dtype"],
+                trust_remote_code=checkpoint.trust_remote_code,
+            )
         return None
 
     def _encode(self, texts: Texts, requests: Sequence[Request], usage: Usage) -> list[Any]:
@@ -182,5 +193,7 @@ class ListReranker(LLMReranker):
         if usage.unparsed:
             log.warning(
                 "%d of %d answers of template %r were incomplete or malformed; what they left out kept its order",
-                usage.unparsed, usage.comparisons, self.template.name,
-            )  # fmt: skip
+                usage.unparsed,
+                usage.comparisons,
+                self.template.name,
+            )

@@ -76,11 +76,21 @@ class ListwiseReranker(ListReranker):
     default_seq2seq: ClassVar[str] = "first"
 
     def __init__(
-        self, model: str | Path, *, template: str | Path | None = None, window: int = 20, stride: int | None = None,
-        window_rule: WindowRule = "rank_llm", algorithm: Algorithm | None = None, epochs: int = 2, seed: int = 0,
-        readout: Readout | None = None, generate: Generate | None = None, max_new_tokens: int | None = None,
+        self,
+        model: str | Path,
+        *,
+        template: str | Path | None = None,
+        window: int = 20,
+        stride: int | None = None,
+        window_rule: WindowRule = "rank_llm",
+        algorithm: Algorithm | None = None,
+        epochs: int = 2,
+        seed: int = 0,
+        readout: Readout | None = None,
+        generate: Generate | None = None,
+        max_new_tokens: int | None = None,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if algorithm not in (None, "windows", "groups"):
             raise ValueError(f"algorithm must be None, 'windows' or 'groups', got {algorithm!r}")
         if stride is None and isinstance(window, int):
@@ -90,9 +100,14 @@ class ListwiseReranker(ListReranker):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
         super().__init__(
-            model, template=template, count=window, readout=readout, generate=generate, max_new_tokens=max_new_tokens,
+            model,
+            template=template,
+            count=window,
+            readout=readout,
+            generate=generate,
+            max_new_tokens=max_new_tokens,
             **options,
-        )  # fmt: skip
+        )
         if algorithm is None:
             algorithm = "groups" if self.template.name.startswith("grouprank") else "windows"
         if algorithm == "groups" and self.readout == "logits":
@@ -101,9 +116,13 @@ class ListwiseReranker(ListReranker):
         self.algorithm, self.epochs, self.seed = algorithm, epochs, seed
 
     def score(
-        self, query: str, documents: Sequence[str], *, first_stage: Sequence[float] | None = None,
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        first_stage: Sequence[float] | None = None,
         **options: Unpack[Options],
-    ) -> Scores:  # fmt: skip
+    ) -> Scores:
         """Return one score per document, float32 (N,), higher is better; see the class for what they are.
 
         Args:
@@ -126,9 +145,13 @@ class ListwiseReranker(ListReranker):
             return self._finite(self._rank_many([checked], [texts], given, usage, call))[0]
 
     def score_many(
-        self, queries: Sequence[str], documents: Sequence[Sequence[str]], *,
-        first_stage: Sequence[Sequence[float]] | None = None, **options: Unpack[Options],
-    ) -> list[Scores]:  # fmt: skip
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        *,
+        first_stage: Sequence[Sequence[float]] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Scores]:
         """Return `[score(q, d) for q, d in zip(queries, documents)]`; each step's windows of all queries run together.
 
         `documents` and `first_stage` hold one list per query. Raises as `score`, and ValueError if lengths differ.
@@ -142,10 +165,17 @@ class ListwiseReranker(ListReranker):
             return self._finite(self._rank_many(checked, texts, first_stage, usage, call))
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        first_stage: Sequence[float] | None = None, raw: bool = False, score_threshold: float | None = None,
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        first_stage: Sequence[float] | None = None,
+        raw: bool = False,
+        score_threshold: float | None = None,
         **options: Unpack[Options],
-    ) -> list[Hit]:  # fmt: skip
+    ) -> list[Hit]:
         """Return documents sorted by `score`, best first; ties keep the order they came in.
 
         Arguments and result as in `Reranker.rank`; `first_stage` as in `score`.
@@ -162,9 +192,13 @@ class ListwiseReranker(ListReranker):
         return self._rank_many(queries, documents, None, usage, call)
 
     def _rank_many(
-        self, queries: list[str], documents: list[list[str]], first_stage: Sequence[Sequence[float]] | None,
-        usage: Usage, call: CallOptions,
-    ) -> list[Scores]:  # fmt: skip
+        self,
+        queries: list[str],
+        documents: list[list[str]],
+        first_stage: Sequence[Sequence[float]] | None,
+        usage: Usage,
+        call: CallOptions,
+    ) -> list[Scores]:
         first = self._checked(documents, first_stage)
         notes = None
         if self.template.uses_notes and first is not None:
@@ -209,8 +243,10 @@ class ListwiseReranker(ListReranker):
             log.warning(
                 "window_rule 'rankgpt' with window %d and stride %d reads no window over %d documents at the head of "
                 "the lists; they keep their places (window_rule='rank_llm' reads them)",
-                self.window, self.stride, usage.untouched,
-            )  # fmt: skip
+                self.window,
+                self.stride,
+                usage.untouched,
+            )
         alone: dict[int, Scores] = {}
 
         def ask(requests: list[Request]) -> list[list[int]]:
@@ -218,8 +254,9 @@ class ListwiseReranker(ListReranker):
                 return self._written_orders(texts, requests, usage)
             usage.comparisons += len(requests)
             logits = self._label_logits(texts, requests, usage)
-            alone.update((query, row) for (query, _), row in zip(requests, logits, strict=True)
-                         if counts[query] <= self.window)  # fmt: skip
+            alone.update(
+                (query, row) for (query, _), row in zip(requests, logits, strict=True) if counts[query] <= self.window
+            )
             return [order(row).tolist() for row in logits]
 
         schedules = [sliding_windows(n, self.window, self.stride, self.window_rule) for n in counts]
@@ -253,11 +290,15 @@ class ListwiseReranker(ListReranker):
 
         schedules = [
             groups(
-                len(texts.documents[i]), self.window, self.epochs, _seed(self.seed, query),
-                None if first is None else first[i], GROUP_WEIGHT,
+                len(texts.documents[i]),
+                self.window,
+                self.epochs,
+                _seed(self.seed, query),
+                None if first is None else first[i],
+                GROUP_WEIGHT,
             )
             for i, query in enumerate(texts.queries)
-        ]  # fmt: skip
+        ]
         rankings, usage.steps = run_together(schedules, ask)
         return rankings
 

@@ -65,17 +65,32 @@ class LLMReranker(Reranker):
     default_seq2seq: ClassVar[str]  # the default for encoder-decoders
 
     def __init__(
-        self, model: str | Path, *, template: str | Path | None = None, instruction: str | None = None,
-        device: DeviceLike | None = None, dtype: DtypeLike = "auto", max_length: int | None = None,
-        num_threads: int | None = None, memory_limit: float | None = None, share_prefixes: bool = True,
-        trust_remote_code: bool = False, revision: str | None = None, cache_folder: str | None = None,
-        local_files_only: bool = False, token: bool | str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path,
+        *,
+        template: str | Path | None = None,
+        instruction: str | None = None,
+        device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto",
+        max_length: int | None = None,
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
+        share_prefixes: bool = True,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+        token: bool | str | None = None,
+    ) -> None:
         super().__init__()
         checkpoint = open_checkpoint(
-            model, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only, token=token,
+            model,
+            revision=revision,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+            token=token,
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         self.checkpoint, self.instruction = checkpoint, instruction
         self.template = self._template(checkpoint, template)
         chosen = plan(checkpoint.config, "torch", device, dtype)
@@ -83,14 +98,20 @@ class LLMReranker(Reranker):
             raise ValueError(f"device must be one device for a language model, got {device!r}")
         self.device, self.dtype = chosen.devices[0], chosen.dtype
         self.prompts = PromptTokenizer.load(
-            checkpoint.transformer_path, self.template, max_length=self._limit(checkpoint, max_length),
+            checkpoint.transformer_path,
+            self.template,
+            max_length=self._limit(checkpoint, max_length),
             instruction=instruction,
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         self.scorer: Scorer = self._scorer(
-            checkpoint, dtype=self.dtype, device=self.device, num_threads=num_threads, memory_limit=memory_limit,
+            checkpoint,
+            dtype=self.dtype,
+            device=self.device,
+            num_threads=num_threads,
+            memory_limit=memory_limit,
             share_prefixes=share_prefixes,
-        )  # fmt: skip
+        )
 
     @property
     def honoured_options(self) -> frozenset[str]:
@@ -112,9 +133,15 @@ class LLMReranker(Reranker):
         return max_length
 
     def _scorer(
-        self, checkpoint: Checkpoint, *, dtype: str, device: str, num_threads: int | None, memory_limit: float | None,
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str,
+        device: str,
+        num_threads: int | None,
+        memory_limit: float | None,
         share_prefixes: bool,
-    ) -> Scorer:  # fmt: skip
+    ) -> Scorer:
         seq2seq = _seq2seq(checkpoint)
         if seq2seq != (self.template.model == "seq2seq"):
             what = "an encoder-decoder" if seq2seq else "no encoder-decoder"
@@ -126,17 +153,26 @@ class LLMReranker(Reranker):
             from fastrerank.engine.torch.seq2seq import Seq2SeqScorer
 
             return Seq2SeqScorer.load(
-                checkpoint, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
+                checkpoint,
+                dtype=dtype,
+                device=device,
+                num_threads=num_threads,
+                memory_limit=memory_limit,
                 decoder_prefix=self.prompts.decoder_ids.tolist(),
-            )  # fmt: skip
+            )
         from fastrerank.engine.torch.causal import CausalScorer
 
         architectures = checkpoint.config.get("architectures") or []
         classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
         return CausalScorer.load(
-            checkpoint, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
-            share_prefixes=share_prefixes, head="classification" if classifier else "causal",
-        )  # fmt: skip
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            num_threads=num_threads,
+            memory_limit=memory_limit,
+            share_prefixes=share_prefixes,
+            head="classification" if classifier else "causal",
+        )
 
     def check_options(self, **options: Any) -> CallOptions:
         """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.

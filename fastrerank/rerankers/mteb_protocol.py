@@ -24,9 +24,13 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def score_batches(
-    reranker: Reranker, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], *, raw: bool = True,
+    reranker: Reranker,
+    inputs1: Iterable[dict[str, Any]],
+    inputs2: Iterable[dict[str, Any]],
+    *,
+    raw: bool = True,
     **options: Any,
-) -> npt.NDArray[np.float32]:  # fmt: skip
+) -> npt.NDArray[np.float32]:
     """Return the score of each pair of MTEB's loaders, float32 (N,); see `FastReranker.predict`."""
     asked = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
     reranker.check_options(**asked)
@@ -47,9 +51,14 @@ def model_meta(reranker: Reranker, name: str | None = None, revision: str | None
             found = hub_id(path)
             name, revision = (f"fastrerank/{path.name}", revision) if found is None else (found, path.name)
     return ModelMeta.create_empty(
-        {"name": name, "revision": revision, "model_type": ["cross-encoder"], "modalities": ["text"],
-         "max_tokens": getattr(reranker, "max_length", None)}
-    )  # fmt: skip
+        {
+            "name": name,
+            "revision": revision,
+            "model_type": ["cross-encoder"],
+            "modalities": ["text"],
+            "max_tokens": getattr(reranker, "max_length", None),
+        }
+    )
 
 
 def _texts(batches: Iterable[dict[str, Any]]) -> list[str]:

@@ -56,9 +56,16 @@ class PairwiseReranker(ListReranker):
     default_seq2seq: ClassVar[str] = "prp-t5"
 
     def __init__(
-        self, model: str | Path, *, template: str | Path | None = None, algorithm: PairwiseAlgorithm = "heapsort",
-        top_k: int = 10, passes: int | None = None, soft: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path,
+        *,
+        template: str | Path | None = None,
+        algorithm: PairwiseAlgorithm = "heapsort",
+        top_k: int = 10,
+        passes: int | None = None,
+        soft: bool = False,
+        **options: Any,
+    ) -> None:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}")
         check_count("top_k", top_k, 1)

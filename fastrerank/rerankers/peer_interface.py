@@ -30,31 +30,82 @@ _MOVE = "the model stays on the device that it was loaded on: say device= when y
 # Public names of the peer's class that are not here, each with what to do.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
-        ("fit", "old_fit", "smart_batching_collate", "smart_batching_collate_text_only",
-         "gradient_checkpointing_enable", "zero_grad"),
+        (
+            "fit",
+            "old_fit",
+            "smart_batching_collate",
+            "smart_batching_collate_text_only",
+            "gradient_checkpointing_enable",
+            "zero_grad",
+        ),
         _TRAIN,
     ),
     **dict.fromkeys(("save", "save_pretrained", "save_to_hub", "push_to_hub", "state_dict"), _SAVE),
     **dict.fromkeys(
-        ("active_adapter", "active_adapters", "add_adapter", "check_peft_compatible_model", "delete_adapter",
-         "disable_adapters", "enable_adapters", "get_adapter_state_dict", "load_adapter", "merge", "set_adapter"),
+        (
+            "active_adapter",
+            "active_adapters",
+            "add_adapter",
+            "check_peft_compatible_model",
+            "delete_adapter",
+            "disable_adapters",
+            "enable_adapters",
+            "get_adapter_state_dict",
+            "load_adapter",
+            "merge",
+            "set_adapter",
+        ),
         _ADAPTER,
     ),
     **dict.fromkeys(("preprocess", "tokenize"), _TEXT),
     **dict.fromkeys(("cuda", "ipu", "mtia", "share_memory", "to_empty", "xpu"), _MOVE),
     **dict.fromkeys(
-        ("T_destination", "add_module", "append", "apply", "buffers", "call_super_init", "children",
-         "clear_placement_cache", "dump_patches", "extend", "extra_repr", "forward", "get_buffer", "get_extra_state",
-         "get_parameter", "get_submodule", "insert", "load_state_dict", "modules", "named_buffers", "named_children",
-         "named_modules", "named_parameters", "parameters", "pop", "register_backward_hook", "register_buffer",
-         "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
-         "register_full_backward_pre_hook", "register_load_state_dict_post_hook",
-         "register_load_state_dict_pre_hook", "register_module", "register_parameter",
-         "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state",
-         "set_submodule", "type"),
+        (
+            "T_destination",
+            "add_module",
+            "append",
+            "apply",
+            "buffers",
+            "call_super_init",
+            "children",
+            "clear_placement_cache",
+            "dump_patches",
+            "extend",
+            "extra_repr",
+            "forward",
+            "get_buffer",
+            "get_extra_state",
+            "get_parameter",
+            "get_submodule",
+            "insert",
+            "load_state_dict",
+            "modules",
+            "named_buffers",
+            "named_children",
+            "named_modules",
+            "named_parameters",
+            "parameters",
+            "pop",
+            "register_backward_hook",
+            "register_buffer",
+            "register_forward_hook",
+            "register_forward_pre_hook",
+            "register_full_backward_hook",
+            "register_full_backward_pre_hook",
+            "register_load_state_dict_post_hook",
+            "register_load_state_dict_pre_hook",
+            "register_module",
+            "register_parameter",
+            "register_state_dict_post_hook",
+            "register_state_dict_pre_hook",
+            "requires_grad_",
+            "set_extra_state",
+            "set_submodule",
+            "type",
+        ),
         _MODULE,
     ),
-}  # fmt: skip
+}
 
 
 class ModelCardData(SimpleNamespace):
@@ -238,13 +289,13 @@ class PeerInterface:
     def _cast(self: Self, dtype: str, call: str) -> Self:
         if self.dtype == dtype:
             return self
-        how = {"float64": "dtype='float32' is the most precise", "float16": "load with dtype='bfloat16', or with "
-               "dtype='float16' on a torch engine"}.get(dtype, f"load with dtype={dtype!r}")  # fmt: skip
+        how = {
+            "float64": "dtype='float32' is the most precise",
+            "float16": "load with dtype='bfloat16', or with dtype='float16' on a torch engine",
+        }.get(dtype, f"load with dtype={dtype!r}")
         raise ValueError(f"{call} cannot change weights that are packed as {self.dtype}: {how}")
 
-    def start_multi_process_pool(
-        self, target_devices: list[str] | None = None, *_: Any, **__: Any
-    ) -> dict[str, Any]:  # fmt: skip
+    def start_multi_process_pool(self, target_devices: list[str] | None = None, *_: Any, **__: Any) -> dict[str, Any]:
         """Return an empty pool: one call already uses every CPU it may; `predict` accepts the pool.
 
         `target_devices` may name where the model is, as often as it likes; ValueError for other devices.

@@ -64,9 +64,14 @@ class PointwiseReranker(LLMReranker):
     default_seq2seq: ClassVar[str] = "monot5"
 
     def __init__(
-        self, model: str | Path, *, cutoff_layers: int | None = None, readout: Readout = "logits",
-        max_new_tokens: int = 2048, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path,
+        *,
+        cutoff_layers: int | None = None,
+        readout: Readout = "logits",
+        max_new_tokens: int = 2048,
+        **options: Any,
+    ) -> None:
         if readout not in ("logits", "generation"):
             raise ValueError(f"readout must be 'logits' or 'generation', got {readout!r}")
         self._cutoff_layers, self._new_tokens = cutoff_layers, max_new_tokens
@@ -106,9 +111,13 @@ class PointwiseReranker(LLMReranker):
     def _scorer(self, checkpoint: Checkpoint, **options: Any) -> Any:
         if self.readout == "generation":
             self._generator = TransformersGenerator(
-                checkpoint.path, max_new_tokens=self._new_tokens, stop=("</answer>",), device=options["device"],
-                dtype=options["dtype"], trust_remote_code=checkpoint.trust_remote_code,
-            )  # fmt: skip
+                checkpoint.path,
+                max_new_tokens=self._new_tokens,
+                stop=("</answer>",),
+                device=options["device"],
+                dtype=options["dtype"],
+                trust_remote_code=checkpoint.trust_remote_code,
+            )
             return None
         self._labels = np.zeros(1, np.int64)
         if is_layerwise(checkpoint):

@@ -258,9 +258,13 @@ def sliding(n: int, passes: int = 10) -> Schedule[Pair, float]:
 
 
 def groups(
-    n: int, size: int = 20, epochs: int = 2, seed: int = 0,
-    first_stage: Sequence[float] | None = None, weight: float = 0.6,
-) -> Schedule[Documents, Sequence[float | None]]:  # fmt: skip
+    n: int,
+    size: int = 20,
+    epochs: int = 2,
+    seed: int = 0,
+    first_stage: Sequence[float] | None = None,
+    weight: float = 0.6,
+) -> Schedule[Documents, Sequence[float | None]]:
     """Shuffle, cut into groups, score each group; all groups of all epochs are one batch.
 
     A question is the documents of a group; its answer holds a score for each, or None where it got none. A document's

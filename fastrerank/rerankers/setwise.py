@@ -53,16 +53,28 @@ class SetwiseReranker(ListReranker):
     default_seq2seq: ClassVar[str] = "setwise-t5"
 
     def __init__(
-        self, model: str | Path, *, template: str | Path | None = None, set_size: int = 4, top_k: int = 10,
-        readout: Readout | None = None, generate: Generate | None = None, max_new_tokens: int | None = None,
+        self,
+        model: str | Path,
+        *,
+        template: str | Path | None = None,
+        set_size: int = 4,
+        top_k: int = 10,
+        readout: Readout | None = None,
+        generate: Generate | None = None,
+        max_new_tokens: int | None = None,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_count("set_size", set_size, 2)
         check_count("top_k", top_k, 1)
         super().__init__(
-            model, template=template, count=set_size, readout=readout, generate=generate,
-            max_new_tokens=max_new_tokens, **options,
-        )  # fmt: skip
+            model,
+            template=template,
+            count=set_size,
+            readout=readout,
+            generate=generate,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
         self.set_size, self.top_k = set_size, top_k
 
     def _score_many(

@@ -47,16 +47,30 @@ class VectorReranker(Reranker):
     _reads: ClassVar[str]  # whose vectors are compared, for messages
 
     def __init__(
-        self, model_name_or_path: str | Path, *, device: DeviceLike | None = None, dtype: DtypeLike = "auto",
-        max_length: int | None = None, num_threads: int | None = None, revision: str | None = None,
-        cache_folder: str | None = None, local_files_only: bool = False, token: bool | str | None = None,
-        trust_remote_code: bool = False, engine: EngineName | None = None, memory_limit: float | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model_name_or_path: str | Path,
+        *,
+        device: DeviceLike | None = None,
+        dtype: DtypeLike = "auto",
+        max_length: int | None = None,
+        num_threads: int | None = None,
+        revision: str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+        token: bool | str | None = None,
+        trust_remote_code: bool = False,
+        engine: EngineName | None = None,
+        memory_limit: float | None = None,
+    ) -> None:
         super().__init__()
         checkpoint = open_checkpoint(
-            model_name_or_path, revision=revision, cache_folder=cache_folder, local_files_only=local_files_only,
-            token=token, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+            model_name_or_path,
+            revision=revision,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        )
         self.checkpoint = checkpoint
         head = self._head(checkpoint)
         if not head.steps or not isinstance(head.steps[-1], NormalizeStep):

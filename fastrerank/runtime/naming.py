@@ -50,8 +50,10 @@ def describe(value: Any) -> str:
     if runs is None:
         runs = getattr(value, "scorer", None)
     known = {
-        "method": getattr(value, "method", None), "engine": None if runs is None else type(runs).__name__,
-        "dtype": getattr(value, "dtype", None), "device": getattr(value, "device", None),
-    }  # fmt: skip
+        "method": getattr(value, "method", None),
+        "engine": None if runs is None else type(runs).__name__,
+        "dtype": getattr(value, "dtype", None),
+        "device": getattr(value, "device", None),
+    }
     parts += [f"{name}={plain!r}" for name, plain in known.items() if plain is not None]
     return f"{type(value).__name__}({', '.join(parts)})"

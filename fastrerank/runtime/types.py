@@ -26,9 +26,17 @@ __all__ = [
 ]
 
 MethodName = Literal[
-    "cross-encoder", "late-interaction", "embedding", "pointwise", "listwise", "pairwise", "setwise", "icr", "qrhead",
+    "cross-encoder",
+    "late-interaction",
+    "embedding",
+    "pointwise",
+    "listwise",
+    "pairwise",
+    "setwise",
+    "icr",
+    "qrhead",
     "core",
-]  # fmt: skip
+]
 EngineName = Literal["native", "torch", "padded"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 TruncationSide = Literal["right", "left"]

@@ -82,9 +82,13 @@ class Build:
     """
 
     def __init__(
-        self, reranker: Any, items: Sequence[str], queries: Sequence[str], folder: str | os.PathLike[str] | None,
+        self,
+        reranker: Any,
+        items: Sequence[str],
+        queries: Sequence[str],
+        folder: str | os.PathLike[str] | None,
         block: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for name, texts in (("items", items), ("anchor_queries", queries)):
             if isinstance(texts, str) or not len(texts):
                 raise ValueError(f"{name} must be a non-empty list of texts, got {texts!r:.60}")
@@ -154,8 +158,11 @@ class Build:
                 what = next(name for name in plan if not isinstance(found, dict) or found.get(name) != plan[name])
                 raise ValueError(f"{folder} holds scores of another build ({what} differs); delete it, or name another")
             return self._verified(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not all(p.name in (_SCORES, _JOURNAL, _PLAN + ".new")
-                                                                 for p in folder.iterdir()):  # fmt: skip
+        if (
+            folder.is_dir()
+            and any(folder.iterdir())
+            and not all(p.name in (_SCORES, _JOURNAL, _PLAN + ".new") for p in folder.iterdir())
+        ):
             raise ValueError(f"{folder} holds other files; name a new or empty folder for the build's scores")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / _SCORES).open("wb") as file:

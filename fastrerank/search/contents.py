@@ -125,15 +125,20 @@ def add(old: Contents, vectors: npt.NDArray[Any], texts: Sequence[str] | None) -
     more = vectors.shape[1]
     if (texts is None) != (old.texts is None) or (texts is not None and len(texts) != more):
         has = "holds its items' texts" if old.texts is not None else "holds no texts"
-        raise ValueError(f"items must have one text per new item exactly if the index has texts: it {has}, got "
-                         f"{'none' if texts is None else len(texts)} for {more} items")  # fmt: skip
+        raise ValueError(
+            f"items must have one text per new item exactly if the index has texts: it {has}, got "
+            f"{'none' if texts is None else len(texts)} for {more} items"
+        )
     if more == 0:
         return old
     if old.count == 0:
         return replace(
-            old, shards=pack(vectors, old.shards[0].storage, old.shards[0].scales), spread=spread_of(vectors),
-            anchors=np.arange(more)[:0], **_named(old, more, texts),
-        )  # fmt: skip
+            old,
+            shards=pack(vectors, old.shards[0].storage, old.shards[0].scales),
+            spread=spread_of(vectors),
+            anchors=np.arange(more)[:0],
+            **_named(old, more, texts),
+        )
     shards = list(old.shards)
     begin = 0
     if shards[-1].N < SHARD:
@@ -273,9 +278,12 @@ def _read(folder: Path, header: dict[str, Any], mmap: bool, verify: bool) -> Con
         watched.append(mapped)
         try:
             shard = ops.PackedItems(
-                arrays["data"], arrays.get("scale"), storage=header["storage"], width=header["width"],
+                arrays["data"],
+                arrays.get("scale"),
+                storage=header["storage"],
+                width=header["width"],
                 count=entry["count"],
-            )  # fmt: skip
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / entry['name']}: not the vectors that {store.HEADER} describes ({error})"

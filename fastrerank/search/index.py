@@ -71,10 +71,17 @@ class CURIndex:
 
     @classmethod
     def from_scores(
-        cls, anchor_scores: npt.ArrayLike, *, storage: str = "float32", scales: str | None = None,
-        ridge: float | None = None, anchors: str | npt.ArrayLike = "greedy", seed: int = 0,
-        items: Sequence[str] | None = None, candidates: str = "scan",
-    ) -> CURIndex:  # fmt: skip
+        cls,
+        anchor_scores: npt.ArrayLike,
+        *,
+        storage: str = "float32",
+        scales: str | None = None,
+        ridge: float | None = None,
+        anchors: str | npt.ArrayLike = "greedy",
+        seed: int = 0,
+        items: Sequence[str] | None = None,
+        candidates: str = "scan",
+    ) -> CURIndex:
         """An index whose item vectors are the columns of `anchor_scores`.
 
         Args:
@@ -99,10 +106,17 @@ class CURIndex:
 
     @classmethod
     def from_vectors(
-        cls, item_vectors: npt.ArrayLike, *, storage: str = "float32", scales: str | None = None,
-        ridge: float | None = None, anchors: str | npt.ArrayLike = "greedy", seed: int = 0,
-        items: Sequence[str] | None = None, candidates: str = "scan",
-    ) -> CURIndex:  # fmt: skip
+        cls,
+        item_vectors: npt.ArrayLike,
+        *,
+        storage: str = "float32",
+        scales: str | None = None,
+        ridge: float | None = None,
+        anchors: str | npt.ArrayLike = "greedy",
+        seed: int = 0,
+        items: Sequence[str] | None = None,
+        candidates: str = "scan",
+    ) -> CURIndex:
         """An index on given item vectors (N, K), one row per item, such as a dual encoder's: AXN.
 
         The other arguments are those of `from_scores`.
@@ -116,9 +130,17 @@ class CURIndex:
 
     @classmethod
     def _of(
-        cls, kind: str, matrix: npt.NDArray[Any], storage: str, scales: str | None, ridge: float | None,
-        anchors: str | npt.ArrayLike, seed: int, items: Sequence[str] | None, candidates: str,
-    ) -> CURIndex:  # fmt: skip
+        cls,
+        kind: str,
+        matrix: npt.NDArray[Any],
+        storage: str,
+        scales: str | None,
+        ridge: float | None,
+        anchors: str | npt.ArrayLike,
+        seed: int,
+        items: Sequence[str] | None,
+        candidates: str,
+    ) -> CURIndex:
         count, items = matrix.shape[1], as_column(items, "items")
         if items is not None and len(items) != count:
             raise ValueError(f"items must have one text for each of {count} items, got {len(items)}")
@@ -134,18 +156,29 @@ class CURIndex:
             settings = Settings(ridge=held_out_ridge(matrix, seed)) if kind == "scores" else Settings()
         return cls(
             Contents(
-                shards=state.pack(matrix, storage, scales), anchors=chosen, spread=state.spread_of(matrix),
-                settings=settings, kind=kind, following=count, texts=None if items is None else Texts.of(items),
+                shards=state.pack(matrix, storage, scales),
+                anchors=chosen,
+                spread=state.spread_of(matrix),
+                settings=settings,
+                kind=kind,
+                following=count,
+                texts=None if items is None else Texts.of(items),
             ),
             candidates=candidates,
-        )  # fmt: skip
+        )
 
     @classmethod
     def build(
-        cls, reranker: Any, items: Sequence[str], anchor_queries: Sequence[str], *,
-        checkpoint: str | os.PathLike[str] | None = None, block: int = 4096,
-        progress: bool | Progress = True, **options: Any,
-    ) -> CURIndex:  # fmt: skip
+        cls,
+        reranker: Any,
+        items: Sequence[str],
+        anchor_queries: Sequence[str],
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        block: int = 4096,
+        progress: bool | Progress = True,
+        **options: Any,
+    ) -> CURIndex:
         """An index from the reranker's scores of every item for every anchor query: K times N of its calls.
 
         Args:
@@ -310,10 +343,19 @@ class CURIndex:
         return held.named(places), products
 
     def search(
-        self, score_items: Callable[[Ids], Any], k: int = 10, budget: int = 200, rounds: int | None = None, *,
-        first: float | None = None, ridge: float | None = None, seeds: npt.ArrayLike | None = None,
-        prior: npt.ArrayLike | None = None, mix: float = 0.0, threads: int | None = None,
-    ) -> tuple[Ids, Floats]:  # fmt: skip
+        self,
+        score_items: Callable[[Ids], Any],
+        k: int = 10,
+        budget: int = 200,
+        rounds: int | None = None,
+        *,
+        first: float | None = None,
+        ridge: float | None = None,
+        seeds: npt.ArrayLike | None = None,
+        prior: npt.ArrayLike | None = None,
+        mix: float = 0.0,
+        threads: int | None = None,
+    ) -> tuple[Ids, Floats]:
         """The k best items that at most `budget` calls of the scorer find, with their exact scores.
 
         Args:
@@ -340,16 +382,35 @@ class CURIndex:
         if not callable(score_items):
             raise TypeError(f"score_items must be callable, got {type(score_items).__name__}")
         ids, scores = self.search_many(
-            lambda _, ids: score_items(ids), 1, k, budget, rounds, first=first, ridge=ridge,
-            seeds=None if seeds is None else [seeds], prior=prior, mix=mix, threads=threads,
-        )  # fmt: skip
+            lambda _, ids: score_items(ids),
+            1,
+            k,
+            budget,
+            rounds,
+            first=first,
+            ridge=ridge,
+            seeds=None if seeds is None else [seeds],
+            prior=prior,
+            mix=mix,
+            threads=threads,
+        )
         return ids[0], scores[0]
 
     def search_many(
-        self, score_pairs: PairScorer, queries: int, k: int = 10, budget: int = 200, rounds: int | None = None, *,
-        first: float | None = None, ridge: float | None = None, seeds: Sequence[npt.ArrayLike] | None = None,
-        prior: npt.ArrayLike | None = None, mix: float = 0.0, threads: int | None = None,
-    ) -> tuple[Ids, Floats]:  # fmt: skip
+        self,
+        score_pairs: PairScorer,
+        queries: int,
+        k: int = 10,
+        budget: int = 200,
+        rounds: int | None = None,
+        *,
+        first: float | None = None,
+        ridge: float | None = None,
+        seeds: Sequence[npt.ArrayLike] | None = None,
+        prior: npt.ArrayLike | None = None,
+        mix: float = 0.0,
+        threads: int | None = None,
+    ) -> tuple[Ids, Floats]:
         """`search` for many queries at once: a round of all of them is one call of the scorer and one scan.
 
         Args:
@@ -393,9 +454,14 @@ class CURIndex:
         return held.named(ids), scores
 
     def search_reranker(
-        self, reranker: Any, query: str | Sequence[str], k: int = 10, budget: int = 200, rounds: int | None = None,
+        self,
+        reranker: Any,
+        query: str | Sequence[str],
+        k: int = 10,
+        budget: int = 200,
+        rounds: int | None = None,
         **options: Any,
-    ) -> tuple[Ids, Floats]:  # fmt: skip
+    ) -> tuple[Ids, Floats]:
         """`search` with a reranker over the items' texts; of a list of queries, all rounds share its batches.
 
         Args:

@@ -14,8 +14,14 @@ from fastrerank.search.texts import Texts
 
 __all__ = ["check_items", "check_shards"]
 
-_ITEMS = {"anchors": "int64", "ids": "int64", "text": "uint8", "text_ends": "int64", "query": "uint8",
-          "query_ends": "int64"}  # fmt: skip
+_ITEMS = {
+    "anchors": "int64",
+    "ids": "int64",
+    "text": "uint8",
+    "text_ends": "int64",
+    "query": "uint8",
+    "query_ends": "int64",
+}
 
 
 def check_shards(header: Path, shards: Sequence[ops.PackedItems]) -> None:

@@ -138,9 +138,15 @@ def adaptive_search(
 
 
 def _next(
-    items: Candidates, plan: Plan, ids: Ids, scores: Floats, fits: RidgeFits | None,
-    vectors: npt.NDArray[np.float32], size: int, effort: Effort,
-) -> Ids:  # fmt: skip
+    items: Candidates,
+    plan: Plan,
+    ids: Ids,
+    scores: Floats,
+    fits: RidgeFits | None,
+    vectors: npt.NDArray[np.float32],
+    size: int,
+    effort: Effort,
+) -> Ids:
     """The items that look best and are not scored, (B, size)."""
     with effort.stage("fit"):
         weights = _least_norm(items.width, plan, scores, vectors) if fits is None else fits.weights()

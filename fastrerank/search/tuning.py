@@ -98,9 +98,16 @@ def recall_curve(index: CURIndex, exact: Matrix, k: int, budgets: Sequence[int],
 
 
 def tune(
-    index: CURIndex, k: int, budget: int, *, queries: int = 48, seed: int = 0, rounds: Sequence[int] = _ROUNDS,
-    first: Sequence[float] = _FIRST, ridges: Sequence[float] = _RIDGES,
-) -> list[Trial]:  # fmt: skip
+    index: CURIndex,
+    k: int,
+    budget: int,
+    *,
+    queries: int = 48,
+    seed: int = 0,
+    rounds: Sequence[int] = _ROUNDS,
+    first: Sequence[float] = _FIRST,
+    ridges: Sequence[float] = _RIDGES,
+) -> list[Trial]:
     """Recall of settings on held-out anchor queries, best first: rounds and the first share, and then the ridge.
 
     Settings whose recall is within half a standard error of the best one's count as equal; of those the fewest rounds

@@ -46,9 +46,14 @@ class Measured:
 
 
 def measure(
-    query: str | list[str], texts: list[str], limits: TextLimits, max_length: int | None, speed: Speed,
-    instruction: str | None = None, whole: bool = False,
-) -> Measured:  # fmt: skip
+    query: str | list[str],
+    texts: list[str],
+    limits: TextLimits,
+    max_length: int | None,
+    speed: Speed,
+    instruction: str | None = None,
+    whole: bool = False,
+) -> Measured:
     """Return what the pairs of `texts` with their query cost: a query counts with each of its documents.
 
     So does the `instruction`, but where the documents are scored together as a `whole`: then they share one.
@@ -69,9 +74,9 @@ def measure(
         return sys.maxsize if tokens is None else speed.bytes(tokens)
 
     pair, first, second = (
-        most(tokens) for tokens in (limits.max_length or max_length, limits.max_tokens_per_query,
-                                    limits.max_tokens_per_doc)
-    )  # fmt: skip
+        most(tokens)
+        for tokens in (limits.max_length or max_length, limits.max_tokens_per_query, limits.max_tokens_per_doc)
+    )
     said = len((instruction or "").encode("utf-8", "replace"))
     each = -(-said // max(1, len(texts))) if whole else said
     overhead = speed.overhead()

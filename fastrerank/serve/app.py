@@ -100,9 +100,14 @@ class _Server:
         return name, self.models[name]
 
     async def scored(
-        self, request: Request, name: str, query: str | list[str], texts: list[str], explain: bool = False,
+        self,
+        request: Request,
+        name: str,
+        query: str | list[str],
+        texts: list[str],
+        explain: bool = False,
         options: CallOptions = NO_OPTIONS,
-    ) -> Scored:  # fmt: skip
+    ) -> Scored:
         """Score the texts of one query, or of one each; errors become what a client should see."""
         reranker = self.models[name]
         self.limit(len(texts))
@@ -286,9 +291,13 @@ def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = 
             await reranker.aclose()
 
     app = FastAPI(
-        title="fastrerank", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="fastrerank",
+        version=VERSION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         description="Reranking in the dialects of TEI, Cohere, Jina, vLLM, Infinity and Voyage.",
-    )  # fmt: skip
+    )
     app.router.route_class = body_route(Bodies())
     app.state.server = server
     together = settings.max_bodies_bytes or 4 * settings.max_body_bytes
@@ -309,9 +318,16 @@ def _refused_key(settings: Settings, path: str, message: str) -> Any:
 
 def _add_errors(app: FastAPI, settings: Settings) -> None:
     def problem(
-        request: Request, status: int, kind: str, message: str, headers: Any = None, *, source: Source = "request",
-        field: str | None = None, rows: Sequence[Any] = (),
-    ) -> JSONResponse:  # fmt: skip
+        request: Request,
+        status: int,
+        kind: str,
+        message: str,
+        headers: Any = None,
+        *,
+        source: Source = "request",
+        field: str | None = None,
+        rows: Sequence[Any] = (),
+    ) -> JSONResponse:
         flavor = getattr(request.state, "flavor", None) or dialect(request.url.path, (), settings.flavor)
         status = error_status(flavor, status, kind, source)
         body = error_body(flavor, status, kind, message, source=source, field=field, rows=rows)
@@ -384,11 +400,27 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
     # Only the schema is told of the keys, so that the page of /docs asks for one: `Keys` checks them, for every route.
     keyed = [Security(HTTPBearer(auto_error=False))] if server.settings.keys else []
     for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/"):
-        app.add_api_route(path, rerank, methods=["POST"], responses=errors, response_model=None, dependencies=keyed,
-                          summary="Rank documents by a query", name=f"rerank {path}")  # fmt: skip
+        app.add_api_route(
+            path,
+            rerank,
+            methods=["POST"],
+            responses=errors,
+            response_model=None,
+            dependencies=keyed,
+            summary="Rank documents by a query",
+            name=f"rerank {path}",
+        )
     for path in ("/score", "/v1/score"):
-        app.add_api_route(path, score, methods=["POST"], responses=errors, response_model=None, dependencies=keyed,
-                          summary="Score pairs", name=f"score {path}")  # fmt: skip
+        app.add_api_route(
+            path,
+            score,
+            methods=["POST"],
+            responses=errors,
+            response_model=None,
+            dependencies=keyed,
+            summary="Score pairs",
+            name=f"score {path}",
+        )
 
     @app.get("/v1/models", dependencies=keyed)
     async def models() -> dict[str, Any]:

@@ -98,13 +98,21 @@ class AsyncReranker:
     """
 
     def __init__(
-        self, reranker: Reranker, *, max_batch_tokens: int = 16384, max_wait_ms: float = 2.0,
-        max_queue_tokens: int = 2_000_000, workers: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        reranker: Reranker,
+        *,
+        max_batch_tokens: int = 16384,
+        max_wait_ms: float = 2.0,
+        max_queue_tokens: int = 2_000_000,
+        workers: int = 2,
+    ) -> None:
         if not isinstance(reranker, Reranker):
             raise TypeError(f"reranker must be a loaded reranker, as fastrerank.load returns it, got {reranker!r}")
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_queue_tokens", max_queue_tokens),
-                            ("workers", workers)):  # fmt: skip
+        for name, value in (
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_queue_tokens", max_queue_tokens),
+            ("workers", workers),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         check_number("max_wait_ms", max_wait_ms)
@@ -160,9 +168,14 @@ class AsyncReranker:
         return (await self.scored(query, documents, timeout=timeout, options=options)).scores
 
     async def scored(
-        self, query: str | Sequence[str], documents: Sequence[str], *, timeout: float | None = None,
-        explain: bool = False, options: CallOptions | Options | None = None,
-    ) -> Scored:  # fmt: skip
+        self,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        timeout: float | None = None,
+        explain: bool = False,
+        options: CallOptions | Options | None = None,
+    ) -> Scored:
         """Like `score`, with what the request cost.
 
         Args:
@@ -182,10 +195,18 @@ class AsyncReranker:
         return _scored(request)
 
     async def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False, *,
-        raw: bool = False, score_threshold: float | None = None, timeout: float | None = None, explain: bool = False,
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        raw: bool = False,
+        score_threshold: float | None = None,
+        timeout: float | None = None,
+        explain: bool = False,
         **options: Unpack[Options],
-    ) -> list[Hit]:  # fmt: skip
+    ) -> list[Hit]:
         """Return `reranker.rank(query, documents, ...)`: best first, activated scores unless `raw`.
 
         With `explain` each entry carries "tokens": [(text, what it gets), ...]; see `scored`. `timeout` and errors are
@@ -283,9 +304,13 @@ class AsyncReranker:
         await self.aclose()
 
     def _enqueue(
-        self, query: str | Sequence[str], documents: Sequence[str], timeout: float | None, explain: bool,
+        self,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        timeout: float | None,
+        explain: bool,
         options: CallOptions | Options | None,
-    ) -> Request:  # fmt: skip
+    ) -> Request:
         given = options.keywords() if isinstance(options, CallOptions) else dict(options or {})
         call = self.reranker.check_options(**given)
         texts = check_texts(documents, "documents")
@@ -452,9 +477,10 @@ class AsyncReranker:
     def _results(self, pieces: list[Piece], asked: list[list[tuple[str, list[str]]]]) -> list[Scores]:
         """Scores of each piece, whose queries with their documents are `asked`."""
         rows = self.reranker.score_many(
-            [query for one in asked for query, _ in one], [texts for one in asked for _, texts in one],
+            [query for one in asked for query, _ in one],
+            [texts for one in asked for _, texts in one],
             **pieces[0].request.options.keywords(),
-        )  # fmt: skip
+        )
         if len(rows) != sum(map(len, asked)):
             raise RuntimeError(f"the reranker returned scores of {len(rows)} queries, not of {sum(map(len, asked))}")
         left = iter(rows)

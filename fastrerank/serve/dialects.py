@@ -63,12 +63,18 @@ def to_ask(body: RerankBody, path: str, flavor: Flavor) -> Ask:
     texts = [_text(document, f"{field}[{i}]", body.rank_fields) for i, document in enumerate(documents)]
     returned = agreed((("return_documents", body.return_documents), ("return_text", body.return_text)))[1]
     return Ask(
-        query=_text(body.query, "query", None), texts=texts, documents=documents, model=body.model,
+        query=_text(body.query, "query", None),
+        texts=texts,
+        documents=documents,
+        model=body.model,
         top_n=_top_n(body, flavor),
         score_threshold=agreed((("score_threshold", body.score_threshold), ("min_score", body.min_score)))[1],
-        return_documents=flavor in _RETURNS if returned is None else returned, raw=raw_wanted(body),
-        explain=bool(body.explain), flavor=flavor, version="1" if path == "/v1/rerank" else "2",
-    )  # fmt: skip
+        return_documents=flavor in _RETURNS if returned is None else returned,
+        raw=raw_wanted(body),
+        explain=bool(body.explain),
+        flavor=flavor,
+        version="1" if path == "/v1/rerank" else "2",
+    )
 
 
 def _top_n(body: RerankBody, flavor: Flavor) -> int | None:
@@ -103,9 +109,12 @@ def _text(value: Any, name: str, fields: list[str] | None) -> str:
 
 
 def rerank_answer(
-    ask: Ask, ranking: Sequence[tuple[int, float]], model: str, tokens: int,
+    ask: Ask,
+    ranking: Sequence[tuple[int, float]],
+    model: str,
+    tokens: int,
     explained: Sequence[Sequence[tuple[str, float]]] | None = None,
-) -> dict[str, Any] | list[dict[str, Any]]:  # fmt: skip
+) -> dict[str, Any] | list[dict[str, Any]]:
     """Return the JSON for `ranking`, (position, score) best first, already cut to `top_n`.
 
     `tokens` were scored; `explained`: of each document its tokens and what each gets, which is in no dialect.
@@ -177,8 +186,10 @@ def score_pairs(body: ScoreBody) -> tuple[list[str], list[str]]:
     for name in dict.fromkeys(side for pair in _SIDES for side in pair):
         if name not in (first, second) and getattr(body, name) is not None:
             raise refuse(name, f"came beside `{first}` and `{second}`: send two sides only", 400)
-    a, b = ([_text(value, f"{name}[{i}]", None) for i, value in enumerate(side if isinstance(side, list) else [side])]
-            for name, side in ((first, left), (second, right)))  # fmt: skip
+    a, b = (
+        [_text(value, f"{name}[{i}]", None) for i, value in enumerate(side if isinstance(side, list) else [side])]
+        for name, side in ((first, left), (second, right))
+    )
     if not a or not b:
         raise Problem(400, "Empty", "At least one text_pair element must be given")
     if len(a) == 1:

@@ -32,9 +32,12 @@ def add_docs_page(app: FastAPI) -> None:
     folder = Path(found.origin).parent / "static" if found is not None and found.origin is not None else None
     # Relative addresses: they hold behind a proxy that serves the application under a prefix, too.
     page = get_swagger_ui_html(
-        openapi_url="openapi.json", title=f"{app.title}: HTTP interface", swagger_js_url="docs/swagger-ui-bundle.js",
-        swagger_css_url="docs/swagger-ui.css", swagger_favicon_url="data:,",
-    )  # fmt: skip
+        openapi_url="openapi.json",
+        title=f"{app.title}: HTTP interface",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="data:,",
+    )
     html = bytes(page.body).decode()
     policy = {"content-security-policy": _policy(html)}
 

@@ -129,9 +129,15 @@ def error_status(flavor: Flavor, status: int, kind: str, source: Source) -> int:
 
 
 def error_body(
-    flavor: Flavor, status: int, kind: str, message: str, *, source: Source = "request", field: str | None = None,
+    flavor: Flavor,
+    status: int,
+    kind: str,
+    message: str,
+    *,
+    source: Source = "request",
+    field: str | None = None,
     rows: Collection[Any] = (),
-) -> Any:  # fmt: skip
+) -> Any:
     """Return an error as a dialect writes it; `auto` is read by the clients of all but TEI.
 
     Args:

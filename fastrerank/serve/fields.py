@@ -17,9 +17,17 @@ __all__ = ["agreed", "call_options", "ignored_header", "raw_wanted", "refuse", "
 _WITHOUT_EFFECT = frozenset({"user", "request_id", "cache_salt", "mm_processor_kwargs", "padding"})
 # Fields of /rerank only: /score has no use for them.
 _RERANK_ONLY = (
-    "texts", "top_n", "top_k", "topN", "score_threshold", "min_score", "return_documents", "return_text", "explain",
+    "texts",
+    "top_n",
+    "top_k",
+    "topN",
+    "score_threshold",
+    "min_score",
+    "return_documents",
+    "return_text",
+    "explain",
     "rank_fields",
-)  # fmt: skip
+)
 # What Cohere's v2 cuts documents to where the request does not say.
 COHERE_TOKENS_PER_DOC = 4096
 # A token count beyond this is as good as none.

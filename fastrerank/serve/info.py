@@ -16,33 +16,54 @@ def tei_info(models: Mapping[str, AsyncReranker], aliases: Mapping[str, str], ma
     name, first = next(iter(models.items()))
     limit = first.max_queue_tokens
     rows = {
-        name: {"method": one.reranker.method, "score": "logit" if one.reranker.raw_is_logit else "raw",
-               "max_length": one.max_length, "device": one.device_name, "explain": one.explains,
-               "options": sorted(one.reranker.honoured_options),
-               "aliases": [alias for alias, of in aliases.items() if of == name]}
+        name: {
+            "method": one.reranker.method,
+            "score": "logit" if one.reranker.raw_is_logit else "raw",
+            "max_length": one.max_length,
+            "device": one.device_name,
+            "explain": one.explains,
+            "options": sorted(one.reranker.honoured_options),
+            "aliases": [alias for alias, of in aliases.items() if of == name],
+        }
         for name, one in models.items()
-    }  # fmt: skip
+    }
     labels = list(getattr(first.reranker, "labels", None) or ["LABEL_0"])
-    kind = {"id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)}}  # fmt: skip
+    kind = {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
     return {
-        "model_id": name, "model_sha": None, "model_dtype": _dtype(first), "model_type": {"reranker": kind},
+        "model_id": name,
+        "model_sha": None,
+        "model_dtype": _dtype(first),
+        "model_type": {"reranker": kind},
         # Tokens bound what waits, not a count of requests: as many as have a token each.
         "max_concurrent_requests": limit,
-        "max_input_length": first.max_length or limit, "max_batch_tokens": first.max_batch_tokens,
-        "max_batch_requests": None, "max_client_batch_size": max_documents, "auto_truncate": True,
-        "tokenization_workers": first.workers, "version": VERSION, "sha": None, "docker_label": None,
+        "max_input_length": first.max_length or limit,
+        "max_batch_tokens": first.max_batch_tokens,
+        "max_batch_requests": None,
+        "max_client_batch_size": max_documents,
+        "auto_truncate": True,
+        "tokenization_workers": first.workers,
+        "version": VERSION,
+        "sha": None,
+        "docker_label": None,
         "models": rows,
-    }  # fmt: skip
+    }
 
 
 def openai_models(models: Mapping[str, AsyncReranker], aliases: Mapping[str, str], begun: int) -> dict[str, Any]:
     """Return OpenAI's list of models; `begun`: when the server was started, seconds since 1970."""
     rows = [
-        {"id": name, "object": "model", "created": begun, "owned_by": "fastrerank",
-         "aliases": [alias for alias, of in aliases.items() if of == name]}
+        {
+            "id": name,
+            "object": "model",
+            "created": begun,
+            "owned_by": "fastrerank",
+            "aliases": [alias for alias, of in aliases.items() if of == name],
+        }
         for name in models
-    ]  # fmt: skip
+    ]
     return {"object": "list", "data": rows}
 
 
@@ -52,12 +73,23 @@ def infinity_models(models: Mapping[str, AsyncReranker], begun: int) -> dict[str
     for name, one in models.items():
         queued = one.queued_tokens()
         stats = {
-            "queue_fraction": queued / one.max_queue_tokens, "queue_absolute": queued,
-            "results_pending": one.waiting(), "batch_size": one.max_batch_tokens,
-        }  # fmt: skip
+            "queue_fraction": queued / one.max_queue_tokens,
+            "queue_absolute": queued,
+            "results_pending": one.waiting(),
+            "batch_size": one.max_batch_tokens,
+        }
         # Clients made from its schema take no other owner.
-        rows.append({"id": name, "object": "model", "created": begun, "owned_by": "infinity", "stats": stats,
-                     "backend": "fastrerank", "capabilities": ["rerank"]})  # fmt: skip
+        rows.append(
+            {
+                "id": name,
+                "object": "model",
+                "created": begun,
+                "owned_by": "infinity",
+                "stats": stats,
+                "backend": "fastrerank",
+                "capabilities": ["rerank"],
+            }
+        )
     return {"object": "list", "data": rows}
 
 

@@ -86,7 +86,8 @@ class Acceptor:
         if now < self._said + SAY_SECONDS:
             return
         log.error(
-            "no connections can be accepted: %s; raise the limit of open files (ulimit -n)", error.strerror,
+            "no connections can be accepted: %s; raise the limit of open files (ulimit -n)",
+            error.strerror,
             extra={"fields": {"attempts": self._refused}},
-        )  # fmt: skip
+        )
         self._refused, self._said = 0, now

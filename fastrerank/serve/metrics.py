@@ -25,13 +25,19 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("fastrerank_requests", "Finished requests.", ["route", "status"], registry=registry)
         self.seconds = Histogram(
-            "fastrerank_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=SECONDS,
+            "fastrerank_request_seconds",
+            "From a request's arrival to its answer.",
+            ["route"],
+            buckets=SECONDS,
             registry=registry,
-        )  # fmt: skip
+        )
         self.waited = Histogram(
-            "fastrerank_queue_seconds", "How long requests waited for their first batch.", ["model"], buckets=SECONDS,
+            "fastrerank_queue_seconds",
+            "How long requests waited for their first batch.",
+            ["model"],
+            buckets=SECONDS,
             registry=registry,
-        )  # fmt: skip
+        )
         self.documents = Counter("fastrerank_documents", "Documents scored.", ["model"], registry=registry)
         self.tokens = Counter("fastrerank_tokens", "Tokens of scored pairs.", ["model"], registry=registry)
         self.refused = Counter(

@@ -153,9 +153,11 @@ class BodyLimit:
                     raise self._too_large()
                 if self.held > self.together:
                     raise Problem(
-                        429, "Overloaded", f"the bodies of all requests together exceed {self.together} bytes",
+                        429,
+                        "Overloaded",
+                        f"the bodies of all requests together exceed {self.together} bytes",
                         {"retry-after": "1", "connection": "close"},
-                    )  # fmt: skip
+                    )
                 whole = not message.get("more_body", False)
             return message
 
@@ -172,8 +174,11 @@ async def respond(send: Send, status: int, body: Any, headers: dict[str, str]) -
     """Send a JSON response from a middleware."""
     raw = json.dumps(body).encode()
     lines = {"content-type": "application/json", "content-length": str(len(raw)), **headers}
-    await send({
-        "type": "http.response.start", "status": status,
-        "headers": [(name.encode(), value.encode()) for name, value in lines.items()],
-    })  # fmt: skip
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(name.encode(), value.encode()) for name, value in lines.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": raw})

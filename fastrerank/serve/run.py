@@ -164,9 +164,15 @@ def serve(
         logger.setLevel(logging.INFO)
     protocol = type("Protocol", (_Protocol,), {"header_seconds": header_seconds})
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, http=protocol, ws="none", server_header=False,
-        timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=75,
-    )  # fmt: skip
+        app,
+        log_config=None,
+        access_log=False,
+        http=protocol,
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(grace)),
+        timeout_keep_alive=75,
+    )
     server = _UvicornServer(config)
     models = app.state.server.models
     app.state.server.metrics.log_lines_dropped(lambda: handler.dropped)

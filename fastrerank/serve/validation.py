@@ -71,9 +71,7 @@ class Bodies:
             found: T = self._stopping[model].model_validate(value)
         except ValidationError as error:
             rows = error.errors(include_url=False, include_context=False, include_input=False)[:5]
-            raise RequestValidationError(
-                [{**row, "loc": ("body", *row["loc"])} for row in rows], body=value
-            ) from None  # fmt: skip
+            raise RequestValidationError([{**row, "loc": ("body", *row["loc"])} for row in rows], body=value) from None
         return found
 
 

@@ -22,9 +22,18 @@ NAMES = tuple(gpu_models.SHAPES)
 
 def options(cache: Path, **changes: Any) -> gpu.Options:
     given: dict[str, Any] = {
-        "device": "cpu", "tiny": True, "rounds": 1, "parts": gpu.PARTS, "models": NAMES, "llms": (), "compile": False,
-        "seconds": float("inf"), "data": (cache / "nowhere",), "cache": cache, "command": "python -m bench.run all",
-    }  # fmt: skip
+        "device": "cpu",
+        "tiny": True,
+        "rounds": 1,
+        "parts": gpu.PARTS,
+        "models": NAMES,
+        "llms": (),
+        "compile": False,
+        "seconds": float("inf"),
+        "data": (cache / "nowhere",),
+        "cache": cache,
+        "command": "python -m bench.run all",
+    }
     return gpu.Options(**(given | changes))
 
 
@@ -34,9 +43,17 @@ class Log:
 
 
 def plain_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, longest_q: int,
-    longest_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends_q: torch.Tensor,
+    ends_k: torch.Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
     """What `varlen_attn` computes on a GPU, document by document."""
     assert ends_q.dtype == torch.int32
     assert torch.equal(ends_q, ends_k)
@@ -83,12 +100,15 @@ def test_the_command_runs_every_part_and_writes_what_it_found(cache: Path) -> No
     states = {one["way"]: one["state"] for one in found["attention"]}
     assert states == {"ops.attention": "ok", "varlen_attn": "not here", "padded SDPA": "ok"}
     assert {(one["way"], one["state"]) for one in found["attention_mass"]} == {
-        ("ops.attention_mass", "ok"), ("torch, float32", "ok"),
-    }  # fmt: skip
+        ("ops.attention_mass", "ok"),
+        ("torch, float32", "ok"),
+    }
     assert {one["way"]: one["state"] for one in found["cur"]} == {
-        "ops.cur_topk": "not here", "kernels alone": "not here", "torch products + topk, bfloat16": "ok",
+        "ops.cur_topk": "not here",
+        "kernels alone": "not here",
+        "torch products + topk, bfloat16": "ok",
         "torch in two passes, bfloat16": "ok",
-    }  # fmt: skip
+    }
     assert {one["state"] for one in found["label_logits"]} == {"ok"}
     assert {one["way"].split(",")[0] for one in found["label_logits"]} == {"ops.label_logits", "torch"}
     assert set(found["models"][1]["latency"]) == {"fastrerank", "sentence-transformers"}
@@ -219,9 +239,13 @@ def test_operations_are_counted_pair_by_pair() -> None:
             counted += int((np.abs(place[:, None] - place[None]) < (window or 1000)).sum())
         assert gpu_models.key_pairs(lengths, window) == counted
     config = {
-        "model_type": "modernbert", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2,
-        "layer_types": ["full_attention", "sliding_attention"], "local_attention": 4,
-    }  # fmt: skip
+        "model_type": "modernbert",
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "local_attention": 4,
+    }
     model = gpu_models.GpuModel(gpu_models.SHAPES["modernbert-base"], Path(), config, "")
     linear = 2 * 45 * (4 * 16 + 3 * 4 * 6)
     attention = 2 * 4 * (gpu_models.key_pairs(lengths) + gpu_models.key_pairs(lengths, 3))

@@ -50,9 +50,14 @@ class Log:
 
 def gpu_options(folder: Path, **changes: Any) -> gpu_icr.Options:
     given: dict[str, Any] = {
-        "device": "cpu", "tiny": True, "rounds": 2, "parts": gpu_icr.PARTS, "data": (folder / "nowhere",),
-        "cache": folder, "command": "python -m bench.run icr",
-    }  # fmt: skip
+        "device": "cpu",
+        "tiny": True,
+        "rounds": 2,
+        "parts": gpu_icr.PARTS,
+        "data": (folder / "nowhere",),
+        "cache": folder,
+        "command": "python -m bench.run icr",
+    }
     return gpu_icr.Options(**(given | changes))
 
 

@@ -68,9 +68,16 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def options(cache: Path, texts: Path, **changes: Any) -> llm.Options:
     given: dict[str, Any] = {
-        "dtypes": ("float32",), "documents": 12, "rounds": 2, "threads": 1, "memory": False, "tiny": True,
-        "data": texts, "cache": cache, "command": "python -m bench.run llm",
-    }  # fmt: skip
+        "dtypes": ("float32",),
+        "documents": 12,
+        "rounds": 2,
+        "threads": 1,
+        "memory": False,
+        "tiny": True,
+        "data": texts,
+        "cache": cache,
+        "command": "python -m bench.run llm",
+    }
     return llm.Options(**(given | changes))
 
 
@@ -141,10 +148,18 @@ def test_an_engine_runs_in_a_process_of_its_own_and_says_what_it_took(cache: Pat
 
 def test_the_gpu_form_checks_and_times_all_shapes(cache: Path, texts: Path) -> None:
     given: dict[str, Any] = {
-        "device": "cpu", "tiny": True, "rounds": 2, "parts": ("ceilings", "llm"), "models": (),
-        "llms": ("qwen3-0.6b", "llama-3.1-8b"), "compile": False, "seconds": 0.0, "data": (texts,), "cache": cache,
+        "device": "cpu",
+        "tiny": True,
+        "rounds": 2,
+        "parts": ("ceilings", "llm"),
+        "models": (),
+        "llms": ("qwen3-0.6b", "llama-3.1-8b"),
+        "compile": False,
+        "seconds": 0.0,
+        "data": (texts,),
+        "cache": cache,
         "command": "python -m bench.run llm",
-    }  # fmt: skip
+    }
     saved = []
     found = gpu.run(gpu.Options(**given), Log(), lambda one: saved.append(len(one.llms)))
     assert found.sound
@@ -163,9 +178,7 @@ def test_the_gpu_form_checks_and_times_all_shapes(cache: Path, texts: Path) -> N
     assert "llama-3.1-8b: 30 documents, from token ids to scores" in text
 
 
-def test_wrong_scores_of_the_gpu_form_are_not_timed(
-    cache: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_wrong_scores_of_the_gpu_form_are_not_timed(cache: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_llm.FastRerank.scores
     monkeypatch.setattr(gpu_llm.FastRerankUnshared, "scores", lambda self, pairs: right(self, pairs)[::-1].copy())
     monkeypatch.setattr(gpu_llm.SentenceTransformers, "tokenise", lambda *_: 1 / 0)
@@ -194,12 +207,12 @@ def test_prompts_are_qwen3_rerankers(cache: Path, texts: Path) -> None:
         for ids, document in zip(pairs.ids, pairs.documents, strict=True):
             text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
             assert text == (
-                '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the '
+                "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
                 'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
                 "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
                 f"<Query>: {pairs.query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n"
                 "</think>\n\n"
-            )  # fmt: skip
+            )
             special = [first + 1, first + 2, first + 1, first + 2, first + 1, first + 24, first + 25]
             assert [i for i in ids.tolist() if i >= first] == special
             assert max(ids) < shape.settings["vocab_size"]

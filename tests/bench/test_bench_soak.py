@@ -18,9 +18,12 @@ from bench import beside, soak
 from bench.hostile import KINDS, bodies
 
 GOOD = {
-    "honest": {"200": 10}, "health_asked": 9, "health_longest": 0.5, "resident": {"warm": 100 << 20, "end": 140 << 20},
+    "honest": {"200": 10},
+    "health_asked": 9,
+    "health_longest": 0.5,
+    "resident": {"warm": 100 << 20, "end": 140 << 20},
     "killed": {"status": 503, "others": {}, "exit_code": 1, "seconds": 1.0, "answers_again": True},
-}  # fmt: skip
+}
 
 
 def judged(**changes: Any) -> list[str]:
@@ -31,11 +34,19 @@ def judged(**changes: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"wrong": 1}, {"health_asked": 0}, {"honest": {"429": 3}}, {"health_longest": 1.01},
-     {"resident": {"warm": 100 << 20, "end": 151 << 20}}, {"killed": {**GOOD["killed"], "exit_code": 0}},
-     {"killed": {**GOOD["killed"], "exit_code": None}}, {"killed": {**GOOD["killed"], "exit_code": -11}},
-     {"killed": {**GOOD["killed"], "status": 200}}, {"killed": {**GOOD["killed"], "answers_again": False}}],
-)  # fmt: skip
+    [
+        {"wrong": 1},
+        {"health_asked": 0},
+        {"honest": {"429": 3}},
+        {"health_longest": 1.01},
+        {"resident": {"warm": 100 << 20, "end": 151 << 20}},
+        {"killed": {**GOOD["killed"], "exit_code": 0}},
+        {"killed": {**GOOD["killed"], "exit_code": None}},
+        {"killed": {**GOOD["killed"], "exit_code": -11}},
+        {"killed": {**GOOD["killed"], "status": 200}},
+        {"killed": {**GOOD["killed"], "answers_again": False}},
+    ],
+)
 def test_a_soak_tells_what_did_not_hold(changes: Any) -> None:
     assert judged() == []
     assert len(judged(**changes)) == 1
@@ -57,8 +68,9 @@ def test_small_requests_beside_large_ones_are_judged() -> None:
 def test_hostile_bodies_are_of_all_kinds_and_no_larger_than_asked() -> None:
     made = list(bodies(len(KINDS), 20_000))
     assert [name for name, _, _ in made] == list(KINDS)
-    assert all(len(raw) <= 21_000 and route in ("/rerank", "/v1/rerank", "/v2/rerank", "/score")
-               for _, route, raw in made)  # fmt: skip
+    assert all(
+        len(raw) <= 21_000 and route in ("/rerank", "/v1/rerank", "/v2/rerank", "/score") for _, route, raw in made
+    )
     assert [raw for *_, raw in bodies(3, 1000, 5, 30)] == [raw for *_, raw in bodies(3, 1000, 5, 30)]
 
 

@@ -27,38 +27,64 @@ SIZES = (0, -1, True, 2.0, "4", None, [3], {}, 10**9, HUGE)
 SIZE_KEYS = {
     "distilbert": ("dim", "n_layers", "n_heads", "hidden_dim", "max_position_embeddings", "vocab_size"),
     "modernbert": (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
         "vocab_size",
     ),
     "electra-narrow": ("embedding_size",),
     "bert": (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
-        "type_vocab_size", "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "vocab_size",
     ),
-}  # fmt: skip
+}
 OTHERS: list[tuple[str, dict[str, Any], str]] = [
     *[("bert", {"layer_norm_eps": x}, "layer_norm_eps") for x in (NAN, float("inf"), 0, -1e-5, "1e-5", None, True, 1)],
     *[("modernbert", {"norm_eps": x}, "norm_eps") for x in (NAN, 0, "x")],
     *[("roberta", {"pad_token_id": x}, "pad_token_id") for x in (-2, -1, None, 1.0, True, "1", 10**9, 161, [1])],
     *[("bert", {"hidden_act": x}, "hidden_act") for x in (None, 3, ["gelu"], {})],
     *[("bert", {"id2label": x}, "id2label") for x in ([1], "a", 3)],
-    *[("modernbert", {"layer_types": x}, "layer_types") for x in (
-        [], ["full_attention"], ["full_attention"] * 5, ["full_attention"] * 3 + ["linear"], "full_attention", 4,
-        [["full_attention"]] * 4, [None] * 4,
-    )],
+    *[
+        ("modernbert", {"layer_types": x}, "layer_types")
+        for x in (
+            [],
+            ["full_attention"],
+            ["full_attention"] * 5,
+            ["full_attention"] * 3 + ["linear"],
+            "full_attention",
+            4,
+            [["full_attention"]] * 4,
+            [None] * 4,
+        )
+    ],
     *[("modernbert", {"layer_types": None, "global_attn_every_n_layers": x}, "global_attn_") for x in (0, -1, 1.5)],
     *[("modernbert", {"local_attention": x}, "local_attention") for x in (-8, 0, 1, "8", None, HUGE)],
-    *[("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": x}}}, "rope_theta") for x in (
-        0, -1, NAN, "1", None, [1])],
+    *[
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": x}}}, "rope_theta")
+        for x in (0, -1, NAN, "1", None, [1])
+    ],
     *[("modernbert", {"rope_parameters": x}, "rope_parameters") for x in (3, [1], "x")],
-    *[("modernbert", {"rope_parameters": None, key: x}, key) for key in ("global_rope_theta", "local_rope_theta")
-      for x in (0, -5.0, NAN, "x")],
+    *[
+        ("modernbert", {"rope_parameters": None, key: x}, key)
+        for key in ("global_rope_theta", "local_rope_theta")
+        for x in (0, -5.0, NAN, "x")
+    ],
     *[("modernbert", {"classifier_pooling": x}, "classifier_pooling") for x in ("max", None, ["cls"], 3)],
-    *[("modernbert", {key: x}, key) for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
-      for x in (None, 0, "false")],
+    *[
+        ("modernbert", {key: x}, key)
+        for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+        for x in (None, 0, "false")
+    ],
     ("modernbert", {"num_attention_heads": 16}, "heads of 3 columns"),
     ("bert", {"num_attention_heads": 7}, "not a multiple of 7 heads"),
-]  # fmt: skip
+]
 
 
 def with_config(source: Path, folder: Path, changes: dict[str, Any]) -> Path:
@@ -95,10 +121,17 @@ def test_other_values_that_no_model_has_are_named(
             CrossEncoder(folder, engine=engine)
 
 
-@pytest.mark.parametrize("changes", [
-    {"max_position_embeddings": 10**7}, {"vocab_size": 10**7}, {"hidden_size": 10**6, "num_attention_heads": 10},
-    {"intermediate_size": 10**7}, {"type_vocab_size": 10**7}, {"num_hidden_layers": 4000},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": 10**7},
+        {"vocab_size": 10**7},
+        {"hidden_size": 10**6, "num_attention_heads": 10},
+        {"intermediate_size": 10**7},
+        {"type_vocab_size": 10**7},
+        {"num_hidden_layers": 4000},
+    ],
+)
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_sizes_that_the_file_does_not_have_allocate_nothing(
     tiny: Tiny, tmp_path: Path, changes: dict[str, Any], engine: str
@@ -111,10 +144,14 @@ def test_sizes_that_the_file_does_not_have_allocate_nothing(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
-@pytest.mark.parametrize("changes", [
-    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
+    ],
+)
 def test_scaled_rotary_positions_are_not_computed_as_plain_ones(
     tiny: Tiny, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -123,9 +160,14 @@ def test_scaled_rotary_positions_are_not_computed_as_plain_ones(
         CrossEncoder(folder, engine="native")
 
 
-@pytest.mark.parametrize(("changes", "local"), [
-    ({}, 10_000.0), ({"local_rope_theta": 500.0}, 500.0), ({"local_rope_theta": None}, 80_000.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "local"),
+    [
+        ({}, 10_000.0),
+        ({"local_rope_theta": 500.0}, 500.0),
+        ({"local_rope_theta": None}, 80_000.0),
+    ],
+)
 def test_modernbert_without_rope_parameters_has_the_references_bases(
     tiny: Tiny, changes: dict[str, Any], local: float
 ) -> None:
@@ -144,11 +186,27 @@ def test_nested_sizes_are_checked_and_lists_are_left_to_the_family() -> None:
 # ---- the constructor in C++, whatever it is given
 
 RIGHT: dict[str, Any] = {
-    "hidden": 32, "layers": 2, "heads": 2, "head_dim": 16, "intermediate": 40, "embedding": 32, "vocabulary": 9,
-    "positions": 12, "types": 2, "position_offset": 0, "pad_id": -1, "pre_norm": False, "gated": False,
-    "activation": "gelu", "eps": 1e-5, "window": [-1, -1], "rope": [-1, -1], "attention_scale": 0.25,
-    "precision": "float32", "precise_layers": 0,
-}  # fmt: skip
+    "hidden": 32,
+    "layers": 2,
+    "heads": 2,
+    "head_dim": 16,
+    "intermediate": 40,
+    "embedding": 32,
+    "vocabulary": 9,
+    "positions": 12,
+    "types": 2,
+    "position_offset": 0,
+    "pad_id": -1,
+    "pre_norm": False,
+    "gated": False,
+    "activation": "gelu",
+    "eps": 1e-5,
+    "window": [-1, -1],
+    "rope": [-1, -1],
+    "attention_scale": 0.25,
+    "precision": "float32",
+    "precise_layers": 0,
+}
 NUMBERS = (0, 1, -1, 7, 16, 1 << 20, 2**31 - 1, -(2**31))
 
 
@@ -163,16 +221,24 @@ def run(config: dict[str, Any], random: np.random.Generator) -> np.ndarray:
         return random.normal(0, 0.1, shape).astype(np.float32)
 
     encoder.set_tables(
-        draw(config["vocabulary"], config["embedding"]), draw(config["positions"], config["embedding"]),
+        draw(config["vocabulary"], config["embedding"]),
+        draw(config["positions"], config["embedding"]),
         draw(config["types"], config["embedding"]) if config["types"] else None,
-    )  # fmt: skip
+    )
     encoder.set_norm(-1, "embedding", np.ones(config["embedding"], np.float32), None)
     encoder.set_norm(-1, "final", np.ones(hidden, np.float32), None)
     if config["embedding"] != hidden:
         encoder.set_linear(-1, "projection", draw(hidden, config["embedding"]), None)
     encoder.add_rope(1e4, 1)
-    shapes = {"q": (columns, hidden), "k": (columns, hidden), "v": (columns, hidden), "o": (hidden, columns),
-              "up": (inner, hidden), "gate": (inner, hidden), "down": (hidden, inner)}  # fmt: skip
+    shapes = {
+        "q": (columns, hidden),
+        "k": (columns, hidden),
+        "v": (columns, hidden),
+        "o": (hidden, columns),
+        "up": (inner, hidden),
+        "gate": (inner, hidden),
+        "down": (hidden, inner),
+    }
     for i in range(config["layers"]):
         for name, shape in shapes.items():
             encoder.set_linear(i, name, draw(*shape), draw(shape[0]))

@@ -92,9 +92,7 @@ def test_hostile_checkpoints_are_refused_or_scored_rightly(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("begin", range(1000, 6000, 500))
-def test_many_hostile_checkpoints(
-    worker: hostile.Worker, bases: dict[str, Path], tmp_path: Path, begin: int
-) -> None:  # fmt: skip
+def test_many_hostile_checkpoints(worker: hostile.Worker, bases: dict[str, Path], tmp_path: Path, begin: int) -> None:
     sweep(worker, bases, tmp_path, range(begin, begin + 500))
 
 

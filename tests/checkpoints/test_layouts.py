@@ -50,9 +50,15 @@ def stanford_by_its_metadata_beside_stale_modules(folder: Path) -> None:
 
 def pylate(folder: Path) -> None:
     modules(folder, ST, "pylate.models.Dense.Dense")
-    write(folder / "config_sentence_transformers.json", {
-        "model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 32,
-    })  # fmt: skip
+    write(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "ColBERT",
+            "query_prefix": "[Q] ",
+            "document_prefix": "[D] ",
+            "query_length": 32,
+        },
+    )
 
 
 def pylate_without_markers(folder: Path) -> None:
@@ -68,10 +74,12 @@ def pylate_by_its_settings(folder: Path) -> None:
 def multi_vector(folder: Path) -> None:
     base = "sentence_transformers.base.modules"
     modules(
-        folder, f"{base}.transformer.Transformer", f"{base}.dense.Dense",
+        folder,
+        f"{base}.transformer.Transformer",
+        f"{base}.dense.Dense",
         "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
         f"{base}.normalize.Normalize",
-    )  # fmt: skip
+    )
     write(folder / "config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"})
 
 
@@ -90,11 +98,16 @@ def multi_vector_by_its_expansion(folder: Path) -> None:
 
 
 LAYOUTS: list[tuple[Callable[[Path], None], str]] = [
-    (stanford, STANFORD), (stanford_by_its_metadata_beside_stale_modules, STANFORD), (pylate, PYLATE),
-    (pylate_without_markers, PYLATE), (pylate_by_its_settings, PYLATE), (multi_vector, MULTI_VECTOR),
-    (multi_vector_by_its_mask, MULTI_VECTOR), (multi_vector_by_its_similarity, MULTI_VECTOR),
+    (stanford, STANFORD),
+    (stanford_by_its_metadata_beside_stale_modules, STANFORD),
+    (pylate, PYLATE),
+    (pylate_without_markers, PYLATE),
+    (pylate_by_its_settings, PYLATE),
+    (multi_vector, MULTI_VECTOR),
+    (multi_vector_by_its_mask, MULTI_VECTOR),
+    (multi_vector_by_its_similarity, MULTI_VECTOR),
     (multi_vector_by_its_expansion, MULTI_VECTOR),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("make", "layout"), LAYOUTS)
@@ -113,9 +126,7 @@ def test_every_method_refuses_a_marked_layout_by_name(
 @pytest.mark.parametrize("engine", ["native", "torch"])
 @pytest.mark.parametrize("kind", [LateInteractionReranker, EmbeddingReranker, fastrerank.CrossEncoder])
 def test_a_projection_beside_the_body_is_told_without_any_other_mark(tmp_path: Path, engine: str, kind: Any) -> None:
-    folder = factory.save(
-        tmp_path, "bert", change=lambda tensors: tensors | {"linear.weight": torch.ones(8, 40)}
-    )  # fmt: skip
+    folder = factory.save(tmp_path, "bert", change=lambda tensors: tensors | {"linear.weight": torch.ones(8, 40)})
     with pytest.raises(ValueError, match=r"'linear\.weight' beside the body: a ColBERT checkpoint in Stanford"):
         kind(folder, engine=engine)
 
@@ -123,9 +134,14 @@ def test_a_projection_beside_the_body_is_told_without_any_other_mark(tmp_path: P
 def test_an_embedding_model_with_usual_settings_is_not_marked(tmp_path: Path) -> None:
     folder = factory.save(tmp_path, "bert")
     modules(folder, ST, "sentence_transformers.models.Pooling")
-    write(folder / "config_sentence_transformers.json", {
-        "model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {"query": "q: "},
-    })  # fmt: skip
+    write(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "similarity_fn_name": "cosine",
+            "prompts": {"query": "q: "},
+        },
+    )
     write(folder / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False})
     assert fastrerank.load(str(folder)).method == "embedding"
 

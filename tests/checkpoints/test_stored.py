@@ -112,8 +112,12 @@ def test_float64_is_read_as_float32(broken: Any) -> None:
     expected = CrossEncoder(folder).predict([("owl", "cat")])
     write({name: value.double() for name, value in tensors.items()})
     np.testing.assert_array_equal(CrossEncoder(folder).predict([("owl", "cat")]), expected)
-    write({name: value.double() * (1e300 if "dense" in name or "classifier" in name else 1)
-           for name, value in tensors.items()})  # fmt: skip
+    write(
+        {
+            name: value.double() * (1e300 if "dense" in name or "classifier" in name else 1)
+            for name, value in tensors.items()
+        }
+    )
     with pytest.raises(ValueError, match="NaN or infinite"):
         load(folder)
 
@@ -122,9 +126,11 @@ def test_biases_that_modernbert_rules_out_are_refused(tiny: Tiny, tmp_path: Path
     folder = Path(shutil.copytree(tiny("modernbert-mean"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     names = {
-        "attention_bias": "model.layers.0.attn.Wqkv.bias", "mlp_bias": "model.layers.0.mlp.Wi.bias",
-        "norm_bias": "model.embeddings.norm.bias", "classifier_bias": "head.dense.bias",
-    }  # fmt: skip
+        "attention_bias": "model.layers.0.attn.Wqkv.bias",
+        "mlp_bias": "model.layers.0.mlp.Wi.bias",
+        "norm_bias": "model.embeddings.norm.bias",
+        "classifier_bias": "head.dense.bias",
+    }
     for key, name in names.items():
         for value, message in ((False, f"{name!r}, which config.json rules out"), (1, f"{key} .* true or false")):
             (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -138,11 +144,14 @@ def test_biases_that_modernbert_rules_out_are_refused(tiny: Tiny, tmp_path: Path
             load(without)
 
 
-@pytest.mark.parametrize(("family", "name", "shape"), [
-    ("electra", "electra.embeddings_project.weight", (40, 40)),
-    ("modernbert", "model.layers.0.attn_norm.weight", (48,)),
-    ("distilbert", "distilbert.embeddings.token_type_embeddings.weight", (2, 40)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("electra", "electra.embeddings_project.weight", (40, 40)),
+        ("modernbert", "model.layers.0.attn_norm.weight", (48,)),
+        ("distilbert", "distilbert.embeddings.token_type_embeddings.weight", (2, 40)),
+    ],
+)
 def test_modules_that_config_rules_out_are_refused(
     tmp_path: Path, family: str, name: str, shape: tuple[int, ...]
 ) -> None:
@@ -152,8 +161,15 @@ def test_modules_that_config_rules_out_are_refused(
             kind(folder)
 
 
-HEAD_NAMES = ("classifier.norm.weight", "score.weight", "classifier2.bias", "head.gate.weight", "linear2.weight",
-              "bert.classifier.weight", "qa_outputs.bias")  # fmt: skip
+HEAD_NAMES = (
+    "classifier.norm.weight",
+    "score.weight",
+    "classifier2.bias",
+    "head.gate.weight",
+    "linear2.weight",
+    "bert.classifier.weight",
+    "qa_outputs.bias",
+)
 
 
 @pytest.mark.parametrize("name", HEAD_NAMES)
@@ -223,10 +239,19 @@ def save_modules(folder: Path, dense: dict[str, Any], tensors: Tensors, order: s
     """A sentence-transformers model: bert, mean pooling, and a Dense module of these files."""
     factory.save(folder, "bert")
     types = {"T": ("Transformer", ""), "P": ("Pooling", "1_Pooling"), "D": ("Dense", "2_Dense")}
-    (folder / "modules.json").write_text(json.dumps([
-        {"idx": i, "name": str(i), "path": types[kind][1], "type": f"sentence_transformers.models.{types[kind][0]}"}
-        for i, kind in enumerate(order)
-    ]))  # fmt: skip
+    (folder / "modules.json").write_text(
+        json.dumps(
+            [
+                {
+                    "idx": i,
+                    "name": str(i),
+                    "path": types[kind][1],
+                    "type": f"sentence_transformers.models.{types[kind][0]}",
+                }
+                for i, kind in enumerate(order)
+            ]
+        )
+    )
     for name in ("1_Pooling", "2_Dense"):
         (folder / name).mkdir()
     (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))

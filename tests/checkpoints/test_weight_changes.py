@@ -61,9 +61,12 @@ def save_large(folder: Path) -> Path:
 
 def run(folder: Path, code: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROLOGUE + code, str(folder)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", PROLOGUE + code, str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
 
 
@@ -167,14 +170,18 @@ def test_a_small_model_of_the_torch_engine_leaves_its_file(tmp_path: Path) -> No
 def test_the_environment_asks_for_a_copy(tmp_path: Path) -> None:
     folder = save_large(tmp_path / "model")
     run(folder, COPIED, FASTRERANK_COPY_WEIGHTS="1")
-    run(save_large(tmp_path / "other"), """
+    run(
+        save_large(tmp_path / "other"),
+        """
 try:
     CrossEncoder(folder)
 except ValueError as error:
     assert "FASTRERANK_COPY_WEIGHTS must be 0 or 1, got 'maybe'" in str(error)
 else:
     raise AssertionError
-""", FASTRERANK_COPY_WEIGHTS="maybe")  # fmt: skip
+""",
+        FASTRERANK_COPY_WEIGHTS="maybe",
+    )
 
 
 def test_rows_that_are_read_late_give_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,14 @@ def tiny(tmp_path_factory):
             "m",
             {"device": "cpu", "heads": ((13, 18), (14, 31)), "calibrate": False, "memory_limit": 0.5},
         ),
-        ("m,revision=1e5,instruction=find, or not", "m 1e5 find, or not", "m",
-         {"device": "cpu", "revision": "1e5", "instruction": "find, or not"}),
+        (
+            "m,revision=1e5,instruction=find, or not",
+            "m 1e5 find, or not",
+            "m",
+            {"device": "cpu", "revision": "1e5", "instruction": "find, or not"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_systems_on_the_command_line(text, name, model, options):
     system = parse_system(text, {"device": "cpu"})
     assert (system.name, system.model, dict(system.options)) == (name, model, options)
@@ -84,8 +88,23 @@ def test_the_command_compares_and_writes(data, tiny, tmp_path, capsys):
     run_file = tmp_path / "old.trec"
     write_trec_run(run_file, {"q0": [("d0-3", 2.0), ("d0-1", 1.0)]})
     models = ["--model", f"one={tiny[0]}", "--model", f"two={tiny[1]},dtype=int8"]
-    code = main(["eval", str(data), *models, "--with-run", f"old={run_file}", "--baseline", "one", "--dtype", "float32",
-                 "--measure", "nDCG@5", "--out", str(tmp_path / "out")])  # fmt: skip
+    code = main(
+        [
+            "eval",
+            str(data),
+            *models,
+            "--with-run",
+            f"old={run_file}",
+            "--baseline",
+            "one",
+            "--dtype",
+            "float32",
+            "--measure",
+            "nDCG@5",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     captured = capsys.readouterr()
     assert code == 0, captured.err
     rows = [line.split("\t") for line in captured.out.splitlines()]

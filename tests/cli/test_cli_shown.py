@@ -68,9 +68,17 @@ def test_every_option_with_a_default_says_it() -> None:
                 if not says:
                     without.add((name, parameter.opts[0]))
     assert {option for _, option in without} <= {
-        "--model", "--heads", "--systems", "--with-run", "--out", "--run", "--trec-run", "--qrels", "--queries",
+        "--model",
+        "--heads",
+        "--systems",
+        "--with-run",
+        "--out",
+        "--run",
+        "--trec-run",
+        "--qrels",
+        "--queries",
         "--explain-html",
-    }  # fmt: skip
+    }
 
 
 def _commands(group: Any, name: str = "") -> Any:
@@ -258,16 +266,20 @@ def test_a_row_that_is_wrong_is_named_by_line_column_and_field(tmp_path: Path, l
     [
         ('{"qid": "1",}', "not JSON, one object a line, at column 1[23]: "),
         ('{"qid": "1", "query": "q"}', "no 'candidates', where list is needed; the fields are 'qid', 'query'"),
-        ('{"qid": "1", "query": "q", "candidates": [{"docid": "a", "text": "t"}, {"docid": "b"}]}',
-         r"no 'text' in candidates\[1\], where str is needed; the fields are 'docid'"),
+        (
+            '{"qid": "1", "query": "q", "candidates": [{"docid": "a", "text": "t"}, {"docid": "b"}]}',
+            r"no 'text' in candidates\[1\], where str is needed; the fields are 'docid'",
+        ),
         ('{"qid": "1", "query": "q", "candidates": ["a"]}', r"candidates\[0\] is str, where an object with 'docid'"),
-        ('{"qid": "1", "query": "q", "candidates": [{"docid": "a", "text": 5.5}]}',
-         r"'text' is float in candidates\[0\], where str is needed"),
+        (
+            '{"qid": "1", "query": "q", "candidates": [{"docid": "a", "text": 5.5}]}',
+            r"'text' is float in candidates\[0\], where str is needed",
+        ),
         ('{"qid": "1", "query": "q", "candidates": [], "ideal_rels": [1, [2]]}', r"'ideal_rels\[1\]' is list"),
         ("3", "the line is int, where an object with 'candidates' is needed"),
         ("[" * 100_000, "nested too deep"),
     ],
-)  # fmt: skip
+)
 def test_a_judged_row_that_is_wrong_is_named_by_field(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"qid": "0", "query": "q", "candidates": []}\n' + line + "\n")
@@ -283,8 +295,13 @@ def test_doctor_says_no_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch,
         (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    built = {"built": True, "runtime": "13.0", "architectures": ["80-real"], "devices": [],
-             "problem": "CUDA driver version is insufficient for CUDA runtime version"}  # fmt: skip
+    built = {
+        "built": True,
+        "runtime": "13.0",
+        "architectures": ["80-real"],
+        "devices": [],
+        "problem": "CUDA driver version is insufficient for CUDA runtime version",
+    }
     monkeypatch.setattr(doctor, "cuda_info", lambda: built)
     found = doctor.report()
     assert found["gpu"] == "no GPU"

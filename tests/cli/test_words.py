@@ -24,15 +24,39 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 KEYWORD = re.compile(r"(?<![\w.$\[-])([a-z_][a-z0-9_]*)=(?![=~])")
 # Options of other programs that texts name on their own, each with the program.
 FOREIGN = {
-    "--query-gpu": "nvidia-smi", "--format": "nvidia-smi", "--plat": "auditwheel", "--address": "ray",
-    "--gpus": "docker", "--local-dir": "huggingface-cli", "--cuda": "gpu_unattended",
-}  # fmt: skip
+    "--query-gpu": "nvidia-smi",
+    "--format": "nvidia-smi",
+    "--plat": "auditwheel",
+    "--address": "ray",
+    "--gpus": "docker",
+    "--local-dir": "huggingface-cli",
+    "--cuda": "gpu_unattended",
+}
 # Programs whose command lines are their own affair.
 PROGRAMS = (
-    "pip", "docker", "kubectl", "git", "make", "cmake", "ray", "curl", "pytest", "nvcc", "nvidia-smi", "serve",
-    "taskset", "numactl", "auditwheel", "hf", "huggingface-cli", "perf", "sudo", "helm", "vllm",
+    "pip",
+    "docker",
+    "kubectl",
+    "git",
+    "make",
+    "cmake",
+    "ray",
+    "curl",
+    "pytest",
+    "nvcc",
+    "nvidia-smi",
+    "serve",
+    "taskset",
+    "numactl",
+    "auditwheel",
+    "hf",
+    "huggingface-cli",
+    "perf",
+    "sudo",
+    "helm",
+    "vllm",
     "text-embeddings-router",
-)  # fmt: skip
+)
 
 
 def commands(group: object = None, name: str = "") -> Iterator[tuple[str, set[str]]]:

@@ -99,8 +99,11 @@ def test_a_table_where_texts_belong_names_its_columns(model: fastrerank.CrossEnc
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_where_pairs_belong_shows_how_its_rows_become_pairs(model: fastrerank.CrossEncoder, kind: str) -> None:
     table = TABLES[kind][0]({"query": QUERIES, "text": TEXTS})
-    with pytest.raises(TypeError, match=r"^inputs must be a sequence of .* pairs, got .* columns 'query', 'text'; pass "
-                       "its rows as pairs: ") as caught:  # fmt: skip
+    with pytest.raises(
+        TypeError,
+        match=r"^inputs must be a sequence of .* pairs, got .* columns 'query', 'text'; pass "
+        "its rows as pairs: ",
+    ) as caught:
         model.predict(table)
     advice = str(caught.value).rpartition("as pairs: ")[2]
     pairs = eval(advice, dict.fromkeys(("df", "table", "batch", "dataset"), table))  # what the message says works

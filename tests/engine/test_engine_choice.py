@@ -31,8 +31,14 @@ Tiny = Callable[..., Path]
 QUERY = "where do old cats sleep?"
 TEXTS = [*factory.texts(24), "", "Café [SEP] owl", "owl"]
 KINDS = (CrossEncoder, EmbeddingReranker, LateInteractionReranker)
-BERT = {"model_type": "bert", "hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "intermediate_size": 50, "max_position_embeddings": 64}  # fmt: skip
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 50,
+    "max_position_embeddings": 64,
+}
 LLAMA = {"model_type": "llama"}
 
 
@@ -133,8 +139,10 @@ def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch, visible: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{"engine": "torch"}, {"engine": "padded"}, {"device": ["cpu", "cpu"]},
-                                     {"engine": "torch", "device": ["cpu"] * 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"engine": "torch"}, {"engine": "padded"}, {"device": ["cpu", "cpu"]}, {"engine": "torch", "device": ["cpu"] * 3}],
+)
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_engines_and_devices_agree(tiny: Tiny, kind: Any, options: dict[str, Any], family: str) -> None:
     expected = kind(tiny(family), engine="native").score(QUERY, TEXTS)
@@ -188,11 +196,16 @@ def test_cross_encoders_made_of_modules(tiny: Tiny, tmp_path: Path, pooling: str
     torch.manual_seed(0)
     transformer = Transformer(str(tiny("bert")))
     width = transformer.get_embedding_dimension()
-    theirs = sentence_transformers.CrossEncoder(device="cpu", modules=[
-        transformer, Pooling(width, pooling_mode=pooling),
-        Dense(width, 30, bias=False, activation_function=torch.nn.GELU()), LayerNorm(30),
-        Dense(30, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
-    ])  # fmt: skip
+    theirs = sentence_transformers.CrossEncoder(
+        device="cpu",
+        modules=[
+            transformer,
+            Pooling(width, pooling_mode=pooling),
+            Dense(width, 30, bias=False, activation_function=torch.nn.GELU()),
+            LayerNorm(30),
+            Dense(30, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
+        ],
+    )
     theirs.save_pretrained(str(tmp_path))
     expected = theirs.predict([(QUERY, text) for text in TEXTS], activation_fn=torch.nn.Identity())
     scores = CrossEncoder(tmp_path, engine=engine).score(QUERY, TEXTS)
@@ -219,9 +232,11 @@ def test_the_log_says_once_what_runs_a_checkpoint(tiny: Tiny, tmp_path: Path, ca
 @pytest.mark.parametrize("engine", ["torch", "padded"])
 @pytest.mark.parametrize("missing", ["classifier.", "bert.pooler."])
 def test_an_untrained_head_is_refused(tmp_path: Path, engine: str, missing: str) -> None:
-    folder = factory.save(tmp_path, "bert", change=lambda tensors: {
-        name: tensor for name, tensor in tensors.items() if not name.startswith(missing)
-    })  # fmt: skip
+    folder = factory.save(
+        tmp_path,
+        "bert",
+        change=lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith(missing)},
+    )
     with pytest.raises(ValueError, match=r"no trained classification head.*late-interaction.*embedding") as caught:
         CrossEncoder(folder, engine=engine)
     assert str(folder) in str(caught.value)
@@ -261,9 +276,9 @@ def test_weights_that_cannot_be_right_are_refused(tmp_path: Path, engine: str) -
 @pytest.mark.parametrize("engine", ["torch", "padded"])
 def test_overflow_is_an_error_that_names_the_document(tmp_path: Path, engine: str) -> None:
     name = "bert.encoder.layer.1.output.dense.weight"
-    folder = factory.save(tmp_path, "bert", change=lambda tensors: tensors | {
-        name: tensors[name] / tensors[name].abs().max() * 3e38
-    })  # fmt: skip
+    folder = factory.save(
+        tmp_path, "bert", change=lambda tensors: tensors | {name: tensors[name] / tensors[name].abs().max() * 3e38}
+    )
     with pytest.raises(FloatingPointError, match="score of document 0 is NaN or infinite"):
         CrossEncoder(folder, engine=engine).rank("owl", ["cat", "old cat"])
 

@@ -33,10 +33,19 @@ def save_tiny_llama(folder: Path, end: int | None = END, seed: int = 0) -> Path:
     """A random Llama over characters, so that any text can come out and be decoded exactly."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=END + 2, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=END + 1, eos_token_id=end, pad_token_id=None,
-        initializer_range=0.6, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=END + 2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=END + 1,
+        eos_token_id=end,
+        pad_token_id=None,
+        initializer_range=0.6,
+        tie_word_embeddings=False,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*ALPHABET, "</s>", "<s>"])}, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

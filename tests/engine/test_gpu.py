@@ -87,9 +87,10 @@ def test_replayed_graphs_equal_eager_forwards(tmp_path: Path, family: str, dtype
     graphed = encoder(tmp_path, head=Head("tokens"), dtype=dtype)
     eager = encoder(tmp_path, head=Head("tokens"), dtype=dtype, cuda_graphs=False)
     assert eager._runner.graphs is None
-    calls = [families.documents(family, lengths, seed) for seed, lengths in enumerate(
-        ((5,), (40, 3, 21), (63,), (65,), families.LENGTHS, (9, 2), (160, 160, 160, 7))
-    )]  # fmt: skip
+    calls = [
+        families.documents(family, lengths, seed)
+        for seed, lengths in enumerate(((5,), (40, 3, 21), (63,), (65,), families.LENGTHS, (9, 2), (160, 160, 160, 7)))
+    ]
     model = families.build(family)
     exact = [families.run(model.double(), *call)[1] for call in calls]
     plain = [families.run(families.build(family).to(DEVICE, getattr(torch, dtype)), *call)[1] for call in calls]

@@ -223,8 +223,12 @@ def test_compiled_a_layer_is_one_graph() -> None:
     with torch.inference_mode():
         expected = layer(x, position_embeddings=angles)
         right = copy.deepcopy(layer).double()(x.double(), position_embeddings=tuple(y.double() for y in angles))
-        for fuse in (gpu_layers.fuse_rotary, gpu_layers.fuse_norms, gpu_layers.fuse_gated_layers,
-                     gpu_layers.merge_projections):  # fmt: skip
+        for fuse in (
+            gpu_layers.fuse_rotary,
+            gpu_layers.fuse_norms,
+            gpu_layers.fuse_gated_layers,
+            gpu_layers.merge_projections,
+        ):
             fuse(runner.backbone)
         found = torch.compile(layer, backend="eager", fullgraph=True)(x, position_embeddings=angles)
     errs_no_more(found.cpu(), expected.cpu(), right.cpu().numpy())

@@ -20,12 +20,27 @@ from fastrerank.engine.torch.layerwise import load_layerwise
 
 LAYERS, START, HEADS, KEY_HEADS, WIDTH, INNER = 6, 2, 4, 2, 32, 50
 CONFIG = {
-    "architectures": ["LayerWiseMiniCPMForCausalLM"], "model_type": "minicpm", "vocab_size": decoders.VOCABULARY,
-    "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-    "num_key_value_heads": KEY_HEADS, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "hidden_act": "silu", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "head_type": "simple",
-    "head_multi": True, "start_layer": START, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "architectures": ["LayerWiseMiniCPMForCausalLM"],
+    "model_type": "minicpm",
+    "vocab_size": decoders.VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 16,
+    "head_type": "simple",
+    "head_multi": True,
+    "start_layer": START,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "memory_limit": None}
 
 
@@ -40,11 +55,16 @@ def save(folder: Path, vocabulary: int = decoders.VOCABULARY) -> Path:
     tensors = {"model.embed_tokens.weight": draw(vocabulary, WIDTH), "model.norm.weight": draw(WIDTH)}
     for i in range(LAYERS):
         shapes = {
-            "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (KEY_HEADS * size, WIDTH),
-            "self_attn.v_proj": (KEY_HEADS * size, WIDTH), "self_attn.o_proj": (WIDTH, WIDTH),
-            "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH), "mlp.down_proj": (WIDTH, INNER),
-            "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,),
-        }  # fmt: skip
+            "self_attn.q_proj": (WIDTH, WIDTH),
+            "self_attn.k_proj": (KEY_HEADS * size, WIDTH),
+            "self_attn.v_proj": (KEY_HEADS * size, WIDTH),
+            "self_attn.o_proj": (WIDTH, WIDTH),
+            "mlp.gate_proj": (INNER, WIDTH),
+            "mlp.up_proj": (INNER, WIDTH),
+            "mlp.down_proj": (WIDTH, INNER),
+            "input_layernorm": (WIDTH,),
+            "post_attention_layernorm": (WIDTH,),
+        }
         tensors |= {f"model.layers.{i}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
     tensors |= {f"lm_head.{i}.linear_head.weight": draw(1, WIDTH) for i in range(LAYERS - START + 1)}
     (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": vocabulary}))

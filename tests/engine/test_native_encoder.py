@@ -116,8 +116,9 @@ def test_precise_layers_of_int8_are_the_last_ones_in_bfloat16(tiny: Tiny, family
         model = NativeEncoder.load(checkpoint, Head("tokens"), dtype="int8", precise_layers=n)
         tokens = model.forward(*reference.documents(family))
         errors.append(rms(tokens - exact))
-    np.testing.assert_array_equal(tokens, encoder(tiny(family, labels=3), dtype="bfloat16").forward(
-        *reference.documents(family)))  # fmt: skip
+    np.testing.assert_array_equal(
+        tokens, encoder(tiny(family, labels=3), dtype="bfloat16").forward(*reference.documents(family))
+    )
     assert errors == sorted(errors, reverse=True)
 
 

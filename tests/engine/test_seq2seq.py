@@ -26,9 +26,17 @@ DEVICE = os.environ.get("FASTRERANK_TEST_DEVICE", "cuda" if torch.cuda.is_availa
 pytestmark = pytest.mark.gpu
 BOUND = 2e-5
 _SIZES = {
-    "vocab_size": 120, "d_model": 40, "d_kv": 12, "num_heads": 3, "d_ff": 70, "num_layers": 3, "num_decoder_layers": 2,
-    "decoder_start_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
-}  # fmt: skip
+    "vocab_size": 120,
+    "d_model": 40,
+    "d_kv": 12,
+    "num_heads": 3,
+    "d_ff": 70,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "decoder_start_token_id": 0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+}
 # tie_word_embeddings=False is how a T5 1.1 says that it does not scale the decoder's output.
 _V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -107,9 +115,12 @@ def full(model: Any, texts: Sequence[np.ndarray], prefix: Sequence[int] = ()) ->
     with torch.inference_mode():
         rows = [
             model(input_ids=torch.tensor(ids[None].astype(np.int64), device=model.device), decoder_input_ids=start)
-            .logits[0, -1].double().cpu().numpy()
+            .logits[0, -1]
+            .double()
+            .cpu()
+            .numpy()
             for ids in texts
-        ]  # fmt: skip
+        ]
     return np.stack(rows)
 
 
@@ -318,10 +329,16 @@ def test_what_cannot_be_loaded_is_refused(saved: Saved, tmp_path: Path) -> None:
         Seq2SeqScorer.load(open_checkpoint(saved("v1.0")), decoder_prefix=(3, 120))
     bart = transformers.BartForConditionalGeneration(
         transformers.BartConfig(
-            vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20,
+            vocab_size=60,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=20,
+            decoder_ffn_dim=20,
         )
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=r"need T5ForConditionalGeneration .*, got BartForConditionalGeneration"):
         Seq2SeqScorer.load(checkpoint("bart", bart))
     with pytest.raises(ValueError, match="the weights lack 'decoder"):

@@ -213,9 +213,9 @@ def stretched(folder: Path, rope_type: str) -> tuple[Path, Callable[[], Any]]:
 def test_rotary_positions_that_stretch_with_the_longest_text(tmp_path: Path, rope_type: str, packed: bool) -> None:
     folder, make = stretched(tmp_path, rope_type)
     ids, types, offsets = families.documents("llama", (5, 40, 12, 30, 16, 17, 3))
-    expected = np.concatenate([
-        families.run(make(), ids[a:b], types[a:b], np.array([0, b - a]))[0] for a, b in pairwise(offsets)
-    ])  # fmt: skip
+    expected = np.concatenate(
+        [families.run(make(), ids[a:b], types[a:b], np.array([0, b - a]))[0] for a, b in pairwise(offsets)]
+    )
     engine = TorchEncoder.load(open_checkpoint(folder), packed=packed)
     assert engine.packed == packed
     for _ in range(2):
@@ -306,8 +306,11 @@ def test_one_document_that_does_not_fit_is_an_error(saved: Saved, monkeypatch: p
 
 
 def test_what_speaks_against_packing_is_said(saved: Saved) -> None:
-    for family, words in (("deberta", "computes its attention itself"), ("mpnet", "computes its attention itself"),
-                          ("t5", "no separate encoder")):  # fmt: skip
+    for family, words in (
+        ("deberta", "computes its attention itself"),
+        ("mpnet", "computes its attention itself"),
+        ("t5", "no separate encoder"),
+    ):
         assert words in load(saved(family)).reason
         with pytest.raises(ValueError, match=f"cannot run .* packed: .*{words}.*engine='padded' runs it"):
             TorchEncoder.load(open_checkpoint(saved(family)), packed=True)
@@ -356,9 +359,10 @@ def test_a_head_whose_backbone_pools_otherwise_runs_whole(saved: Saved, monkeypa
     assert load(saved("bert")).readout == "first"
     pool = transformers.models.bert.modeling_bert.BertPooler.forward
     monkeypatch.setattr(
-        transformers.models.bert.modeling_bert.BertPooler, "forward",
+        transformers.models.bert.modeling_bert.BertPooler,
+        "forward",
         lambda self, states: pool(self, states.flip(1)),
-    )  # fmt: skip
+    )
     documents = families.documents("bert")
     engine = TorchEncoder.load(open_checkpoint(saved("bert")))
     assert engine.readout == "last"  # the last row, as the flipped pooler reads it

@@ -12,12 +12,21 @@ from fastrerank.inputs.attention_policy import Policy, layout_of, parse_heads, r
 from fastrerank.inputs.attention_prompts import AttentionPrompts
 
 TYPES = {
-    "qwen": "qwen2", "llama3": "llama", "llama2": "llama", "mistral": "mistral", "gemma": "gemma2", "phi3": "phi3",
-    "zephyr": "mistral", "gpt2": "gpt2",
-}  # fmt: skip
+    "qwen": "qwen2",
+    "llama3": "llama",
+    "llama2": "llama",
+    "mistral": "mistral",
+    "gemma": "gemma2",
+    "phi3": "phi3",
+    "zephyr": "mistral",
+    "gpt2": "gpt2",
+}
 LAYOUTS = {
-    "qwen": "qwen2.5", "llama3": "llama-3", "mistral": "mistral", "gpt2": "plain",
-}  # fmt: skip
+    "qwen": "qwen2.5",
+    "llama3": "llama-3",
+    "mistral": "mistral",
+    "gpt2": "plain",
+}
 DOCUMENTS = ["The owl sleeps.", "", "7 mice [3] {x}\n\n", "Café 東京. ends.", " padded ", "The owl sleeps."]
 QUERIES = ["what is {0} a owl?", "", " N/A ", "[2]\n\nQuery: 7"]
 

@@ -31,9 +31,16 @@ from fastrerank.rerankers.pointwise import PointwiseReranker
 
 QUERY = "how long do fleas live?"
 TEXTS = [
-    "A flea lives up to one year.", "Cats sleep all day [3].", "", "A flea lives up to one year.", "x", " 7 mice\n",
-    "{query} {{ document }} {0}", "Owls hunt mice at night. " * 12, "東京は大きい。\n\n- one (two)",
-]  # fmt: skip
+    "A flea lives up to one year.",
+    "Cats sleep all day [3].",
+    "",
+    "A flea lives up to one year.",
+    "x",
+    " 7 mice\n",
+    "{query} {{ document }} {0}",
+    "Owls hunt mice at night. " * 12,
+    "東京は大きい。\n\n- one (two)",
+]
 PAIRS = [(QUERY, text) for text in TEXTS] + [("owl?", "Owls hunt."), ("", "a query of nothing")]
 BOUND = 2e-5
 ROLES = (
@@ -49,9 +56,12 @@ RERANKER = (
     "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
 DOCUMENT_FIRST = (
-    "<|im_start|>user\n{{ " + FIND.format("document") + " }}<|im_end|>\n<|im_start|>user\n{{ " + FIND.format("query")
+    "<|im_start|>user\n{{ "
+    + FIND.format("document")
+    + " }}<|im_end|>\n<|im_start|>user\n{{ "
+    + FIND.format("query")
     + " }}<|im_end|>\n"
-)  # fmt: skip
+)
 # Instruction-tuned models' templates know three roles, and print nothing for others.
 INSTRUCT = (
     "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}<|im_start|>{{ m.role }}\n"
@@ -294,8 +304,10 @@ def test_a_template_without_the_roles_is_not_used(
 def test_named_templates(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint(*TEMPLATES["parts"]), tmp_path / "named")
     assert chat_template_of(folder) == transformers.AutoTokenizer.from_pretrained(folder).chat_template
-    named = {"default": ROLES.replace("CONTENT", "m.content[0].text"), "bare": "{{ messages[0].content[0].text }}\n"
-             "{{ messages[1].content[0].text }}"}  # fmt: skip
+    named = {
+        "default": ROLES.replace("CONTENT", "m.content[0].text"),
+        "bare": "{{ messages[0].content[0].text }}\n{{ messages[1].content[0].text }}",
+    }
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = named
     for settings in ({}, {"save_jinja_files": False}):

@@ -18,10 +18,14 @@ from fastrerank.inputs.prompts import Template
 
 CONVERSATIONS = [
     [{"role": "user", "content": "hi {x} "}],
-    [{"role": "system", "content": " be brief\n"}, {"role": "user", "content": "a\n"},
-     {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+    [
+        {"role": "system", "content": " be brief\n"},
+        {"role": "user", "content": "a\n"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ],
     [{"role": "query", "content": "q"}, {"role": "document", "content": "d"}],
-]  # fmt: skip
+]
 HONEST = [
     getattr(prompt_tokenizers, name) for name in ("CHATML", "LLAMA3", "LLAMA2", "MISTRAL", "ZEPHYR", "GEMMA", "PHI3")
 ]
@@ -41,7 +45,7 @@ HONEST += [
     "{% autoescape true %}{{ ('<b>' | safe) ~ '<c>' ~ 1 }}{% endautoescape %}"
     "{% autoescape own is defined %}{{ ('<b>' | safe) ~ '<c>' }}{{ '<d>' ~ '<e>' }}{% endautoescape %}",
     "{% for a, b in [(1, 2), (3, 4)] recursive %}{{ a }}{{ loop([(5, 6)]) if loop.depth < 3 }}{{ b }}{% endfor %}",
-]  # fmt: skip
+]
 ENDLESS = {
     "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
     "{% endfor %}{% endfor %}",
@@ -72,7 +76,7 @@ ENDLESS = {
     "constants": "{{ 'x' | center(99999) }}" * 100,
     "block": "{% filter center(1000000000) %}x{% endfilter %}",
     "source": "{{ 'a' }}" * 30_000,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

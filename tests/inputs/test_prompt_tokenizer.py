@@ -130,9 +130,16 @@ def test_every_template_gives_the_ids_of_the_whole_prompt(style, name):
 
 @pytest.mark.parametrize(
     ("style", "name"),
-    [*((style, "first") for style in CHAT), *((style, "relevance") for style in CHAT), ("qwen", "qwen3-reranker"),
-     ("t5", "monot5"), ("llama2", "rankllama"), ("llama3", "rankllama"), ("mistral", "dear-stage1")],
-)  # fmt: skip
+    [
+        *((style, "first") for style in CHAT),
+        *((style, "relevance") for style in CHAT),
+        ("qwen", "qwen3-reranker"),
+        ("t5", "monot5"),
+        ("llama2", "rankllama"),
+        ("llama3", "rankllama"),
+        ("mistral", "dear-stage1"),
+    ],
+)
 def test_the_reference_is_what_transformers_gives(style, name):
     prompts = prompts_of(style, name)
     for document in ("The owl sleeps.", "東京 12\nx", " it's", ""):
@@ -201,10 +208,21 @@ def holds_special(style: str, *texts: str) -> bool:
 
 @pytest.mark.parametrize(
     ("style", "name"),
-    [*((style, "first") for style in CHAT), *((style, "prp") for style in CHAT), ("qwen", "qwen3-reranker"),
-     ("llama3", "rankgpt"), ("llama2", "rankgpt"), ("phi3", "rankgpt"), ("qwen", "insertrank"), ("t5", "monot5"),
-     ("t5", "setwise-t5"), ("gpt2", "prp-t5"), ("llama2", "rankllama"), ("gemma", "bge-gemma")],
-)  # fmt: skip
+    [
+        *((style, "first") for style in CHAT),
+        *((style, "prp") for style in CHAT),
+        ("qwen", "qwen3-reranker"),
+        ("llama3", "rankgpt"),
+        ("llama2", "rankgpt"),
+        ("phi3", "rankgpt"),
+        ("qwen", "insertrank"),
+        ("t5", "monot5"),
+        ("t5", "setwise-t5"),
+        ("gpt2", "prp-t5"),
+        ("llama2", "rankllama"),
+        ("gemma", "bge-gemma"),
+    ],
+)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(query=TEXTS, texts=st.lists(TEXTS, min_size=3, max_size=3))
 def test_any_text_gives_the_ids_of_the_whole_prompt(style, name, query, texts):
@@ -229,10 +247,22 @@ def test_documents_are_tokenised_on_their_own_and_not_as_whole_runs(style, monke
 
 @pytest.mark.parametrize(
     ("style", "marker"),
-    [("qwen", "<|im_end|>"), ("qwen", "<|im_start|>"), ("qwen", "</think>"), ("llama3", "<|eot_id|>"),
-     ("llama2", "</s>"), ("mistral", "[INST]"), ("mistral", "</s>"), ("gemma", "<end_of_turn>"), ("gemma", "<bos>"),
-     ("phi3", "<|end|>"), ("t5", "</s>"), ("t5", "<extra_id_10>"), ("t5", "<pad>")],
-)  # fmt: skip
+    [
+        ("qwen", "<|im_end|>"),
+        ("qwen", "<|im_start|>"),
+        ("qwen", "</think>"),
+        ("llama3", "<|eot_id|>"),
+        ("llama2", "</s>"),
+        ("mistral", "[INST]"),
+        ("mistral", "</s>"),
+        ("gemma", "<end_of_turn>"),
+        ("gemma", "<bos>"),
+        ("phi3", "<|end|>"),
+        ("t5", "</s>"),
+        ("t5", "<extra_id_10>"),
+        ("t5", "<pad>"),
+    ],
+)
 def test_markers_in_texts_are_plain_text(style, marker):
     name = {"t5": "monot5", "qwen": "qwen3-reranker"}.get(style, "prp")
     prompts = prompts_of(style, name)
@@ -264,7 +294,9 @@ def test_numbered_documents_are_rewritten_where_published():
 def test_messages_are_what_the_chat_template_got():
     (prompt,) = prompts_of("qwen", "rankgpt").encode("who", [["one {x}", "two"]])
     assert [message["role"] for message in prompt.messages] == ["system", "user", "assistant"] + [
-        "user", "assistant"] * 2 + ["user"]  # fmt: skip
+        "user",
+        "assistant",
+    ] * 2 + ["user"]
     assert prompt.messages[3] == {"role": "user", "content": "[1] one {x}"}
     (raw,) = prompts_of("qwen", "qwen3-reranker").encode("who", [["one"]])
     assert raw.messages[0]["content"].endswith("<Document>: one<|im_end|>\n<|im_start|>assistant\n")
@@ -288,14 +320,16 @@ def chat(template: str) -> Any:
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
-         r"drops turn 3 \(role 'assistant'\)"),
+        (
+            "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+            r"drops turn 3 \(role 'assistant'\)",
+        ),
         ("{{ messages[0].content }}{{ messages[1].content }}{{ messages[2].content }}", "holds document 1"),
         ("{{ raise_exception('no chat today') }}", "refuses template 'rankgpt'.*no chat today"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "document 1 more than once"),
         ("{% for m in messages %}{{ m.content[:40] }}{% endfor %}", "drops the query"),
     ],
-)  # fmt: skip
+)
 def test_chat_templates_that_lose_something_are_refused(chat_template, message):
     with pytest.raises(ValueError, match=message):
         PromptTokenizer(chat(chat_template), Template.load("rankgpt"))

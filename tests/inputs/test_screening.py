@@ -40,27 +40,39 @@ SEQUENCE = [{"Sequence": {"id": "A", "type_id": 0}}]
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "deep trie": ("t5", lambda data: data["model"]["vocab"].append(["a" * 200_000, -1.0]), "a string of 200,001 bytes"),
     "charsmap": (
-        "bert", replaced("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "Precompiled"
+        "bert",
+        replaced("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "Precompiled",
     ),
     "template": (
         "bert",
-        replaced("post_processor", {
-            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "no", "type_id": 0}}, *SEQUENCE],
-            "pair": [*SEQUENCE, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {},
-        }),
+        replaced(
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "no", "type_id": 0}}, *SEQUENCE],
+                "pair": [*SEQUENCE, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {},
+            },
+        ),
         "special tokens|not a readable",
     ),
     "no length": ("bert", replaced("pre_tokenizer", {"type": "FixedLength", "length": 0}), "not a readable"),
     "recursion": ("qwen", replaced("pre_tokenizer", split(r"(?<a>.\g<a>|.)")), "calls a regular expression in itself"),
     "growth": (
         "bert",
-        replaced("normalizer", {"type": "Sequence", "normalizers": [
-            {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"}] * 60}),
+        replaced(
+            "normalizer",
+            {
+                "type": "Sequence",
+                "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"}] * 60,
+            },
+        ),
         "times as long",
     ),
     "prefix": ("bert", replaced("normalizer", {"type": "Prepend", "prepend": "a" * 5000}), "times as long"),
     "merges": ("qwen", lambda data: data["model"].update(continuing_subword_prefix="東" * 3), "not a readable"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -86,9 +98,11 @@ def outcomes(path: Path, kind: str, seeds: range) -> list[str]:
     """What came of every mutation, loaded in a process of its own."""
     KINDS[kind]().save(str(path / "tokenizer.json"))
     done = subprocess.run(
-        [sys.executable, tokenizer_mutations.__file__, str(path), json.dumps(list(seeds))], capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RUST_BACKTRACE": "0"},
-    )  # fmt: skip
+        [sys.executable, tokenizer_mutations.__file__, str(path), json.dumps(list(seeds))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RUST_BACKTRACE": "0"},
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, (kind, lines[-1:], done.returncode, done.stderr[-500:])
     assert lines.pop() == "end"

@@ -512,10 +512,18 @@ def test_eight_threads_at_once(bert: Tokenizer) -> None:
     [
         {},
         {"add_prefix_space": True},
-        {"mask_token": {"content": "<mask>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": True,
-                        "__type": "AddedToken"}},
+        {
+            "mask_token": {
+                "content": "<mask>",
+                "lstrip": True,
+                "rstrip": False,
+                "single_word": False,
+                "normalized": True,
+                "__type": "AddedToken",
+            }
+        },
     ],
-)  # fmt: skip
+)
 def test_vocab_json_with_merges_is_read_as_transformers_reads_it(tmp_path: Path, options: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     train_roberta(tmp_path)

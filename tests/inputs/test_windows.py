@@ -145,18 +145,25 @@ def test_long_documents_and_queries_are_cut_as_transformers_cuts_them(kind: str,
     own = tokenizers.Tokenizer.from_str(tokenizer(kind).to_str())
     first, last = ("[CLS]", "[SEP]") if kind == "bert" else ("<|end|>", "</s>")
     own.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{first} $A {last}", pair=f"{first} $A {last} $B {last}",
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B {last}",
         special_tokens=[(token, own.token_to_id(token)) for token in (first, last)],
-    )  # fmt: skip
+    )
     theirs = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(own.to_str()), truncation_side=side, pad_token=last
     )
     ours = Tokenizer(own, 128, truncation_side=side)
     texts = [
-        "!" * 70_000, " " * 70_000 + "x", "東京国大" * 20_000, "ab" * 40_000, "The owl sleeps. " * 6000,
+        "!" * 70_000,
+        " " * 70_000 + "x",
+        "東京国大" * 20_000,
+        "ab" * 40_000,
+        "The owl sleeps. " * 6000,
         "?!.,- " * 12_000,
-        "a" + "\u0301" * 70_000, encodable(make(5, 70_000)), encodable(make(6, 70_000)),
-    ]  # fmt: skip
+        "a" + "\u0301" * 70_000,
+        encodable(make(5, 70_000)),
+        encodable(make(6, 70_000)),
+    ]
     batch = ours.pairs("who?", texts)
     expected = theirs(["who?"] * len(texts), texts, truncation="only_second", max_length=128)["input_ids"]
     for i in range(len(texts)):
@@ -230,9 +237,12 @@ def test_hostile_texts_of_31_mb_take_little_memory_and_few_characters(tmp_path: 
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     script = Path(__file__).parents[1] / "support" / "long_texts.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=True,
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["text"] for row in rows] == list(HOSTILE)
     for row in rows:

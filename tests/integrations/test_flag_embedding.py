@@ -23,9 +23,12 @@ from fastrerank.integrations.flag_embedding import FlagReranker
 
 QUERY = "how long do fleas live"
 PAIRS = [
-    (QUERY, "a flea lives up to one year"), (QUERY, ""), (" ".join(factory.texts(1, 3, 30)), "cats sleep"),
-    (" ".join(["owl"] * 90), "the owl sleeps " * 40), ("", "old stone bank"),
-]  # fmt: skip
+    (QUERY, "a flea lives up to one year"),
+    (QUERY, ""),
+    (" ".join(factory.texts(1, 3, 30)), "cats sleep"),
+    (" ".join(["owl"] * 90), "the owl sleeps " * 40),
+    ("", "old stone bank"),
+]
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])
@@ -102,10 +105,20 @@ def test_instructions(folder: Path) -> None:
 def test_arguments_stand_in_upstreams_order() -> None:
     names = list(inspect.signature(FlagReranker).parameters)
     assert names[:13] == [
-        "model_name_or_path", "use_fp16", "query_instruction_for_rerank", "query_instruction_format",
-        "passage_instruction_for_rerank", "passage_instruction_format", "trust_remote_code", "cache_dir", "devices",
-        "batch_size", "query_max_length", "max_length", "normalize",
-    ]  # fmt: skip
+        "model_name_or_path",
+        "use_fp16",
+        "query_instruction_for_rerank",
+        "query_instruction_format",
+        "passage_instruction_for_rerank",
+        "passage_instruction_format",
+        "trust_remote_code",
+        "cache_dir",
+        "devices",
+        "batch_size",
+        "query_max_length",
+        "max_length",
+        "normalize",
+    ]
     call = list(inspect.signature(FlagReranker.compute_score).parameters)
     assert call == ["self", "sentence_pairs", "batch_size", "query_max_length", "max_length", "normalize"]
 
@@ -127,10 +140,13 @@ def test_what_is_given_is_honoured_or_refused(folder: Path) -> None:
     assert normal.compute_score(PAIRS[0], normalize=False) == expected[:1]
     assert normal.compute_score([]) == []
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (TypeError, "cutoff", {"cutoff": 3}), (TypeError, "give one", {"device": "cpu", "devices": "cpu"}),
-        (TypeError, "use_fp16", {"dtype": "float32", "use_fp16": True}), (ValueError, "empty list", {"devices": []}),
-        (ValueError, "max_length", {"max_length": 0}), (ValueError, "max_tokens_per_query", {"query_max_length": 0}),
-    ]  # fmt: skip
+        (TypeError, "cutoff", {"cutoff": 3}),
+        (TypeError, "give one", {"device": "cpu", "devices": "cpu"}),
+        (TypeError, "use_fp16", {"dtype": "float32", "use_fp16": True}),
+        (ValueError, "empty list", {"devices": []}),
+        (ValueError, "max_length", {"max_length": 0}),
+        (ValueError, "max_tokens_per_query", {"query_max_length": 0}),
+    ]
     for kind, message, options in wrong:
         with pytest.raises(kind, match=message):
             FlagReranker(path, **{"device": "cpu", **options} if "devices" not in options else options)

@@ -31,8 +31,9 @@ def test_langchain_compressor() -> None:
     compressor = FastReranker(reranker=Lengths(), top_n=2)
     kept = compressor.compress_documents(given, "qq")
     assert [(d.id, d.page_content, d.metadata) for d in kept] == [
-        ("1", "cccc", {"at": 1, "relevance_score": 2.0}), ("2", "bbb", {"at": 2, "relevance_score": 1.0}),
-    ]  # fmt: skip
+        ("1", "cccc", {"at": 1, "relevance_score": 2.0}),
+        ("2", "bbb", {"at": 2, "relevance_score": 1.0}),
+    ]
     assert given[1].metadata == {"at": 1}
     assert compressor.compress_documents([], "qq") == []
 
@@ -65,8 +66,9 @@ def test_llama_index() -> None:
     rerank = FastRerank(Lengths(), top_n=2, keep_retrieval_score=True)
     kept = rerank.postprocess_nodes(nodes, query_str="qq")
     assert [(node.text, node.score, node.metadata["retrieval_score"]) for node in kept] == [
-        ("cccc", 2.0, 0.5), ("bbb", 1.0, 0.5),
-    ]  # fmt: skip
+        ("cccc", 2.0, 0.5),
+        ("bbb", 1.0, 0.5),
+    ]
     assert [(node.score, node.metadata) for node in nodes] == [(0.5, {})] * 3
     found = asyncio.run(rerank.apostprocess_nodes(nodes, query_str="qq"))
     assert [node.text for node in found] == ["cccc", "bbb"]
@@ -163,9 +165,10 @@ def test_flag_embedding(checkpoint: str) -> None:
     assert np.allclose(
         flag.compute_score(pairs, normalize=True), 1 / (1 + np.exp(-np.array(flag.compute_score(pairs))))
     )
-    assert flag.compute_score(pairs, max_length=5) == model.score_many(
-        ["the owl"], [TEXTS], max_length=5, max_tokens_per_query=3
-    )[0].tolist()  # fmt: skip
+    assert (
+        flag.compute_score(pairs, max_length=5)
+        == model.score_many(["the owl"], [TEXTS], max_length=5, max_tokens_per_query=3)[0].tolist()
+    )
 
 
 def test_pyterrier_without_java() -> None:
@@ -175,8 +178,13 @@ def test_pyterrier_without_java() -> None:
 
     from fastrerank.integrations.pyterrier import FastReRanker
 
-    rows = [("q2", "zz", "x", "a", 9.0, 0), ("q1", "q", "y", "cccc", 8.0, 0), ("q2", "zz", "z", "ddd", 7.0, 1),
-            ("q1", "q", "v", "bb", 6.0, 1), ("q2", "zz", "w", "eee", 5.0, 2)]  # fmt: skip
+    rows = [
+        ("q2", "zz", "x", "a", 9.0, 0),
+        ("q1", "q", "y", "cccc", 8.0, 0),
+        ("q2", "zz", "z", "ddd", 7.0, 1),
+        ("q1", "q", "v", "bb", 6.0, 1),
+        ("q2", "zz", "w", "eee", 5.0, 2),
+    ]
     frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "body", "score", "rank"])
     reranker = Lengths()
     transformer = FastReRanker(reranker, text_field="body")
@@ -212,8 +220,13 @@ def test_pyterrier_inspects_the_transformer() -> None:
     assert sorted(pt.inspect.transformer_outputs(transformer, columns)) == sorted(columns)
     found = {item.name: item.value for item in pt.inspect.transformer_attributes(transformer)}
     assert found == {
-        "model": reranker, "method": None, "text_field": "body", "label": None, "raw": True, "options": {},
-    }  # fmt: skip
+        "model": reranker,
+        "method": None,
+        "text_field": "body",
+        "label": None,
+        "raw": True,
+        "options": {},
+    }
     changed = pt.inspect.transformer_apply_attributes(transformer, text_field="title", raw=False)
     assert (changed.text_field, changed.raw, transformer.text_field) == ("title", False, "body")
     assert changed.reranker is reranker
@@ -265,12 +278,25 @@ def test_mteb(checkpoint: str) -> None:
 
     class Task(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            type="Reranking", name="Fleas", main_score="ndcg_at_10", description="A task in memory.",
-            dataset={"path": "memory", "revision": "1"}, eval_splits=["test"], eval_langs=["eng-Latn"],
-            modalities=["text"], category="t2t", date=("2026-01-01", "2026-01-01"), dialect=[], domains=[],
-            task_subtypes=[], license="cc0-1.0", annotations_creators="derived", sample_creation="created",
-            bibtex_citation="", reference="https://example.org",
-        )  # fmt: skip
+            type="Reranking",
+            name="Fleas",
+            main_score="ndcg_at_10",
+            description="A task in memory.",
+            dataset={"path": "memory", "revision": "1"},
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            modalities=["text"],
+            category="t2t",
+            date=("2026-01-01", "2026-01-01"),
+            dialect=[],
+            domains=[],
+            task_subtypes=[],
+            license="cc0-1.0",
+            annotations_creators="derived",
+            sample_creation="created",
+            bibtex_citation="",
+            reference="https://example.org",
+        )
 
         def load_data(self, **_: Any) -> None:
             split = {

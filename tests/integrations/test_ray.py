@@ -76,18 +76,25 @@ def workers() -> list[Any]:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_and_a_killed_job_lose_nothing(
-    checkpoint: str, rows: list[dict[str, Any]], expected: np.ndarray, tmp_path: Path,
+    checkpoint: str,
+    rows: list[dict[str, Any]],
+    expected: np.ndarray,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "in").mkdir()
     lines = [json.dumps(row) + "\n" for row in rows]
     (tmp_path / "in" / "a.jsonl").write_text("".join(lines[:1100]))
     (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[1100:]).encode()))
     out = tmp_path / "out"
     job: Job = {
-        "inputs": str(tmp_path / "in"), "output": str(out), "model": checkpoint, "workers": 2, "rows_per_part": 50,
+        "inputs": str(tmp_path / "in"),
+        "output": str(out),
+        "model": checkpoint,
+        "workers": 2,
+        "rows_per_part": 50,
         "device": "cpu",
-    }  # fmt: skip
+    }
     killed: list[int] = []
     seen: list[int] = []
 
@@ -144,9 +151,17 @@ def test_parquet_stays_parquet(
     table = pa.Table.from_pylist(rows).rename_columns(["id", "question", "passage"])
     pq.write_table(table, tmp_path / "pairs.parquet", row_group_size=700)
     found = score_files(
-        str(tmp_path / "pairs.parquet"), str(tmp_path / "out"), checkpoint, workers=2, rows_per_part=999,
-        query="question", document="passage", score="logit", keep=["id"], device="cpu",
-    )  # fmt: skip
+        str(tmp_path / "pairs.parquet"),
+        str(tmp_path / "out"),
+        checkpoint,
+        workers=2,
+        rows_per_part=999,
+        query="question",
+        document="passage",
+        score="logit",
+        keep=["id"],
+        device="cpu",
+    )
     assert found == {"rows": 3000, "parts": 4, "resumed": 0}
     result = pq.read_table(tmp_path / "out")
     assert result.schema.equals(pa.schema([("id", pa.int64()), ("logit", pa.float32())]))
@@ -156,8 +171,9 @@ def test_parquet_stays_parquet(
     scored = ray.data.from_arrow(table).map_batches(
         PairScorer,
         fn_constructor_kwargs={"model": checkpoint, "query": "question", "document": "passage", "device": "cpu"},
-        compute=ray.data.ActorPoolStrategy(size=1), batch_size=500,
-    )  # fmt: skip
+        compute=ray.data.ActorPoolStrategy(size=1),
+        batch_size=500,
+    )
     columns = scored.to_pandas().sort_values("id")
     assert np.array_equal(columns["score"].to_numpy(np.float32), expected)
 
@@ -179,8 +195,10 @@ def test_what_a_worker_cannot_do_is_one_message(checkpoint: str, tmp_path: Path)
 def test_wrong_names_are_told_before_replicas_start() -> None:
     from fastrerank.integrations.ray_serve import Arguments, app
 
-    for wrong, message in (({"model": ["a=x", "a=y"]}, "two models are named 'a'"),
-                           ({"model": "a=x", "alias": "b=c"}, "no model is named 'c'")):  # fmt: skip
+    for wrong, message in (
+        ({"model": ["a=x", "a=y"]}, "two models are named 'a'"),
+        ({"model": "a=x", "alias": "b=c"}, "no model is named 'c'"),
+    ):
         with pytest.raises(ValueError, match=message):
             app(Arguments(**wrong))
 
@@ -199,9 +217,12 @@ def test_serve(checkpoint: str) -> None:
         port = free.getsockname()[1]
     serve.start(http_options={"port": port}, logging_config={"enable_access_log": False})
     arguments = Arguments(
-        model=f"small={checkpoint}", options={"device": "cpu"}, max_replicas=2, target_ongoing_requests=1,
+        model=f"small={checkpoint}",
+        options={"device": "cpu"},
+        max_replicas=2,
+        target_ongoing_requests=1,
         autoscaling={"upscale_delay_s": 0.2, "look_back_period_s": 0.5},
-    )  # fmt: skip
+    )
     handle = serve.run(app(arguments))
     model = fastrerank.CrossEncoder(checkpoint, device="cpu")
     documents = ["cats sleep all day", "a flea lives up to a year", "", "fleas"]

@@ -34,19 +34,35 @@ CASES = {
     "prefix without own keys": Case([Segment(30), *documents([6, 2], "causal", 0), Segment(5)], 2, 1, 32),
     "a prefix each": Case(
         [
-            Segment(20, None, "causal"), Segment(33, None, "causal"), Segment(8, 0, "causal"), Segment(5, 1, "causal"),
-            Segment(9, 0, "causal"), Segment(1, 1, "causal"), Segment(4, None, "causal"), Segment(6, 1, "causal"),
+            Segment(20, None, "causal"),
+            Segment(33, None, "causal"),
+            Segment(8, 0, "causal"),
+            Segment(5, 1, "causal"),
+            Segment(9, 0, "causal"),
+            Segment(1, 1, "causal"),
+            Segment(4, None, "causal"),
+            Segment(6, 1, "causal"),
         ],
-        4, 2, 32,
+        4,
+        2,
+        32,
     ),
     "prefix and window": Case([Segment(25, None, "window"), *documents([12, 3, 1, 9], "window", 0)], 2, 1, 32),
     "padding": Case(
-        [Segment(3, None, "padding"), Segment(20), Segment(19, None, "padding"), *documents([4, 9], "causal", 1),
-         Segment(21, None, "padding")],
-        2, 1, 64, softcap=3.0,
+        [
+            Segment(3, None, "padding"),
+            Segment(20),
+            Segment(19, None, "padding"),
+            *documents([4, 9], "causal", 1),
+            Segment(21, None, "padding"),
+        ],
+        2,
+        1,
+        64,
+        softcap=3.0,
     ),
     "nothing but padding": Case([Segment(18, None, "padding")]),
-}  # fmt: skip
+}
 LONG = {
     "long prefix": Case([Segment(1100, None, "causal"), *documents([9, 1, 30, 3], "causal", 0)], 2, 1, 32),
     "long documents": Case([Segment(3), Segment(1000), Segment(481, None, "causal")], 1, 1, 32),
@@ -220,9 +236,13 @@ def test_a_segment_is_bitwise_the_same_in_any_company(mode: str, dtype: Any, thr
     for before, between, after in ([[1], [33, 1], [5]], [[490, 3], [], [600]], [[], [1] * 7, []]):
         shared = len(before)  # the prefix's number
         segments = [
-            *documents(before, mode), Segment(prefix, None, mode), *documents(between, mode, shared),
-            Segment(length, shared, mode), *documents(after, mode, shared), Segment(9, None, "padding"),
-        ]  # fmt: skip
+            *documents(before, mode),
+            Segment(prefix, None, mode),
+            *documents(between, mode, shared),
+            Segment(length, shared, mode),
+            *documents(after, mode, shared),
+            Segment(9, None, "padding"),
+        ]
         start, again = sum(before), sum(before) + prefix + sum(between)
         places = np.r_[start : start + prefix, again : again + length]
         company = packing.tensors(Case(segments, heads, 2, head_dim), dtype, seed=1)
@@ -320,7 +340,7 @@ def i32(*values: int) -> Any:
         ({"backend": "cuda"}, "backend must be one of cpp, triton or None, got 'cuda'"),
         ({"q": torch.zeros(7, 2, 16, device="meta")}, "k must be torch.float32 on meta"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.attention(**(example() | changes))

@@ -454,7 +454,7 @@ def i32(*values: int) -> Any:
         ({"backend": "cuda"}, "backend must be one of cpp, triton or None, got 'cuda'"),
         ({"q": torch.zeros(7, 2, 16, device="meta")}, "k must be torch.float32 on meta"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.attention_mass(**(example() | changes))

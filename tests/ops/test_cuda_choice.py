@@ -40,8 +40,15 @@ def configure(tools: Path, cuda: str) -> tuple[str, bool]:
     """What the configuration printed, and whether the build would make the CUDA module."""
     build = tools.parent / "build"
     environment = {"PATH": str(tools), "FASTRERANK_CUDA": cuda, "HOME": str(tools.parent)}
-    command = ["cmake", "-S", ROOT, "-B", build, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-               f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     done = subprocess.run(
         [str(tools / "cmake"), *map(str, command[1:])], env=environment, capture_output=True, text=True
     )

@@ -84,10 +84,20 @@ class Search:
         scale = items.scale.tobytes() if items.scale is not None else b""
         each, size = items.scales == "item", {"int8": 1, "bfloat16": 2}[items.storage]
         numbers = (
-            items.storage == "int8", len(data), items.data.shape[1], items.N, each, not each and len(scale) > 0,
-            items.K, (items.data.shape[1] - 64) // 16 // size, len(self.queries), self.k, self.wanted, self.processors,
+            items.storage == "int8",
+            len(data),
+            items.data.shape[1],
+            items.N,
+            each,
+            not each and len(scale) > 0,
+            items.K,
+            (items.data.shape[1] - 64) // 16 // size,
+            len(self.queries),
+            self.k,
+            self.wanted,
+            self.processors,
             seeds,
-        )  # fmt: skip
+        )
         return described(numbers, self.reach, data, scale, self.queries.tobytes())
 
 
@@ -114,9 +124,14 @@ class Found:
         rows, kind = len(one.queries), np.int8 if one.items.storage == "int8" else np.float32
         parts = []
         for dtype, columns in (
-            (np.int32, 0), (np.int64, one.k), (np.float32, one.k), (STATE, 0), (kind, one.padded),
-            (np.uint64, one.wanted), (np.int32, 0),
-        ):  # fmt: skip
+            (np.int32, 0),
+            (np.int64, one.k),
+            (np.float32, one.k),
+            (STATE, 0),
+            (kind, one.padded),
+            (np.uint64, one.wanted),
+            (np.int32, 0),
+        ):
             count = rows * max(columns, 1)
             array = np.frombuffer(output, dtype, count, begin)
             parts.append(array.reshape(rows, columns) if columns else array)
@@ -172,9 +187,11 @@ MANY = [
     search("int8 item", 5, 9007, 4, 1, rows=6, kind="some equal", more=1),  # of some queries reservoirs run full
 ]
 SEARCHES = [
-    *(search(kind, 20, count, k, processors)
-      for kind in ("int8 item", "int8 anchor", "bfloat16")
-      for count, k, processors in ((1, 1, 1), (15, 4, 2), (1024, 64, 3), (9001, 7, 2), (9001, 1024, 2), (40, 50, 1))),
+    *(
+        search(kind, 20, count, k, processors)
+        for kind in ("int8 item", "int8 anchor", "bfloat16")
+        for count, k, processors in ((1, 1, 1), (15, 4, 2), (1024, 64, 3), (9001, 7, 2), (9001, 1024, 2), (40, 50, 1))
+    ),
     search("int8 item", 1, 9000, 300, 1, kind="ascending"),  # nearly every item passes: reservoirs run full
     search("bfloat16", 33, 9000, 300, 1, kind="ascending"),
     search("bfloat16", 17, 900, 300, 2, kind="infinite"),
@@ -183,7 +200,7 @@ SEARCHES = [
     search("int8 anchor", 37, 9001, 20, 2, rows=3, kind="any", more=84),
     search("bfloat16", 70, 5000, 9, 1, rows=2, kind="any", more=70),
     *MANY,
-]  # fmt: skip
+]
 RACING = (SEARCHES[14], SEARCHES[18], SEARCHES[23], MANY[-1])  # of the first kind, a full reservoir, rows together
 
 
@@ -330,23 +347,53 @@ def test_cur_topk_of_tensors_on_the_emulated_kernels(
     run = program("none")
 
     def cur_topk(
-        int8: bool, tiles: int, tile_bytes: int, count: int, scale: int, anchor: int, width: int, wide: int,
-        reach: float, queries: int, rows: int, k: int, wanted: int, processors: int, scratch: int, ids: int,
-        scores: int, device: int, stream: int,
-    ) -> None:  # fmt: skip
+        int8: bool,
+        tiles: int,
+        tile_bytes: int,
+        count: int,
+        scale: int,
+        anchor: int,
+        width: int,
+        wide: int,
+        reach: float,
+        queries: int,
+        rows: int,
+        k: int,
+        wanted: int,
+        processors: int,
+        scratch: int,
+        ids: int,
+        scores: int,
+        device: int,
+        stream: int,
+    ) -> None:
         """As fastrerank._cuda.cur_topk, of pointers to host memory."""
         assert (device, stream) == (0, 7)
         data = ctypes.string_at(tiles, -(-count // 16) * tile_bytes)
         scales = ctypes.string_at(scale or anchor, 4 * (count if scale else width)) if scale or anchor else b""
         numbers = (
-            int8, len(data), tile_bytes, count, bool(scale), bool(anchor), width, wide, rows, k, wanted, processors, 1,
-        )  # fmt: skip
+            int8,
+            len(data),
+            tile_bytes,
+            count,
+            bool(scale),
+            bool(anchor),
+            width,
+            wide,
+            rows,
+            k,
+            wanted,
+            processors,
+            1,
+        )
         given = ctypes.string_at(queries, rows * width * 4)
         (tmp_path / "search").write_bytes(described(numbers, reach, data, scales, given))
         output = _run([str(run), str(tmp_path / "search")]).stdout
         for place, begin, size in (
-            (scratch, 0, 4 * rows), (ids, 4 * rows, 8 * rows * k), (scores, (4 + 8 * k) * rows, 4 * rows * k),
-        ):  # fmt: skip
+            (scratch, 0, 4 * rows),
+            (ids, 4 * rows, 8 * rows * k),
+            (scores, (4 + 8 * k) * rows, 4 * rows * k),
+        ):
             ctypes.memmove(place, output[begin : begin + size], size)
 
     def cur_status(scratch: int, rows: int, device: int, stream: int) -> list[int]:

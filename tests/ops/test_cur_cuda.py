@@ -50,9 +50,18 @@ def test_the_kernels_take_as_many_as_python_wants_and_its_statuses_are_theirs() 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_the_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:
     command = [
-        str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{SOURCES}", "-cubin",
-        "-o", str(tmp_path / "x.cubin"), str(SOURCES / "cuda" / "cur_topk.cu"),
-    ]  # fmt: skip
+        str(NVCC),
+        "-std=c++17",
+        "-O3",
+        f"-arch=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        f"-I{SOURCES}",
+        "-cubin",
+        "-o",
+        str(tmp_path / "x.cubin"),
+        str(SOURCES / "cuda" / "cur_topk.cu"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if f"Value 'sm_{arch}' is not defined" in done.stderr:
         pytest.skip(f"this nvcc does not know sm_{arch}")

@@ -363,8 +363,10 @@ def test_infinite_items_are_ordered_and_nan_is_refused() -> None:
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {
-        "queries": np.ones((1, 4), np.float32), "items": ops.cur_pack(np.ones((4, 40), np.float32), "float32"), "k": 3,
-    }  # fmt: skip
+        "queries": np.ones((1, 4), np.float32),
+        "items": ops.cur_pack(np.ones((4, 40), np.float32), "float32"),
+        "k": 3,
+    }
     with pytest.raises(error, match=message):
         ops.cur_topk(**(given | change))
 

@@ -17,9 +17,12 @@ def fuzz(seed: int, calls: int) -> str:
     # Triton's interpreter would take CPU tensors where kernels of a GPU must refuse them.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SUPPORT / "fuzzed_ops.py"), str(seed), str(calls)], capture_output=True,
-        text=True, check=False, env={**environment, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", str(SUPPORT / "fuzzed_ops.py"), str(seed), str(calls)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-4000:]}"
     return done.stdout
 

@@ -53,9 +53,10 @@ def tensors(case: Case, dtype: Any, weight_dtype: Any | None = None, device: str
     hidden = random.normal(0.5, 3, (case.rows, case.width))
     weight = random.normal(0, case.width**-0.5, (case.labels, case.width))
     drawn = {
-        "norm_weight": random.normal(1, 0.2, case.width), "norm_bias": random.normal(0, 0.1, case.width),
+        "norm_weight": random.normal(1, 0.2, case.width),
+        "norm_bias": random.normal(0, 0.1, case.width),
         "bias": random.normal(0, 0.5, case.labels),
-    }  # fmt: skip
+    }
     weight_dtype = weight_dtype or dtype
     given = {"hidden": torch.tensor(hidden).to(dtype), "weight": torch.tensor(weight).to(weight_dtype)}
     given |= {name: torch.tensor(drawn[name]).to(weight_dtype) for name in case.vectors}
@@ -244,17 +245,32 @@ def head_of(family: str) -> tuple[Any, Any, dict[str, Any]]:
     """A tiny model of a family, its final norm, and what `ops.label_logits` is told to be its head."""
     transformers = pytest.importorskip("transformers")
     sizes = {
-        "vocab_size": 90, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": 90,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     torch.manual_seed(0)
     if family == "gemma2":
         config = transformers.Gemma2Config(**sizes, final_logit_softcapping=2.0, rms_norm_eps=1e-4)
         model = transformers.Gemma2ForCausalLM(config)
         torch.nn.init.normal_(model.model.norm.weight, 0, 0.3)
-        return model, model.model.norm, {
-            "norm": "rms", "norm_weight": 1 + model.model.norm.weight, "eps": 1e-4, "softcap": 2.0,
-        }  # fmt: skip
+        return (
+            model,
+            model.model.norm,
+            {
+                "norm": "rms",
+                "norm_weight": 1 + model.model.norm.weight,
+                "eps": 1e-4,
+                "softcap": 2.0,
+            },
+        )
     if family == "granite":
         model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, logits_scaling=8.0))
         torch.nn.init.normal_(model.model.norm.weight, 1, 0.3)
@@ -262,17 +278,32 @@ def head_of(family: str) -> tuple[Any, Any, dict[str, Any]]:
     if family == "cohere":
         model = transformers.CohereForCausalLM(transformers.CohereConfig(**sizes, logit_scale=0.25))
         torch.nn.init.normal_(model.model.norm.weight, 1, 0.3)
-        return model, model.model.norm, {
-            "norm": "layer", "norm_weight": model.model.norm.weight, "eps": 1e-5, "scale": 0.25,
-        }  # fmt: skip
+        return (
+            model,
+            model.model.norm,
+            {
+                "norm": "layer",
+                "norm_weight": model.model.norm.weight,
+                "eps": 1e-5,
+                "scale": 0.25,
+            },
+        )
     sizes = {key: value for key, value in sizes.items() if key != "head_dim"}
     model = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, layer_norm_eps=1e-5))
     norm = model.model.final_layernorm
     for parameter in (norm.weight, norm.bias, model.lm_head.bias):
         torch.nn.init.normal_(parameter, 0.5, 0.3)
-    return model, norm, {
-        "norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": 1e-5, "bias": model.lm_head.bias,
-    }  # fmt: skip
+    return (
+        model,
+        norm,
+        {
+            "norm": "layer",
+            "norm_weight": norm.weight,
+            "norm_bias": norm.bias,
+            "eps": 1e-5,
+            "bias": model.lm_head.bias,
+        },
+    )
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "phi"])

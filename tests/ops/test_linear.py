@@ -118,8 +118,9 @@ def on_grid(random: np.random.Generator, rows: int, k: int, levels: int) -> Arra
         return np.ones((rows, k), np.float32)
     span = random.uniform(0.5, 4, (rows, 1))
     zero = random.integers(0, levels + 1, (rows, 1))
-    steps = np.clip(random.integers(0, levels + 1, (rows, k)) - zero + random.uniform(-0.3, 0.3, (rows, k)),
-                    -zero, levels - zero)  # fmt: skip
+    steps = np.clip(
+        random.integers(0, levels + 1, (rows, k)) - zero + random.uniform(-0.3, 0.3, (rows, k)), -zero, levels - zero
+    )
     steps[:, :1], steps[:, 1:2] = -zero, levels - zero
     return (steps * (span / levels)).astype(np.float32)
 
@@ -178,19 +179,26 @@ ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "gelu_fast": torch.nn.functional.gelu,
-    "relu": torch.relu, "tanh": torch.tanh, "silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid,
-}  # fmt: skip
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+}
 
 
 # Absolute error: 1.2e-7 |x| is the fit's of GELU, to which two roundings come. tanh is 1 - 2 / (e^2x + 1) above 0.08:
 # the roundings of the exponential, the sum, the quotient and the difference, each on values of at most 1.
 U = 2.0**-24
 BOUNDS = {
-    "identity": lambda x: 0 * x, "relu": lambda x: 0 * x, "gelu": lambda x: (1.2e-7 + 2 * U) * x,
+    "identity": lambda x: 0 * x,
+    "relu": lambda x: 0 * x,
+    "gelu": lambda x: (1.2e-7 + 2 * U) * x,
     "gelu_fast": lambda x: 1.8e-4 + 2 * U * x,  # a twentieth of what rounding to 8 bits costs a row that reaches 3
-    "gelu_tanh": lambda x: 5 * U * x, "silu": lambda x: 4 * U * x, "sigmoid": lambda x: 3 * U + 0 * x,
+    "gelu_tanh": lambda x: 5 * U * x,
+    "silu": lambda x: 4 * U * x,
+    "sigmoid": lambda x: 3 * U + 0 * x,
     "tanh": lambda x: np.where(x < 0.07, 4 * U * x, 3.2 * U),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -28,9 +28,12 @@ def sums_bound(query: np.ndarray, tokens: np.ndarray) -> float:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    queries=st.integers(1, 70), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40),
-    width=st.integers(1, 70), seed=st.integers(0, 1000), threads=st.integers(1, 3),
-)  # fmt: skip
+    queries=st.integers(1, 70),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    width=st.integers(1, 70),
+    seed=st.integers(0, 1000),
+    threads=st.integers(1, 3),
+)
 def test_equals_the_reference_in_every_level(
     queries: int, lengths: list[int], width: int, seed: int, threads: int
 ) -> None:

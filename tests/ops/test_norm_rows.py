@@ -42,9 +42,13 @@ def tensors(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) -
 
 
 def plain(
-    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    x: torch.Tensor,
+    norm: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
     residual: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """The same as transformers' models write it."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     x = x if residual is None else x + residual

@@ -14,9 +14,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from fastrerank.engine.torch.row_norms import fuse_norm, read_norm
 
 KINDS = {
-    "llama": lambda n: LlamaRMSNorm(n, 1e-6), "gemma": lambda n: Gemma2RMSNorm(n, 1e-6),
-    "layer": lambda n: torch.nn.LayerNorm(n, 1e-5), "layer without bias": lambda n: torch.nn.LayerNorm(n, bias=False),
-}  # fmt: skip
+    "llama": lambda n: LlamaRMSNorm(n, 1e-6),
+    "gemma": lambda n: Gemma2RMSNorm(n, 1e-6),
+    "layer": lambda n: torch.nn.LayerNorm(n, 1e-5),
+    "layer without bias": lambda n: torch.nn.LayerNorm(n, bias=False),
+}
 
 
 def build(kind: str, width: int, dtype: Any) -> torch.nn.Module:

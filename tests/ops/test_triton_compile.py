@@ -27,8 +27,14 @@ LABELS = (
     (90, 896, "rms"),
 )
 ROTARY = ((64, 64, 4, "bfloat16"), (128, 128, 4, "bfloat16"), (80, 32, 1, "float32"), (96, 96, 2, "float32"))
-NORMED = ((64, False, False), (128, False, False), (768, True, True), (1024, True, True), (4096, False, False),
-          (8192, True, True))  # fmt: skip
+NORMED = (
+    (64, False, False),
+    (128, False, False),
+    (768, True, True),
+    (1024, True, True),
+    (4096, False, False),
+    (8192, True, True),
+)
 GATED = ((1152, "gelu"), (3072, "silu"), (14336, "gelu_tanh"), (512, "relu"))
 HEAD_SIZES = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 ELEMENTWISE = ("gated", "norm_rows", "rotary")  # passes over rows without products

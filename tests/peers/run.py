@@ -57,8 +57,14 @@ SKIPS = [
 ]
 
 # Files of a checkout that are about inference; the others train, save or write model cards.
-OF_INFERENCE = ("test_model.py", "test_cross_encoder.py", "test_multi_process.py", "test_pretrained.py",
-                "test_backends.py", "evaluation")  # fmt: skip
+OF_INFERENCE = (
+    "test_model.py",
+    "test_cross_encoder.py",
+    "test_multi_process.py",
+    "test_pretrained.py",
+    "test_backends.py",
+    "evaluation",
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,13 @@ SUITES = (
     Suite("beir", "2.2.0", absent=NOT_SHIPPED),
     Suite("rerankers", "0.10.0", absent="its one test of cross-encoders replaces rank() by a mock"),
     Suite("mteb", "2.26.24", absent="its tests of rerankers load models and data sets of the hub"),
-    Suite("haystack, langchain, cohere, infinity-emb, vllm", "-", absent="no tests of rerankers in the package index; "
-          "integrations/test_integrations.py and serve/test_serve_clients.py run their own classes and clients"),
-)  # fmt: skip
+    Suite(
+        "haystack, langchain, cohere, infinity-emb, vllm",
+        "-",
+        absent="no tests of rerankers in the package index; "
+        "integrations/test_integrations.py and serve/test_serve_clients.py run their own classes and clients",
+    ),
+)
 
 
 def unpacked(suite: Suite, folder: Path) -> Path:
@@ -108,8 +118,22 @@ def run(suite: Suite, root: Path, folder: Path) -> dict[str, int]:
     if not (root / "tests" / "utils.py").is_file():
         settings["PEER_UTILS"] = "1"
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rsf", "-p", "substitute", "-p", "no:cacheprovider",
-               "--import-mode=importlib", "--tb=short", "-o", "addopts=", *suite.files]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rsf",
+        "-p",
+        "substitute",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        "--tb=short",
+        "-o",
+        "addopts=",
+        *suite.files,
+    ]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, **settings, **offline}, text=True, capture_output=True, check=False
     )

@@ -119,11 +119,12 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
     data, found, page = tmp_path / "data.jsonl", tmp_path / "found.toml", tmp_path / "page.html"
     rows = [
         {
-            "qid": one.qid, "query": one.query,
+            "qid": one.qid,
+            "query": one.query,
             "candidates": [{"docid": c.docid, "text": c.text, "rel": one.judgements[c.docid]} for c in one.candidates],
         }
         for one in QUERIES
-    ]  # fmt: skip
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ["--model", str(folder), "--dtype", "float32"]
     command = ["heads", str(data), "--save", str(found), "--rule", "contrast", "--top", "2", "--json", *model]

@@ -39,11 +39,18 @@ def labelled(tiny: Tiny, tmp_path: Path, names: list[str], **config: Any) -> Pat
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["not_relevant", "relevant"], 1), (["Relevant", "Not Relevant"], 0), (["no", "YES"], 1), (["x"], 0),
-        (["contradiction", "entailment", "neutral"], 1), (["LABEL_0", "LABEL_1"], None), (["a", "b", "c"], None),
-        (["yes", "relevant"], None), (["irrelevant", "perfect"], None), (["false", "true"], 1),
+        (["not_relevant", "relevant"], 1),
+        (["Relevant", "Not Relevant"], 0),
+        (["no", "YES"], 1),
+        (["x"], 0),
+        (["contradiction", "entailment", "neutral"], 1),
+        (["LABEL_0", "LABEL_1"], None),
+        (["a", "b", "c"], None),
+        (["yes", "relevant"], None),
+        (["irrelevant", "perfect"], None),
+        (["false", "true"], 1),
     ],
-)  # fmt: skip
+)
 def test_a_name_tells_which_label_ranks_or_none_does(names: list[str], expected: int | None) -> None:
     assert named_label(names) == expected
 
@@ -228,9 +235,11 @@ def test_options_of_methods_that_read_attention(tmp_path: Path) -> None:
 def test_a_pair_that_the_tokenizer_joins_has_no_place_for_an_instruction(tiny: Tiny) -> None:
     model = CrossEncoder(tiny("bert"))
     calls: list[Callable[[], Any]] = [
-        lambda: model.score(QUERY, TEXTS, instruction="x"), lambda: model.rank(QUERY, TEXTS, instruction="x"),
-        lambda: model.predict([(QUERY, LONG)], instruction="x"), lambda: model.check_options(instruction="x"),
-    ]  # fmt: skip
+        lambda: model.score(QUERY, TEXTS, instruction="x"),
+        lambda: model.rank(QUERY, TEXTS, instruction="x"),
+        lambda: model.predict([(QUERY, LONG)], instruction="x"),
+        lambda: model.check_options(instruction="x"),
+    ]
     for call in calls:
         with pytest.raises(ValueError, match="instruction is for checkpoints whose chat template renders the pairs"):
             call()
@@ -249,7 +258,7 @@ def test_a_pair_that_the_tokenizer_joins_has_no_place_for_an_instruction(tiny: T
         ({"instruction": 5}, TypeError, "instruction must be str or None, got int"),
         ({"instructions": "x"}, TypeError, "'instructions' is not an option of a call; there are label, instruction"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_are_named(tiny: Tiny, options: dict[str, Any], error: type[Exception], message: str) -> None:
     model = CrossEncoder(tiny("bert"))
     with pytest.raises(error, match=message):
@@ -260,9 +269,14 @@ def test_bad_options_are_named(tiny: Tiny, options: dict[str, Any], error: type[
 
 def test_options_are_hashable_and_give_their_keywords_back() -> None:
     every = {
-        "label": "yes", "instruction": "find", "max_length": 64, "max_tokens_per_doc": 8, "max_tokens_per_query": 4,
-        "truncation_side": "left", "truncate": False,
-    }  # fmt: skip
+        "label": "yes",
+        "instruction": "find",
+        "max_length": 64,
+        "max_tokens_per_doc": 8,
+        "max_tokens_per_query": 4,
+        "truncation_side": "left",
+        "truncate": False,
+    }
     options = CallOptions.of(every, list(every), "x")
     assert options.keywords() == every
     assert hash(options) == hash(CallOptions.of(every, list(every), "x"))

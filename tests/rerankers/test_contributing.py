@@ -83,8 +83,19 @@ def test_the_example_ranks(example: ModuleType, bert: Path) -> None:
 def test_the_command_line_finds_it_by_its_entry_point(folder: Path, bert: Path) -> None:
     texts = folder / "texts.txt"
     texts.write_text("\n".join(TEXTS))
-    command = [sys.executable, "-m", "fastrerank", "rank", "owl", str(texts), "--model", str(bert),
-               "--method", "symmetric", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "fastrerank",
+        "rank",
+        "owl",
+        str(texts),
+        "--model",
+        str(bert),
+        "--method",
+        "symmetric",
+        "--json",
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(folder)}, check=True
     )

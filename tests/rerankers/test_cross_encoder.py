@@ -73,11 +73,18 @@ def test_every_family_predicts_and_ranks_the_same(tiny: Tiny, family: str, label
 
 
 INPUTS: dict[str, Any] = {
-    "tuples": PAIRS, "lists": [list(pair) for pair in PAIRS], "tuple of tuples": tuple(PAIRS),
-    "2-D str": np.array(PAIRS), "2-D object": np.array(PAIRS, dtype=object), "one pair": PAIRS[0],
-    "one list": list(PAIRS[0]), "1-D str": np.array(PAIRS[0]), "1-D object": np.array(PAIRS[0], dtype=object),
-    "one of one": PAIRS[:1], "empty": [],
-}  # fmt: skip
+    "tuples": PAIRS,
+    "lists": [list(pair) for pair in PAIRS],
+    "tuple of tuples": tuple(PAIRS),
+    "2-D str": np.array(PAIRS),
+    "2-D object": np.array(PAIRS, dtype=object),
+    "one pair": PAIRS[0],
+    "one list": list(PAIRS[0]),
+    "1-D str": np.array(PAIRS[0]),
+    "1-D object": np.array(PAIRS[0], dtype=object),
+    "one of one": PAIRS[:1],
+    "empty": [],
+}
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -123,23 +130,36 @@ class Doubled(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "activation", [torch.nn.Identity(), torch.nn.Sigmoid(), torch.nn.Tanh(), torch.nn.ReLU(), torch.nn.Softplus(),
-                   Doubled(), torch.sigmoid]
-)  # fmt: skip
+    "activation",
+    [
+        torch.nn.Identity(),
+        torch.nn.Sigmoid(),
+        torch.nn.Tanh(),
+        torch.nn.ReLU(),
+        torch.nn.Softplus(),
+        Doubled(),
+        torch.sigmoid,
+    ],
+)
 def test_activations(both: tuple[Any, CrossEncoder], tiny: Tiny, activation: Any) -> None:
     theirs, ours = both
     expected = theirs.predict(PAIRS, activation_fn=activation)
     assert np.abs(ours.predict(PAIRS, activation_fn=activation) - expected).max() <= BOUND
     assert np.abs(CrossEncoder(tiny("bert"), activation_fn=activation).predict(PAIRS) - expected).max() <= BOUND
-    assert_same_rows(ours.rank(QUERY, TEXTS, activation_fn=activation),
-                     theirs.rank(QUERY, TEXTS, activation_fn=activation))  # fmt: skip
+    assert_same_rows(
+        ours.rank(QUERY, TEXTS, activation_fn=activation), theirs.rank(QUERY, TEXTS, activation_fn=activation)
+    )
 
 
 def test_activations_by_name_and_in_numpy(both: tuple[Any, CrossEncoder]) -> None:
     _, ours = both
     logits = ours.score(QUERY, TEXTS).astype(np.float64)
-    for name, function in {"identity": lambda x: x, "tanh": np.tanh, "relu": lambda x: np.maximum(x, 0),
-                           "sigmoid": lambda x: 1 / (1 + np.exp(-x))}.items():  # fmt: skip
+    for name, function in {
+        "identity": lambda x: x,
+        "tanh": np.tanh,
+        "relu": lambda x: np.maximum(x, 0),
+        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    }.items():
         np.testing.assert_allclose(ours.predict(PAIRS, activation_fn=name), function(logits), atol=1e-6)
     np.testing.assert_allclose(ours.predict(PAIRS, activation_fn=lambda x: x + 1), logits + 1, atol=1e-6)
     with pytest.raises(ValueError, match="identity, sigmoid, tanh, relu"):
@@ -180,8 +200,13 @@ def test_ranks_by_logit_where_the_activation_saturates(tmp_path: Path) -> None:
 
 def test_rank_options(both: tuple[Any, CrossEncoder]) -> None:
     theirs, ours = both
-    for options in ({"top_k": 5}, {"top_k": 0}, {"top_k": 99}, {"return_documents": True},
-                    {"top_k": 3, "return_documents": True}):  # fmt: skip
+    for options in (
+        {"top_k": 5},
+        {"top_k": 0},
+        {"top_k": 99},
+        {"return_documents": True},
+        {"top_k": 3, "return_documents": True},
+    ):
         expected = theirs.rank(QUERY, TEXTS, **options)
         assert_same_rows(ours.rank(QUERY, TEXTS, **options), expected)
         assert [row.get("text") for row in ours.rank(QUERY, TEXTS, **options)] == [row.get("text") for row in expected]
@@ -256,8 +281,11 @@ def test_deprecated_spellings_warn_and_work(tiny: Tiny, both: tuple[Any, CrossEn
     with pytest.warns(DeprecationWarning, match="activation_fct"):
         np.testing.assert_array_equal(ours.predict(PAIRS, activation_fct=torch.nn.Identity()), logits)
     assert ours.rank(QUERY, TEXTS, convert_to_numpy=True, convert_to_tensor=False) == ours.rank(QUERY, TEXTS)
-    for call in (lambda: CrossEncoder(folder, nonsense=1), lambda: ours.predict(PAIRS, nonsense=1),
-                 lambda: ours.rank(QUERY, TEXTS, nonsense=1)):  # fmt: skip
+    for call in (
+        lambda: CrossEncoder(folder, nonsense=1),
+        lambda: ours.predict(PAIRS, nonsense=1),
+        lambda: ours.rank(QUERY, TEXTS, nonsense=1),
+    ):
         with pytest.raises(TypeError, match="nonsense"):
             call()
 
@@ -286,11 +314,16 @@ def test_cross_encoders_made_of_modules(tiny: Tiny, tmp_path: Path, pooling: str
     torch.manual_seed(0)
     transformer = Transformer(str(tiny(family)))
     width = transformer.get_embedding_dimension()
-    theirs = sentence_transformers.CrossEncoder(device="cpu", modules=[
-        transformer, Pooling(width, pooling_mode=pooling),
-        Dense(width, 30, bias=False, activation_function=torch.nn.GELU()), LayerNorm(30),
-        Dense(30, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
-    ])  # fmt: skip
+    theirs = sentence_transformers.CrossEncoder(
+        device="cpu",
+        modules=[
+            transformer,
+            Pooling(width, pooling_mode=pooling),
+            Dense(width, 30, bias=False, activation_function=torch.nn.GELU()),
+            LayerNorm(30),
+            Dense(30, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
+        ],
+    )
     theirs.save_pretrained(str(tmp_path))
     expected = theirs.predict(PAIRS, activation_fn=torch.nn.Identity())
     assert np.ptp(expected) > 0.05

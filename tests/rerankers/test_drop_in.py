@@ -53,35 +53,56 @@ def copy_of(folder: Path, target: Path, **config: Any) -> Path:
 
 # Every name of the peer's class that is not refused, with what a caller reads off it: equal on both.
 SAME: dict[str, Callable[[Any], Any]] = {
-    "bfloat16": lambda _: True, "compile": lambda m: callable(m.compile), "config": lambda m: m.config.num_labels,
-    "cpu": lambda m: m.cpu() is m, "default_activation_function": lambda m: callable(m.default_activation_function),
+    "bfloat16": lambda _: True,
+    "compile": lambda m: callable(m.compile),
+    "config": lambda m: m.config.num_labels,
+    "cpu": lambda m: m.cpu() is m,
+    "default_activation_function": lambda m: callable(m.default_activation_function),
     "default_huggingface_organization": lambda m: m.default_huggingface_organization,
     "device": lambda m: (str(m.device), m.device == torch.device("cpu"), m.device.type),
-    "double": lambda _: True, "dtype": lambda m: (m.dtype == torch.float32, torch.float32 == m.dtype),
-    "eval": lambda m: m.eval() is m, "evaluate": lambda m: m.evaluate(lambda model, path: (model is m, path)),
-    "float": lambda m: m.float() is m, "get_backend": lambda m: m.get_backend(),
+    "double": lambda _: True,
+    "dtype": lambda m: (m.dtype == torch.float32, torch.float32 == m.dtype),
+    "eval": lambda m: m.eval() is m,
+    "evaluate": lambda m: m.evaluate(lambda model, path: (model is m, path)),
+    "float": lambda m: m.float() is m,
+    "get_backend": lambda m: m.get_backend(),
     "get_default_activation_fn": lambda m: callable(m.get_default_activation_fn()),
-    "get_max_seq_length": lambda m: m.get_max_seq_length(), "get_model_kwargs": lambda m: m.get_model_kwargs(),
-    "half": lambda _: True, "has_peft_compatible_model": lambda m: isinstance(m.has_peft_compatible_model(), bool),
+    "get_max_seq_length": lambda m: m.get_max_seq_length(),
+    "get_model_kwargs": lambda m: m.get_model_kwargs(),
+    "half": lambda _: True,
+    "has_peft_compatible_model": lambda m: isinstance(m.has_peft_compatible_model(), bool),
     "is_singular_input": lambda m: [m.is_singular_input(given) for given in SINGULAR],
-    "max_length": lambda m: m.max_length, "max_seq_length": lambda m: m.max_seq_length,
+    "max_length": lambda m: m.max_length,
+    "max_seq_length": lambda m: m.max_seq_length,
     "modalities": lambda m: m.modalities,
     "model": lambda m: (m.model.config.num_labels, str(m.model.device), m.model.dtype == torch.float32),
     "model_card_data_class": lambda m: isinstance(m.model_card_data, m.model_card_data_class),
-    "model_type": lambda m: m.model_type, "num_labels": lambda m: m.num_labels,
-    "predict": lambda m: m.predict(PAIRS).round(4).tolist(), "processor": lambda m: len(m.processor),
+    "model_type": lambda m: m.model_type,
+    "num_labels": lambda m: m.num_labels,
+    "predict": lambda m: m.predict(PAIRS).round(4).tolist(),
+    "processor": lambda m: len(m.processor),
     "rank": lambda m: [row["corpus_id"] for row in m.rank(QUERY, TEXTS)],
     "set_keep_in_fp32_modules": lambda m: m.set_keep_in_fp32_modules([]),
-    "start_multi_process_pool": lambda _: True, "stop_multi_process_pool": lambda _: True,
+    "start_multi_process_pool": lambda _: True,
+    "stop_multi_process_pool": lambda _: True,
     "supports": lambda m: [m.supports(kind) for kind in ("text", "message", "image")],
     "to": lambda m: (m.to("cpu") is m, m.to(torch.device("cpu")) is m, m.to(torch.float32) is m),
-    "tokenizer": lambda m: m.tokenizer.tokenize(QUERY), "train": lambda m: m.train(False) is m,
+    "tokenizer": lambda m: m.tokenizer.tokenize(QUERY),
+    "train": lambda m: m.train(False) is m,
     "transformers_model": lambda m: m.transformers_model.config.num_labels,
-}  # fmt: skip
+}
 SINGULAR = [
-    PAIRS, PAIRS[0], list(PAIRS[0]), [], np.array(PAIRS), np.array(PAIRS[0]), np.array([], str),
-    np.array(PAIRS[0], object), [[{"role": "query", "content": "x"}]], [{"role": "query", "content": "x"}],
-]  # fmt: skip
+    PAIRS,
+    PAIRS[0],
+    list(PAIRS[0]),
+    [],
+    np.array(PAIRS),
+    np.array(PAIRS[0]),
+    np.array([], str),
+    np.array(PAIRS[0], object),
+    [[{"role": "query", "content": "x"}]],
+    [{"role": "query", "content": "x"}],
+]
 PUBLIC = sorted(name for name in dir(st.CrossEncoder) if not name.startswith("_"))
 
 
@@ -105,9 +126,16 @@ def test_every_public_name_works_or_is_refused_by_name(both: tuple[Any, CrossEnc
 
 
 def test_refusals_say_what_does_it(both: tuple[Any, CrossEncoder]) -> None:
-    for name, remedy in {"fit": "CrossEncoderTrainer", "old_fit": "fit", "push_to_hub": r"push_to_hub\(\) writes it",
-                         "save_pretrained": "sentence_transformers", "add_adapter": "peft", "preprocess": "tokenizer",
-                         "cuda": "device=", "parameters": "no torch modules"}.items():  # fmt: skip
+    for name, remedy in {
+        "fit": "CrossEncoderTrainer",
+        "old_fit": "fit",
+        "push_to_hub": r"push_to_hub\(\) writes it",
+        "save_pretrained": "sentence_transformers",
+        "add_adapter": "peft",
+        "preprocess": "tokenizer",
+        "cuda": "device=",
+        "parameters": "no torch modules",
+    }.items():
         with pytest.raises(AttributeError, match=remedy):
             getattr(both[1], name)
     with pytest.raises(AttributeError, match="'CrossEncoder' object has no attribute 'nonsense'"):
@@ -158,9 +186,10 @@ def test_evaluators_of_sentence_transformers(tiny: Tiny, labels: int, tmp_path: 
 def test_the_nano_beir_evaluator(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     made = evaluation.CrossEncoderNanoBEIREvaluator.__new__(evaluation.CrossEncoderNanoBEIREvaluator)
     monkeypatch.setattr(
-        type(made), "_load_dataset",
+        type(made),
+        "_load_dataset",
         lambda _, name, **__: evaluation.CrossEncoderRerankingEvaluator(samples(), name=f"Nano{name}_R100", at_k=10),
-    )  # fmt: skip
+    )
     results = []
     for model in (CrossEncoder(tiny("bert")), st.CrossEncoder(str(tiny("bert")), device="cpu")):
         nano = evaluation.CrossEncoderNanoBEIREvaluator(["msmarco", "nq"])
@@ -171,9 +200,10 @@ def test_the_nano_beir_evaluator(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) ->
 
 # torch's activations that are made without arguments and keep the shape.
 TORCH = sorted(
-    name for name in torch.nn.modules.activation.__all__
+    name
+    for name in torch.nn.modules.activation.__all__
     if name not in ("GLU", "MultiheadAttention", "PReLU", "Softmax2d", "Threshold")
-)  # fmt: skip
+)
 
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")
@@ -218,8 +248,13 @@ def test_checkpoints_with_saved_activations(tiny: Tiny, tmp_path: Path, name: st
 
 
 def test_settings_of_torch_modules_are_kept(both: tuple[Any, CrossEncoder]) -> None:
-    for module in (torch.nn.Softplus(beta=3), torch.nn.LeakyReLU(0.5), torch.nn.GELU(approximate="tanh"),
-                   torch.nn.Hardtanh(-0.1, 0.2), torch.nn.ELU(0.3)):  # fmt: skip
+    for module in (
+        torch.nn.Softplus(beta=3),
+        torch.nn.LeakyReLU(0.5),
+        torch.nn.GELU(approximate="tanh"),
+        torch.nn.Hardtanh(-0.1, 0.2),
+        torch.nn.ELU(0.3),
+    ):
         expected = both[0].predict(PAIRS, activation_fn=module)
         assert np.abs(both[1].predict(PAIRS, activation_fn=module) - expected).max() <= BOUND
         plain = both[1].predict(PAIRS, activation_fn=type(module).__name__.lower())
@@ -308,8 +343,10 @@ def test_pickles_load_the_checkpoint_anew(tiny: Tiny, monkeypatch: pytest.Monkey
     assert Path(pickle.loads(pickle.dumps(CrossEncoder(Path(tiny("bert").name)))).config.name_or_path).is_absolute()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         model.activation_fn = "tanh"  # the child need not import torch
-        found = [pool.apply_async(call, (model,)) for call in (methodcaller("predict", PAIRS), repr, attrgetter(
-            "max_length", "dtype", "prompts"))]  # fmt: skip
+        found = [
+            pool.apply_async(call, (model,))
+            for call in (methodcaller("predict", PAIRS), repr, attrgetter("max_length", "dtype", "prompts"))
+        ]
         scores, shown, settings = (one.get(timeout=120) for one in found)
     np.testing.assert_array_equal(scores, model.predict(PAIRS))
     assert (shown, settings) == (repr(model), (60, "bfloat16", {"a": "x "}))
@@ -333,8 +370,12 @@ def test_precisions_are_chosen_when_loading(tiny: Tiny, both: tuple[Any, CrossEn
     assert low.dtype == torch.bfloat16 != low.model.config
     assert low.bfloat16() is low.to(torch.bfloat16) is low
     assert both[1].float() is both[1]
-    for model, call, dtype in ((low, "float", "float32"), (both[1], "bfloat16", "bfloat16"), (low, "half", "bfloat16"),
-                               (both[1], "double", "float32")):  # fmt: skip
+    for model, call, dtype in (
+        (low, "float", "float32"),
+        (both[1], "bfloat16", "bfloat16"),
+        (low, "half", "bfloat16"),
+        (both[1], "double", "float32"),
+    ):
         with pytest.raises(ValueError, match=rf"{call}\(\) cannot change weights that are packed as .*dtype='{dtype}'"):
             getattr(model, call)()
     with pytest.raises(ValueError, match=r"to\(\) cannot change weights"):
@@ -366,8 +407,11 @@ def test_lengths_that_sentence_transformers_takes(tiny: Tiny, both: tuple[Any, C
         assert np.abs(ours.predict(PAIRS) - theirs.predict(PAIRS)).max() <= BOUND
         assert ours.max_length == factory.MAX_LENGTH
         assert np.isfinite(ours.predict((QUERY, "the owl hunts mice at night " * 90)))
-        for change in (lambda m, n=most: setattr(m, "max_length", n), lambda m, n=most: m.predict(PAIRS, max_length=n),
-                       lambda m, n=most: setattr(m.tokenizer, "model_max_length", n)):  # fmt: skip
+        for change in (
+            lambda m, n=most: setattr(m, "max_length", n),
+            lambda m, n=most: m.predict(PAIRS, max_length=n),
+            lambda m, n=most: setattr(m.tokenizer, "model_max_length", n),
+        ):
             with pytest.warns(UserWarning, match="160 positions"):
                 change(both[1])
     assert both[1].max_length == factory.MAX_LENGTH
@@ -441,8 +485,11 @@ def test_pairs_as_chat_messages(reranker: Path, parts: Path, tiny: Tiny) -> None
 
 def test_a_call_chooses_a_template_by_its_name(reranker: Path) -> None:
     # Several templates get their contents as parts.
-    named = {"default": chats.INSTRUCT, "pairs": chats.ROLES.replace("CONTENT", "m.content[0].text"), "bare":
-             "{{ messages[0].content[0].text }}\n{{ messages[1].content[0].text }}"}  # fmt: skip
+    named = {
+        "default": chats.INSTRUCT,
+        "pairs": chats.ROLES.replace("CONTENT", "m.content[0].text"),
+        "bare": "{{ messages[0].content[0].text }}\n{{ messages[1].content[0].text }}",
+    }
     for given in ({"processor_kwargs": {"chat_template": named}}, {"chat_template": named}):
         ours = CrossEncoder(reranker, **given)
         theirs = chats.theirs_of(reranker, processor_kwargs={"chat_template": named})

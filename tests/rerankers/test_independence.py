@@ -31,10 +31,13 @@ DOCUMENTS = [f"{'owl ' * (i % 4)}number {i} {'sleeps' if i % 3 else 'hunts'} by 
 DEPENDENT = {"listwise", "pairwise", "setwise", "icr", "qrhead", "core"}
 pytestmark = pytest.mark.filterwarnings("ignore:.* was trained as a classifier")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pointwise": {"template": "relevance"}, "listwise": {"template": "first", "window": 6, "stride": 3},
-    "pairwise": {"template": "prp"}, "setwise": {"template": "rank-r1", "readout": "logits", "set_size": 5},
-    "qrhead": {"heads": HEADS}, "core": {"heads": HEADS},
-}  # fmt: skip
+    "pointwise": {"template": "relevance"},
+    "listwise": {"template": "first", "window": 6, "stride": 3},
+    "pairwise": {"template": "prp"},
+    "setwise": {"template": "rank-r1", "readout": "logits", "set_size": 5},
+    "qrhead": {"heads": HEADS},
+    "core": {"heads": HEADS},
+}
 Load = Callable[[str], Reranker]
 
 

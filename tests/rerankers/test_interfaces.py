@@ -82,10 +82,12 @@ def test_ray_serve_knows_aliases_and_labels_of_each_model(checkpoint: str, silen
     named = save_with_labels(tmp_path / "named", LABELS)
     made = Replica(
         Arguments(
-            model=[f"two={silent}", f"three={named}", f"one={checkpoint}"], options={"device": "cpu"},
-            alias=["rerank-v3.5=three"], label=["two=LABEL_1", "three=neutral"],
+            model=[f"two={silent}", f"three={named}", f"one={checkpoint}"],
+            options={"device": "cpu"},
+            alias=["rerank-v3.5=three"],
+            label=["two=LABEL_1", "three=neutral"],
         ).model_dump(mode="json")
-    )  # fmt: skip
+    )
 
     async def run() -> list[list[float]]:
         return [await made.score(QUERY, TEXTS, model=model) for model in (None, "two", "three", "rerank-v3.5", "one")]
@@ -117,9 +119,10 @@ def test_one_property_says_what_is_a_logit(checkpoint: str) -> None:
             self.max_length, self.device, self.dtype = 512, "cpu", "float32"  # type: ignore[misc]
 
     for model, kind in (
-        (fastrerank.load(checkpoint, device="cpu"), "logit"), (Numbers("expectation"), "raw"),
+        (fastrerank.load(checkpoint, device="cpu"), "logit"),
+        (Numbers("expectation"), "raw"),
         (Numbers("difference"), "logit"),
-    ):  # fmt: skip
+    ):
         served = AsyncReranker(model)
         try:
             assert tei_info({"a": served}, {}, 10)["models"]["a"]["score"] == kind

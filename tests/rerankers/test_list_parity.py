@@ -171,9 +171,16 @@ def test_encoder_decoders(template: str, tmp_path: Path) -> None:
     prompt_tokenizers.save("t5", tmp_path, answers=True)
     size = len(transformers.AutoTokenizer.from_pretrained(tmp_path))
     config = transformers.T5Config(
-        vocab_size=size, d_model=32, d_kv=8, num_heads=4, d_ff=50, num_layers=2, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        d_ff=50,
+        num_layers=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     model = decoders.randomise(transformers.T5ForConditionalGeneration(config), 0)
     model.save_pretrained(tmp_path)
     reranker = fastrerank.load(tmp_path, method="pointwise", template=template)

@@ -128,9 +128,12 @@ def test_unreadable_texts_are_counted_and_rank_all_the_same(build: Build, caplog
     answers = random.Random(1)
     garbage = ["", "I cannot.", "[3] > [3] > [99]", "[2", "9" * 5000, "<think>", "[1] > [2] > [3] > [4]"]
     reranker = build(
-        ListwiseReranker, template="rankgpt", window=4, stride=2,
+        ListwiseReranker,
+        template="rankgpt",
+        window=4,
+        stride=2,
         generate=lambda prompts: [answers.choice(garbage) for _ in prompts],
-    )  # fmt: skip
+    )
     with caplog.at_level(logging.WARNING, "fastrerank"):
         assert sorted(order_of(reranker.rank(QUERY, documents(30)))) == list(range(30))
     usage = reranker.last_usage

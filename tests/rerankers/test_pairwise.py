@@ -133,9 +133,15 @@ def test_many_queries_equal_one_at_a_time(build: Build, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"set_size": 2}, {"set_size": 23}, {"template": "rank-r1", "write": True, "set_size": 20},
-                {"template": "rank-r1", "readout": "logits", "set_size": 9}],
-)  # fmt: skip
+    "options",
+    [
+        {},
+        {"set_size": 2},
+        {"set_size": 23},
+        {"template": "rank-r1", "write": True, "set_size": 20},
+        {"template": "rank-r1", "readout": "logits", "set_size": 9},
+    ],
+)
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 60])
 def test_setwise_finds_the_top(build: Build, options: dict[str, Any], n: int) -> None:
     reranker = build(SetwiseReranker, top_k=6, **options)

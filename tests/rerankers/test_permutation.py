@@ -17,12 +17,42 @@ from fastrerank.rerankers.schedules import run_together, sliding_windows, window
 
 LIKELY = st.lists(
     st.sampled_from(
-        ["[1]", "[2] > ", "[03]", "[3, 1, 2]", "1, ", " and ", "Document 2",
-          "[9]", " > ", "[", "]", "B]", "[C]", "A", "7", "9" * 50_000, "<think>", "</think>",
-         "<answer>", "<answer>" * 5000, "</answer>", "```json", "```", '{"[1]": 5, "[2]": "x"}', '{"[1]": NaN}',
-         "[" * 50_000, "1" + " " * 50_000, "{", "}", "٣", "\ud800", "\n"]
+        [
+            "[1]",
+            "[2] > ",
+            "[03]",
+            "[3, 1, 2]",
+            "1, ",
+            " and ",
+            "Document 2",
+            "[9]",
+            " > ",
+            "[",
+            "]",
+            "B]",
+            "[C]",
+            "A",
+            "7",
+            "9" * 50_000,
+            "<think>",
+            "</think>",
+            "<answer>",
+            "<answer>" * 5000,
+            "</answer>",
+            "```json",
+            "```",
+            '{"[1]": 5, "[2]": "x"}',
+            '{"[1]": NaN}',
+            "[" * 50_000,
+            "1" + " " * 50_000,
+            "{",
+            "}",
+            "٣",
+            "\ud800",
+            "\n",
+        ]
     )
-).map("".join)  # fmt: skip
+).map("".join)
 TEXTS = st.one_of(st.text(), LIKELY)
 
 

@@ -34,11 +34,19 @@ TEXTS = factory.texts(20, seed=1)
 # Scores against transformers in float32; cosines are at most 1.
 BOUND = 2e-5
 ODD = {
-    "empty": "", "blanks": " \t\n ", "long": "owl " * 50_000, "one long word": "a" * 200_000, "surrogate": "a \ud800 b",
-    "only surrogates": "\udfff\ud83d", "NUL": "a\x00b\x00", "right to left": "שלום עולם \u202eabc",
-    "emoji": "🦉👩\u200d👧 owl", "combining": "e\u0301" * 50, "special": "[SEP] [CLS] [PAD] [MASK]",
+    "empty": "",
+    "blanks": " \t\n ",
+    "long": "owl " * 50_000,
+    "one long word": "a" * 200_000,
+    "surrogate": "a \ud800 b",
+    "only surrogates": "\udfff\ud83d",
+    "NUL": "a\x00b\x00",
+    "right to left": "שלום עולם \u202eabc",
+    "emoji": "🦉👩\u200d👧 owl",
+    "combining": "e\u0301" * 50,
+    "special": "[SEP] [CLS] [PAD] [MASK]",
     "private": "\ue000\uffff\U0010ffff",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=METHODS)
@@ -109,9 +117,12 @@ def test_max_sim_of_minilm_equals_torch(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_max_sim_of_minilm_in_low_precision(
-    isa: str, minilm: Path, queries: list[tuple[str, list[str]]], torch_max_sim: Callable[[str], list[np.ndarray]],
+    isa: str,
+    minilm: Path,
+    queries: list[tuple[str, list[str]]],
+    torch_max_sim: Callable[[str], list[np.ndarray]],
     dtype: str,
-) -> None:  # fmt: skip
+) -> None:
     # Not worse than torch's bfloat16 model; for int8, than the same quantisation simulated in torch.
     exact = np.concatenate(torch_max_sim("float32"))
     quantised = "127" if isa == "avx2" else "255"
@@ -239,10 +250,13 @@ def test_an_iterator_of_texts_is_read_once(reranker: Any) -> None:
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [
-        ({"query": "q: ", "document": "d: "}, ("q: ", "d: ")), ({"query": "q: ", "passage": "p: "}, ("q: ", "p: ")),
-        ({"document": "", "passage": "p: "}, ("", "")), ({"corpus": "c: "}, ("", "c: ")), ({}, ("", "")),
+        ({"query": "q: ", "document": "d: "}, ("q: ", "d: ")),
+        ({"query": "q: ", "passage": "p: "}, ("q: ", "p: ")),
+        ({"document": "", "passage": "p: "}, ("", "")),
+        ({"corpus": "c: "}, ("", "c: ")),
+        ({}, ("", "")),
     ],
-)  # fmt: skip
+)
 def test_prompts_are_those_that_sentence_transformers_takes(
     tiny: Tiny, tmp_path: Path, stored: dict[str, str], expected: tuple[str, str]
 ) -> None:

@@ -216,9 +216,13 @@ def beir(path: str, other: bool, **label: Any) -> Call:
 
 
 MTEB = {
-    "inputs1": [{"text": [QUERY] * 3}, {"text": [QUERY]}], "inputs2": [{"text": TEXTS[:2]}, {"text": TEXTS[2:]}],
-    "task_metadata": None, "hf_split": "test", "hf_subset": "default", "batch_size": 2,
-}  # fmt: skip
+    "inputs1": [{"text": [QUERY] * 3}, {"text": [QUERY]}],
+    "inputs2": [{"text": TEXTS[:2]}, {"text": TEXTS[2:]}],
+    "task_metadata": None,
+    "hf_split": "test",
+    "hf_subset": "default",
+    "batch_size": 2,
+}
 
 
 def mteb(path: str, other: bool, **label: Any) -> Call:
@@ -362,18 +366,32 @@ def http(flavor: str) -> Interface:
 
 
 INTERFACES: dict[str, Interface] = {
-    "Reranker.score, score_many": scored, "Reranker.rank": ranked, "CrossEncoder.predict": predicted,
-    "AsyncReranker.score, submit": shared, "AsyncReranker.rank": shared_rank,
-    "langchain.FastReranker": langchain, "langchain.FastRerankCrossEncoder": langchain_pairs,
-    "llama_index.FastRerank": llama_index, "haystack.FastRanker": haystack,
-    "rerankers.FastRanker, rank and score": rerankers, "ray_serve.Replica.rank of handles": replica("rank"),
-    "ray_serve.Replica.score of handles": replica("score"), "pyterrier.FastReRanker": pyterrier,
-    "beir.FastReranker": beir, "mteb.FastReranker": mteb, "mteb.evaluate on a CrossEncoder itself": mteb_alone,
-    "ray.PairScorer, ray.score_files": ray, "flag_embedding.FlagReranker": flag_embedding,
-    "evaluation.evaluate, compare and their runs": evaluated, "CURIndex.build, search_reranker": index,
-    "fastrerank rank": rank_command, "fastrerank score": score_command, "fastrerank eval and its runs": eval_command,
-    "HTTP of TEI, Cohere, Jina, Infinity and auto": http("auto"), "HTTP vLLM, with --api-flavor vllm": http("vllm"),
-}  # fmt: skip
+    "Reranker.score, score_many": scored,
+    "Reranker.rank": ranked,
+    "CrossEncoder.predict": predicted,
+    "AsyncReranker.score, submit": shared,
+    "AsyncReranker.rank": shared_rank,
+    "langchain.FastReranker": langchain,
+    "langchain.FastRerankCrossEncoder": langchain_pairs,
+    "llama_index.FastRerank": llama_index,
+    "haystack.FastRanker": haystack,
+    "rerankers.FastRanker, rank and score": rerankers,
+    "ray_serve.Replica.rank of handles": replica("rank"),
+    "ray_serve.Replica.score of handles": replica("score"),
+    "pyterrier.FastReRanker": pyterrier,
+    "beir.FastReranker": beir,
+    "mteb.FastReranker": mteb,
+    "mteb.evaluate on a CrossEncoder itself": mteb_alone,
+    "ray.PairScorer, ray.score_files": ray,
+    "flag_embedding.FlagReranker": flag_embedding,
+    "evaluation.evaluate, compare and their runs": evaluated,
+    "CURIndex.build, search_reranker": index,
+    "fastrerank rank": rank_command,
+    "fastrerank score": score_command,
+    "fastrerank eval and its runs": eval_command,
+    "HTTP of TEI, Cohere, Jina, Infinity and auto": http("auto"),
+    "HTTP vLLM, with --api-flavor vllm": http("vllm"),
+}
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scores.md"
 TABLE = [

@@ -24,21 +24,44 @@ QUERY, DOCUMENTS = "how long do fleas live?", ["A flea lives up to a year.", "Ca
 WORDS = ("true", "false", "yes", "no", "sim", "não", "Sim", "Não")
 # pygaggle's table, and of the last ones that of the rerankers package: (name, piece of relevant, piece of the other).
 PUBLISHED = [
-    *((f"castorini/monot5-{name}", "▁true", "▁false") for name in (
-        "base-msmarco", "base-msmarco-10k", "large-msmarco", "large-msmarco-10k", "base-med-msmarco",
-        "3b-med-msmarco", "3b-msmarco-10k",
-    )),
-    *((f"unicamp-dl/mt5-base-{name}", "▁yes", "▁no") for name in (
-        "en-msmarco", "en-pt-msmarco-v1", "en-pt-msmarco-v2", "mmarco-v1", "mmarco-v2",
-    )),
-    *((f"unicamp-dl/ptt5-base-{name}", "▁sim", "▁não") for name in (
-        "pt-msmarco-10k-v1", "pt-msmarco-10k-v2", "pt-msmarco-100k-v1", "pt-msmarco-100k-v2",
-        "en-pt-msmarco-10k-v1", "en-pt-msmarco-100k-v2",
-    )),
-    ("unicamp-dl/mt5-3B-mmarco-en-pt", "▁true", "▁"), ("unicamp-dl/mt5-13b-mmarco-100k", "▁true", "▁"),
+    *(
+        (f"castorini/monot5-{name}", "▁true", "▁false")
+        for name in (
+            "base-msmarco",
+            "base-msmarco-10k",
+            "large-msmarco",
+            "large-msmarco-10k",
+            "base-med-msmarco",
+            "3b-med-msmarco",
+            "3b-msmarco-10k",
+        )
+    ),
+    *(
+        (f"unicamp-dl/mt5-base-{name}", "▁yes", "▁no")
+        for name in (
+            "en-msmarco",
+            "en-pt-msmarco-v1",
+            "en-pt-msmarco-v2",
+            "mmarco-v1",
+            "mmarco-v2",
+        )
+    ),
+    *(
+        (f"unicamp-dl/ptt5-base-{name}", "▁sim", "▁não")
+        for name in (
+            "pt-msmarco-10k-v1",
+            "pt-msmarco-10k-v2",
+            "pt-msmarco-100k-v1",
+            "pt-msmarco-100k-v2",
+            "en-pt-msmarco-10k-v1",
+            "en-pt-msmarco-100k-v2",
+        )
+    ),
+    ("unicamp-dl/mt5-3B-mmarco-en-pt", "▁true", "▁"),
+    ("unicamp-dl/mt5-13b-mmarco-100k", "▁true", "▁"),
     *((f"unicamp-dl/monoptt5-{size}", "▁Sim", "▁Não") for size in ("small", "base", "large", "3b")),
     *((f"unicamp-dl/InRanker-{size}", "▁true", "▁false") for size in ("small", "base", "3B")),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +73,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompt_tokenizers.save("t5", folder)
     size = len(transformers.AutoTokenizer.from_pretrained(folder))
     config = transformers.MT5Config(
-        vocab_size=size, d_model=32, d_kv=8, num_heads=4, d_ff=50, num_layers=2, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        d_ff=50,
+        num_layers=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     decoders.randomise(transformers.MT5ForConditionalGeneration(config), 0).save_pretrained(folder)
     return folder
 
@@ -86,9 +116,11 @@ def test_scores_are_differences_of_these_words_logits(
     ids = tokenizer.convert_tokens_to_ids([positive, negative])
     assert reranker.prompts.label_ids().tolist() == ids
     model = transformers.MT5ForConditionalGeneration.from_pretrained(folder).eval()
-    form = "Pergunta: {} Documento: {} Relevante:" if "ptt5" in name and "mono" in name else (
-        "Query: {} Document: {} Relevant:"
-    )  # fmt: skip
+    form = (
+        "Pergunta: {} Documento: {} Relevante:"
+        if "ptt5" in name and "mono" in name
+        else ("Query: {} Document: {} Relevant:")
+    )
     expected = []
     for text in DOCUMENTS:
         inputs = tokenizer(form.format(QUERY, text), return_tensors="pt")
@@ -109,9 +141,16 @@ def test_an_unknown_multilingual_t5_asks_for_its_words(folder: Path) -> None:
 def test_words_that_the_vocabulary_lacks_are_refused(tmp_path: Path) -> None:
     prompt_tokenizers.save("t5", tmp_path)
     config = transformers.MT5Config(
-        vocab_size=len(transformers.AutoTokenizer.from_pretrained(tmp_path)), d_model=32, d_kv=8, num_heads=4, d_ff=50,
-        num_layers=1, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(transformers.AutoTokenizer.from_pretrained(tmp_path)),
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        d_ff=50,
+        num_layers=1,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     transformers.MT5ForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'▁sim' of template 'monot5-sim' is no piece of this tokenizer's vocabulary"):
         PointwiseReranker(tmp_path, template="monot5-sim")

@@ -78,7 +78,9 @@ def test_modules_tell_more_than_the_architecture(tmp_path: Path) -> None:
     path = factory.save(tmp_path, "bert")
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
-    modules = [{"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-               for i, (folder, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])]  # fmt: skip
+    modules = [
+        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+        for i, (folder, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
+    ]
     (path / "modules.json").write_text(json.dumps(modules))
     assert warned(lambda: EmbeddingReranker(path)) == []

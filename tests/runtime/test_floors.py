@@ -10,9 +10,19 @@ import fastrerank
 
 PACKAGE = Path(fastrerank.__file__).parent
 FLOORS = (
-    {"_cpu", "_cuda"}, {"runtime"}, {"checkpoints", "data"}, {"ops"}, {"inputs"}, {"engine"}, {"rerankers"}, {"search"},
-    {"evaluation"}, {"integrations", "serve"}, {"cli"}, {"__init__", "__main__", "_moved"},
-)  # fmt: skip
+    {"_cpu", "_cuda"},
+    {"runtime"},
+    {"checkpoints", "data"},
+    {"ops"},
+    {"inputs"},
+    {"engine"},
+    {"rerankers"},
+    {"search"},
+    {"evaluation"},
+    {"integrations", "serve"},
+    {"cli"},
+    {"__init__", "__main__", "_moved"},
+)
 LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in folders}
 MODULES = {
     ".".join(("fastrerank", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -49,9 +59,11 @@ def level(name: str) -> int:
 
 def test_nothing_imports_upwards() -> None:
     upwards = {
-        (name, other) for name, others in GRAPH.items() for other in others if level(other) > level(name) and
-        not (level(name) == LEVEL["cli"] and other == "fastrerank")
-    }  # fmt: skip
+        (name, other)
+        for name, others in GRAPH.items()
+        for other in others
+        if level(other) > level(name) and not (level(name) == LEVEL["cli"] and other == "fastrerank")
+    }
     assert not upwards
 
 

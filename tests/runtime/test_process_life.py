@@ -154,9 +154,13 @@ print(json.dumps(answers))
 def child(code: str, *arguments: Any, seconds: float = 240) -> str:
     """What a process printed that ran PREPARED and `code`, and ended well."""
     done = subprocess.run(
-        [sys.executable, "-c", PREPARED + textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True,
-        timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
+        [sys.executable, "-c", PREPARED + textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     assert "terminate called" not in done.stderr
     return done.stdout

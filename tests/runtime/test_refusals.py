@@ -44,9 +44,11 @@ def changed(tmp_path: Path, name: str, change: Callable[[torch.Tensor], None], f
 
 @pytest.mark.parametrize("missing", ["classifier.", "bert.pooler."])
 def test_a_checkpoint_without_its_head_is_refused_and_told_what_it_can_do(tmp_path: Path, missing: str) -> None:
-    path = factory.save(tmp_path, "bert", change=lambda tensors: {
-        name: tensor for name, tensor in tensors.items() if not name.startswith(missing)
-    })  # fmt: skip
+    path = factory.save(
+        tmp_path,
+        "bert",
+        change=lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith(missing)},
+    )
     with pytest.raises(ValueError, match=r"no trained classification head.*late-interaction.*embedding") as caught:
         CrossEncoder(path)
     assert str(path) in str(caught.value)
@@ -126,10 +128,17 @@ def test_unknown_engine_method_and_backend(folder: Path) -> None:
 BODY = "bert.encoder.layer.1."
 
 
-@pytest.mark.parametrize("name", [
-    f"{BODY}attention.self.key.weight", f"{BODY}output.dense.bias", f"{BODY}output.LayerNorm.weight",
-    "bert.embeddings.LayerNorm.bias", "bert.pooler.dense.weight", "classifier.bias",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{BODY}attention.self.key.weight",
+        f"{BODY}output.dense.bias",
+        f"{BODY}output.LayerNorm.weight",
+        "bert.embeddings.LayerNorm.bias",
+        "bert.pooler.dense.weight",
+        "classifier.bias",
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
     path = changed(tmp_path, name, lambda tensor: tensor.view(-1)[-1:].fill_(value))
@@ -186,9 +195,17 @@ def test_families_and_variants_that_the_native_engine_does_not_run(folder: Path)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"intermediate_size": 60}, {"hidden_size": 48}, {"num_hidden_layers": 5}, {"model_type": "roberta"},
-                {"max_position_embeddings": 161}, {"type_vocab_size": 3}, {"model_type": "distilbert"}],
-)  # fmt: skip
+    "changes",
+    [
+        {"intermediate_size": 60},
+        {"hidden_size": 48},
+        {"num_hidden_layers": 5},
+        {"model_type": "roberta"},
+        {"max_position_embeddings": 161},
+        {"type_vocab_size": 3},
+        {"model_type": "distilbert"},
+    ],
+)
 def test_weights_that_do_not_fit_config_json(folder: Path, changes: dict[str, Any]) -> None:
     set_config(folder, **changes)
     with pytest.raises(ValueError, match=r"weights|shape|expected|wide|lack"):

@@ -216,8 +216,12 @@ def test_only_regular_files_of_the_folder_are_opened(folder: Path, tmp_path: Pat
     name = body["items"]["name"]
     names = {"up": f"../copy/{name}", "absolute": str(copy / name), "device": "/dev/zero"}
     if kind in names:
-        body = {**body, "items": {**body["items"], "name": names[kind]}, "format": store.FORMAT,
-                "version": store.VERSION}  # fmt: skip
+        body = {
+            **body,
+            "items": {**body["items"], "name": names[kind]},
+            "format": store.FORMAT,
+            "version": store.VERSION,
+        }
         (copy / store.HEADER).write_text(json.dumps({**body, "sha256": store._digest(body)}))
         return refused(copy, "items is not what a save writes")
     path = copy / (store.HEADER if header else name)

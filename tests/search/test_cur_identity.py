@@ -22,9 +22,14 @@ def of(template: Template) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"labels": ("true", "false")}, {"suffix": "?"}, {"instruction": "Find owls."}, {"document": "<{document}>"},
-     {"chat_options": {"enable_thinking": True}}],
-)  # fmt: skip
+    [
+        {"labels": ("true", "false")},
+        {"suffix": "?"},
+        {"instruction": "Find owls."},
+        {"document": "<{document}>"},
+        {"chat_options": {"enable_thinking": True}},
+    ],
+)
 def test_an_edited_template_of_the_same_name_is_another_scorer(changes: dict[str, Any]) -> None:
     for template in (TEMPLATE, TEXT):
         edited = replace(template, **changes)

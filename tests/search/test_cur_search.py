@@ -201,8 +201,15 @@ def test_the_identity_of_a_scorer_holds_every_word_of_its_template() -> None:
     assert of() == "bc7b774b26ed62b6"
     reranker.template = Template.load("prp")
     assert identity(reranker)["template"] == "b334a4259ea67bad"
-    edits = ({}, {"labels": ("yes", "nope")}, {"suffix": "?"}, {"max_length": 7}, {"chat_options": {"a": 1}},
-             {"messages": (Message("user", "{query} {document}"),)}, {"document": "[{document}]"})  # fmt: skip
+    edits = (
+        {},
+        {"labels": ("yes", "nope")},
+        {"suffix": "?"},
+        {"max_length": 7},
+        {"chat_options": {"a": 1}},
+        {"messages": (Message("user", "{query} {document}"),)},
+        {"document": "[{document}]"},
+    )
     assert len({of(**changes) for changes in edits}) == len(edits)
 
 

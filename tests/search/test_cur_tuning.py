@@ -121,8 +121,10 @@ def test_the_commands_build_search_tune_and_report(minilm: Path, tmp_path: Path,
     assert cli.main(["index", "info", folder, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["items"], found["width"], found["texts"]) == (64, 8, True)
-    assert cli.main(["index", "search", folder, "the game of chess", *model, "--budget", "40", "--top-k", "3",
-                     "--json"]) == 0  # fmt: skip
+    assert (
+        cli.main(["index", "search", folder, "the game of chess", *model, "--budget", "40", "--top-k", "3", "--json"])
+        == 0
+    )
     answer = json.loads(capsys.readouterr().out)
     assert answer["usage"]["calls"] == 40
     assert "chess" in answer["hits"][0]["text"]

@@ -121,8 +121,12 @@ def test_large_ones_take_turns() -> None:
     waiting = queue(first, second)
     took = [waiting.slice(25)[0] for _ in range(5)]
     assert [(piece.request is first, piece.begin, piece.end) for piece in took] == [
-        (True, 0, 2), (False, 0, 2), (True, 2, 4), (False, 2, 3), (True, 4, 6)
-    ]  # fmt: skip
+        (True, 0, 2),
+        (False, 0, 2),
+        (True, 2, 4),
+        (False, 2, 3),
+        (True, 4, 6),
+    ]
     assert not waiting
 
 

@@ -36,11 +36,18 @@ class Raising(Lengths):
 
 
 ERRORS = [
-    (PanicException("stack"), ScoringFailed), (SystemExit(3), ScoringFailed), (KeyboardInterrupt(), ScoringFailed),
-    (GeneratorExit(), ScoringFailed), (StopIteration(), ScoringFailed), (asyncio.CancelledError(), ScoringFailed),
-    (concurrent.futures.CancelledError(), ScoringFailed), (TimeoutError("of a socket"), ScoringFailed),
-    (MemoryError(), MemoryError), (ValueError("no"), ValueError), (RecursionError(), RecursionError),
-]  # fmt: skip
+    (PanicException("stack"), ScoringFailed),
+    (SystemExit(3), ScoringFailed),
+    (KeyboardInterrupt(), ScoringFailed),
+    (GeneratorExit(), ScoringFailed),
+    (StopIteration(), ScoringFailed),
+    (asyncio.CancelledError(), ScoringFailed),
+    (concurrent.futures.CancelledError(), ScoringFailed),
+    (TimeoutError("of a socket"), ScoringFailed),
+    (MemoryError(), MemoryError),
+    (ValueError("no"), ValueError),
+    (RecursionError(), RecursionError),
+]
 
 
 @pytest.mark.parametrize(("error", "seen"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
@@ -87,11 +94,17 @@ class Wrong(Lengths):
 
 @pytest.mark.parametrize(
     "reranker",
-    [Wrong(lambda rows: [row[1:] for row in rows]), Wrong(lambda rows: [np.stack([row, row]) for row in rows]),
-     Wrong(lambda _: None), Wrong(lambda rows: [list("ab") for _ in rows]), Wrong(lambda rows: [*rows, *rows]),
-     Wrong(counts={}), Wrong(counts={"tokens": None, "query_tokens": []}),
-     Wrong(counts={"tokens": 1, "query_tokens": [1, 2, 3, 4, 5]})],
-)  # fmt: skip
+    [
+        Wrong(lambda rows: [row[1:] for row in rows]),
+        Wrong(lambda rows: [np.stack([row, row]) for row in rows]),
+        Wrong(lambda _: None),
+        Wrong(lambda rows: [list("ab") for _ in rows]),
+        Wrong(lambda rows: [*rows, *rows]),
+        Wrong(counts={}),
+        Wrong(counts={"tokens": None, "query_tokens": []}),
+        Wrong(counts={"tokens": 1, "query_tokens": [1, 2, 3, 4, 5]}),
+    ],
+)
 def test_wrong_answers_of_a_reranker_fail_their_request_alone(reranker: Wrong) -> None:
     reranker.gate.clear()
     shared = AsyncReranker(reranker, workers=1)
@@ -179,8 +192,14 @@ def test_requests_with_equal_options_share_calls() -> None:
     shared = AsyncReranker(reranker, workers=1)
     first = shared.submit("q", ["a"])
     reranker.entered.acquire()
-    asked = [{}, {"max_tokens_per_doc": 100}, {"max_tokens_per_doc": None}, {"max_tokens_per_doc": 100},
-             {"max_tokens_per_doc": 300}, {"max_tokens_per_doc": 100, "instruction": "x"}]  # fmt: skip
+    asked = [
+        {},
+        {"max_tokens_per_doc": 100},
+        {"max_tokens_per_doc": None},
+        {"max_tokens_per_doc": 100},
+        {"max_tokens_per_doc": 300},
+        {"max_tokens_per_doc": 100, "instruction": "x"},
+    ]
     futures = [shared.submit("q", ["abc"], **options) for options in asked]
     reranker.gate.set()
     assert [future.result(10).tolist() for future in futures] == [[2.0], [102.0], [2.0], [102.0], [302.0], [102.0]]
@@ -199,8 +218,13 @@ def test_rank_and_score_show_what_the_rerankers_own_show() -> None:
 
     async def run() -> None:
         async with AsyncReranker(reranker) as shared:
-            for options in ({}, {"raw": True}, {"top_k": 1, "return_documents": True}, {"score_threshold": 1.005},
-                            {"max_tokens_per_doc": 7}):  # fmt: skip
+            for options in (
+                {},
+                {"raw": True},
+                {"top_k": 1, "return_documents": True},
+                {"score_threshold": 1.005},
+                {"max_tokens_per_doc": 7},
+            ):
                 options = {"max_tokens_per_doc": 100, **options}
                 assert await shared.rank("q", ["a", "abc"], **options) == reranker.rank("q", ["a", "abc"], **options)
             np.testing.assert_array_equal(await shared.score("q", ["abc"]), [2.0])

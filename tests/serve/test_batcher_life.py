@@ -123,9 +123,10 @@ def test_an_adapter_shares_one_and_frees_it(framework: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(call, kept * 16))) == 16
     threads = [
-        thread for thread in threading.enumerate()
+        thread
+        for thread in threading.enumerate()
         if thread.name.startswith("fastrerank-batch") and thread not in before
-    ]  # fmt: skip
+    ]
     assert len(threads) == 2
     model = weakref.ref(kept[0]._shared.reranker)
     kept.clear()

@@ -93,9 +93,13 @@ def test_the_container_starts_is_healthy_and_ends(container: dict[str, Any], tmp
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = {
-        **os.environ, **environment(container), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PORT": port, "FASTRERANK_MODEL": str(save_tiny_cross_encoder(tmp_path)), "FASTRERANK_API_KEY": "key",
-    }  # fmt: skip
+        **os.environ,
+        **environment(container),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PORT": port,
+        "FASTRERANK_MODEL": str(save_tiny_cross_encoder(tmp_path)),
+        "FASTRERANK_API_KEY": "key",
+    }
     check = [sys.executable, str(DEPLOY / "healthcheck.py")]
     assert subprocess.run(check, env=variables, capture_output=True, check=False).returncode == 1
     server = subprocess.Popen(["sh", DEPLOY / "start.sh", *container["args"]], env=variables, stderr=subprocess.PIPE)

@@ -27,9 +27,11 @@ BODY = {"query": "qq", "documents": ["a", "cccc", "bbb"]}
 
 
 def ask(
-    work: Callable[[Any], Any], settings: Settings | None = None, rerankers: dict[str, Lengths] | None = None,
+    work: Callable[[Any], Any],
+    settings: Settings | None = None,
+    rerankers: dict[str, Lengths] | None = None,
     **options: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """Run `work(client)` against an application of fake rerankers; headers etc. as httpx takes them."""
 
     async def run() -> Any:
@@ -95,8 +97,10 @@ def test_cohere() -> None:
     assert "fake" in missing.json()["message"]
     kept = post("/v1/rerank", {"query": "qq", "documents": [{"text": "abc", "url": 7}], "return_documents": True})
     assert kept.json()["results"][0]["document"] == {"text": "abc", "url": 7}
-    fields = post("/v1/rerank", {"query": "qq", "documents": [{"a": "ab", "b": "cd"}], "rank_fields": ["b", "a"],
-                                 "raw_scores": True})  # fmt: skip
+    fields = post(
+        "/v1/rerank",
+        {"query": "qq", "documents": [{"a": "ab", "b": "cd"}], "rank_fields": ["b", "a"], "raw_scores": True},
+    )
     assert fields.json()["results"][0]["relevance_score"] == len("cd\nab") - 2
     lacking = post("/v1/rerank", {"query": "q", "documents": [{"a": "x"}], "rank_fields": ["b"]})
     assert (lacking.status_code, "`b`" in lacking.json()["message"]) == (422, True)
@@ -154,11 +158,23 @@ def test_vllm_scores_keep_the_order_of_pairs() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [{}, [], 5, "x", {"query": "q"}, {"query": "q", "texts": ["a"], "documents": ["a"]}, {"query": "q", "texts": "a"},
-     {"query": None, "documents": ["a"]}, {"query": "q", "documents": [None]}, {"query": "q", "documents": [1]},
-     {"query": "q", "documents": [{}]}, {"query": "q", "documents": ["a"], "top_n": -1},
-     {"query": "q", "documents": ["a"], "top_n": "2"}, {"query": {"text": 1}, "documents": ["a"]}],
-)  # fmt: skip
+    [
+        {},
+        [],
+        5,
+        "x",
+        {"query": "q"},
+        {"query": "q", "texts": ["a"], "documents": ["a"]},
+        {"query": "q", "texts": "a"},
+        {"query": None, "documents": ["a"]},
+        {"query": "q", "documents": [None]},
+        {"query": "q", "documents": [1]},
+        {"query": "q", "documents": [{}]},
+        {"query": "q", "documents": ["a"], "top_n": -1},
+        {"query": "q", "documents": ["a"], "top_n": "2"},
+        {"query": {"text": 1}, "documents": ["a"]},
+    ],
+)
 def test_wrong_bodies_are_the_clients_fault(body: Any) -> None:
     answer = post("/rerank", body)
     assert answer.status_code == 422, answer.text

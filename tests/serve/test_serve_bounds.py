@@ -58,10 +58,11 @@ def test_too_many_values_and_what_is_no_json(route: str) -> None:
     plain = b'{"query": "q", "documents": ["a"]}' if "rerank" in route else b'{"query": "q", "texts": ["a"]}'
     plain = b'{"text_1": "q", "text_2": "a"}' if "score" in route else plain
     values, bad, kind, right = asked(
-        {"url": route, "content": many, "headers": JSON}, {"url": route, "content": b"{bad", "headers": JSON},
+        {"url": route, "content": many, "headers": JSON},
+        {"url": route, "content": b"{bad", "headers": JSON},
         {"url": route, "content": plain, "headers": {"content-type": "text/plain"}},
         {"url": route, "content": plain, "headers": {"content-type": "application/vnd.x+json; charset=utf-8"}},
-    )  # fmt: skip
+    )
     assert values.status_code == 413, values.text
     assert f"more than {MOST_VALUES} JSON values: send fewer documents at a time" in message_of(values)
     assert bad.status_code in (400, 422)
@@ -76,9 +77,11 @@ def test_bodies_beyond_their_share_are_told_to_come_back(route: str) -> None:
     settings = Settings(max_body_bytes=10_000, max_bodies_bytes=5_000)
     long, small = ({"query": "q", "texts": ["x" * n], "text_1": "q", "text_2": "x"} for n in (6_000, 60))
     refused, large, right = asked(
-        {"url": route, "json": long}, {"url": route, "content": b" " * 11_000, "headers": JSON},
-        {"url": "/rerank", "json": small}, settings=settings,
-    )  # fmt: skip
+        {"url": route, "json": long},
+        {"url": route, "content": b" " * 11_000, "headers": JSON},
+        {"url": "/rerank", "json": small},
+        settings=settings,
+    )
     assert (refused.status_code, refused.headers.get("retry-after")) == (429, "1"), refused.text
     assert "the bodies of all requests together exceed 5000 bytes" in message_of(refused)
     assert large.status_code == 413
@@ -89,12 +92,14 @@ def test_bodies_beyond_their_share_are_told_to_come_back(route: str) -> None:
 def test_a_field_that_is_named_again_and_again_is_refused() -> None:
     body = {"query": "q", "documents": [{"a": "x" * 30_000, "b": "y"}], "rank_fields": ["b", *["a"] * 5_000]}
     begin = time.monotonic()
-    refused, right = asked({"url": "/v1/rerank", "json": body},
-                           {"url": "/v1/rerank", "json": {**body, "rank_fields": ["b", "a"]}})  # fmt: skip
+    refused, right = asked(
+        {"url": "/v1/rerank", "json": body}, {"url": "/v1/rerank", "json": {**body, "rank_fields": ["b", "a"]}}
+    )
     assert time.monotonic() - begin < 5
     assert (refused.status_code, message_of(refused)) == (
-        422, "`rank_fields` must name each field once, got 'a' twice or more",
-    )  # fmt: skip
+        422,
+        "`rank_fields` must name each field once, got 'a' twice or more",
+    )
     assert right.json()["results"][0]["relevance_score"] > 0
 
 

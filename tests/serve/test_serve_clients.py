@@ -63,9 +63,14 @@ def test_litellm(url: str, infinity_url: str, provider: str, monkeypatch: pytest
     litellm = pytest.importorskip("litellm")
     base = infinity_url if provider == "infinity" else url
     answer = litellm.rerank(
-        model=f"{provider}/fake", query="qq", documents=DOCUMENTS, top_n=2, api_key="key", api_base=base,
+        model=f"{provider}/fake",
+        query="qq",
+        documents=DOCUMENTS,
+        top_n=2,
+        api_key="key",
+        api_base=base,
         return_documents=True,
-    )  # fmt: skip
+    )
     assert [(row["index"], row["relevance_score"]) for row in answer.results] == BEST
     assert [row["document"]["text"] for row in answer.results] == ["cccc", "bbb"]
 

@@ -35,8 +35,9 @@ def test_the_page_and_its_files_are_served_and_name_no_other_host() -> None:
         for name in named:
             file = httpx.get(f"{address}/{name}")
             assert (file.status_code, file.headers["content-type"].split(";")[0]) == (
-                200, "text/css" if name.endswith("css") else "text/javascript",
-            )  # fmt: skip
+                200,
+                "text/css" if name.endswith("css") else "text/javascript",
+            )
             assert len(file.content) > 50_000
         assert "'unsafe-inline'" not in page.headers["content-security-policy"].split("style-src")[0]
         assert httpx.get(f"{address}/redoc").status_code == 404

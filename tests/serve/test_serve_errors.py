@@ -59,13 +59,17 @@ def check_shape(flavor: str, body: Any, status: int, *, route: bool = False) -> 
 PINNED = [flavor.value for flavor in Flavor]
 # Routes and bodies that tell their dialect, whatever is pinned or where nothing is.
 OWN = [
-    ("/score", PAIRS, "auto", "vllm"), ("/v1/score", PAIRS, "tei", "vllm"), ("/v2/rerank", DOCUMENTS, "auto", "cohere"),
-    ("/rerank", TEXTS, "auto", "tei"), ("/", TEXTS, "auto", "tei"), ("/rerank", DOCUMENTS, "auto", "auto"),
+    ("/score", PAIRS, "auto", "vllm"),
+    ("/v1/score", PAIRS, "tei", "vllm"),
+    ("/v2/rerank", DOCUMENTS, "auto", "cohere"),
+    ("/rerank", TEXTS, "auto", "tei"),
+    ("/", TEXTS, "auto", "tei"),
+    ("/rerank", DOCUMENTS, "auto", "auto"),
     ("/rerank", DOCUMENTS | {"truncation": True}, "auto", "voyage"),
     ("/v1/rerank", DOCUMENTS | {"top_k": None}, "auto", "voyage"),
     ("/v1/rerank", DOCUMENTS | {"top_k": 1, "top_n": 1}, "auto", "auto"),
     *(("/rerank", DOCUMENTS, flavor, flavor) for flavor in PINNED),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "body", "pinned", "flavor"), OWN)
@@ -91,9 +95,15 @@ def test_wrong_fields_and_unknown_models(path: str, body: dict[str, Any], pinned
 
 @pytest.mark.parametrize(
     ("path", "pinned", "flavor"),
-    [("/score", "auto", "vllm"), ("/v1/score", "infinity", "vllm"), ("/v2/rerank", "auto", "cohere"),
-     ("/", "auto", "tei"), ("/rerank", "auto", "auto"), *(("/rerank", flavor, flavor) for flavor in PINNED)],
-)  # fmt: skip
+    [
+        ("/score", "auto", "vllm"),
+        ("/v1/score", "infinity", "vllm"),
+        ("/v2/rerank", "auto", "cohere"),
+        ("/", "auto", "tei"),
+        ("/rerank", "auto", "auto"),
+        *(("/rerank", flavor, flavor) for flavor in PINNED),
+    ],
+)
 def test_malformed_bodies(path: str, pinned: str, flavor: str) -> None:
     settings = Settings(flavor=Flavor(pinned), max_body_bytes=1000)
     json_headers = {"content-type": "application/json"}
@@ -114,12 +124,17 @@ def test_malformed_bodies(path: str, pinned: str, flavor: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "pinned", "flavor", "status"),
-    [("GET", "/rerank", "auto", "auto", 405), ("GET", "/score", "auto", "vllm", 405),
-     ("GET", "/v2/rerank", "auto", "cohere", 405), ("POST", "/info", "auto", "tei", 405),
-     ("POST", "/models", "auto", "infinity", 405), ("GET", "/nothing", "auto", "auto", 404),
-     *(("GET", "/rerank", flavor, flavor, 405) for flavor in PINNED),
-     *(("POST", "/nothing", flavor, flavor, 404) for flavor in PINNED)],
-)  # fmt: skip
+    [
+        ("GET", "/rerank", "auto", "auto", 405),
+        ("GET", "/score", "auto", "vllm", 405),
+        ("GET", "/v2/rerank", "auto", "cohere", 405),
+        ("POST", "/info", "auto", "tei", 405),
+        ("POST", "/models", "auto", "infinity", 405),
+        ("GET", "/nothing", "auto", "auto", 404),
+        *(("GET", "/rerank", flavor, flavor, 405) for flavor in PINNED),
+        *(("POST", "/nothing", flavor, flavor, 404) for flavor in PINNED),
+    ],
+)
 def test_wrong_routes_and_methods(method: str, path: str, pinned: str, flavor: str, status: int) -> None:
     answer = request(method, path, Settings(flavor=Flavor(pinned)))
     assert answer.status_code == status
@@ -163,12 +178,14 @@ def test_infinity_names_the_place_of_an_error() -> None:
         ({"query": "q", "documents": 5}, "documents must be a valid list or a valid string or an object"),
         ({"query": "q", "documents": ["a"], "truncate": 1}, "truncate must be a valid boolean or 'NONE' or 'END'"),
         ({"query": "q", "documents": ["a"], "top_n": -1}, "top_n must be greater than or equal to 0"),
-        ({"query": 5, "documents": ["a"], "top_n": "x"},
-         "query must be a valid string or an object; top_n must be a valid integer"),
+        (
+            {"query": 5, "documents": ["a"], "top_n": "x"},
+            "query must be a valid string or an object; top_n must be a valid integer",
+        ),
         ({"query": "q"}, "the body needs either `documents` or `texts`"),
         ({}, "query: Field required"),
     ],
-)  # fmt: skip
+)
 def test_messages_name_the_place_and_what_is_valid(body: Any, message: str) -> None:
     assert request("POST", "/rerank", json=body).json()["message"] == message
 

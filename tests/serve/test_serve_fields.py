@@ -110,10 +110,19 @@ FIELDS = [
     Field("instruction", "hi", NOT_TEXTS, CallOptions(instruction="hi")),
     Field("instruct", "hi", NOT_TEXTS, CallOptions(instruction="hi")),
     Field("instruct", "hi", ("other",), CallOptions(instruction="hi"), beside={"instruction": "hi"}),
-    Field("chat_template_kwargs", {"instruction": "hi"},
-          ({"enable_thinking": False}, {"instruction": 1}, {"tools": []}, "x", [], 1), CallOptions(instruction="hi")),
-    Field("chat_template_kwargs", {"instruct": "hi"}, ({"instruct": "other"},), CallOptions(instruction="hi"),
-          beside={"instruction": "hi"}),
+    Field(
+        "chat_template_kwargs",
+        {"instruction": "hi"},
+        ({"enable_thinking": False}, {"instruction": 1}, {"tools": []}, "x", [], 1),
+        CallOptions(instruction="hi"),
+    ),
+    Field(
+        "chat_template_kwargs",
+        {"instruct": "hi"},
+        ({"instruct": "other"},),
+        CallOptions(instruction="hi"),
+        beside={"instruction": "hi"},
+    ),
     Field("label", "yes", ("no such label", True, 1.5, [], {}), CallOptions(label="yes")),
     Field("label", 2, (3, -1), CallOptions(label=2)),
     Field("max_tokens_per_doc", 2, NOT_COUNTS, limits(max_tokens_per_doc=2)),
@@ -125,13 +134,28 @@ FIELDS = [
     Field("max_tokens_per_query", 0, quiet=True),
     Field("truncate_prompt_tokens", 6, (0, -2, 41, 10**30, 1.5, "6", True), limits(max_length=6)),
     Field("truncate_prompt_tokens", -1, quiet=True),
-    Field("truncation_side", "left", ("Left", "middle", True, 1, []), limits(max_length=6, truncation_side="left"),
-          beside={"truncate_prompt_tokens": 6}),
+    Field(
+        "truncation_side",
+        "left",
+        ("Left", "middle", True, 1, []),
+        limits(max_length=6, truncation_side="left"),
+        beside={"truncate_prompt_tokens": 6},
+    ),
     Field("truncation_side", "right", (), limits(max_length=6), beside={"truncate_prompt_tokens": 6}),
-    Field("truncation_direction", "Left", ("LEFT", "middle", True, 1, []),
-          limits(max_length=6, truncation_side="left"), beside={"truncate_prompt_tokens": 6}),
-    Field("truncation_direction", "left", ("right",), limits(max_length=6, truncation_side="left"),
-          beside={"truncate_prompt_tokens": 6, "truncation_side": "left"}),
+    Field(
+        "truncation_direction",
+        "Left",
+        ("LEFT", "middle", True, 1, []),
+        limits(max_length=6, truncation_side="left"),
+        beside={"truncate_prompt_tokens": 6},
+    ),
+    Field(
+        "truncation_direction",
+        "left",
+        ("right",),
+        limits(max_length=6, truncation_side="left"),
+        beside={"truncate_prompt_tokens": 6, "truncation_side": "left"},
+    ),
     Field("truncate", True, ("none", "START", 1, 0, [], {}), quiet=True),
     Field("truncate", "END", quiet=True),
     Field("truncate", False, refused=True, beside={"truncate_prompt_tokens": 6}),
@@ -168,10 +192,9 @@ FIELDS = [
     Field("priority", 3, (1.5, "3", True, [], 2**63), told=True),
     Field("priority", 0, quiet=True),
     Field("model", "fake", NOT_TEXTS, quiet=True),
-    *(Field(name, "x", quiet=True)
-      for name in ("user", "request_id", "cache_salt", "padding", "mm_processor_kwargs")),
+    *(Field(name, "x", quiet=True) for name in ("user", "request_id", "cache_salt", "padding", "mm_processor_kwargs")),
     *(Field(name, 1, told=True) for name in ("normalize", "no_such_field", "input_type")),
-]  # fmt: skip
+]
 
 
 def run(
@@ -328,10 +351,18 @@ def test_the_sweep_knows_every_field_of_the_schemas() -> None:
 
 @pytest.mark.parametrize(
     ("flavor", "path", "zero"),
-    [("auto", "/v1/rerank", 200), ("tei", "/rerank", 200), ("vllm", "/rerank", 200), ("auto", "/v2/rerank", 422),
-     ("cohere", "/v1/rerank", 422), ("jina", "/rerank", 422), ("infinity", "/rerank", 422), ("sglang", "/rerank", 422),
-     ("voyage", "/rerank", 400)],
-)  # fmt: skip
+    [
+        ("auto", "/v1/rerank", 200),
+        ("tei", "/rerank", 200),
+        ("vllm", "/rerank", 200),
+        ("auto", "/v2/rerank", 422),
+        ("cohere", "/v1/rerank", 422),
+        ("jina", "/rerank", 422),
+        ("infinity", "/rerank", 422),
+        ("sglang", "/rerank", 422),
+        ("voyage", "/rerank", 400),
+    ],
+)
 def test_no_results_and_one_document(flavor: str, path: str, zero: int) -> None:
     pinned = Settings(flavor=Flavor(flavor))
     body = {"query": QUERY, "documents": DOCUMENTS}
@@ -361,13 +392,24 @@ def test_instructions_where_no_prompt_has_a_place_for_them() -> None:
     assert "`instruction` cannot be honoured" in refused.json()["message"]
     told = post("/rerank", body, Settings(flavor=Flavor.vllm), {"fake": Lengths()})
     assert (told.status_code, told.headers["x-ignored-fields"]) == (200, "instruction")
-    pairs = post("/score", {"text_1": QUERY, "text_2": DOCUMENTS, "chat_template_kwargs": {"instruct": "x"}},
-                 models={"fake": Lengths()})  # fmt: skip
+    pairs = post(
+        "/score",
+        {"text_1": QUERY, "text_2": DOCUMENTS, "chat_template_kwargs": {"instruct": "x"}},
+        models={"fake": Lengths()},
+    )
     assert (pairs.status_code, pairs.headers["x-ignored-fields"]) == (200, "chat_template_kwargs.instruct")
 
 
-@pytest.mark.parametrize("extra", [{"label": "yes"}, {"max_tokens_per_doc": 2}, {"truncate_prompt_tokens": 9},
-                                   {"truncation_side": "left"}, {"truncate": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"label": "yes"},
+        {"max_tokens_per_doc": 2},
+        {"truncate_prompt_tokens": 9},
+        {"truncation_side": "left"},
+        {"truncate": False},
+    ],
+)
 def test_what_a_method_cannot_honour_is_refused(extra: dict[str, Any]) -> None:
     for path in ("/v1/rerank", "/score"):
         body = {"query": QUERY, "documents": DOCUMENTS} if path == "/v1/rerank" else {"text_1": "q", "text_2": "d"}
@@ -411,10 +453,19 @@ def test_cohere_cuts_documents_to_4096_tokens_where_the_model_has_more_room() ->
 
 @pytest.mark.parametrize(
     ("flavor", "path", "own"),
-    [("auto", "/rerank", False), ("tei", "/rerank", False), ("cohere", "/v2/rerank", False), ("jina", "/rerank", False),
-     ("infinity", "/rerank", False), ("sglang", "/rerank", False), ("voyage", "/rerank", False),
-     ("vllm", "/rerank", True), ("auto", "/score", True), ("vllm", "/score", True)],
-)  # fmt: skip
+    [
+        ("auto", "/rerank", False),
+        ("tei", "/rerank", False),
+        ("cohere", "/v2/rerank", False),
+        ("jina", "/rerank", False),
+        ("infinity", "/rerank", False),
+        ("sglang", "/rerank", False),
+        ("voyage", "/rerank", False),
+        ("vllm", "/rerank", True),
+        ("auto", "/score", True),
+        ("vllm", "/score", True),
+    ],
+)
 def test_one_scale_per_dialect(flavor: str, path: str, own: bool) -> None:
     """vLLM shows what the checkpoint says that its scores are, the others a logit's sigmoid, all of them raw ones."""
     body = {"text_1": QUERY, "text_2": "hello"} if path == "/score" else {"query": QUERY, "documents": ["hello"]}
@@ -480,10 +531,13 @@ class TestRealLimits:
 
     @pytest.mark.parametrize(
         ("extra", "document"),
-        [({"max_tokens_per_doc": 3}, slice(0, 3)), ({"truncate_prompt_tokens": 3 + 2 + 4}, slice(0, 4)),
-         ({"truncate_prompt_tokens": 3 + 2 + 4, "truncation_side": "left"}, slice(-4, None)),
-         ({"max_tokens_per_doc": 3, "truncation_direction": "Left"}, slice(-3, None))],
-    )  # fmt: skip
+        [
+            ({"max_tokens_per_doc": 3}, slice(0, 3)),
+            ({"truncate_prompt_tokens": 3 + 2 + 4}, slice(0, 4)),
+            ({"truncate_prompt_tokens": 3 + 2 + 4, "truncation_side": "left"}, slice(-4, None)),
+            ({"max_tokens_per_doc": 3, "truncation_direction": "Left"}, slice(-3, None)),
+        ],
+    )
     def test_cut_texts(self, model: CrossEncoder, extra: dict[str, Any], document: slice) -> None:
         words = tiny_words(model)
         query, text = " ".join(words[:2]), words[2:12]
@@ -526,6 +580,10 @@ def tiny_words(model: CrossEncoder) -> list[str]:
 
 
 def test_explained_results_in_voyages_dialect() -> None:
-    answer = post("/v1/rerank", {"query": "q", "documents": ["a bb"], "explain": True}, Settings(flavor=Flavor.voyage),
-                  {"icr": Explaining()})  # fmt: skip
+    answer = post(
+        "/v1/rerank",
+        {"query": "q", "documents": ["a bb"], "explain": True},
+        Settings(flavor=Flavor.voyage),
+        {"icr": Explaining()},
+    )
     assert answer.json()["data"][0]["tokens"] == [["a", 1.0], [" bb", 2.0]]

@@ -60,8 +60,9 @@ def test_aliases() -> None:
 
 def test_names_of_the_hub(tmp_path: Path) -> None:
     assert hub_names({"small": "cross-encoder/ms-marco-MiniLM-L6-v2"}) == {
-        "cross-encoder/ms-marco-MiniLM-L6-v2": "small", "ms-marco-MiniLM-L6-v2": "small"
-    }  # fmt: skip
+        "cross-encoder/ms-marco-MiniLM-L6-v2": "small",
+        "ms-marco-MiniLM-L6-v2": "small",
+    }
     assert hub_names({"bge-reranker-base": "BAAI/bge-reranker-base"}) == {"BAAI/bge-reranker-base": "bge-reranker-base"}
     assert hub_names({"a": "x/m", "b": "y/m"}) == {"x/m": "a", "y/m": "b"}  # m could be either
     assert hub_names({"m": "x/m", "b": "y/m"}) == {"x/m": "m", "y/m": "b"}  # m is the first's own name
@@ -72,10 +73,13 @@ def test_names_of_the_hub(tmp_path: Path) -> None:
 def test_aliases_of_the_command_line() -> None:
     assert parse_aliases(["a=m", "b=n", "c=d=m"], ["m", "n"]) == {"a": "m", "b": "n", "c=d": "m"}
     for wrong, message in (
-        (["a"], "must be ALIAS=NAME"), (["=m"], "must be ALIAS=NAME"), (["a="], "must be ALIAS=NAME"),
-        (["a=x"], "no model is named 'x'; one of m, n"), (["m=n"], "'m' is the name of another model"),
+        (["a"], "must be ALIAS=NAME"),
+        (["=m"], "must be ALIAS=NAME"),
+        (["a="], "must be ALIAS=NAME"),
+        (["a=x"], "no model is named 'x'; one of m, n"),
+        (["m=n"], "'m' is the name of another model"),
         (["a=m", "a=n"], "'a' is the name of another model"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             parse_aliases(wrong, ["m", "n"])
 
@@ -86,9 +90,11 @@ def test_labels_of_the_command_line() -> None:
     assert parse_labels(["m=entailment", "2"], ["m", "n"]) == {"m": "entailment", "n": 2}
     assert parse_labels(["a=b"], ["m"]) == {"m": "a=b"}  # a label may hold the sign
     for wrong, message in (
-        (["m="], "LABEL or NAME=LABEL"), ([""], "LABEL or NAME=LABEL"), (["1", "2"], "for all models"),
+        (["m="], "LABEL or NAME=LABEL"),
+        ([""], "LABEL or NAME=LABEL"),
+        (["1", "2"], "for all models"),
         (["m=1", "m=2"], "has the label 1 already"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             parse_labels(wrong, ["m", "n"])
 
@@ -138,17 +144,25 @@ def test_the_command_refuses_a_model_without_a_label_and_passes_one_on(
 def test_info_has_the_fields_that_tei_requires() -> None:
     info = request("GET", "/info", {"fake": Optioned(), "icr": Explaining()}, Settings(max_documents=7)).json()
     kinds = {
-        "model_id": str, "model_dtype": str, "model_type": dict, "max_concurrent_requests": int,
-        "max_input_length": int, "max_batch_tokens": int, "max_client_batch_size": int, "auto_truncate": bool,
-        "tokenization_workers": int, "version": str,
-    }  # fmt: skip
+        "model_id": str,
+        "model_dtype": str,
+        "model_type": dict,
+        "max_concurrent_requests": int,
+        "max_input_length": int,
+        "max_batch_tokens": int,
+        "max_client_batch_size": int,
+        "auto_truncate": bool,
+        "tokenization_workers": int,
+        "version": str,
+    }
     for name, kind in kinds.items():
         assert type(info[name]) is kind, name
     assert {"model_sha", "max_batch_requests", "sha", "docker_label"} <= info.keys()
     assert (info["model_id"], info["max_input_length"], info["max_client_batch_size"]) == ("fake", 40, 7)
     assert (info["version"], info["tokenization_workers"]) == (fastrerank.__version__, 2)
-    assert info["model_type"] == {"reranker": {"id2label": {"0": "no", "1": "yes", "2": "maybe"},
-                                               "label2id": {"no": 0, "yes": 1, "maybe": 2}}}  # fmt: skip
+    assert info["model_type"] == {
+        "reranker": {"id2label": {"0": "no", "1": "yes", "2": "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
+    }
     assert "label" in info["models"]["fake"]["options"]
     assert info["models"]["icr"]["options"] == []
     # A model without a limit has a number there too.
@@ -161,8 +175,10 @@ def test_infinitys_models_have_stats() -> None:
     assert [row["id"] for row in rows["data"]] == ["a", "b"]
     row = rows["data"][0]
     assert row["stats"] == {"queue_fraction": 0.0, "queue_absolute": 0, "results_pending": 0, "batch_size": 16384}
-    assert row.items() >= {"object": "model", "owned_by": "infinity", "backend": "fastrerank",
-                           "capabilities": ["rerank"]}.items()  # fmt: skip
+    assert (
+        row.items()
+        >= {"object": "model", "owned_by": "infinity", "backend": "fastrerank", "capabilities": ["rerank"]}.items()
+    )
     assert isinstance(row["created"], int)
 
 
@@ -176,9 +192,14 @@ def test_headers_of_tei() -> None:
 
 @pytest.mark.parametrize(
     ("flavor", "path", "version"),
-    [("auto", "/v1/rerank", "1"), ("cohere", "/v1/rerank", "1"), ("auto", "/v2/rerank", "2"),
-     ("cohere", "/v2/rerank", "2"), ("cohere", "/rerank", "2")],
-)  # fmt: skip
+    [
+        ("auto", "/v1/rerank", "1"),
+        ("cohere", "/v1/rerank", "1"),
+        ("auto", "/v2/rerank", "2"),
+        ("cohere", "/v2/rerank", "2"),
+        ("cohere", "/rerank", "2"),
+    ],
+)
 def test_coheres_meta(flavor: str, path: str, version: str) -> None:
     pinned = Settings(flavor=Flavor(flavor))
     answer = request("POST", path, {"fake": Lengths()}, pinned, return_documents=True, **BODY).json()

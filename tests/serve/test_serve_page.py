@@ -26,9 +26,16 @@ if BROWSER is None:
     pytest.skip(f"no Chromium on PATH ({', '.join(NAMES)})", allow_module_level=True)
 
 OPTIONS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+]
 TEXTS = ["aa not bbbbb", "cccc", "dd <b>&amp;</b> e"]
 
 
@@ -74,8 +81,10 @@ def rank(page: Any, keys: str = "Control+Enter") -> list[tuple[str, str]]:
     page.evaluate("document.getElementById('results').replaceChildren()")
     page.keyboard.press(keys)
     page.wait_for_selector("#results li")
-    return [(row.query_selector(".score").inner_text(), row.query_selector(".text").inner_text())
-            for row in page.query_selector_all("#results li")]  # fmt: skip
+    return [
+        (row.query_selector(".score").inner_text(), row.query_selector(".text").inner_text())
+        for row in page.query_selector_all("#results li")
+    ]
 
 
 def test_by_keys_alone(page: Any) -> None:

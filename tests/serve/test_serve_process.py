@@ -44,8 +44,10 @@ def test_scores_are_those_of_the_library(server: Running, checkpoint: Path) -> N
     model = fastrerank.CrossEncoder(str(checkpoint), device="cpu")
     texts = [f"text number {i} of {'owls' * (i % 5)}" for i in range(25)]
     body = {"query": "the owl", "texts": texts, "raw_scores": True}
-    expected = [{"index": hit["corpus_id"], "score": hit["score"]}
-                for hit in model.rank("the owl", texts, activation_fn="identity")]  # fmt: skip
+    expected = [
+        {"index": hit["corpus_id"], "score": hit["score"]}
+        for hit in model.rank("the owl", texts, activation_fn="identity")
+    ]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: httpx.post(f"{server.url}/rerank", json=body).json(), range(16)))
     assert all(answer == expected for answer in answers)

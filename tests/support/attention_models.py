@@ -16,8 +16,13 @@ from fastrerank.inputs.attention_prompts import AttentionPrompts
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 # family -> tokenizer style
 FAMILIES = {
-    "llama": "llama3", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen", "gemma2": "gemma", "phi3": "phi3",
-}  # fmt: skip
+    "llama": "llama3",
+    "mistral": "mistral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+    "gemma2": "gemma",
+    "phi3": "phi3",
+}
 WINDOW = 64  # sliding layers see some documents and not others
 QUERY = "where do owls {0} sleep?"
 DOCUMENTS = [

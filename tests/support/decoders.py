@@ -12,10 +12,17 @@ import transformers
 VOCABULARY = 120
 WINDOW = 8
 _BASE = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 50, "max_position_embeddings": 512, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 50,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _BASE),
     "llama-tied": ("Llama", _BASE | {"tie_word_embeddings": True}),
@@ -23,26 +30,60 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", _BASE | {"head_dim": 16, "tie_word_embeddings": True}),
     "mistral": ("Mistral", _BASE | {"sliding_window": WINDOW}),
     "gemma": ("Gemma", _BASE | {"head_dim": 8}),
-    "gemma2": ("Gemma2", _BASE | {
-        "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "final_logit_softcapping": 1.5,
-        "attn_logit_softcapping": 2.0,
-    }),
+    "gemma2": (
+        "Gemma2",
+        _BASE
+        | {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 8,
+            "final_logit_softcapping": 1.5,
+            "attn_logit_softcapping": 2.0,
+        },
+    ),
     "gemma3": ("Gemma3Text", _BASE | {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3", _BASE),
-    "granite": ("Granite", _BASE | {
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.5,
-    }),
+    "granite": (
+        "Granite",
+        _BASE
+        | {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+        },
+    ),
     "cohere": ("Cohere", _BASE | {"logit_scale": 0.3}),
     "olmo2": ("Olmo2", _BASE),
     "smollm3": ("SmolLM3", _BASE),
     "gpt-neox": ("GPTNeoX", _BASE | {"intermediate_size": 64, "rotary_pct": 0.5}),
     "phi": ("Phi", _BASE | {"partial_rotary_factor": 0.5}),  # its head has a bias
-    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512,
-                      "bos_token_id": 1, "eos_token_id": 2}),
-    "opt": ("OPT", {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 50, "num_hidden_layers": 3,
-                    "num_attention_heads": 4, "max_position_embeddings": 512, "word_embed_proj_dim": 32}),
+    "gpt2": (
+        "GPT2",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "opt": (
+        "OPT",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "ffn_dim": 50,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "word_embed_proj_dim": 32,
+        },
+    ),
     "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-}  # fmt: skip
+}
 FAMILIES = tuple(_SETTINGS)
 PADDED = ("bloom",)  # ALiBi: positions are in the scores
 WHOLE = ("opt",)  # packed, but for its layers, which stand where they are not found

@@ -80,14 +80,35 @@ def spoilt_array(a: Any) -> Any:
     changes: list[Callable[[], Any]] = [
         lambda: as_dtype(pick("f8", "f2", "i8", "i4", "u1", "u2", "u8", "?", "c8", "O", "U8", "m8[s]")),
         lambda: as_dtype(a.dtype.newbyteorder()),
-        lambda: a[..., None], lambda: a[None], lambda: a.reshape(-1), lambda: a.T, lambda: a[::-1], lambda: a[..., ::-1],
-        lambda: a[::2], lambda: a[..., ::2], lambda: np.repeat(a, 2, -1)[..., ::2], lambda: np.asfortranarray(a),
-        lambda: np.broadcast_to(a[:1], a.shape), lambda: a[:0], lambda: a[..., :0], lambda: a[:-1], lambda: a[..., :-1],
-        lambda: np.concatenate([a, a]), lambda: np.concatenate([a, a], -1), lambda: np.array(1.0, a.dtype),
-        lambda: a.tolist(), read_only, lambda: askew(a), lambda: np.ma.array(a), lambda: None, lambda: "text", lambda: 3,
-        lambda: [[]], dict,
+        lambda: a[..., None],
+        lambda: a[None],
+        lambda: a.reshape(-1),
+        lambda: a.T,
+        lambda: a[::-1],
+        lambda: a[..., ::-1],
+        lambda: a[::2],
+        lambda: a[..., ::2],
+        lambda: np.repeat(a, 2, -1)[..., ::2],
+        lambda: np.asfortranarray(a),
+        lambda: np.broadcast_to(a[:1], a.shape),
+        lambda: a[:0],
+        lambda: a[..., :0],
+        lambda: a[:-1],
+        lambda: a[..., :-1],
+        lambda: np.concatenate([a, a]),
+        lambda: np.concatenate([a, a], -1),
+        lambda: np.array(1.0, a.dtype),
+        lambda: a.tolist(),
+        read_only,
+        lambda: askew(a),
+        lambda: np.ma.array(a),
+        lambda: None,
+        lambda: "text",
+        lambda: 3,
+        lambda: [[]],
+        dict,
         lambda: with_value(pick(np.nan, np.inf, -np.inf, 1e38, -1e38, 1e-40, -1, -(2.0**31), 2.0**31, 1e18)),
-    ]  # fmt: skip
+    ]
     try:
         return pick(*changes)()
     except (IndexError, ValueError, TypeError):
@@ -108,12 +129,25 @@ def spoilt_tensor(t: Any) -> Any:
             return array
     changes: list[Callable[[], Any]] = [
         lambda: t.to(pick(torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64)),
-        lambda: t.transpose(0, -1), lambda: t[:1].expand(t.shape), lambda: t[..., :1].expand(t.shape), lambda: t[::2],
-        lambda: torch.repeat_interleave(t, 2, -1)[..., ::2], lambda: torch.repeat_interleave(t, 2, 0)[::2], lambda: t[:0],
-        lambda: t[..., :0], lambda: t[:-1], lambda: torch.cat([t, t]), lambda: t.to("meta"), lambda: t.to_sparse(),
-        lambda: torch._neg_view(t) if t.is_floating_point() else -t, lambda: t.requires_grad_() if 0 else t.unsqueeze(0),
-        lambda: t.flatten(), lambda: torch.nn.Parameter(t), lambda: t.numpy(), lambda: torch.tensor(1.0),
-    ]  # fmt: skip
+        lambda: t.transpose(0, -1),
+        lambda: t[:1].expand(t.shape),
+        lambda: t[..., :1].expand(t.shape),
+        lambda: t[::2],
+        lambda: torch.repeat_interleave(t, 2, -1)[..., ::2],
+        lambda: torch.repeat_interleave(t, 2, 0)[::2],
+        lambda: t[:0],
+        lambda: t[..., :0],
+        lambda: t[:-1],
+        lambda: torch.cat([t, t]),
+        lambda: t.to("meta"),
+        lambda: t.to_sparse(),
+        lambda: torch._neg_view(t) if t.is_floating_point() else -t,
+        lambda: t.requires_grad_() if 0 else t.unsqueeze(0),
+        lambda: t.flatten(),
+        lambda: torch.nn.Parameter(t),
+        lambda: t.numpy(),
+        lambda: torch.tensor(1.0),
+    ]
     try:
         return pick(*changes)()
     except (IndexError, RuntimeError, TypeError):
@@ -125,8 +159,36 @@ def spoilt(value: Any) -> Any:
         return spoilt_array(value)
     if type(value).__module__ == "torch":
         return spoilt_tensor(value)
-    others = (None, True, -1, 0, 1, 2, 7, 1 << 20, 2**31 - 1, 2**31, -(2**63), 2**63, 2**70, 0.5, np.nan, np.inf, -1.0,
-              1e300, 1e-320, "text", "float32", b"x", [1], (), object(), np.int32(3), np.float64(0.5), 1j)  # fmt: skip
+    others = (
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2,
+        7,
+        1 << 20,
+        2**31 - 1,
+        2**31,
+        -(2**63),
+        2**63,
+        2**70,
+        0.5,
+        np.nan,
+        np.inf,
+        -1.0,
+        1e300,
+        1e-320,
+        "text",
+        "float32",
+        b"x",
+        [1],
+        (),
+        object(),
+        np.int32(3),
+        np.float64(0.5),
+        1j,
+    )
     return pick(*others)
 
 
@@ -182,8 +244,12 @@ def max_sim() -> Case:
     from fastrerank.ops import reference
 
     width, tokens = size(70), size(60)
-    given = {"query": normal(size(40), width), "tokens": normal(tokens, width), "offsets": offsets_of(tokens),
-             "threads": pick(None, 1, 2)}  # fmt: skip
+    given = {
+        "query": normal(size(40), width),
+        "tokens": normal(tokens, width),
+        "offsets": offsets_of(tokens),
+        "threads": pick(None, 1, 2),
+    }
 
     def check(found: Any, a: Arguments) -> None:
         if tame(a["query"], a["tokens"]):
@@ -198,9 +264,15 @@ def cur_topk() -> Case:
     from fastrerank.ops import reference
 
     width, count, rows = size(70), size(100), size(5)
-    given = {"queries": normal(rows, width), "vectors": normal(width, count),
-             "storage": pick("float32", "bfloat16", "int8"), "scales": None, "k": size(12), "threads": pick(None, 1, 2),
-             "exclude": pick(None, random.integers(0, count, 3), random.integers(-1, count, (rows, 3)))}  # fmt: skip
+    given = {
+        "queries": normal(rows, width),
+        "vectors": normal(width, count),
+        "storage": pick("float32", "bfloat16", "int8"),
+        "scales": None,
+        "k": size(12),
+        "threads": pick(None, 1, 2),
+        "exclude": pick(None, random.integers(0, count, 3), random.integers(-1, count, (rows, 3))),
+    }
     if given["storage"] == "int8" and chance(0.5):
         given["scales"] = pick("item", "anchor")
 
@@ -222,8 +294,16 @@ def packed() -> Case:
 
     width, count, storage = size(40), size(70), pick("float32", "bfloat16", "int8")
     items = ops.cur_pack(normal(width, count), storage)
-    given = {"data": items.data, "scale": items.scale, "storage": storage, "width": width, "count": count,
-             "ids": random.integers(0, count, 5), "more": 0.1 * normal(width, size()), "query": normal(2, width)}  # fmt: skip
+    given = {
+        "data": items.data,
+        "scale": items.scale,
+        "storage": storage,
+        "width": width,
+        "count": count,
+        "ids": random.integers(0, count, 5),
+        "more": 0.1 * normal(width, size()),
+        "query": normal(2, width),
+    }
 
     def call(data: Any, scale: Any, storage: Any, width: Any, count: Any, ids: Any, more: Any, query: Any) -> Any:
         again = ops.PackedItems(data, scale, storage=storage, width=width, count=count)
@@ -248,9 +328,19 @@ def attention() -> Case:
     tensor = lambda *shape: torch.from_numpy(normal(*shape)).to(dtype)  # noqa: E731
     lo = random.integers(0, keys + 1, rows).astype(np.int32)
     hi = np.maximum(lo, random.integers(0, keys + 1, rows)).astype(np.int32)
-    given = {"q": tensor(rows, kv_heads * size(2), width), "k": tensor(keys, kv_heads, width),
-             "v": tensor(keys, kv_heads, width), "lo": torch.from_numpy(lo), "hi": torch.from_numpy(hi), "plo": None,
-             "phi": None, "scale": pick(None, 0.5), "softcap": pick(0.0, 3.0), "out": None, "backend": None}  # fmt: skip
+    given = {
+        "q": tensor(rows, kv_heads * size(2), width),
+        "k": tensor(keys, kv_heads, width),
+        "v": tensor(keys, kv_heads, width),
+        "lo": torch.from_numpy(lo),
+        "hi": torch.from_numpy(hi),
+        "plo": None,
+        "phi": None,
+        "scale": pick(None, 0.5),
+        "softcap": pick(0.0, 3.0),
+        "out": None,
+        "backend": None,
+    }
     if chance(0.3):
         given["plo"] = torch.zeros(rows, dtype=torch.int32)
         given["phi"] = torch.from_numpy((lo * random.random()).astype(np.int32))
@@ -280,10 +370,20 @@ def attention_mass() -> Case:
     heads = kv_heads * size(2)
     lo = random.integers(0, keys + 1, rows).astype(np.int32)
     hi = np.maximum(lo, random.integers(0, keys + 1, rows)).astype(np.int32)
-    given = {"q": torch.from_numpy(normal(rows, heads, width)), "k": torch.from_numpy(normal(keys, kv_heads, width)),
-             "lse": torch.from_numpy(3 + normal(rows, heads)), "lo": torch.from_numpy(lo), "hi": torch.from_numpy(hi),
-             "row_weight": torch.from_numpy(normal(rows)), "head_weight": None, "scale": pick(None, 0.5),
-             "softcap": pick(0.0, 3.0), "per_head": chance(0.3), "out": None, "backend": None}  # fmt: skip
+    given = {
+        "q": torch.from_numpy(normal(rows, heads, width)),
+        "k": torch.from_numpy(normal(keys, kv_heads, width)),
+        "lse": torch.from_numpy(3 + normal(rows, heads)),
+        "lo": torch.from_numpy(lo),
+        "hi": torch.from_numpy(hi),
+        "row_weight": torch.from_numpy(normal(rows)),
+        "head_weight": None,
+        "scale": pick(None, 0.5),
+        "softcap": pick(0.0, 3.0),
+        "per_head": chance(0.3),
+        "out": None,
+        "backend": None,
+    }
     if not given["per_head"] and chance(0.5):
         given["head_weight"] = torch.from_numpy(normal(heads))
     if chance(0.2):
@@ -316,9 +416,19 @@ def label_logits() -> Case:
 
     rows, labels, width = size(30), size(5), size(100)
     dtype = pick(torch.float32, torch.bfloat16, torch.float16)
-    given = {"hidden": torch.from_numpy(normal(rows, width)).to(dtype), "weight": torch.from_numpy(normal(labels, width)),
-             "norm": pick(None, "rms", "layer"), "norm_weight": None, "norm_bias": None, "eps": 1e-5, "bias": None,
-             "scale": 1.0, "softcap": 0.0, "return_order": True, "backend": None}  # fmt: skip
+    given = {
+        "hidden": torch.from_numpy(normal(rows, width)).to(dtype),
+        "weight": torch.from_numpy(normal(labels, width)),
+        "norm": pick(None, "rms", "layer"),
+        "norm_weight": None,
+        "norm_bias": None,
+        "eps": 1e-5,
+        "bias": None,
+        "scale": 1.0,
+        "softcap": 0.0,
+        "return_order": True,
+        "backend": None,
+    }
     for name, many in (("norm_weight", width), ("norm_bias", width), ("bias", labels)):
         if chance(0.5):
             given[name] = torch.from_numpy(normal(many))
@@ -348,8 +458,11 @@ def on_gpus() -> Case:
     given = {"x": x, "cos": cos, "weight": cos[0, 0], "name": "silu", "norm": "rms", "eps": 1e-5}
 
     def call(x: Any, cos: Any, weight: Any, name: Any, norm: Any, eps: Any) -> None:
-        for op in (lambda: _rotary.rotary(x, x, cos, cos), lambda: _gated.gated(x, name),
-                   lambda: _norm_rows.norm_rows(x, norm, weight, None, eps)):  # fmt: skip
+        for op in (
+            lambda: _rotary.rotary(x, x, cos, cos),
+            lambda: _gated.gated(x, name),
+            lambda: _norm_rows.norm_rows(x, norm, weight, None, eps),
+        ):
             try:
                 found = op()
             except REFUSALS:
@@ -366,9 +479,14 @@ def linear() -> Case:
     rows, inputs, outputs = size(40), size(130), size(70)
     stored = random.integers(0, 2**15, (outputs, inputs)).astype(np.uint16) & 0x3FFF
     weight = pick(normal(outputs, inputs), normal(outputs, inputs).astype(np.float16), stored)
-    given = {"x": normal(rows, inputs), "w": weight, "bias": pick(None, normal(outputs)),
-             "dtype": pick("float32", "bfloat16", "int8"), "activation": pick("identity", "relu"),
-             "isa": pick(*_cpu.levels())}  # fmt: skip
+    given = {
+        "x": normal(rows, inputs),
+        "w": weight,
+        "bias": pick(None, normal(outputs)),
+        "dtype": pick("float32", "bfloat16", "int8"),
+        "activation": pick("identity", "relu"),
+        "isa": pick(*_cpu.levels()),
+    }
 
     def check(found: Any, a: Arguments) -> None:
         w = a["w"]
@@ -387,8 +505,14 @@ def rows() -> Case:
     from fastrerank import _cpu
 
     count, width = size(20), size(100)
-    given = {"x": normal(count, width), "gamma": normal(width), "beta": pick(None, normal(width)), "eps": 1e-5,
-             "factor": pick(None, np.abs(normal(width))), "isa": pick(*_cpu.levels())}  # fmt: skip
+    given = {
+        "x": normal(count, width),
+        "gamma": normal(width),
+        "beta": pick(None, normal(width)),
+        "eps": 1e-5,
+        "factor": pick(None, np.abs(normal(width))),
+        "isa": pick(*_cpu.levels()),
+    }
 
     def call(x: Any, gamma: Any, beta: Any, eps: Any, factor: Any, isa: Any) -> Any:
         _cpu.quantise(x, factor, isa)
@@ -407,18 +531,49 @@ def encoder() -> Case:
     from fastrerank import _cpu
 
     hidden, inner, words, dtype = 32, 48, 30, pick("float32", "bfloat16", "int8")
-    config = {"hidden": hidden, "layers": 1, "heads": 2, "head_dim": 16, "intermediate": inner, "embedding": hidden,
-              "vocabulary": words, "positions": 64, "types": 2, "position_offset": 0, "pad_id": -1, "pre_norm": False,
-              "gated": False, "activation": "gelu", "eps": 1e-12, "window": [-1], "rope": [-1], "attention_scale": 0.25,
-              "precision": dtype, "precise_layers": 0}  # fmt: skip
+    config = {
+        "hidden": hidden,
+        "layers": 1,
+        "heads": 2,
+        "head_dim": 16,
+        "intermediate": inner,
+        "embedding": hidden,
+        "vocabulary": words,
+        "positions": 64,
+        "types": 2,
+        "position_offset": 0,
+        "pad_id": -1,
+        "pre_norm": False,
+        "gated": False,
+        "activation": "gelu",
+        "eps": 1e-12,
+        "window": [-1],
+        "rope": [-1],
+        "attention_scale": 0.25,
+        "precision": dtype,
+        "precise_layers": 0,
+    }
     tokens = size(60)
-    given = {"word": normal(words, hidden), "position": normal(64, hidden), "type": normal(2, hidden),
-             "gamma": np.ones(hidden, np.float32), "beta": np.zeros(hidden, np.float32), "square": normal(hidden, hidden),
-             "up": normal(inner, hidden), "bias": normal(hidden), "factor": np.ones(hidden, np.float32),
-             "columns": np.arange(2, dtype=np.int32), "strip": normal(hidden, 2), "head": normal(3, hidden), "layer": 0,
-             "ids": random.integers(0, words, tokens).astype(np.int32),
-             "types": random.integers(0, 2, tokens).astype(np.int32), "offsets": offsets_of(tokens), "readout": pick(
-                 "first", "last", "mean", "tokens"), "threads": pick(1, 2)}  # fmt: skip
+    given = {
+        "word": normal(words, hidden),
+        "position": normal(64, hidden),
+        "type": normal(2, hidden),
+        "gamma": np.ones(hidden, np.float32),
+        "beta": np.zeros(hidden, np.float32),
+        "square": normal(hidden, hidden),
+        "up": normal(inner, hidden),
+        "bias": normal(hidden),
+        "factor": np.ones(hidden, np.float32),
+        "columns": np.arange(2, dtype=np.int32),
+        "strip": normal(hidden, 2),
+        "head": normal(3, hidden),
+        "layer": 0,
+        "ids": random.integers(0, words, tokens).astype(np.int32),
+        "types": random.integers(0, 2, tokens).astype(np.int32),
+        "offsets": offsets_of(tokens),
+        "readout": pick("first", "last", "mean", "tokens"),
+        "threads": pick(1, 2),
+    }
 
     def call(**a: Any) -> Any:
         made = _cpu.Encoder(config, pick(*_cpu.levels()))

@@ -25,9 +25,35 @@ PAIRS = [
 ]
 MEMORY = 1 << 30  # that a worker may add to what it has once everything is imported
 NUMBERS: list[Any] = [
-    0, -1, -2, 1, 2, 3, 5, 7, True, False, None, "4", "x", 1.5, 4.0, float("nan"), float("inf"), 1e308, -1e-300, 10**9,
-    2**31, 2**63, 10**30, [], {}, [1], {"a": 1}, ["full_attention"],
-]  # fmt: skip
+    0,
+    -1,
+    -2,
+    1,
+    2,
+    3,
+    5,
+    7,
+    True,
+    False,
+    None,
+    "4",
+    "x",
+    1.5,
+    4.0,
+    float("nan"),
+    float("inf"),
+    1e308,
+    -1e-300,
+    10**9,
+    2**31,
+    2**63,
+    10**30,
+    [],
+    {},
+    [1],
+    {"a": 1},
+    ["full_attention"],
+]
 MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "xlm-roberta", "llama", "t5", "nothing", 3)
 
 
@@ -73,8 +99,9 @@ def config_lacks(folder: Path, draw: random.Random) -> None:
 
 
 def model_type(folder: Path, draw: random.Random) -> None:
-    (folder / "config.json").write_text(json.dumps(_json(folder / "config.json") | {"model_type": draw.choice(
-        MODEL_TYPES)}))  # fmt: skip
+    (folder / "config.json").write_text(
+        json.dumps(_json(folder / "config.json") | {"model_type": draw.choice(MODEL_TYPES)})
+    )
 
 
 def config_text(folder: Path, draw: random.Random) -> None:
@@ -151,9 +178,16 @@ def tensor_shape(folder: Path, draw: random.Random) -> None:
     name = draw.choice(sorted(tensors))
     value = tensors[name]
     odd = [
-        np.float32(1).reshape(()), value[None], value[:0], value[:-1], np.concatenate([value, value[:1]]),
-        value.reshape(-1), value.T, value[..., :1], np.zeros((1,) * 9, np.float32),
-    ]  # fmt: skip
+        np.float32(1).reshape(()),
+        value[None],
+        value[:0],
+        value[:-1],
+        np.concatenate([value, value[:1]]),
+        value.reshape(-1),
+        value.T,
+        value[..., :1],
+        np.zeros((1,) * 9, np.float32),
+    ]
     tensors[name] = draw.choice([some for some in odd if some.shape != value.shape])
     _save(folder, tensors)
 
@@ -179,10 +213,21 @@ def tensor_value(folder: Path, draw: random.Random) -> None:
 def tensor_extra(folder: Path, draw: random.Random) -> None:
     tensors = _tensors(folder)
     base = draw.choice(sorted(tensors))
-    name = draw.choice((
-        base + "2", "x." + base, base.replace("bias", "beta"), base.rpartition(".")[0] + ".gamma", "score.weight",
-        "linear.weight", "classifier.2.weight", base.replace(".0.", ".77."), "", "a" * 5000, "../../etc/passwd",
-    ))  # fmt: skip
+    name = draw.choice(
+        (
+            base + "2",
+            "x." + base,
+            base.replace("bias", "beta"),
+            base.rpartition(".")[0] + ".gamma",
+            "score.weight",
+            "linear.weight",
+            "classifier.2.weight",
+            base.replace(".0.", ".77."),
+            "",
+            "a" * 5000,
+            "../../etc/passwd",
+        )
+    )
     if draw.random() < 0.3:
         tensors[name] = tensors.pop(base)
     else:
@@ -203,9 +248,12 @@ def file_cut(folder: Path, draw: random.Random) -> None:
     content = file.read_bytes()
     kind = draw.choice(("cut", "early", "more", "empty", "zeros"))
     changed = {
-        "cut": content[: draw.randrange(len(content))], "early": content[: draw.randrange(300)],
-        "more": content + b"\0" * draw.choice((1, 4, 4096)), "empty": b"", "zeros": bytes(len(content)),
-    }  # fmt: skip
+        "cut": content[: draw.randrange(len(content))],
+        "early": content[: draw.randrange(300)],
+        "more": content + b"\0" * draw.choice((1, 4, 4096)),
+        "empty": b"",
+        "zeros": bytes(len(content)),
+    }
     file.write_bytes(changed[kind])
 
 
@@ -257,10 +305,25 @@ def shards(folder: Path, draw: random.Random) -> None:
     weight_map: dict[str, Any] = {name: file for file, some in parts.items() for name in some}
     first, second = parts
     name = draw.choice(parts[first])
-    kind = draw.choice((
-        "right", "right", "gone", "other", "up", "absolute", "number", "twice", "lacks", "unnamed", "deep", "list",
-        "null", "folder", "cut",
-    ))  # fmt: skip
+    kind = draw.choice(
+        (
+            "right",
+            "right",
+            "gone",
+            "other",
+            "up",
+            "absolute",
+            "number",
+            "twice",
+            "lacks",
+            "unnamed",
+            "deep",
+            "list",
+            "null",
+            "folder",
+            "cut",
+        )
+    )
     index: Any = {"metadata": {"total_size": draw.choice((0, 10**30, -1))}, "weight_map": weight_map}
     (folder / "model.safetensors").unlink()
     if kind == "gone":
@@ -309,26 +372,54 @@ def modules_file(folder: Path, draw: random.Random) -> None:
         config[draw.choice(sorted(config))] = draw.choice(NUMBERS)
         (folder / "2_Dense/config.json").write_text(json.dumps(config))
     elif kind == 5:
-        (folder / "1_Pooling/config.json").write_text(json.dumps(draw.choice((
-            {"pooling_mode": "max"}, {"pooling_mode": 3}, {"pooling_mode_mean_tokens": "yes"}, {"pooling_mode": []},
-            {"pooling_mode_mean_tokens": False}, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
-        ))))  # fmt: skip
+        (folder / "1_Pooling/config.json").write_text(
+            json.dumps(
+                draw.choice(
+                    (
+                        {"pooling_mode": "max"},
+                        {"pooling_mode": 3},
+                        {"pooling_mode_mean_tokens": "yes"},
+                        {"pooling_mode": []},
+                        {"pooling_mode_mean_tokens": False},
+                        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+                    )
+                )
+            )
+        )
     elif kind == 6:
         tensor_shape(folder / "2_Dense", draw)
     elif kind == 7:
         draw.choice((tensor_value, tensor_lacks, file_cut, header_lies))(folder / "2_Dense", draw)
     else:
-        (folder / "config_sentence_transformers.json").write_text(json.dumps({
-            draw.choice(("prompts", "model_type", "similarity_fn_name")): draw.choice((3, [], "ColBERT"))
-        }))  # fmt: skip
+        (folder / "config_sentence_transformers.json").write_text(
+            json.dumps({draw.choice(("prompts", "model_type", "similarity_fn_name")): draw.choice((3, [], "ColBERT"))})
+        )
     file.write_text(json.dumps(entries))
 
 
 MUTATIONS = (
-    config_value, size_value, size_value, config_lacks, model_type, config_text, odd_place, tokenizer_limit,
-    tokenizer_ids, tensor_lacks, tensor_shape, tensor_type, tensor_value, tensor_extra, tensor_swap, file_cut,
-    header_lies, header_lies, shards, shards, modules_file,
-)  # fmt: skip
+    config_value,
+    size_value,
+    size_value,
+    config_lacks,
+    model_type,
+    config_text,
+    odd_place,
+    tokenizer_limit,
+    tokenizer_ids,
+    tensor_lacks,
+    tensor_shape,
+    tensor_type,
+    tensor_value,
+    tensor_extra,
+    tensor_swap,
+    file_cut,
+    header_lies,
+    header_lies,
+    shards,
+    shards,
+    modules_file,
+)
 
 
 def make(base: Path, folder: Path, seed: int, count: int = 1) -> list[str]:
@@ -426,10 +517,13 @@ class Worker:
         """The answer; {"died": return code} if there is none."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, "work", *self._warm], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                [sys.executable, "-W", "ignore", __file__, "work", *self._warm],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
-            )  # fmt: skip
+            )
             assert self._process.stdout is not None
             assert self._process.stdout.readline() == "ready\n"
         process = self._process

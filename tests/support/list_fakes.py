@@ -78,9 +78,13 @@ class Prompts:
         self.texts: list[str] = []
 
     def encode(
-        self, query: str, lists: Sequence[Sequence[str]], *, notes: Sequence[Sequence[str]] | None = None,
+        self,
+        query: str,
+        lists: Sequence[Sequence[str]],
+        *,
+        notes: Sequence[Sequence[str]] | None = None,
         limits: TextLimits = NO_LIMITS,
-    ) -> list[Prompt]:  # fmt: skip
+    ) -> list[Prompt]:
         assert limits == NO_LIMITS
         assert self.template.uses_notes == (notes is not None)
         prompts = []

@@ -24,17 +24,66 @@ O200K_SPLIT = (
 CORPUS = [
     "Query: where do owls sleep? Document: The owl sleeps by day, and hunts mice by night. it's they're don't",
     "Café Zürich: naïve façade, 東京は大きい。 Москва тоже. What is 3.14159 times 2? About 6.28318!",
-    "!!!!!!!! ---- ==== ....... a!!!b ??!!??!!", "        x    y\n\n\n\n   \n  z\t\t", "aaaaaaa abababab bananana",
-    "123456789 2024 1000000", "東京東京大大大国国国 東京は", "e\u0301e\u0301 ﬁﬂ½ ＡＢＣ カ゛",
-]  # fmt: skip
+    "!!!!!!!! ---- ==== ....... a!!!b ??!!??!!",
+    "        x    y\n\n\n\n   \n  z\t\t",
+    "aaaaaaa abababab bananana",
+    "123456789 2024 1000000",
+    "東京東京大大大国国国 東京は",
+    "e\u0301e\u0301 ﬁﬂ½ ＡＢＣ カ゛",
+]
 ATOMS = [
-    "!", "?!", "-", "  ", " ", "\n", " \n", "\t", "a", "A", "aB", "ab", "banana", "1", "123", "東", "京", "東京国",
+    "!",
+    "?!",
+    "-",
+    "  ",
+    " ",
+    "\n",
+    " \n",
+    "\t",
+    "a",
+    "A",
+    "aB",
+    "ab",
+    "banana",
+    "1",
+    "123",
+    "東",
+    "京",
+    "東京国",
     "。",
-    "é", "e\u0301", "\u0301", "カ゛", "ｶﾞ", "👩‍👩‍👧", "🦉", "🇫🇷", "\u0000", "\u200d", "\u00a0", "ﬁ", "½", "Ａ", "</s>",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "カ゛",
+    "ｶﾞ",
+    "👩‍👩‍👧",
+    "🦉",
+    "🇫🇷",
+    "\u0000",
+    "\u200d",
+    "\u00a0",
+    "ﬁ",
+    "½",
+    "Ａ",
+    "</s>",
     "<|end|>",
-    "[SEP]", "'s", "x" * 150, "ا", "ไทย", "क्षि", "\u3000", "_", ".", "The owl sleeps, ", "\ud83d", "한국",
-    "\u1100\u1161\u11a8", "İ", "ß", "Σ",
-]  # fmt: skip
+    "[SEP]",
+    "'s",
+    "x" * 150,
+    "ا",
+    "ไทย",
+    "क्षि",
+    "\u3000",
+    "_",
+    ".",
+    "The owl sleeps, ",
+    "\ud83d",
+    "한국",
+    "\u1100\u1161\u11a8",
+    "İ",
+    "ß",
+    "Σ",
+]
 
 
 def byte_level(split: str | None, normalizer: Any = None, prefix: bool = False) -> Tokenizer:
@@ -129,10 +178,16 @@ def make(seed: int, size: int) -> str:
 
 
 HOSTILE: dict[str, tuple[str, int]] = {
-    "punctuation": ("!", 31_000_000), "mixed punctuation": ("!?.,;:", 31_000_000), "spaces": (" ", 31_000_000),
-    "CJK": ("東京国大", 10_800_000), "word": ("ab", 31_000_000), "digits": ("1234567890", 31_000_000),
-    "controls": ("\0", 31_000_000), "emoji": ("🦉", 7_000_000), "combining": ("a\u0301\u0301", 15_000_000),
-}  # fmt: skip
+    "punctuation": ("!", 31_000_000),
+    "mixed punctuation": ("!?.,;:", 31_000_000),
+    "spaces": (" ", 31_000_000),
+    "CJK": ("東京国大", 10_800_000),
+    "word": ("ab", 31_000_000),
+    "digits": ("1234567890", 31_000_000),
+    "controls": ("\0", 31_000_000),
+    "emoji": ("🦉", 7_000_000),
+    "combining": ("a\u0301\u0301", 15_000_000),
+}
 
 
 def main(folder: Path) -> None:
@@ -159,10 +214,12 @@ def main(folder: Path) -> None:
         asked = ours.pairs(text, ["the owl"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row = {
-            "text": name, "given": given, "tokens": [len(batch.ids), len(asked.ids)],
+            "text": name,
+            "given": given,
+            "tokens": [len(batch.ids), len(asked.ids)],
             "truncated": [bool(batch.truncated[0]), bool(batch.truncated[1]), asked.query_truncated],
             "grown_mb": (peak - base) / 1024,
-        }  # fmt: skip
+        }
         print(json.dumps(row), flush=True)
 
 

@@ -91,9 +91,13 @@ def errors(value: Any, exact: np.ndarray) -> tuple[float, float]:
 
 
 def check(
-    out: torch.Tensor, lse: torch.Tensor, inputs: list[torch.Tensor], spans: list[np.ndarray], softcap: float = 0.0,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    inputs: list[torch.Tensor],
+    spans: list[np.ndarray],
+    softcap: float = 0.0,
     scale: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Assert errors against float64 of at most twice plain torch's in the same dtype, and what empty rows hold."""
     scale = inputs[0].shape[2] ** -0.5 if scale is None else scale
     exact, exact_lse = reference.attention(

@@ -202,9 +202,12 @@ def t5() -> Any:
     tokenizer.normalizer = fold
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
-        vocab_size=260, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>",
-        initial_alphabet=LETTERS, show_progress=False,
-    )  # fmt: skip
+        vocab_size=260,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=LETTERS,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     data = json.loads(tokenizer.to_str())
     data["model"]["vocab"] += [[f"▁{word}", -2.0] for word in T5_WORDS]
@@ -217,9 +220,16 @@ def t5() -> Any:
 
 
 STYLES: dict[str, Callable[[], Any]] = {
-    "qwen": qwen, "gpt2": gpt2, "llama3": llama3, "llama2": llama2, "zephyr": zephyr, "mistral": mistral,
-    "gemma": gemma, "phi3": phi3, "t5": t5,
-}  # fmt: skip
+    "qwen": qwen,
+    "gpt2": gpt2,
+    "llama3": llama3,
+    "llama2": llama2,
+    "zephyr": zephyr,
+    "mistral": mistral,
+    "gemma": gemma,
+    "phi3": phi3,
+    "t5": t5,
+}
 
 
 # With these learned, yes and no are single tokens wherever an answer may stand.

@@ -65,9 +65,14 @@ class Explaining(Lengths):
         return [np.array([m for _, m in self._masses(text)], np.float32) for text in documents]
 
     def rank(  # type: ignore[override]
-        self, query: str, documents: Any, top_k: int | None = None, return_documents: bool = False,
-        explain: bool = False, **options: Any,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        self,
+        query: str,
+        documents: Any,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        explain: bool = False,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
         rows = super().rank(query, documents, top_k, return_documents, **options)
         for row in rows if explain else ():
             row["tokens"] = self._masses(documents[row["corpus_id"]])
@@ -114,8 +119,10 @@ class Optioned(Lengths):
         self, queries: list[str], documents: list[list[str]], usage: Usage, call: CallOptions = NO_OPTIONS
     ) -> list[Scores]:
         super()._score_many(queries, documents, usage)
-        return [np.array([self.value(query, text, call) for text in texts], np.float32)
-                for query, texts in zip(queries, documents, strict=True)]  # fmt: skip
+        return [
+            np.array([self.value(query, text, call) for text in texts], np.float32)
+            for query, texts in zip(queries, documents, strict=True)
+        ]
 
 
 def _cut(what: str, text: str, most: int | None, limits: TextLimits) -> str:

@@ -19,9 +19,17 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 torch.set_num_threads(1)  # for these sizes, waking a second thread takes longer than the work
 
 FAMILIES = (
-    "bert", "bert-relu", "roberta", "xlm-roberta", "camembert", "electra", "electra-narrow", "distilbert",
-    "modernbert", "modernbert-mean",
-)  # fmt: skip
+    "bert",
+    "bert-relu",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "electra-narrow",
+    "distilbert",
+    "modernbert",
+    "modernbert-mean",
+)
 MAX_LENGTH = 160
 MODERNBERT_WINDOW = 8  # tokens on either side of a local layer's token: local_attention / 2
 
@@ -38,14 +46,26 @@ VOCABULARY = len({*BERT_SPECIALS, *ALPHABET, *(f"##{c}" for c in ALPHABET), *WOR
 _COMMON = {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 50}
 _POSITIONS = {"max_position_embeddings": MAX_LENGTH, "type_vocab_size": 2, "pad_token_id": 0}
 _ROBERTA = {
-    "num_hidden_layers": 3, "intermediate_size": 50, "max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1,
-    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
+    "num_hidden_layers": 3,
+    "intermediate_size": 50,
+    "max_position_embeddings": MAX_LENGTH + 2,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 _MODERNBERT = {
-    "num_hidden_layers": 4, "intermediate_size": 50, "max_position_embeddings": MAX_LENGTH,
-    "local_attention": 2 * MODERNBERT_WINDOW, "global_attn_every_n_layers": 3, "pad_token_id": 0, "cls_token_id": 2,
-    "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3,
-}  # fmt: skip
+    "num_hidden_layers": 4,
+    "intermediate_size": 50,
+    "max_position_embeddings": MAX_LENGTH,
+    "local_attention": 2 * MODERNBERT_WINDOW,
+    "global_attn_every_n_layers": 3,
+    "pad_token_id": 0,
+    "cls_token_id": 2,
+    "sep_token_id": 3,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", _COMMON | _POSITIONS),
     "bert-relu": ("Bert", _COMMON | _POSITIONS | {"hidden_act": "relu", "num_attention_heads": 5}),
@@ -54,14 +74,32 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "camembert": ("Camembert", _ROBERTA | {"hidden_size": 48, "num_attention_heads": 3, "hidden_act": "gelu_new"}),
     "electra": ("Electra", _COMMON | _POSITIONS | {"embedding_size": 40}),
     "electra-narrow": ("Electra", _COMMON | _POSITIONS | {"embedding_size": 22}),
-    "distilbert": ("DistilBert", {"dim": 40, "n_layers": 3, "n_heads": 4, "hidden_dim": 50, "pad_token_id": 0,
-                                  "max_position_embeddings": MAX_LENGTH}),
+    "distilbert": (
+        "DistilBert",
+        {
+            "dim": 40,
+            "n_layers": 3,
+            "n_heads": 4,
+            "hidden_dim": 50,
+            "pad_token_id": 0,
+            "max_position_embeddings": MAX_LENGTH,
+        },
+    ),
     "modernbert": ("ModernBert", _MODERNBERT | {"hidden_size": 48, "num_attention_heads": 3}),
-    "modernbert-mean": ("ModernBert", _MODERNBERT | {
-        "hidden_size": 40, "num_attention_heads": 4, "classifier_pooling": "mean", "attention_bias": True,
-        "mlp_bias": True, "norm_bias": True, "classifier_bias": True,
-    }),
-}  # fmt: skip
+    "modernbert-mean": (
+        "ModernBert",
+        _MODERNBERT
+        | {
+            "hidden_size": 40,
+            "num_attention_heads": 4,
+            "classifier_pooling": "mean",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "classifier_bias": True,
+        },
+    ),
+}
 
 
 def is_roberta(family: str) -> bool:
@@ -97,9 +135,15 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def save(
-    folder: Path, family: str, *, labels: int = 1, seed: int = 0, dtype: str = "float32", shard_size: str | None = None,
+    folder: Path,
+    family: str,
+    *,
+    labels: int = 1,
+    seed: int = 0,
+    dtype: str = "float32",
+    shard_size: str | None = None,
     change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Save `build(...)` and a tokenizer to `folder`; `change` maps the stored tensors (one file only)."""
     model = build(family, labels, seed).to(getattr(torch, dtype))
     model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
@@ -134,9 +178,11 @@ def save_tokenizer(folder: Path, family: str) -> None:
         "model_max_length": MAX_LENGTH,
         "model_input_names": names,
         "pad_token": "<pad>" if is_roberta(family) else "[PAD]",
-        "unk_token": unknown, "cls_token": first, "sep_token": last,
+        "unk_token": unknown,
+        "cls_token": first,
+        "sep_token": last,
         "mask_token": "<mask>" if is_roberta(family) else "[MASK]",
-    }  # fmt: skip
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -16,9 +16,15 @@ import transformers
 WINDOW = 8
 _COMMON = {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 50}
 _DECODER = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "intermediate_size": 50, "max_position_embeddings": 512, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 50,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
 _POSITIONS = {"max_position_embeddings": tiny.MAX_LENGTH, "type_vocab_size": 2, "pad_token_id": 0}
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "albert": ("Albert", _COMMON | _POSITIONS | {"embedding_size": 16, "classifier_dropout_prob": 0.0}),
@@ -31,19 +37,48 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _DECODER | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen3": ("Qwen3", _DECODER),
     "gemma2": ("Gemma2", _DECODER | {"sliding_window": WINDOW, "query_pre_attn_scalar": 8}),
-    "deberta": ("DebertaV2", _COMMON | {
-        "max_position_embeddings": tiny.MAX_LENGTH, "relative_attention": True, "position_buckets": 16,
-        "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 0,
-        "position_biased_input": False, "pooler_hidden_size": 40,
-    }),
+    "deberta": (
+        "DebertaV2",
+        _COMMON
+        | {
+            "max_position_embeddings": tiny.MAX_LENGTH,
+            "relative_attention": True,
+            "position_buckets": 16,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "type_vocab_size": 0,
+            "position_biased_input": False,
+            "pooler_hidden_size": 40,
+        },
+    ),
     "mpnet": ("MPNet", _COMMON | {"max_position_embeddings": tiny.MAX_LENGTH + 2, "pad_token_id": 1}),
     "xlnet": ("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 50, "pad_token_id": 0}),
-    "mobilebert": ("MobileBert", _COMMON | _POSITIONS | {
-        "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16, "num_feedforward_networks": 2,
-    }),
-    "t5": ("T5", {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 50, "num_layers": 2, "pad_token_id": 0,
-                  "eos_token_id": 3, "decoder_start_token_id": 0}),
-}  # fmt: skip
+    "mobilebert": (
+        "MobileBert",
+        _COMMON
+        | _POSITIONS
+        | {
+            "embedding_size": 16,
+            "intra_bottleneck_size": 16,
+            "true_hidden_size": 16,
+            "num_feedforward_networks": 2,
+        },
+    ),
+    "t5": (
+        "T5",
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "num_heads": 4,
+            "d_ff": 50,
+            "num_layers": 2,
+            "pad_token_id": 0,
+            "eos_token_id": 3,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
 KNOWN = tuple(name for name, (kind, _) in _SETTINGS.items() if hasattr(transformers, f"{kind}Config"))
 DECODERS = ("llama", "llama-without-pad", "mistral", "qwen2", "qwen3", "gemma2")
 PADDED = ("deberta", "mpnet", "xlnet", "mobilebert", "t5")

@@ -90,9 +90,16 @@ class NativeEncoder:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, tensors: Tensors, head: Head, *, dtype: str,
-        num_threads: int | None = None, precise_layers: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        tensors: Tensors,
+        head: Head,
+        *,
+        dtype: str,
+        num_threads: int | None = None,
+        precise_layers: int = 0,
+    ) -> None:
         self.family = family
         self.dtype = dtype
         self.readout = head.readout
@@ -117,9 +124,14 @@ class NativeEncoder:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, head: Head, *, dtype: str = "float32", num_threads: int | None = None,
+        cls,
+        checkpoint: Checkpoint,
+        head: Head,
+        *,
+        dtype: str = "float32",
+        num_threads: int | None = None,
         precise_layers: int = 0,
-    ) -> NativeEncoder:  # fmt: skip
+    ) -> NativeEncoder:
         """Open the checkpoint's weights and pack them.
 
         Example:
@@ -306,9 +318,14 @@ class NativeEncoder:
         self._encoder.set_factor(layer, slot, factor)
 
     def _linear(
-        self, tensors: Tensors, layer: int, name: str | Fused, prefix: str, stored: dict[str, npt.NDArray[Any]],
+        self,
+        tensors: Tensors,
+        layer: int,
+        name: str | Fused,
+        prefix: str,
+        stored: dict[str, npt.NDArray[Any]],
         room: Arena,
-    ) -> _Linear:  # fmt: skip
+    ) -> _Linear:
         """The weight and bias of a slot; `stored` keeps what was read, as several slots share a fused matrix."""
         part = name if isinstance(name, Fused) else Fused(name, 0, 1)
         full = prefix + part.name.format(layer)

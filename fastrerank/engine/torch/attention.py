@@ -51,9 +51,16 @@ class AttentionScorer:
     """
 
     def __init__(
-        self, runner: PackedBackbone, weights: dict[int, torch.Tensor | None], *, dtype: str, budget: int | None,
-        num_threads: int | None, heads: tuple[LayerHead, ...] | None, kept_bytes: int,
-    ) -> None:  # fmt: skip
+        self,
+        runner: PackedBackbone,
+        weights: dict[int, torch.Tensor | None],
+        *,
+        dtype: str,
+        budget: int | None,
+        num_threads: int | None,
+        heads: tuple[LayerHead, ...] | None,
+        kept_bytes: int,
+    ) -> None:
         self._runner, self._weights, self.kept_bytes = runner, weights, kept_bytes
         self.dtype, self.device, self.budget, self.num_threads = dtype, runner.device, budget, num_threads
         config = runner.backbone.config.get_text_config()
@@ -65,10 +72,16 @@ class AttentionScorer:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, heads: Iterable[LayerHead] | None = None, *, dtype: str = "float32",
-        device: str = "cpu", num_threads: int | None = None, memory_limit: float | None = None,
+        cls,
+        checkpoint: Checkpoint,
+        heads: Iterable[LayerHead] | None = None,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
         early_exit: bool = True,
-    ) -> AttentionScorer:  # fmt: skip
+    ) -> AttentionScorer:
         """Load a decoder through transformers, as far as the last layer of `heads`.
 
         Args:
@@ -92,15 +105,27 @@ class AttentionScorer:
         layers = None if chosen is None or not early_exit else max(layer for layer, _ in chosen) + 1
         model = load_model(checkpoint, "none", dtype, layers=layers)
         return cls.from_model(
-            model, chosen, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
+            model,
+            chosen,
+            dtype=dtype,
+            device=device,
+            num_threads=num_threads,
+            memory_limit=memory_limit,
             early_exit=early_exit,
-        )  # fmt: skip
+        )
 
     @classmethod
     def from_model(
-        cls, backbone: Any, heads: Iterable[LayerHead] | None = None, *, dtype: str = "float32", device: str = "cpu",
-        num_threads: int | None = None, memory_limit: float | None = None, early_exit: bool = True,
-    ) -> AttentionScorer:  # fmt: skip
+        cls,
+        backbone: Any,
+        heads: Iterable[LayerHead] | None = None,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
+        early_exit: bool = True,
+    ) -> AttentionScorer:
         """Take over a transformers model without its head, in evaluation mode; the model is changed for good."""
         if causality(backbone) == {False}:
             raise ValueError(
@@ -152,9 +177,14 @@ class AttentionScorer:
         unlimited = place.type == "cpu" and memory_limit is None
         each = bytes_per_token(config, kind.itemsize, packed=True)
         return cls(
-            runner, by_layer, dtype=dtype, budget=None if unlimited else device_budget(place, each, memory_limit),
-            num_threads=num_threads, heads=chosen, kept_bytes=kept.nbytes // len(kept.ids),
-        )  # fmt: skip
+            runner,
+            by_layer,
+            dtype=dtype,
+            budget=None if unlimited else device_budget(place, each, memory_limit),
+            num_threads=num_threads,
+            heads=chosen,
+            kept_bytes=kept.nbytes // len(kept.ids),
+        )
 
     def masses(self, reading: Reading, before: Kept | None = None) -> tuple[npt.NDArray[np.float32], Cost]:
         """Return (masses, cost): float32 (end - begin,), the sum over the heads and rows that are read.
@@ -270,10 +300,12 @@ def _eager_masses(backbone: Any, reading: Reading, layers: Sequence[int]) -> tor
     for number, branch in enumerate(reading.branches):
         ids = torch.from_numpy(np.concatenate([reading.shared, branch]))[None].to(backbone.device)
         rows = backbone(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True).attentions
-        weights = np.concatenate([
-            reading.weights[: len(reading.shared) - reading.first] * (number == 0),
-            reading.weights[place : place + len(branch)],
-        ])  # fmt: skip
+        weights = np.concatenate(
+            [
+                reading.weights[: len(reading.shared) - reading.first] * (number == 0),
+                reading.weights[place : place + len(branch)],
+            ]
+        )
         place += len(branch)
         factor = torch.from_numpy(weights).double().to(backbone.device)
         parts = [

@@ -49,9 +49,13 @@ class Reading:
 
     @classmethod
     def of(
-        cls, context: npt.NDArray[np.integer], tail: npt.NDArray[np.integer],
-        other: npt.NDArray[np.integer] | None, begin: int, end: int,
-    ) -> Reading:  # fmt: skip
+        cls,
+        context: npt.NDArray[np.integer],
+        tail: npt.NDArray[np.integer],
+        other: npt.NDArray[np.integer] | None,
+        begin: int,
+        end: int,
+    ) -> Reading:
         """Read the mean over the rows of `tail` behind `context`, less that over the rows of `other`, if there is one.
 
         What the tails begin with alike is computed once.
@@ -108,9 +112,18 @@ class _ReadRows(ChosenRows):
     """
 
     def __init__(
-        self, table: torch.Tensor, windows: tuple[int, ...], alone: int, chosen: torch.Tensor, count: int,
-        layers: frozenset[int], take: Callable[..., None], *, before: Kept | None = None, keep: Kept | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        table: torch.Tensor,
+        windows: tuple[int, ...],
+        alone: int,
+        chosen: torch.Tensor,
+        count: int,
+        layers: frozenset[int],
+        take: Callable[..., None],
+        *,
+        before: Kept | None = None,
+        keep: Kept | None = None,
+    ) -> None:
         super().__init__(table, windows, alone, chosen)
         self.count, self.layers, self.take = count, layers, take
         self.before, self.keep = before, keep
@@ -118,9 +131,14 @@ class _ReadRows(ChosenRows):
         self.layer = -1
 
     def answer(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scale: float | None,
         softcap: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.keys_only:  # of the last layer that is read
             self.layer += 1
@@ -168,9 +186,14 @@ class _ReadRows(ChosenRows):
 
 
 def read(
-    runner: PackedBackbone, reading: Reading, heads: Mapping[int, torch.Tensor | None], *, before: Kept | None = None,
-    keep: Kept | None = None, each: Callable[[int, torch.Tensor], None] | None = None,
-) -> torch.Tensor:  # fmt: skip
+    runner: PackedBackbone,
+    reading: Reading,
+    heads: Mapping[int, torch.Tensor | None],
+    *,
+    before: Kept | None = None,
+    keep: Kept | None = None,
+    each: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Run a packed decoder as far as the last layer in `heads`, and return the masses of the keys, float32 (S,).
 
     Args:
@@ -197,9 +220,14 @@ def read(
     spans: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(
-        layer: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, window: int | None, scale: float | None,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor,
+        window: int | None,
+        scale: float | None,
         softcap: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if window not in spans:
             spans[window] = tuple(upload(ends, device) for ends in _seen(batch, reading, window))  # type: ignore[assignment]
         keys = k[reading.begin : reading.end]
@@ -214,9 +242,16 @@ def read(
             )
 
     row = _ReadRows(
-        table, runner.windows, max(0, batch.alone - skipped), upload(chosen, device), count, frozenset(heads),
-        take, before=before, keep=keep,
-    )  # fmt: skip
+        table,
+        runner.windows,
+        max(0, batch.alone - skipped),
+        upload(chosen, device),
+        count,
+        frozenset(heads),
+        take,
+        before=before,
+        keep=keep,
+    )
     try:
         runner.forward(row)
     except _AllRead:

@@ -72,17 +72,30 @@ class Row:
         return self.table[:3].long()[:, None]
 
     def answer(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scale: float | None,
         softcap: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return attention (1, T, H, D) of query (1, H, T, D), key and value (1, Hkv, T, D)."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.attend(q, k, v, window, scale, softcap)[0][None]
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float | None,
-        softcap: float, *, rows: torch.Tensor | None = None, return_lse: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None,
+        scale: float | None,
+        softcap: float,
+        *,
+        rows: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (out, lse) of `ops.attention`, for all rows or (q has these only) for `rows`; lse where asked for."""
         spans, count = self.intervals(window), self.table.shape[1]
 
@@ -133,10 +146,17 @@ def answering(row: Row) -> Iterator[None]:
 
 
 def _attend(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,  # noqa: ARG001
-    sliding_window: int | None = None, softcap: float | None = None, **others: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention of a layer: query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, D)."""
     row = running()
     if row is None:
@@ -271,9 +291,13 @@ class PackedBackbone:
             yield states[: len(batch)]
 
     def rows(
-        self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], read: Read,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        ids: npt.NDArray[np.int32],
+        types: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
+        chosen: npt.NDArray[np.int64],
+        read: Read,
+    ) -> torch.Tensor:
         """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
         batch = pack_documents(ids, types, offsets, chosen, self.causal)
         with self._states(batch) as states:

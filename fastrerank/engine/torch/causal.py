@@ -42,9 +42,14 @@ class LabelHead:
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, norm: FinalNorm, *, scale: float = 1.0,
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: FinalNorm,
+        *,
+        scale: float = 1.0,
         softcap: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.weight, self.bias, self.norm, self.scale, self.softcap = weight, bias, norm, scale, softcap
         self._rows: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
@@ -55,9 +60,16 @@ class LabelHead:
         if norm.module is not None:
             hidden = norm.module(hidden.float())
         return ops.label_logits(
-            hidden, weight, norm=norm.kind, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, bias=bias,
-            scale=self.scale, softcap=self.softcap,
-        )  # fmt: skip
+            hidden,
+            weight,
+            norm=norm.kind,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            bias=bias,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
 
     def _sliced(self, labels: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         key = labels.tobytes()
@@ -83,9 +95,16 @@ class CausalScorer:
     """
 
     def __init__(
-        self, runner: Any, head: LabelHead, *, dtype: str, budget: int, max_length: int | None,
-        num_threads: int | None = None, share_prefixes: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        runner: Any,
+        head: LabelHead,
+        *,
+        dtype: str,
+        budget: int,
+        max_length: int | None,
+        num_threads: int | None = None,
+        share_prefixes: bool = True,
+    ) -> None:
         self._runner, self._head = runner, head
         self.dtype, self.device, self.budget = dtype, runner.device, budget
         self.max_length, self.num_threads = max_length, num_threads
@@ -100,9 +119,16 @@ class CausalScorer:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", num_threads: int | None = None,
-        memory_limit: float | None = None, share_prefixes: bool = True, head: str = "causal",
-    ) -> CausalScorer:  # fmt: skip
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
+        share_prefixes: bool = True,
+        head: str = "causal",
+    ) -> CausalScorer:
         """Load a decoder through transformers.
 
         Args:
@@ -124,15 +150,27 @@ class CausalScorer:
         ops.num_threads(num_threads)  # checks it
         model = load_model(checkpoint, head, dtype)
         return cls.from_model(
-            model, dtype=dtype, device=device, num_threads=num_threads, memory_limit=memory_limit,
-            share_prefixes=share_prefixes, head=head,
-        )  # fmt: skip
+            model,
+            dtype=dtype,
+            device=device,
+            num_threads=num_threads,
+            memory_limit=memory_limit,
+            share_prefixes=share_prefixes,
+            head=head,
+        )
 
     @classmethod
     def from_model(
-        cls, model: Any, *, dtype: str = "float32", device: str = "cpu", num_threads: int | None = None,
-        memory_limit: float | None = None, share_prefixes: bool = True, head: str = "causal",
-    ) -> CausalScorer:  # fmt: skip
+        cls,
+        model: Any,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
+        share_prefixes: bool = True,
+        head: str = "causal",
+    ) -> CausalScorer:
         """Take over a transformers model in evaluation mode; arguments as in `load`. The model is changed for good.
 
         Raises ValueError for a model without a linear head, or whose logits are not what its class computes.
@@ -145,19 +183,36 @@ class CausalScorer:
         with torch.inference_mode(), place_on(num_threads, weight.device):
             expected = probes.expected(model, head)
         scorer = cls.build(
-            backbone, weight, bias, probes, expected, dtype=dtype, device=device, num_threads=num_threads,
-            memory_limit=memory_limit, share_prefixes=share_prefixes,
-        )  # fmt: skip
+            backbone,
+            weight,
+            bias,
+            probes,
+            expected,
+            dtype=dtype,
+            device=device,
+            num_threads=num_threads,
+            memory_limit=memory_limit,
+            share_prefixes=share_prefixes,
+        )
         if head == "classification":
             scorer.skipped = getattr(backbone.config.get_text_config(), "pad_token_id", None)
         return scorer
 
     @classmethod
     def build(
-        cls, backbone: Any, weight: torch.Tensor, bias: torch.Tensor | None, probes: Probes,
-        expected: npt.NDArray[np.float64], *, dtype: str, device: str, num_threads: int | None,
-        memory_limit: float | None, share_prefixes: bool,
-    ) -> CausalScorer:  # fmt: skip
+        cls,
+        backbone: Any,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        probes: Probes,
+        expected: npt.NDArray[np.float64],
+        *,
+        dtype: str,
+        device: str,
+        num_threads: int | None,
+        memory_limit: float | None,
+        share_prefixes: bool,
+    ) -> CausalScorer:
         """Put a backbone and head rows on a device, and prove them against what `probes` are `expected` to give."""
         place, kind = torch.device(device), getattr(torch, dtype)
         backbone.to(place).eval()
@@ -171,13 +226,14 @@ class CausalScorer:
                 reason = str(error)
         config = backbone.config.get_text_config()
         scorer = cls(
-            runner, LabelHead(weight, bias, norm, **_logit_options(config)), dtype=dtype,
-            budget=forward_budget(
-                config, kind, place, memory_limit, packed=runner.packed, on_cpu=CPU_DECODER_TOKENS
-            ),
-            max_length=getattr(config, "max_position_embeddings", None), num_threads=num_threads,
+            runner,
+            LabelHead(weight, bias, norm, **_logit_options(config)),
+            dtype=dtype,
+            budget=forward_budget(config, kind, place, memory_limit, packed=runner.packed, on_cpu=CPU_DECODER_TOKENS),
+            max_length=getattr(config, "max_position_embeddings", None),
+            num_threads=num_threads,
             share_prefixes=share_prefixes,
-        )  # fmt: skip
+        )
         scorer.reason = reason
         error_ = probes.error(scorer, expected)
         if error_ > _AGREES[dtype] and isinstance(runner, PackedDecoder):
@@ -368,9 +424,12 @@ class Probes:
         name, whole = _head_module(model, head)
         chosen = torch.from_numpy(self.labels).to(whole.weight.device)
         few = torch.nn.Linear(
-            whole.in_features, len(chosen), whole.bias is not None, device=model.device,
+            whole.in_features,
+            len(chosen),
+            whole.bias is not None,
+            device=model.device,
             dtype=next(getattr(model, model.base_model_prefix).parameters()).dtype,
-        )  # fmt: skip
+        )
         few.weight.copy_(whole.weight[chosen])
         if whole.bias is not None:
             few.bias.copy_(whole.bias[chosen])

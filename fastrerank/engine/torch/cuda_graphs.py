@@ -131,8 +131,9 @@ class CudaGraphs:
             raise
         except RuntimeError as error:
             self.failed = True
-            log.warning("no CUDA graph of %d tokens could be captured, going on without graphs: %s",
-                        table.shape[1], error)  # fmt: skip
+            log.warning(
+                "no CUDA graph of %d tokens could be captured, going on without graphs: %s", table.shape[1], error
+            )
             return None
         self._graphs[table.shape[1]] = _Graph(buffer, replay, states)
         return self._graphs[table.shape[1]]

@@ -114,9 +114,14 @@ class ChosenRows(Row):
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def answer(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scale: float | None,
         softcap: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         if self.keys_only:
             self.kept = (key[0].transpose(0, 1), value[0].transpose(0, 1))
             raise KeysKept

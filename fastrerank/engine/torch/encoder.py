@@ -43,9 +43,15 @@ class TorchEncoder:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, runner: Any, head: Any, *, dtype: str, budget: int,
+        self,
+        checkpoint: Checkpoint,
+        runner: Any,
+        head: Any,
+        *,
+        dtype: str,
+        budget: int,
         num_threads: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._runner, self._head = runner, head
         self.dtype = dtype
         self.device: torch.device = runner.device
@@ -68,10 +74,17 @@ class TorchEncoder:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, head: Head | None = None, *, dtype: str = "float32", device: str = "cpu",
-        num_threads: int | None = None, packed: bool | None = None, memory_limit: float | None = None,
+        cls,
+        checkpoint: Checkpoint,
+        head: Head | None = None,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        packed: bool | None = None,
+        memory_limit: float | None = None,
         cuda_graphs: bool = True,
-    ) -> TorchEncoder:  # fmt: skip
+    ) -> TorchEncoder:
         """Load a checkpoint through transformers.
 
         Args:

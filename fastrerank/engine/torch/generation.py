@@ -34,9 +34,12 @@ def load_causal(checkpoint: Checkpoint, device: Any, dtype: Any) -> CausalGenera
     factory: Any = transformers.AutoModelForCausalLM
     with quiet(), one_error(path):
         model, info = factory.from_pretrained(
-            str(path), dtype=torch.float32 if chosen.dtype == "float32" else "auto", output_loading_info=True,
-            local_files_only=True, trust_remote_code=checkpoint.trust_remote_code,
-        )  # fmt: skip
+            str(path),
+            dtype=torch.float32 if chosen.dtype == "float32" else "auto",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
         tokenizer = load_fast(path, trust_remote_code=checkpoint.trust_remote_code)
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
@@ -74,9 +77,15 @@ class CausalGenerator:
 
     @torch.inference_mode()
     def generate(
-        self, rows: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float,
-        seeds: Sequence[int], stop: Sequence[str], tail: int,
-    ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seeds: Sequence[int],
+        stop: Sequence[str],
+        tail: int,
+    ) -> list[tuple[list[int], list[float]]]:
         """Return (new tokens without the end token, their log probabilities under the model) of each row of ids."""
         longest = max(map(len, rows))
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -91,10 +100,12 @@ class CausalGenerator:
         )
         criteria = [_Stop(self, stop, longest, tail)] if stop else []
         output = self.model.generate(
-            ids.to(self.model.device), attention_mask=mask.to(self.model.device), generation_config=config,
+            ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            generation_config=config,
             logits_processor=transformers.LogitsProcessorList([choice]),
             stopping_criteria=transformers.StoppingCriteriaList(criteria),
-        )  # fmt: skip
+        )
         logs = torch.stack(choice.logs, dim=1).tolist()
         answers = []
         for i, tokens in enumerate(output[:, longest:].tolist()):

@@ -57,8 +57,11 @@ class LabelEncoder:
         return self.counted(ids, type_ids, offsets)[0]
 
     def counted(
-        self, ids: npt.NDArray[np.int32], type_ids: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64]  # noqa: ARG002
-    ) -> tuple[npt.NDArray[np.float32], Cost]:  # fmt: skip
+        self,
+        ids: npt.NDArray[np.int32],
+        type_ids: npt.NDArray[np.int32] | None,  # noqa: ARG002
+        offsets: npt.NDArray[np.int64],
+    ) -> tuple[npt.NDArray[np.float32], Cost]:
         """What `forward` returns, and what it cost."""
         prompts = np.split(np.asarray(ids), np.asarray(offsets)[1:-1]) if len(offsets) > 1 else []
         logits, cost = self._scorer.label_logits(prompts, self._labels)

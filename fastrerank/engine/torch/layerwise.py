@@ -24,9 +24,15 @@ _RECOMMENDED = 28
 
 
 def load_layerwise(
-    checkpoint: Checkpoint, cutoff_layers: int | None, *, dtype: str, device: str, num_threads: int | None,
-    memory_limit: float | None, share_prefixes: bool = True,
-) -> CausalScorer:  # fmt: skip
+    checkpoint: Checkpoint,
+    cutoff_layers: int | None,
+    *,
+    dtype: str,
+    device: str,
+    num_threads: int | None,
+    memory_limit: float | None,
+    share_prefixes: bool = True,
+) -> CausalScorer:
     """Return a scorer of one label: the head after `cutoff_layers` layers. Weights of layers above are never read.
 
     Raises ValueError for a cutoff without a head and for weights that are missing.
@@ -42,17 +48,23 @@ def load_layerwise(
     if isinstance(cutoff, bool) or not isinstance(cutoff, int) or not start <= cutoff <= layers:
         raise ValueError(f"cutoff_layers must be {start} to {layers}, got {cutoff_layers!r}")
     granite = transformers.GraniteConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_hidden_layers=cutoff,
-        intermediate_size=config["intermediate_size"], num_attention_heads=config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_hidden_layers=cutoff,
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
         num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        max_position_embeddings=config["max_position_embeddings"], rms_norm_eps=config["rms_norm_eps"],
+        max_position_embeddings=config["max_position_embeddings"],
+        rms_norm_eps=config["rms_norm_eps"],
         hidden_act=config.get("hidden_act", "silu"),
         rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)},
-        embedding_multiplier=config["scale_emb"], residual_multiplier=config["scale_depth"] / math.sqrt(layers),
+        embedding_multiplier=config["scale_emb"],
+        residual_multiplier=config["scale_depth"] / math.sqrt(layers),
         attention_multiplier=(config["hidden_size"] // config["num_attention_heads"]) ** -0.5,
-        pad_token_id=config.get("pad_token_id"), bos_token_id=config.get("bos_token_id"),
+        pad_token_id=config.get("pad_token_id"),
+        bos_token_id=config.get("bos_token_id"),
         eos_token_id=config.get("eos_token_id"),
-    )  # fmt: skip
+    )
     kind = getattr(torch, dtype)
     with quiet(), torch.device("meta"):
         backbone: Any = transformers.GraniteModel(granite)
@@ -79,9 +91,17 @@ def load_layerwise(
     with torch.inference_mode():
         expected = np.stack([_score(backbone, head, ids) for ids in probes.prompts])
     return CausalScorer.build(
-        backbone, head, None, probes, expected, dtype=dtype, device=device, num_threads=num_threads,
-        memory_limit=memory_limit, share_prefixes=share_prefixes,
-    )  # fmt: skip
+        backbone,
+        head,
+        None,
+        probes,
+        expected,
+        dtype=dtype,
+        device=device,
+        num_threads=num_threads,
+        memory_limit=memory_limit,
+        share_prefixes=share_prefixes,
+    )
 
 
 def _score(backbone: Any, head: torch.Tensor, ids: Any) -> Any:

@@ -203,7 +203,14 @@ class _FeedForward:
         out = torch.empty((len(rows), down.out_features), dtype=x.dtype)
         if len(rows):
             first._packed.run_feed_forward(
-                down._packed, None if self.factor is None else self.factor._packed, self.activation, rows.data_ptr(),
-                rows.stride(0), len(rows), out.data_ptr(), down.out_features, torch.get_num_threads(),
-            )  # fmt: skip
+                down._packed,
+                None if self.factor is None else self.factor._packed,
+                self.activation,
+                rows.data_ptr(),
+                rows.stride(0),
+                len(rows),
+                out.data_ptr(),
+                down.out_features,
+                torch.get_num_threads(),
+            )
         return out.view(*x.shape[:-1], down.out_features)

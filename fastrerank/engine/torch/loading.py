@@ -65,9 +65,14 @@ def load_model(checkpoint: Checkpoint, head: str, dtype: str, layers: int | None
         exact["config"] = _shortened(checkpoint, layers)
     with quiet(), one_error(path):
         model, info = factory.from_pretrained(
-            str(path), dtype=stored, output_loading_info=True, local_files_only=True,
-            trust_remote_code=checkpoint.trust_remote_code, ignore_mismatched_sizes=True, **exact,
-        )  # fmt: skip
+            str(path),
+            dtype=stored,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            **exact,
+        )
     if info["mismatched_keys"]:
         name, stored_shape, shape = sorted(info["mismatched_keys"])[0]
         raise ValueError(

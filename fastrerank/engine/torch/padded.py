@@ -35,9 +35,12 @@ class PaddedBackbone:
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
 
     def inputs(
-        self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
+        self,
+        ids: npt.NDArray[np.int32],
+        types: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
         chosen: npt.NDArray[np.int64],
-    ) -> tuple[dict[str, Any], torch.Tensor]:  # fmt: skip
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the model's keyword arguments for the documents in `chosen`, and their lengths."""
         lengths = np.diff(offsets)[chosen]
         mask = np.arange(lengths.max()) < lengths[:, None]
@@ -51,9 +54,13 @@ class PaddedBackbone:
         return tensors | self._options, upload(lengths, self.device)
 
     def rows(
-        self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], read: Read,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        ids: npt.NDArray[np.int32],
+        types: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
+        chosen: npt.NDArray[np.int64],
+        read: Read,
+    ) -> torch.Tensor:
         """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
         inputs, lengths = self.inputs(ids, types, offsets, chosen)
         states: torch.Tensor = self.backbone(**inputs)[0]
@@ -69,9 +76,13 @@ class PaddedModel(PaddedBackbone):
     """A whole task model whose head cannot be told from its body: its own logits, in the model's precision."""
 
     def rows(
-        self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], read: Read,  # noqa: ARG002
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        ids: npt.NDArray[np.int32],
+        types: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
+        chosen: npt.NDArray[np.int64],
+        read: Read,  # noqa: ARG002
+    ) -> torch.Tensor:
         """Return logits, float32 (n, labels)."""
         inputs, _ = self.inputs(ids, types, offsets, chosen)
         logits: torch.Tensor = self.backbone(**inputs).logits

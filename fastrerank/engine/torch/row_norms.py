@@ -78,8 +78,18 @@ class _RowNorm:
         out = torch.empty(rows.shape, dtype=x.dtype)
         if len(rows):
             _cpu.norm_rows(
-                rows.data_ptr(), "bfloat16" if x.dtype == torch.bfloat16 else "float32", rows.stride(0), len(rows),
-                width, self.kind, self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr(), self.eps,
-                out.data_ptr(), width, torch.get_num_threads(), ops.isa(),
-            )  # fmt: skip
+                rows.data_ptr(),
+                "bfloat16" if x.dtype == torch.bfloat16 else "float32",
+                rows.stride(0),
+                len(rows),
+                width,
+                self.kind,
+                self.weight.data_ptr(),
+                0 if self.bias is None else self.bias.data_ptr(),
+                self.eps,
+                out.data_ptr(),
+                width,
+                torch.get_num_threads(),
+                ops.isa(),
+            )
         return out.view(x.shape)

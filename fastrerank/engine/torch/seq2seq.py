@@ -43,9 +43,15 @@ class Seq2SeqScorer:
     """
 
     def __init__(
-        self, engine: TorchEncoder, step: DecoderStep, norm: Any, weight: torch.Tensor, scale: float, *,
+        self,
+        engine: TorchEncoder,
+        step: DecoderStep,
+        norm: Any,
+        weight: torch.Tensor,
+        scale: float,
+        *,
         max_length: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._engine, self._step, self._norm, self._weight, self.scale = engine, step, norm, weight, scale
         self.dtype, self.device = engine.dtype, engine.device
         self.max_length = max_length
@@ -65,9 +71,15 @@ class Seq2SeqScorer:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", num_threads: int | None = None,
-        memory_limit: float | None = None, decoder_prefix: Sequence[int] = (),
-    ) -> Seq2SeqScorer:  # fmt: skip
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        memory_limit: float | None = None,
+        decoder_prefix: Sequence[int] = (),
+    ) -> Seq2SeqScorer:
         """Load a T5 through transformers.
 
         Args:
@@ -142,9 +154,13 @@ class Seq2SeqScorer:
         rows, at = np.unique(chosen, return_inverse=True)
         norm = self._norm
         logits = ops.label_logits(
-            torch.from_numpy(hidden), self._weight[torch.from_numpy(rows)], norm="rms",
-            norm_weight=norm.weight.detach().cpu(), eps=norm.variance_epsilon, scale=self.scale,
-        ).numpy()  # fmt: skip
+            torch.from_numpy(hidden),
+            self._weight[torch.from_numpy(rows)],
+            norm="rms",
+            norm_weight=norm.weight.detach().cpu(),
+            eps=norm.variance_epsilon,
+            scale=self.scale,
+        ).numpy()
         at = np.broadcast_to(at.reshape(chosen.shape), (len(place), chosen.shape[-1]))
         return np.take_along_axis(logits, at, 1), sum(costs, Cost())
 
@@ -190,9 +206,13 @@ class DecoderStep:
         return costs
 
     def rows(
-        self, ids: npt.NDArray[np.int32], types: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64], read: Read,  # noqa: ARG002
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        ids: npt.NDArray[np.int32],
+        types: npt.NDArray[np.int32] | None,
+        offsets: npt.NDArray[np.int64],
+        chosen: npt.NDArray[np.int64],
+        read: Read,  # noqa: ARG002
+    ) -> torch.Tensor:
         """Return the decoder's last states, float32 (n, hidden), for the prompts in `chosen`."""
         inputs, _ = self._encoder.inputs(ids, types, offsets, chosen)
         states = self.backbone(**inputs)[0]

@@ -15,21 +15,51 @@ __all__ = ["attention"]
 
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
-    plo: torch.Tensor | None = ..., phi: torch.Tensor | None = ..., *, scale: float | None = ..., softcap: float = ...,
-    out: torch.Tensor | None = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
-) -> torch.Tensor: ...  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None = ...,
+    phi: torch.Tensor | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float = ...,
+    out: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
-    plo: torch.Tensor | None = ..., phi: torch.Tensor | None = ..., *, scale: float | None = ..., softcap: float = ...,
-    out: torch.Tensor | None = ..., return_lse: Literal[True], backend: str | None = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None = ...,
+    phi: torch.Tensor | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float = ...,
+    out: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor,
-    plo: torch.Tensor | None = None, phi: torch.Tensor | None = None, *, scale: float | None = None,
-    softcap: float = 0.0, out: torch.Tensor | None = None, return_lse: bool = False, backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None = None,
+    phi: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Like `softmax(scale * q @ k.T, where=row i sees [lo_i, hi_i) and [plo_i, phi_i)) @ v` in every head.
 
     One op for every mask of packed attention: bidirectional documents (lo and hi are the document's ends), causal ones
@@ -92,10 +122,19 @@ def attention(
 
 
 def _run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, scale: float | None, softcap: float, out: torch.Tensor | None, return_lse: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+    out: torch.Tensor | None,
+    return_lse: bool,
     backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(q, k, v, lo, hi, plo, phi, out)
     backend = choose_backend(q.device, backend, "q")
     head_dim = q.shape[2]
@@ -130,24 +169,58 @@ def _run(
 
 
 def _cpp(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
-) -> None:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> None:
     rows, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
     strides = [step for tensor in (q, k, v, out) for step in tensor.stride()[:2]]
     _cpu.attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
-        lo.data_ptr(), hi.data_ptr(), 0 if plo is None else plo.data_ptr(), 0 if phi is None else phi.data_ptr(),
-        rows, keys, heads, kv_heads, head_dim, strides, "bfloat16" if q.dtype == torch.bfloat16 else "float32",
-        scale, softcap, cpu.num_threads(), cpu.isa(),
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        lo.data_ptr(),
+        hi.data_ptr(),
+        0 if plo is None else plo.data_ptr(),
+        0 if phi is None else phi.data_ptr(),
+        rows,
+        keys,
+        heads,
+        kv_heads,
+        head_dim,
+        strides,
+        "bfloat16" if q.dtype == torch.bfloat16 else "float32",
+        scale,
+        softcap,
+        cpu.num_threads(),
+        cpu.isa(),
+    )
 
 
 def _triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
-) -> None:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> None:
     from fastrerank.ops._attention.triton import attention as launch
 
     if q.is_cuda and q.device.index != torch.cuda.current_device():
@@ -158,9 +231,15 @@ def _triton(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, out: torch.Tensor | None,
-) -> None:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
     for name, given in (("q", q), ("k", k), ("v", v), ("out", out)):
         if given is None and name == "out":
             continue
@@ -207,9 +286,18 @@ _library.define(
 
 
 def _compiled(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, scale: float | None, softcap: float, return_lse: bool, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _run(q, k, v, lo, hi, plo, phi, scale, softcap, None, return_lse, backend)
 
 

@@ -104,9 +104,29 @@ def tanh(x):
 
 @triton.jit
 def _step(
-    qa, qb, k, v, n, end, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
-    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    qa,
+    qb,
+    k,
+    v,
+    n,
+    end,
+    lo,
+    hi,
+    m,
+    total,
+    acc_a,
+    acc_b,
+    k_row,
+    v_row,
+    inner,
+    factor,
+    D: tl.constexpr,
+    DA: tl.constexpr,
+    DB: tl.constexpr,
+    BN: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """Take the keys [n, min(n + BN, end)) into the running softmax; without MASK every row sees all BN of them."""
     keys = n + tl.arange(0, BN)
     inside = keys < end
@@ -135,9 +155,27 @@ def _step(
 
 @triton.jit
 def _span(
-    qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
-    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    qa,
+    qb,
+    k,
+    v,
+    lo,
+    hi,
+    dead,
+    m,
+    total,
+    acc_a,
+    acc_b,
+    k_row,
+    v_row,
+    inner,
+    factor,
+    D: tl.constexpr,
+    DA: tl.constexpr,
+    DB: tl.constexpr,
+    BN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """Take one interval per row into the running softmax. `dead` rows see nothing at all and may be given anything."""
     NEVER: tl.constexpr = 2147483647
     some = lo < hi
@@ -152,17 +190,57 @@ def _span(
     full_end = full_begin + full * BN
     for n in range(full_begin, full_end, BN):
         m, total, acc_a, acc_b = _step(
-            qa, qb, k, v, n, full_end, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
-            D, DA, DB, BN, False, SOFTCAP,
-        )  # fmt: skip
+            qa,
+            qb,
+            k,
+            v,
+            n,
+            full_end,
+            lo,
+            hi,
+            m,
+            total,
+            acc_a,
+            acc_b,
+            k_row,
+            v_row,
+            inner,
+            factor,
+            D,
+            DA,
+            DB,
+            BN,
+            False,
+            SOFTCAP,
+        )
     n = tl.where((full > 0) & (begin == full_begin), full_end, begin)
     n = tl.min(tl.where(some & (hi > n), tl.maximum(lo, n), NEVER))
     while n < end:
         stop = tl.where((full > 0) & (n < full_begin), full_begin, end)
         m, total, acc_a, acc_b = _step(
-            qa, qb, k, v, n, stop, lo, hi, m, total, acc_a, acc_b, k_row, v_row, inner, factor,
-            D, DA, DB, BN, True, SOFTCAP,
-        )  # fmt: skip
+            qa,
+            qb,
+            k,
+            v,
+            n,
+            stop,
+            lo,
+            hi,
+            m,
+            total,
+            acc_a,
+            acc_b,
+            k_row,
+            v_row,
+            inner,
+            factor,
+            D,
+            DA,
+            DB,
+            BN,
+            True,
+            SOFTCAP,
+        )
         n = tl.minimum(n + BN, stop)
         n = tl.where((full > 0) & (n == full_begin), full_end, n)
         n = tl.min(tl.where(some & (hi > n), tl.maximum(lo, n), NEVER))  # the next key that a row sees
@@ -172,11 +250,38 @@ def _span(
 # Numbers of rows and where intervals begin differ from call to call, and decide nothing: they are not compiled in.
 @triton.jit(do_not_specialize=["T", "S"], do_not_specialize_on_alignment=["LO", "HI", "PLO", "PHI", "LSE"])
 def kernel(
-    Q, K, V, LO, HI, PLO, PHI, OUT, LSE, T, S, H, inner, factor,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
-    G: tl.constexpr, D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, WITH_LSE: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    LO,
+    HI,
+    PLO,
+    PHI,
+    OUT,
+    LSE,
+    T,
+    S,
+    H,
+    inner,
+    factor,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    out_row,
+    out_head,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DA: tl.constexpr,
+    DB: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PREFIX: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WITH_LSE: tl.constexpr,
+):
     """A tile of rows of one of H query heads, tiles from the end; G query heads share a key head of S keys."""
     head = tl.program_id(0) % H
     rows = (tl.num_programs(0) // H - 1 - tl.program_id(0) // H) * BM + tl.arange(0, BM)
@@ -202,10 +307,10 @@ def kernel(
         dead = dead & (plo >= phi)
         m, total, acc_a, acc_b = _span(
             qa, qb, k, v, plo, phi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
-        )  # fmt: skip
+        )
     m, total, acc_a, acc_b = _span(
         qa, qb, k, v, lo, hi, dead, m, total, acc_a, acc_b, k_row, v_row, inner, factor, D, DA, DB, BN, SOFTCAP
-    )  # fmt: skip
+    )
 
     total = tl.where(dead, 1.0, total)
     out = OUT + head.to(tl.int64) * out_head + rows.to(tl.int64)[:, None] * out_row
@@ -222,10 +327,19 @@ def kernel(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, plo: torch.Tensor | None,
-    phi: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, scale: float, softcap: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    plo: torch.Tensor | None,
+    phi: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    scale: float,
+    softcap: float,
     chosen: Tile | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launch the kernel on arguments that `fastrerank.ops.attention` has checked; fills `out` and `lse`.
 
     `chosen` replaces the table's tile.
@@ -238,13 +352,38 @@ def attention(
     inner, factor = (scale / softcap, softcap * log2e) if softcap else (1.0, scale * log2e)
     # one dimension, of which a GPU takes 2^31 programs: of a second it takes 65,535, which are too few tiles
     kernel[(heads * triton.cdiv(rows, chosen.rows),)](
-        q, k, v, lo, hi, lo if plo is None else plo, hi if phi is None else phi, out, out if lse is None else lse,
-        rows, k.shape[0], heads, inner, factor,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
-        G=heads // k.shape[1], BM=chosen.rows, BN=chosen.keys, PREFIX=plo is not None, SOFTCAP=softcap > 0,
-        WITH_LSE=lse is not None, num_warps=chosen.warps, num_stages=chosen.stages,
+        q,
+        k,
+        v,
+        lo,
+        hi,
+        lo if plo is None else plo,
+        hi if phi is None else phi,
+        out,
+        out if lse is None else lse,
+        rows,
+        k.shape[0],
+        heads,
+        inner,
+        factor,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        out.stride(0),
+        out.stride(1),
+        G=heads // k.shape[1],
+        BM=chosen.rows,
+        BN=chosen.keys,
+        PREFIX=plo is not None,
+        SOFTCAP=softcap > 0,
+        WITH_LSE=lse is not None,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
         **constants(head_dim, q.dtype, arch),
-    )  # fmt: skip
+    )
 
 
 _capabilities: dict[int, int] = {}

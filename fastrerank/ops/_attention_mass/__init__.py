@@ -14,10 +14,20 @@ __all__ = ["attention_mass"]
 
 
 def attention_mass(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, row_weight: torch.Tensor,
-    *, head_weight: torch.Tensor | None = None, scale: float | None = None, softcap: float = 0.0,
-    per_head: bool = False, out: torch.Tensor | None = None, backend: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    row_weight: torch.Tensor,
+    *,
+    head_weight: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    per_head: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Like `sum(head_weight[h] * (row_weight @ where(seen, exp(scale * q[:, h] @ k[:, h // G].T - lse[:, h])))`.
 
     The attention that weighted rows pay to each key, summed over heads: the readout of in-context reranking (ICR,
@@ -72,10 +82,19 @@ def attention_mass(
 
 
 def _run(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, row_weight: torch.Tensor,
-    head_weight: torch.Tensor | None, scale: float | None, softcap: float, per_head: bool, out: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    row_weight: torch.Tensor,
+    head_weight: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+    per_head: bool,
+    out: torch.Tensor | None,
     backend: str | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     _check(q, k, lse, lo, hi, row_weight, head_weight)
     backend = choose_backend(q.device, backend, "q")
     scale = q.shape[2] ** -0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
@@ -101,17 +120,43 @@ def _run(
 
 
 def _cpp(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, row_weight: torch.Tensor,
-    head_weight: torch.Tensor | None, scale: float, softcap: float, per_head: bool, out: torch.Tensor,
-) -> None:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    row_weight: torch.Tensor,
+    head_weight: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    per_head: bool,
+    out: torch.Tensor,
+) -> None:
     rows, heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
     strides = [*q.stride()[:2], *k.stride()[:2], out.stride(0)]
     _cpu.attention_mass(
-        q.data_ptr(), k.data_ptr(), lse.data_ptr(), lo.data_ptr(), hi.data_ptr(), row_weight.data_ptr(),
-        0 if head_weight is None else head_weight.data_ptr(), out.data_ptr(), rows, keys, heads, kv_heads, head_dim,
-        strides, str(q.dtype)[6:], scale, softcap, per_head, cpu.num_threads(), cpu.isa(),
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        lse.data_ptr(),
+        lo.data_ptr(),
+        hi.data_ptr(),
+        row_weight.data_ptr(),
+        0 if head_weight is None else head_weight.data_ptr(),
+        out.data_ptr(),
+        rows,
+        keys,
+        heads,
+        kv_heads,
+        head_dim,
+        strides,
+        str(q.dtype)[6:],
+        scale,
+        softcap,
+        per_head,
+        cpu.num_threads(),
+        cpu.isa(),
+    )
 
 
 def _triton(q: torch.Tensor, *others: Any) -> None:
@@ -141,9 +186,14 @@ def _check_out(q: torch.Tensor, k: torch.Tensor, per_head: bool, out: torch.Tens
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, row_weight: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    row_weight: torch.Tensor,
     head_weight: torch.Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     for name, tensor in (("q", q), ("k", k)):
         check_tensor(name, tensor)
         if tensor.ndim != 3 or tensor.dtype not in DTYPES:
@@ -161,10 +211,12 @@ def _check(
     if max(rows * heads, keys) >= 2**31:
         raise ValueError(f"q and k must have fewer than 2**31 rows of all heads, got {rows} x {heads} and {keys}")
     vectors: tuple[tuple[str, torch.Tensor | None, torch.dtype, tuple[int, ...]], ...] = (
-        ("lse", lse, torch.float32, (rows, heads)), ("lo", lo, torch.int32, (rows,)),
-        ("hi", hi, torch.int32, (rows,)), ("row_weight", row_weight, torch.float32, (rows,)),
+        ("lse", lse, torch.float32, (rows, heads)),
+        ("lo", lo, torch.int32, (rows,)),
+        ("hi", hi, torch.int32, (rows,)),
+        ("row_weight", row_weight, torch.float32, (rows,)),
         ("head_weight", head_weight, torch.float32, (heads,)),
-    )  # fmt: skip
+    )
     for name, given, dtype, shape in vectors:
         if given is None and name == "head_weight":
             continue
@@ -185,9 +237,18 @@ _library.define(
 
 
 def _compiled(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, row_weight: torch.Tensor,
-    head_weight: torch.Tensor | None, scale: float | None, softcap: float, per_head: bool, backend: str | None,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    row_weight: torch.Tensor,
+    head_weight: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+    per_head: bool,
+    backend: str | None,
+) -> torch.Tensor:
     return _run(q, k, lse, lo, hi, row_weight, head_weight, scale, softcap, per_head, None, backend)
 
 

@@ -62,10 +62,36 @@ def _rows(rows, keep, first: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr)
     do_not_specialize_on_alignment=["LSE", "LO", "HI", "WEIGHT", "HEADS", "OUT"],
 )
 def kernel(
-    Q, K, LSE, LO, HI, WEIGHT, HEADS, OUT, R, S, H, inner, factor, q_row, q_head, k_row, k_head, out_head,
-    G: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    LSE,
+    LO,
+    HI,
+    WEIGHT,
+    HEADS,
+    OUT,
+    R,
+    S,
+    H,
+    inner,
+    factor,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    out_head,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    PP: tl.constexpr,
+    D: tl.constexpr,
+    DA: tl.constexpr,
+    DB: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """Keys [BN * program 0, ...) and the P heads from P * program 1 on; their sum goes to row program 1 of OUT.
 
     G query heads share a key head, P divides G; PP: P rounded up to a power of two. ADD: to what OUT holds.
@@ -146,10 +172,19 @@ def gather(PARTS, OUT, S, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def attention_mass(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, row_weight: torch.Tensor,
-    head_weight: torch.Tensor | None, scale: float, softcap: float, per_head: bool, out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    row_weight: torch.Tensor,
+    head_weight: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    per_head: bool,
+    out: torch.Tensor,
     chosen: Tile | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Launch the kernels on arguments that `fastrerank.ops.attention_mass` has checked; adds to `out`.
 
     `chosen` replaces the table's tile.
@@ -164,12 +199,35 @@ def attention_mass(
     sums = out if direct else torch.empty((parts, keys), dtype=torch.float32, device=q.device)
     together = heads // parts
     kernel[(triton.cdiv(keys, chosen.keys), parts)](
-        q, k, lse, lo, hi, row_weight, row_weight if head_weight is None else head_weight, sums,
-        rows, keys, heads, scale / softcap if softcap else scale, softcap,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), sums.stride(0),
-        G=heads // kv_heads, P=together, PP=triton.next_power_of_2(together), BM=chosen.queries, BN=chosen.keys,
-        WEIGHTED=head_weight is not None, SOFTCAP=softcap > 0, ADD=direct, num_warps=chosen.warps,
-        num_stages=chosen.stages, **constants(head_dim, q.dtype, arch),
-    )  # fmt: skip
+        q,
+        k,
+        lse,
+        lo,
+        hi,
+        row_weight,
+        row_weight if head_weight is None else head_weight,
+        sums,
+        rows,
+        keys,
+        heads,
+        scale / softcap if softcap else scale,
+        softcap,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        sums.stride(0),
+        G=heads // kv_heads,
+        P=together,
+        PP=triton.next_power_of_2(together),
+        BM=chosen.queries,
+        BN=chosen.keys,
+        WEIGHTED=head_weight is not None,
+        SOFTCAP=softcap > 0,
+        ADD=direct,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+        **constants(head_dim, q.dtype, arch),
+    )
     if not direct:
         gather[(triton.cdiv(keys, GATHERED),)](sums, out, keys, N=parts, BLOCK=GATHERED, num_warps=4)

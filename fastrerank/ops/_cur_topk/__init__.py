@@ -23,13 +23,22 @@ __all__ = ["cur_topk"]
 
 @overload
 def cur_topk(
-    queries: npt.NDArray[np.float32], items: PackedItems | Sequence[PackedItems], k: int, *, exclude: Any = ...,
-    threads: int | None = ..., rescore: PackedItems | Sequence[PackedItems] | None = ...,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...  # fmt: skip
+    queries: npt.NDArray[np.float32],
+    items: PackedItems | Sequence[PackedItems],
+    k: int,
+    *,
+    exclude: Any = ...,
+    threads: int | None = ...,
+    rescore: PackedItems | Sequence[PackedItems] | None = ...,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
 @overload
 def cur_topk(
-    queries: torch.Tensor, items: CudaItems | Sequence[CudaItems], k: int, *, exclude: Any = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    queries: torch.Tensor,
+    items: CudaItems | Sequence[CudaItems],
+    k: int,
+    *,
+    exclude: Any = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def cur_topk(
     queries: Any, items: Any, k: int, *, exclude: Any = None, threads: int | None = None, rescore: Any = None
 ) -> tuple[Any, Any]:
@@ -88,12 +97,25 @@ def cur_topk(
         _check_finite(queries)
         return ids, scores
     fault, row, item = _cpu.cur_topk(
-        [(_address(a.data), _address(a.scale if a.scales == "item" else None), _address(b.data), a.N)
-         for a, b in zip(shards, exact, strict=True)],
-        shards[0].storage, exact[0].storage, rescore is not None, width,
-        _address(shards[0].scale if shards[0].scales == "anchor" else None), _address(queries), len(queries), keep,
-        _address(gone), _address(begins), _address(ids), _address(scores), cpu.num_threads(threads), cpu.isa(),
-    )  # fmt: skip
+        [
+            (_address(a.data), _address(a.scale if a.scales == "item" else None), _address(b.data), a.N)
+            for a, b in zip(shards, exact, strict=True)
+        ],
+        shards[0].storage,
+        exact[0].storage,
+        rescore is not None,
+        width,
+        _address(shards[0].scale if shards[0].scales == "anchor" else None),
+        _address(queries),
+        len(queries),
+        keep,
+        _address(gone),
+        _address(begins),
+        _address(ids),
+        _address(scores),
+        cpu.num_threads(threads),
+        cpu.isa(),
+    )
     if fault == 1:
         raise ValueError(f"queries and items give a score that is NaN: query {row}, item {item}")
     if fault == 2:

@@ -174,10 +174,26 @@ def _launch(queries: torch.Tensor, items: CudaItems, k: int) -> _Begun:
     each = items.scales == "item"
     stream = torch.cuda.current_stream(device).cuda_stream
     kernels.cur_topk(
-        int8, items.data.data_ptr(), items.data.shape[1], items.N, scale if each else 0, 0 if each else scale,
-        items.K, wide, items.reach, queries.data_ptr(), rows, k, wanted, processors, scratch.data_ptr(),
-        ids.data_ptr(), scores.data_ptr(), device.index or 0, stream,
-    )  # fmt: skip
+        int8,
+        items.data.data_ptr(),
+        items.data.shape[1],
+        items.N,
+        scale if each else 0,
+        0 if each else scale,
+        items.K,
+        wide,
+        items.reach,
+        queries.data_ptr(),
+        rows,
+        k,
+        wanted,
+        processors,
+        scratch.data_ptr(),
+        ids.data_ptr(),
+        scores.data_ptr(),
+        device.index or 0,
+        stream,
+    )
 
     def status() -> list[int]:
         # Scratch and queries are in use until then, and this keeps them.

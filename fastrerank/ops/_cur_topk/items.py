@@ -48,9 +48,14 @@ class PackedItems:
     __slots__ = ("K", "N", "data", "scale", "storage")
 
     def __init__(
-        self, data: npt.NDArray[np.uint8], scale: npt.NDArray[np.float32] | None, *, storage: str, width: int,
+        self,
+        data: npt.NDArray[np.uint8],
+        scale: npt.NDArray[np.float32] | None,
+        *,
+        storage: str,
+        width: int,
         count: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         _check_storage(storage)
         for name, value, least in (("width", width, 1), ("count", count, 0)):
             if not isinstance(value, (int, np.integer)) or value < least:

@@ -18,21 +18,48 @@ _NORMS = (None, "rms", "layer")
 
 @overload
 def label_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, *, norm: str | None = ..., norm_weight: torch.Tensor | None = ...,
-    norm_bias: torch.Tensor | None = ..., eps: float = ..., bias: torch.Tensor | None = ..., scale: float = ...,
-    softcap: float = ..., return_order: Literal[False] = ..., backend: str | None = ...,
-) -> torch.Tensor: ...  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm: str | None = ...,
+    norm_weight: torch.Tensor | None = ...,
+    norm_bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    bias: torch.Tensor | None = ...,
+    scale: float = ...,
+    softcap: float = ...,
+    return_order: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
 @overload
 def label_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, *, norm: str | None = ..., norm_weight: torch.Tensor | None = ...,
-    norm_bias: torch.Tensor | None = ..., eps: float = ..., bias: torch.Tensor | None = ..., scale: float = ...,
-    softcap: float = ..., return_order: Literal[True], backend: str | None = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm: str | None = ...,
+    norm_weight: torch.Tensor | None = ...,
+    norm_bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    bias: torch.Tensor | None = ...,
+    scale: float = ...,
+    softcap: float = ...,
+    return_order: Literal[True],
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def label_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, *, norm: str | None = None, norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None, eps: float = 1e-6, bias: torch.Tensor | None = None, scale: float = 1.0,
-    softcap: float = 0.0, return_order: bool = False, backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm: str | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    return_order: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Like `cap(norm(hidden.float()) @ weight.float().T * scale + bias)`: K rows of an LM head at N positions.
 
     The readout of LLM reranking by first-token logits: yes and no (Qwen3-Reranker, arXiv 2506.05176), or the
@@ -75,17 +102,23 @@ def label_logits(
     if torch.is_grad_enabled() and any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors):
         raise ValueError("label_logits has no gradient: call it under torch.inference_mode() or torch.no_grad()")
     run: Callable[..., Any] = torch.ops.fastrerank.label_logits if torch.compiler.is_compiling() else _run
-    logits, order = run(
-        hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, return_order, backend
-    )  # fmt: skip
+    logits, order = run(hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, return_order, backend)
     return (logits, order) if return_order else logits
 
 
 def _run(
-    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None, eps: float, bias: torch.Tensor | None, scale: float, softcap: float,
-    return_order: bool, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    norm: str | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    return_order: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, weight, norm, norm_weight, norm_bias, bias)
     backend = choose_backend(hidden.device, backend, "hidden")
     eps, scale = as_float("eps", eps, "finite and at least 0"), as_float("scale", scale, "finite")
@@ -106,18 +139,42 @@ def _run(
 
 
 def _cpp(
-    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None, eps: float, bias: torch.Tensor | None, scale: float, softcap: float,
-    logits: torch.Tensor, order: torch.Tensor | None,
-) -> None:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    norm: str | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    logits: torch.Tensor,
+    order: torch.Tensor | None,
+) -> None:
     given = [None if x is None else x.float().contiguous() for x in (norm_weight, norm_bias, bias)]
     gamma, beta, added, places = (0 if x is None else x.data_ptr() for x in (*given, order))
     _cpu.label_logits(
-        hidden.data_ptr(), str(hidden.dtype)[6:], hidden.stride(0), hidden.shape[0],
-        weight.data_ptr(), str(weight.dtype)[6:], weight.stride(0), weight.shape[0], weight.shape[1],
-        norm or "none", gamma, beta, eps, added, scale, softcap, logits.data_ptr(), places,
-        cpu.num_threads(), cpu.isa(),
-    )  # fmt: skip
+        hidden.data_ptr(),
+        str(hidden.dtype)[6:],
+        hidden.stride(0),
+        hidden.shape[0],
+        weight.data_ptr(),
+        str(weight.dtype)[6:],
+        weight.stride(0),
+        weight.shape[0],
+        weight.shape[1],
+        norm or "none",
+        gamma,
+        beta,
+        eps,
+        added,
+        scale,
+        softcap,
+        logits.data_ptr(),
+        places,
+        cpu.num_threads(),
+        cpu.isa(),
+    )
 
 
 def _triton(hidden: torch.Tensor, *others: Any) -> None:
@@ -131,9 +188,13 @@ def _triton(hidden: torch.Tensor, *others: Any) -> None:
 
 
 def _check(
-    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None, bias: torch.Tensor | None,
-) -> None:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    norm: str | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
     for name, tensor, letter in (("hidden", hidden, "N"), ("weight", weight, "K")):
         check_tensor(name, tensor)
         if tensor.ndim != 2 or tensor.dtype not in DTYPES:
@@ -153,8 +214,11 @@ def _check(
         raise ValueError(f"hidden and weight must have sides below 2**31, got {said(hidden)} and {said(weight)}")
     if norm not in _NORMS:
         raise ValueError(f'norm must be None, "rms" or "layer", got {norm!r}')
-    for name, vector, size in (("norm_weight", norm_weight, width), ("norm_bias", norm_bias, width),
-                               ("bias", bias, labels)):  # fmt: skip
+    for name, vector, size in (
+        ("norm_weight", norm_weight, width),
+        ("norm_bias", norm_bias, width),
+        ("bias", bias, labels),
+    ):
         if vector is None:
             continue
         check_tensor(name, vector)

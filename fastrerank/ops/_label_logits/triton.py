@@ -37,10 +37,29 @@ def tile(labels: int, width: int) -> Tile:
 
 @triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["OUT", "ORDER"])
 def kernel(
-    HIDDEN, WEIGHT, GAMMA, BETA, BIAS, OUT, ORDER, K, H, hidden_row, weight_row, eps, scale, softcap,
-    NORM: tl.constexpr, WITH_GAMMA: tl.constexpr, WITH_BETA: tl.constexpr, WITH_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, WITH_ORDER: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    HIDDEN,
+    WEIGHT,
+    GAMMA,
+    BETA,
+    BIAS,
+    OUT,
+    ORDER,
+    K,
+    H,
+    hidden_row,
+    weight_row,
+    eps,
+    scale,
+    softcap,
+    NORM: tl.constexpr,
+    WITH_GAMMA: tl.constexpr,
+    WITH_BETA: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WITH_ORDER: tl.constexpr,
+    BK: tl.constexpr,
+    BH: tl.constexpr,
+):
     """Row program 0, labels [BK * program 1, ...). WITH_ORDER needs all labels in one program."""
     row = tl.program_id(0).to(tl.int64)
     hidden = HIDDEN + row * hidden_row
@@ -91,22 +110,46 @@ def kernel(
 
 
 def label_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, norm: str | None, norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None, eps: float, bias: torch.Tensor | None, scale: float, softcap: float,
-    logits: torch.Tensor, order: torch.Tensor | None,
-) -> None:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    norm: str | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    logits: torch.Tensor,
+    order: torch.Tensor | None,
+) -> None:
     """Launch the kernel on arguments that `fastrerank.ops.label_logits` has checked; fills `logits` and `order`."""
     rows, (labels, width) = hidden.shape[0], weight.shape
     chosen = tile(labels, width)
     vectors = [None if x is None else x.contiguous() for x in (norm_weight, norm_bias, bias)]
     counted = order is not None and labels <= chosen.labels
     kernel[(rows, triton.cdiv(labels, chosen.labels))](
-        hidden, weight, *(hidden if x is None else x for x in vectors), logits, order if counted else logits,
-        labels, width, hidden.stride(0), weight.stride(0), float(eps), float(scale), float(softcap),
-        NORM=NORMS[norm], WITH_GAMMA=norm_weight is not None, WITH_BETA=norm_bias is not None,
-        WITH_BIAS=bias is not None, SOFTCAP=softcap > 0, WITH_ORDER=counted, BK=chosen.labels, BH=chosen.columns,
+        hidden,
+        weight,
+        *(hidden if x is None else x for x in vectors),
+        logits,
+        order if counted else logits,
+        labels,
+        width,
+        hidden.stride(0),
+        weight.stride(0),
+        float(eps),
+        float(scale),
+        float(softcap),
+        NORM=NORMS[norm],
+        WITH_GAMMA=norm_weight is not None,
+        WITH_BETA=norm_bias is not None,
+        WITH_BIAS=bias is not None,
+        SOFTCAP=softcap > 0,
+        WITH_ORDER=counted,
+        BK=chosen.labels,
+        BH=chosen.columns,
         num_warps=chosen.warps,
-    )  # fmt: skip
+    )
     if order is not None and not counted:
         keys = logits.masked_fill(logits.isnan(), float("-inf"))
         order.copy_(keys.sort(dim=1, descending=True, stable=True).indices)

@@ -12,9 +12,13 @@ _WIDEST = 16384
 
 
 def norm_rows(
-    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    x: torch.Tensor,
+    norm: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
     residual: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Like `torch.nn.functional.rms_norm` or `layer_norm` of x + residual over the last dimension, in float32.
 
     The sum with `residual` is not rounded to 16 bits before it is normed, nor are normed values before they are
@@ -40,9 +44,13 @@ def norm_rows(
 
 
 def _run(
-    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    x: torch.Tensor,
+    norm: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
     residual: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     from fastrerank.ops._norm_rows.triton import norm_rows as launch
 
     _check(x, norm, weight, bias, residual)

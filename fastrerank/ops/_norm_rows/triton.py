@@ -30,10 +30,25 @@ def tile(width: int) -> Tile:
 
 @triton.jit(do_not_specialize=["T"])
 def kernel(
-    X, RESIDUAL, GAMMA, BETA, OUT, T, inner, outer_row, inner_row, residual_outer, residual_inner, eps,
-    W: tl.constexpr, LAYER: tl.constexpr, WITH_RESIDUAL: tl.constexpr, WITH_BETA: tl.constexpr, BM: tl.constexpr,
+    X,
+    RESIDUAL,
+    GAMMA,
+    BETA,
+    OUT,
+    T,
+    inner,
+    outer_row,
+    inner_row,
+    residual_outer,
+    residual_inner,
+    eps,
+    W: tl.constexpr,
+    LAYER: tl.constexpr,
+    WITH_RESIDUAL: tl.constexpr,
+    WITH_BETA: tl.constexpr,
+    BM: tl.constexpr,
     BW: tl.constexpr,
-):  # fmt: skip
+):
     """Rows [BM * program, ...) of T; row r lies at r // inner * outer_row + r % inner * inner_row."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.arange(0, BW)
@@ -58,16 +73,36 @@ def kernel(
 
 
 def norm_rows(
-    x: torch.Tensor, layer: bool, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
-    residual: torch.Tensor | None, out: torch.Tensor,
-) -> None:  # fmt: skip
+    x: torch.Tensor,
+    layer: bool,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     """Launch the kernel on arguments that `fastrerank.ops.norm_rows` describes; x and residual are (A, B, width)."""
     outer, inner, width = x.shape
     rows, columns, warps = tile(width)
     added = x if residual is None else residual
     kernel[(-(-outer * inner // rows),)](
-        x, added, weight, weight if bias is None else bias, out, outer * inner, inner, x.stride(0), x.stride(1),
-        added.stride(0), added.stride(1), eps,
-        W=width, LAYER=layer, WITH_RESIDUAL=residual is not None, WITH_BETA=bias is not None, BM=rows, BW=columns,
+        x,
+        added,
+        weight,
+        weight if bias is None else bias,
+        out,
+        outer * inner,
+        inner,
+        x.stride(0),
+        x.stride(1),
+        added.stride(0),
+        added.stride(1),
+        eps,
+        W=width,
+        LAYER=layer,
+        WITH_RESIDUAL=residual is not None,
+        WITH_BETA=bias is not None,
+        BM=rows,
+        BW=columns,
         num_warps=warps,
-    )  # fmt: skip
+    )

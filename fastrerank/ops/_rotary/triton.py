@@ -27,8 +27,25 @@ def heads_of(heads: int, kv_heads: int) -> int:
 
 
 @triton.jit
-def _turn(X, OUT, x_row, x_head, out_row, rows, inside, first, cos, sin, cos_, sin_, D: tl.constexpr,
-          R: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+def _turn(
+    X,
+    OUT,
+    x_row,
+    x_head,
+    out_row,
+    rows,
+    inside,
+    first,
+    cos,
+    sin,
+    cos_,
+    sin_,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """Heads [first, first + HEADS) of X at `rows`; OUT is (T, heads, D) from X's first head on."""
     columns = tl.arange(0, BR)
     kept = inside[:, None] & (columns < R // 2)[None, :]
@@ -47,9 +64,27 @@ def _turn(X, OUT, x_row, x_head, out_row, rows, inside, first, cos, sin, cos_, s
 
 @triton.jit(do_not_specialize=["T"])
 def kernel(
-    Q, K, COS, SIN, OUT, T, heads, kv_heads, q_row, q_head, k_row, k_head, cos_row, sin_row,
-    D: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    COS,
+    SIN,
+    OUT,
+    T,
+    heads,
+    kv_heads,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    cos_row,
+    sin_row,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """Tokens [BT * program 0, ...), and program 1 of the groups of HEADS heads: first the queries', then the keys'."""
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = tokens < T
@@ -66,11 +101,27 @@ def kernel(
     group = tl.program_id(1)
     groups = heads // HEADS
     if group < groups:
-        _turn(Q, OUT, q_row, q_head, out_row, rows, inside, group * HEADS, cos, sin, cos_, sin_,
-              D, R, BR, BD, HEADS)  # fmt: skip
+        _turn(Q, OUT, q_row, q_head, out_row, rows, inside, group * HEADS, cos, sin, cos_, sin_, D, R, BR, BD, HEADS)
     else:
-        _turn(K, OUT + heads * D, k_row, k_head, out_row, rows, inside, (group - groups) * HEADS,
-              cos, sin, cos_, sin_, D, R, BR, BD, HEADS)  # fmt: skip
+        _turn(
+            K,
+            OUT + heads * D,
+            k_row,
+            k_head,
+            out_row,
+            rows,
+            inside,
+            (group - groups) * HEADS,
+            cos,
+            sin,
+            cos_,
+            sin_,
+            D,
+            R,
+            BR,
+            BD,
+            HEADS,
+        )
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
@@ -82,7 +133,25 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     together, block = heads_of(heads, kv_heads), tokens_of(rotated)
     grid = (-(-tokens // block), (heads + kv_heads) // together)
     kernel[grid](
-        q, k, cos, sin, out, tokens, heads, kv_heads, q_row, q_head, k_row, k_head, cos.stride(1), sin.stride(1),
-        D=head_dim, R=rotated, BT=block, BR=triton.next_power_of_2(rotated // 2),
-        BD=triton.next_power_of_2(max(1, head_dim - rotated)), HEADS=together, num_warps=WARPS,
-    )  # fmt: skip
+        q,
+        k,
+        cos,
+        sin,
+        out,
+        tokens,
+        heads,
+        kv_heads,
+        q_row,
+        q_head,
+        k_row,
+        k_head,
+        cos.stride(1),
+        sin.stride(1),
+        D=head_dim,
+        R=rotated,
+        BT=block,
+        BR=triton.next_power_of_2(rotated // 2),
+        BD=triton.next_power_of_2(max(1, head_dim - rotated)),
+        HEADS=together,
+        num_warps=WARPS,
+    )
