@@ -87,7 +87,7 @@ class Compiled(Eager):
 
     def load(self) -> None:
         super().load()
-        runner = self.encoder._runner
+        runner = self.encoder.model.runner
         runner.backbone = torch.compile(runner.backbone, dynamic=True)
 
 
@@ -207,11 +207,10 @@ class _Bounds:
 
 def use_varlen(encoder: TorchEncoder, varlen: Callable[..., torch.Tensor]) -> None:
     """Exchanges the attention of a packed encoder without graphs: document ends go to the device once per batch."""
+    from fastrerank.engine.torch.upload import upload
     from transformers import AttentionInterface
 
-    from fastrerank.engine.torch.upload import upload
-
-    runner, bounds = encoder._runner, _Bounds()
+    runner, bounds = encoder.model.runner, _Bounds()
     hidden = runner.hidden
 
     def bounded(batch: Any) -> torch.Tensor:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bench.gpu_engines import DTYPE, NotHere, find_varlen
 from bench.gpu_models import key_pairs
 from fastrerank import ops
-from fastrerank.engine.batch import PackedBatch, pack_documents
+from fastrerank.engine.batch import Batch, PackedBatch
 
 CALLS = 10  # calls in one graph
 WARM = 3
@@ -329,7 +329,7 @@ def said(error: Exception) -> str:
 def packed_batch(lengths: NDArray[np.int64]) -> PackedBatch:
     """Equals a batch of documents of these lengths, of token 0."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return pack_documents(np.zeros(int(offsets[-1]), np.int32), None, offsets, np.arange(len(lengths)), False)
+    return Batch(np.zeros(int(offsets[-1]), np.int32), offsets).pack()
 
 
 Way = tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]  # a call, and what makes the values to compare of it

@@ -127,7 +127,7 @@ class FastRerank(LlmEngine):
             raise EngineError(f"prompts run padded: {self.scorer.reason}")
 
     def scores(self, pairs: Pairs) -> Scores:
-        self.scorer.shares = self.shares
+        self.scorer.model.shares = self.shares
         logits, self.cost = self.scorer.label_logits(pairs.ids, np.array(self.model.labels))
         difference: Scores = logits[:, 0] - logits[:, 1]
         return difference

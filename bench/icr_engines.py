@@ -202,7 +202,7 @@ class Reference64(Reference):
 
 def reading_of(prompt: IcrPrompt) -> Any:
     """Equals the prompt as `AttentionScorer.masses` takes it."""
-    from fastrerank.engine.torch.attention_pass import Reading
+    from fastrerank.engine.readouts import Reading
 
     begin, end = int(prompt.spans[0, 0]), int(prompt.spans[-1, 1])
     return Reading.of(prompt.context, prompt.tail, prompt.empty_tail, begin, end)

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Batch",
     "PackedBatch",
     "Segment",
-    "check_ids",
+    "distinct",
     "pack",
-    "pack_documents",
     "shares",
     "split",
     "split_equal",
@@ -45,7 +45,122 @@ class Segment:
     causal: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N segments of T tokens in all, one after the other: what `Model.run` takes.
+
+    Attributes:
+        ids: integer (T,) token ids. They stand for nothing but themselves where `embeddings` are given.
+        offsets: int64 (N + 1,); segment n is rows offsets[n]:offsets[n + 1], one at least.
+        types: integer (T,) token types; None for zeros.
+        prefix: int64 (N,), the segment whose tokens segment n also sees, -1 for none; None where no segment has one.
+        causal: bool (N,), whether a segment is causal; None: as the model's own attention is.
+        embeddings: tensor (T, hidden) in place of the model's word embeddings of `ids`, on the model's device.
+        position_ids: int64 (T,), or (3, T) for models that place images; None: counted as the model counts them.
+    """
+
+    ids: npt.NDArray[np.integer]
+    offsets: Ids
+    types: npt.NDArray[np.integer] | None = None
+    prefix: Ids | None = None
+    causal: npt.NDArray[np.bool_] | None = None
+    embeddings: Any = None
+    position_ids: Ids | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each segment, int64 (N,)."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Batch:
+        """Return segments as a batch.
+
+        Raises ValueError naming the segment for an empty one, a prefix that is out of range, its own, or has a prefix
+        itself, and type ids of another length.
+        """
+        for i, one in enumerate(segments):
+            if one.type_ids is not None and len(one.type_ids) != len(one.ids):
+                raise ValueError(f"segment {i} has {len(one.ids)} tokens and {len(one.type_ids)} type ids")
+        lengths = np.array([len(one.ids) for one in segments], np.int64)
+        prefix = np.array([-1 if one.prefix is None else one.prefix for one in segments], np.int64)
+        negative = [i for i, one in enumerate(segments) if one.prefix is not None and one.prefix < 0]
+        _check_prefixes(lengths, prefix, negative)
+        types = None
+        if any(one.type_ids is not None for one in segments):
+            types = _joined([np.zeros(len(one.ids)) if one.type_ids is None else one.type_ids for one in segments])
+        return cls(
+            _joined([one.ids for one in segments]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            types,
+            prefix if (prefix >= 0).any() else None,
+            np.array([one.causal for one in segments], np.bool_),
+        )
+
+    @classmethod
+    def of_ids(cls, sequences: Sequence[npt.NDArray[np.integer]], *, causal: bool | None = None) -> Batch:
+        """Return one segment for each sequence of ids, without prefixes.
+
+        Example:
+            >>> Batch.of_ids([np.array([7, 8]), np.array([9])]).offsets.tolist()
+            [0, 2, 3]
+        """
+        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+        kinds = None if causal is None else np.full(len(sequences), causal)
+        return cls(_joined(sequences), offsets, causal=kinds)
+
+    def take(self, chosen: npt.NDArray[np.integer]) -> Batch:
+        """Return the segments `chosen`, int (n,), in this order; prefixes of theirs must be among them."""
+        if len(chosen) == len(self) and (np.asarray(chosen) == np.arange(len(self))).all():
+            return self
+        lengths = self.lengths[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths)
+        prefix = None
+        if self.prefix is not None:
+            place = np.full(len(self) + 1, -1, np.int64)  # the last one stands for no prefix
+            place[chosen] = np.arange(len(chosen))
+            prefix = place[self.prefix[chosen]]
+        return Batch(
+            self.ids[rows],
+            offsets,
+            None if self.types is None else self.types[rows],
+            prefix,
+            None if self.causal is None else self.causal[chosen],
+            None if self.embeddings is None else self.embeddings[rows],
+            None if self.position_ids is None else self.position_ids[..., rows],
+        )
+
+    def pack(self, causal: bool = False) -> PackedBatch:
+        """Return the row of all segments, in order; `causal` where the batch does not say it of its segments."""
+        lengths, starts, ends = self.lengths, self.offsets[:-1], self.offsets[1:]
+        rows = np.arange(len(self.ids))
+        lo, hi = np.repeat(starts, lengths), np.repeat(ends, lengths)
+        kinds = np.full(len(rows), causal) if self.causal is None else np.repeat(self.causal, lengths)
+        plo = base = np.zeros(len(rows), np.int64)
+        if self.prefix is not None:
+            has = self.prefix >= 0
+            base = np.repeat(np.where(has, lengths[self.prefix], 0), lengths)
+            plo = np.repeat(np.where(has, starts[self.prefix], 0), lengths)
+        return PackedBatch(
+            ids=self.ids.astype(np.int64),
+            types=np.zeros(len(rows), np.int64) if self.types is None else self.types.astype(np.int64),
+            positions=rows - lo + base,
+            lo=lo.astype(np.int32),
+            hi=np.where(kinds, rows + 1, hi).astype(np.int32),
+            plo=plo.astype(np.int32),
+            phi=(plo + base).astype(np.int32),
+            starts=starts,
+            ends=ends,
+            embeddings=self.embeddings,
+            position_ids=self.position_ids,
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """T rows in one sequence; row i sees keys [lo_i, hi_i) and [plo_i, phi_i).
 
@@ -54,6 +169,7 @@ class PackedBatch:
         positions: int64 (T,) from 0 in each segment, or from its prefix's length.
         lo, hi, plo, phi: int32 (T,); an empty interval has equal ends, and a row with two empty ones is padding.
         starts, ends: int64 (N,); segment n's tokens are rows starts[n]:ends[n].
+        embeddings, position_ids: as in `Batch`.
     """
 
     ids: Ids
@@ -65,6 +181,8 @@ class PackedBatch:
     phi: Vector
     starts: Ids
     ends: Ids
+    embeddings: Any = None
+    position_ids: Ids | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,100 +225,56 @@ class PackedBatch:
             raise ValueError(f"rows must be at least the batch's {len(self)}, got {rows}")
 
         def longer(vector: npt.NDArray[Any], value: int = 0) -> npt.NDArray[Any]:
-            out = np.full(rows, value, vector.dtype)
-            out[: len(vector)] = vector
+            out = np.full((*vector.shape[:-1], rows), value, vector.dtype)
+            out[..., : vector.shape[-1]] = vector
             return out
 
-        names = ("types", "positions", "lo", "hi", "plo", "phi")
-        return replace(self, ids=longer(self.ids, pad_id), **{name: longer(getattr(self, name)) for name in names})
+        names = ["types", "positions", "lo", "hi", "plo", "phi"] + ["position_ids"] * (self.position_ids is not None)
+        vectors: dict[str, Any] = {name: longer(getattr(self, name)) for name in names}
+        if self.embeddings is not None:
+            vectors["embeddings"] = self.embeddings.new_zeros((rows, self.embeddings.shape[1]))
+            vectors["embeddings"][: len(self)] = self.embeddings
+        return replace(self, ids=longer(self.ids, pad_id), **vectors)
 
 
-def check_ids(ids: npt.NDArray[np.integer] | Sequence[int], vocabulary: int, where: str = "") -> None:
-    """Raise ValueError if a token id of `ids` (T,) is not in 0 .. vocabulary - 1; the message begins with `where`.
+def distinct(sequences: Sequence[npt.NDArray[np.integer]]) -> tuple[Batch, Ids]:
+    """Return the different sequences of token ids as a batch, and the number in it of each sequence, int64 (N,).
 
     Example:
-        >>> check_ids(np.array([0, 7]), 8)
+        >>> batch, numbers = distinct([np.array([7]), np.array([8, 9]), np.array([7])])
+        >>> len(batch), numbers.tolist()
+        (2, [0, 1, 0])
     """
-    if not len(ids):
-        return
-    for wrong in (int(np.min(ids)), int(np.max(ids))):
-        if not 0 <= wrong < vocabulary:
-            raise ValueError(f"{where}token id {wrong} is outside the vocabulary of {vocabulary}")
+    numbers: dict[bytes, int] = {}
+    keys = [np.asarray(ids).astype(np.int64).tobytes() for ids in sequences]
+    place = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return Batch.of_ids([np.frombuffer(key, np.int64) for key in numbers]), np.array(place, np.int64)
 
 
 def pack(segments: Sequence[Segment]) -> PackedBatch:
-    """Lay segments one after the other, in order.
-
-    Raises ValueError naming the segment for an empty one, a prefix that is out of range, its own, or has a prefix
-    itself, and type ids of another length.
+    """Lay segments one after the other, in order; raises as `Batch.of`.
 
     Example:
         >>> batch = pack([Segment(np.array([7, 8])), Segment(np.array([9, 9]), prefix=0, causal=True)])
         >>> batch.positions.tolist(), batch.hi.tolist(), batch.phi.tolist()
         ([0, 1, 2, 3], [2, 2, 3, 4], [0, 0, 2, 2])
     """
-    _check(segments)
-    lengths = np.array([len(segment.ids) for segment in segments], np.int64)
-    ends = np.cumsum(lengths)
-    prefix = np.array([-1 if segment.prefix is None else segment.prefix for segment in segments], np.int64)
-    causal = np.array([segment.causal for segment in segments], np.bool_)
-    ids = [np.asarray(segment.ids, np.int64) for segment in segments]
-    types = [
-        np.zeros(len(segment.ids), np.int64) if segment.type_ids is None else segment.type_ids.astype(np.int64)
-        for segment in segments
-    ]
-    none = [np.zeros(0, np.int64)]
-    return _assemble(np.concatenate(none + ids), np.concatenate(none + types), lengths, ends, prefix, causal)
+    return Batch.of(segments).pack()
 
 
-def pack_documents(
-    ids: npt.NDArray[np.integer],
-    types: npt.NDArray[np.integer] | None,
-    offsets: npt.NDArray[np.integer],
-    chosen: npt.NDArray[np.integer],
-    causal: bool,
-) -> PackedBatch:
-    """Return `pack` of the documents ids[offsets[d]:offsets[d+1]] for d in `chosen`, without prefixes."""
-    lengths = np.diff(offsets)[chosen].astype(np.int64)
-    ends = np.cumsum(lengths)
-    rows = np.arange(lengths.sum()) + np.repeat(np.asarray(offsets)[chosen] - (ends - lengths), lengths)
-    taken = np.zeros(len(rows), np.int64) if types is None else types[rows].astype(np.int64)
-    none, kind = np.full(len(lengths), -1, np.int64), np.full(len(lengths), causal)
-    return _assemble(ids[rows].astype(np.int64), taken, lengths, ends, none, kind)
+def _joined(parts: Sequence[npt.NDArray[Any]]) -> Ids:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
 
-def _assemble(
-    ids: Ids, types: Ids, lengths: Ids, ends: Ids, prefix: npt.NDArray[np.int64], causal: npt.NDArray[np.bool_]
-) -> PackedBatch:
-    starts = ends - lengths
-    rows = np.arange(len(ids))
-    base = np.where(prefix >= 0, lengths[prefix], 0) if len(lengths) else lengths
-    lo, hi = np.repeat(starts, lengths), np.repeat(ends, lengths)
-    plo = np.repeat(np.where(base > 0, starts[prefix], 0) if len(lengths) else starts, lengths)
-    return PackedBatch(
-        ids=ids,
-        types=types,
-        positions=rows - lo + np.repeat(base, lengths),
-        lo=lo.astype(np.int32),
-        hi=np.where(np.repeat(causal, lengths), rows + 1, hi).astype(np.int32),
-        plo=plo.astype(np.int32),
-        phi=(plo + np.repeat(base, lengths)).astype(np.int32),
-        starts=starts,
-        ends=ends,
-    )
-
-
-def _check(segments: Sequence[Segment]) -> None:
-    for i, segment in enumerate(segments):
-        if len(segment.ids) == 0:
-            raise ValueError(f"segment {i} has no tokens")
-        if segment.type_ids is not None and len(segment.type_ids) != len(segment.ids):
-            raise ValueError(f"segment {i} has {len(segment.ids)} tokens and {len(segment.type_ids)} type ids")
-        if segment.prefix is not None:
-            if not 0 <= segment.prefix < len(segments) or segment.prefix == i:
-                raise ValueError(f"segment {i}: prefix must be the index of another segment, got {segment.prefix}")
-            if segments[segment.prefix].prefix is not None:
-                raise ValueError(f"segment {i}: its prefix {segment.prefix} has a prefix itself")
+def _check_prefixes(lengths: Ids, prefix: Ids, negative: Sequence[int] = ()) -> None:
+    """Raise ValueError naming a segment that is empty, or whose prefix is wrong; those of `negative` are wrong too."""
+    for i in np.flatnonzero(lengths == 0):
+        raise ValueError(f"segment {i} has no tokens")
+    for i in (*negative, *np.flatnonzero(prefix >= 0)):
+        if prefix[i] < 0 or prefix[i] >= len(prefix) or prefix[i] == i:
+            raise ValueError(f"segment {i}: prefix must be the index of another segment, got {prefix[i]}")
+        if prefix[prefix[i]] >= 0:
+            raise ValueError(f"segment {i}: its prefix {prefix[i]} has a prefix itself")
 
 
 def split_lengths(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDArray[np.int64]]:
@@ -282,47 +356,46 @@ def split_equal(lengths: npt.NDArray[np.integer], budget: int) -> list[npt.NDArr
     return [group[part] for group in groups for part in split_padded(sizes[group], budget)]
 
 
-def split(segments: Sequence[Segment], budget: int) -> list[tuple[list[Segment], npt.NDArray[np.int64]]]:
+def split(lengths: npt.NDArray[np.integer], prefix: Ids | None, budget: int) -> list[tuple[Ids, npt.NDArray[np.bool_]]]:
     """Split segments into batches of at most `budget` tokens; a prefix travels with its dependants.
 
     A group of a prefix and its dependants stays together where it fits; else its dependants are spread over several
     batches, each with the prefix. A single segment longer than the budget is a batch of its own, with its prefix.
 
-    Returns (segments, index) per batch: index[n] is where the batch's segment n stands in the whole list, or -1 for a
-    prefix that another batch holds too and answers for.
+    Args:
+        lengths, prefix: as in `Batch`.
+
+    Returns (chosen, answers) per batch: the segments' numbers, int64 (n,), and bool (n,), False for a prefix that
+    another batch holds too and answers for.
 
     Example:
-        >>> parts = [Segment(np.arange(4)), Segment(np.arange(3), prefix=0), Segment(np.arange(3), prefix=0)]
-        >>> [index.tolist() for _, index in split(parts, 8)]
-        [[0, 1], [-1, 2]]
+        >>> [chosen.tolist() for chosen, _ in split(np.array([4, 3, 3]), np.array([-1, 0, 0]), 8)]
+        [[0, 1], [0, 2]]
     """
-    _check(segments)
+    sizes = np.asarray(lengths, np.int64)
+    if prefix is None:
+        return [(chosen, np.ones(len(chosen), np.bool_)) for chosen in split_lengths(sizes, budget)]
     if budget < 1:
         raise ValueError(f"budget must be at least 1 token, got {budget}")
-    dependants: dict[int, list[int]] = {i: [] for i, segment in enumerate(segments) if segment.prefix is None}
-    for i, segment in enumerate(segments):
-        if segment.prefix is not None:
-            dependants[segment.prefix].append(i)
+    _check_prefixes(sizes, prefix)
+    dependants: dict[int, list[int]] = {int(root): [] for root in np.flatnonzero(prefix < 0)}
+    for i in np.flatnonzero(prefix >= 0).tolist():
+        dependants[int(prefix[i])].append(i)
     units: list[list[int]] = []  # a segment and dependants of it
     repeated: set[int] = set()  # units whose first segment another unit answers for
     for root, members in dependants.items():
-        lengths = np.array([len(segments[i].ids) for i in members], np.int64)
-        room = budget - len(segments[root].ids)
-        fits = not members or lengths.sum() <= room
-        pieces = [np.arange(len(members))] if fits else split_lengths(lengths, max(1, room))
+        room = budget - int(sizes[root])
+        fits = not members or sizes[members].sum() <= room
+        pieces = [np.arange(len(members))] if fits else split_lengths(sizes[members], max(1, room))
         for number, piece in enumerate(pieces):
             if number:
                 repeated.add(len(units))
             units.append([root, *(members[i] for i in piece)])
-    sizes = np.array([sum(len(segments[i].ids) for i in unit) for unit in units], np.int64)
     batches = []
-    for chosen in split_lengths(sizes, budget):
-        taken: list[Segment] = []
-        index: list[int] = []
-        for number in chosen.tolist():
-            root, *members = units[number]
-            first = len(taken)
-            taken += [segments[root], *(replace(segments[i], prefix=first) for i in members)]
-            index += [-1 if number in repeated else root, *members]
-        batches.append((taken, np.array(index, np.int64)))
+    for numbers in split_lengths(np.array([sizes[unit].sum() for unit in units], np.int64), budget):
+        chosen = [i for number in numbers.tolist() for i in units[number]]
+        answers = [
+            place > 0 or number not in repeated for number in numbers.tolist() for place in range(len(units[number]))
+        ]
+        batches.append((np.array(chosen, np.int64), np.array(answers, np.bool_)))
     return batches

@@ -232,7 +232,7 @@ def load_label_encoder(
     _torch(f"{checkpoint.path}, a decoder,")
     if chosen.engine == "padded":
         raise ValueError(f"engine must be None or 'torch' for {checkpoint.path}, a language model, got 'padded'")
-    from fastrerank.engine.torch.last_token import LabelEncoder
+    from fastrerank.engine.torch.causal import LabelEncoder
 
     encoders: list[Encoder] = [
         LabelEncoder.load(

@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.engine.batch import Segment
+from fastrerank.engine.batch import Batch, Segment
 
-__all__ = ["Group", "share_prefixes", "to_segments"]
+__all__ = ["Group", "share", "share_prefixes", "to_segments"]
 
 # A shorter common beginning is not worth an interval of its own in every row's attention.
 LEAST = 8
@@ -75,6 +75,31 @@ def to_segments(sequences: Sequence[Ids], groups: Sequence[Group]) -> tuple[list
             segments.append(Segment(np.asarray(sequences[i])[group.length :], prefix=prefix, causal=True))
             ends.append(i)
     return segments, np.array(ends, np.int64)
+
+
+def share(batch: Batch, may: npt.NDArray[np.bool_]) -> tuple[Batch, npt.NDArray[np.int64]]:
+    """Return a causal batch whose common beginnings are prefixes, and which segment of `batch` each of its ends.
+
+    Args:
+        batch: N segments without prefixes.
+        may: bool (N,), whether a segment may share.
+
+    Returns (batch, numbers): numbers is int64, -1 for prefixes.
+
+    Example:
+        >>> shared, numbers = share(Batch.of_ids([np.arange(9), np.arange(10)]), np.array([True, True]))
+        >>> shared.lengths.tolist(), numbers.tolist()
+        ([8, 1, 2], [-1, 0, 1])
+    """
+    texts = np.split(batch.ids, batch.offsets[1:-1]) if len(batch) else []
+    sharing = np.flatnonzero(may)
+    groups = [
+        Group(tuple(int(sharing[i]) for i in group.members), group.length)
+        for group in share_prefixes([texts[i] for i in sharing])
+    ]
+    groups += [Group((int(i),), 0) for i in np.flatnonzero(~may)]
+    segments, ends = to_segments(texts, groups)
+    return Batch.of(segments), ends
 
 
 def _common(a: npt.NDArray[np.uint32], b: npt.NDArray[np.uint32]) -> int:

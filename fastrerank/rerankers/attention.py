@@ -296,7 +296,7 @@ class AttentionReranker(Reranker):
 
     def _read(self, prompt: AttentionPrompt, usage: Usage, before: Any = None) -> Answer:
         """One forward over a prompt that fits."""
-        from fastrerank.engine.torch.attention_pass import Reading
+        from fastrerank.engine.readouts import Reading
 
         begin, end = int(prompt.spans[:, 0].min()), int(prompt.spans[:, 1].max())
         other = prompt.empty_tail if self.calibrate else None

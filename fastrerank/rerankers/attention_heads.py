@@ -133,8 +133,8 @@ def score_heads(
     text = instruction_text(instruction, policy)
     prompts = load_prompts(checkpoint, policy, text, word_limit(words_per_document, policy))
 
+    from fastrerank.engine.readouts import Reading
     from fastrerank.engine.torch.attention import AttentionScorer
-    from fastrerank.engine.torch.attention_pass import Reading
 
     scorer = AttentionScorer.load(
         checkpoint,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrerank.engine.readouts import Masses, Reading
 from fastrerank.engine.torch.attention import AttentionScorer, check_heads
-from fastrerank.engine.torch.attention_pass import Reading, read
 from fastrerank.engine.torch.decoder import find_layers
 
 PACKED = [family for family in decoders.FAMILIES if family not in (*decoders.PADDED, *decoders.WHOLE)]
@@ -79,14 +79,16 @@ def test_kept_keys_give_the_same_bits(family: str) -> None:
 
 def test_no_layer_above_is_run_and_nothing_unused_is_held() -> None:
     scorer = AttentionScorer.from_model(body("llama"), [(0, 1), (1, 2)])
-    stack = find_layers(scorer._runner.backbone)
+    stack = find_layers(scorer.model.runner.backbone)
     assert len(stack) == 2
     assert isinstance(stack[1].mlp, torch.nn.Identity)
     assert isinstance(stack[1].self_attn.o_proj, torch.nn.Identity)
     assert stack[1].self_attn.k_proj.keys.out_features == 8  # one key head of two
     assert list(stack[1].self_attn.v_proj.children()) == []
     whole = AttentionScorer.from_model(body("olmo2"), [(1, 2)])
-    assert type(find_layers(whole._runner.backbone)[1].self_attn.k_proj).__name__ != "_Narrow"  # a norm over all heads
+    assert (
+        type(find_layers(whole.model.runner.backbone)[1].self_attn.k_proj).__name__ != "_Narrow"
+    )  # a norm over all heads
 
 
 def test_masses_by_head_add_up() -> None:
@@ -195,7 +197,7 @@ def test_memory_is_linear() -> None:
             return result
 
     with torch.inference_mode(), Watch():
-        read(scorer._runner, prompt, scorer._weights)
+        scorer.model.runner.read(prompt.batch, Masses(prompt, scorer._weights))
     rows = prompt.tokens - prompt.first
     assert rows == 200
     assert 1500 * 32 <= max(sizes) <= 1728 * 64 < rows * 1400

@@ -49,23 +49,23 @@ def test_logits_equal_transformers(family: str, scorer: Any) -> None:
     assert ours.dtype == np.float32
     assert relative(ours, expected) <= 2e-5
     packed = family not in (*decoders.PADDED, *decoders.WHOLE)
-    assert engine._runner.packed == (family not in decoders.PADDED)
-    assert isinstance(engine._runner, PackedDecoder) == packed
-    assert engine.shares == packed
+    assert engine.model.runner.packed == (family not in decoders.PADDED)
+    assert isinstance(engine.model.runner, PackedDecoder) == packed
+    assert engine.model.shares == packed
     assert bool(engine.reason) != packed
     if packed:  # GPT-2 puts its output in the shape of its input
-        assert engine._runner.prunes == (family != "gpt2"), "the last layer computes more rows than are read"
+        assert engine.model.runner.prunes == (family != "gpt2"), "the last layer computes more rows than are read"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt-neox"])
 def test_sharing_prefixes_changes_the_work_and_not_the_result(family: str, scorer: Any) -> None:
     engine, prompts = scorer(family), decoders.prompts()
     shared, cost = engine.label_logits(prompts, LABELS)
-    engine.shares = False
+    engine.model.shares = False
     try:
         alone, full = engine.label_logits(prompts, LABELS)
     finally:
-        engine.shares = True
+        engine.model.shares = True
     distinct = prompts[:-1]  # the last one is a copy
     assert full == Cost(1, sum(map(len, distinct)), 0)
     assert cost == Cost(1, full.tokens - 5 * 40, 40)
@@ -76,14 +76,14 @@ def test_sharing_prefixes_changes_the_work_and_not_the_result(family: str, score
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_a_prompt_scores_the_same_in_any_company(family: str, scorer: Any) -> None:
     engine, prompts = scorer(family), decoders.prompts()
-    engine.shares = False
+    engine.model.shares = False
     try:
         together, _ = engine.label_logits(prompts, LABELS)
         order = np.random.default_rng(1).permutation(len(prompts))
         permuted, _ = engine.label_logits([prompts[i] for i in order], LABELS)
         alone = np.concatenate([engine.label_logits([ids], LABELS)[0] for ids in prompts])
     finally:
-        engine.shares = True
+        engine.model.shares = True
     assert np.array_equal(together[order], permuted)
     assert np.array_equal(together, alone)
     assert np.array_equal(together[2], together[-1])
@@ -96,11 +96,11 @@ def test_a_prompt_scores_the_same_in_any_company(family: str, scorer: Any) -> No
 def test_a_token_budget_changes_batches_only(family: str, budget: int, scorer: Any) -> None:
     engine, prompts = scorer(family), decoders.prompts()
     expected, _ = engine.label_logits(prompts, LABELS)
-    before, engine.budget = engine.budget, budget
+    before, engine.model.budget = engine.model.budget, budget
     try:
         ours, cost = engine.label_logits(prompts, LABELS)
     finally:
-        engine.budget = before
+        engine.model.budget = before
     assert np.array_equal(ours, expected)
     # Every prefix is followed by one prompt at least, so no batch is more than the budget and the longest prompt.
     assert cost.forwards >= cost.tokens / (budget + max(map(len, prompts)))
@@ -184,15 +184,15 @@ def test_a_head_that_does_something_unknown_is_refused(tmp_path: Path, monkeypat
 
 def test_a_layer_that_cannot_be_pruned_is_computed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = decoders.save(tmp_path, "llama")
-    whole = PackedDecoder.last
+    whole = PackedDecoder.read
 
-    def wrong(self: Any, batch: Any, rows: Any) -> Any:
-        states = whole(self, batch, rows)
+    def wrong(self: Any, batch: Any, readout: Any) -> Any:
+        states = whole(self, batch, readout)
         return states + 1 if self.prunes else states
 
-    monkeypatch.setattr(PackedDecoder, "last", wrong)
+    monkeypatch.setattr(PackedDecoder, "read", wrong)
     engine = CausalScorer.load(open_checkpoint(folder))
-    assert not engine._runner.prunes
+    assert not engine.model.runner.prunes
     prompts = decoders.prompts()
     expected = decoders.full_logits(decoders.build("llama"), prompts, LABELS)
     assert relative(engine.label_logits(prompts, LABELS)[0], expected) <= 2e-5
@@ -201,26 +201,24 @@ def test_a_layer_that_cannot_be_pruned_is_computed_whole(tmp_path: Path, monkeyp
 def test_out_of_memory_halves_the_budget_and_goes_on(scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, prompts = scorer("olmo2"), decoders.prompts()
     expected, _ = engine.label_logits(prompts, LABELS)
-    real, calls = causal._Packed.hidden, []
+    runner, calls = engine.model.runner, []
+    real = runner.read
 
-    def hidden(self: Any, runner: Any) -> Any:
-        calls.append(self.size())
-        return None if self.size() > 120 else real(self, runner)
+    def read(batch: Any, readout: Any) -> Any:
+        calls.append(len(batch.ids))
+        if len(batch.ids) > 120:
+            raise torch.OutOfMemoryError
+        return real(batch, readout)
 
-    monkeypatch.setattr(causal._Packed, "hidden", hidden)
-    monkeypatch.setattr(engine, "_head", _head_that_passes_none(engine._head))
-    before = engine.budget
+    monkeypatch.setattr(runner, "read", read)
+    before = engine.model.budget
     try:
         ours, _ = engine.label_logits(prompts, LABELS)
-        assert engine.budget < before
+        assert engine.model.budget < before
         assert max(calls) > 120
     finally:
-        engine.budget = before
+        engine.model.budget = before
     assert relative(ours, expected) <= 1e-6
-
-
-def _head_that_passes_none(head: Any) -> Any:
-    return lambda hidden, labels: None if hidden is None else head(hidden, labels)
 
 
 def test_threads_share_a_scorer(scorer: Any) -> None:

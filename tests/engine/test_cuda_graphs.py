@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastrerank.checkpoints.checkpoint import open_checkpoint
-from fastrerank.engine.batch import pack_documents
-from fastrerank.engine.torch import backbone as torch_backbone
+from fastrerank.engine.batch import Batch
+from fastrerank.engine.torch import row as torch_row
 from fastrerank.engine.torch.backbone import PackedBackbone
 from fastrerank.engine.torch.cuda_graphs import BUCKETS, CudaGraphs, bucket_of
 from fastrerank.engine.torch.encoder import TorchEncoder
@@ -45,7 +45,7 @@ class Captures:
 
 def with_graphs(folder: Path, capturing: Any) -> TorchEncoder:
     engine = TorchEncoder.load(open_checkpoint(folder))
-    runner = engine._runner
+    runner = engine.model.runner
     runner.graphs = CudaGraphs(runner._run, torch.device("cpu"), capturing)
     return engine
 
@@ -66,7 +66,7 @@ def test_replayed_batches_equal_the_reference(tmp_path: Path, family: str) -> No
     engine = with_graphs(tmp_path, captures)
     logits, _ = families.results(family)
     documents = families.documents(family)
-    for engine.budget in (4096, 200, 4096):
+    for engine.model.budget in (4096, 200, 4096):
         ours = engine.forward(*documents)
         assert np.abs(ours - logits).max() <= 2e-5 * np.abs(logits).max()
     assert 0 < captures.captured <= 4 < captures.replayed + 2
@@ -79,8 +79,8 @@ def test_warmup_captures_every_bucket(tmp_path: Path) -> None:
     families.save(tmp_path, "qwen2")
     captures = Captures()
     engine = with_graphs(tmp_path, captures)
-    engine._runner._run = lambda table, *_: torch.zeros(table.shape[1], 32)  # the sizes are what counts here
-    engine._runner.graphs._forward = engine._runner._run
+    engine.model.runner._run = lambda table, *_: torch.zeros(table.shape[1], 32)  # the sizes are what counts here
+    engine.model.runner.graphs._forward = engine.model.runner._run
     engine.warmup()
     assert captures.captured == len(BUCKETS)
     engine.forward(*families.documents("qwen2"))
@@ -110,7 +110,7 @@ def test_a_capture_that_fails_is_said_once_and_done_without(tmp_path: Path, capl
             ours = engine.forward(*families.documents("bert"))
             assert np.abs(ours - logits).max() <= 2e-5 * np.abs(logits).max()
     assert caplog.text.count("going on without graphs: operation not permitted") == 1
-    assert engine._runner.graphs.failed
+    assert engine.model.runner.graphs.failed
 
 
 def test_buffers_wait_for_their_last_reader(tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_buffers_wait_for_their_last_reader(tmp_path: Path) -> None:
         return lambda: order.append("replay"), forward()
 
     engine = with_graphs(tmp_path, capturing)
-    engine._runner.graphs._read = Event()
+    engine.model.runner.graphs._read = Event()
     engine.forward(*families.documents("bert", (5,)))
     table = np.zeros((7, 64), np.int32)
-    with torch.inference_mode(), contextlib.suppress(KeyError), engine._runner.graphs.replay(table):
+    with torch.inference_mode(), contextlib.suppress(KeyError), engine.model.runner.graphs.replay(table):
         order.append("read")
         raise KeyError
     assert order == ["wait", "replay", "record", "wait", "replay", "read", "record"]
@@ -156,7 +156,7 @@ def test_a_forward_holds_nothing_that_a_capture_forbids(family: str, monkeypatch
     body = getattr(body, body.base_model_prefix)
     runner = PackedBackbone(body)
     ids, types, offsets = families.documents(family)
-    batch = pack_documents(ids, types, offsets, np.arange(len(offsets) - 1), runner.causal)
+    batch = Batch(ids, offsets, types).pack(runner.causal)
     table = runner.table(batch.padded_to(bucket_of(len(ids)) or 0))
     asked: list[Any] = []
 
@@ -164,7 +164,7 @@ def test_a_forward_holds_nothing_that_a_capture_forbids(family: str, monkeypatch
         asked.append(others)
         return torch.empty_like(q)
 
-    monkeypatch.setattr(torch_backbone, "attention", attention)
+    monkeypatch.setattr(torch_row, "attention", attention)
     body.to("meta")
     with torch.inference_mode(), Capture():
         states = runner._run(torch.empty(table.shape, dtype=torch.int32, device="meta"))

@@ -301,8 +301,10 @@ def test_threads_are_torchs_own_unless_given(tiny: Tiny, monkeypatch: pytest.Mon
     for threads in (None, 3):
         engine = CrossEncoder(tiny("bert"), engine="torch", num_threads=threads).engine
         assert isinstance(engine, TorchEncoder)
-        rows = engine._runner.rows
-        monkeypatch.setattr(engine._runner, "rows", lambda *a, r=rows: (seen.append(torch.get_num_threads()), r(*a))[1])
+        read = engine.model.runner.read
+        monkeypatch.setattr(
+            engine.model.runner, "read", lambda *a, r=read: (seen.append(torch.get_num_threads()), r(*a))[1]
+        )
         engine.forward(np.array([5], np.int32), None, np.array([0, 1]))
         assert torch.get_num_threads() == before
     assert seen == [before, 3]
@@ -337,6 +339,6 @@ def test_memory_limits(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     model = CrossEncoder(tiny("bert"), engine="torch", memory_limit=1 << 20)
     assert isinstance(model.engine, TorchEncoder)
-    assert 0 < model.engine.budget < 1000
+    assert 0 < model.engine.model.budget < 1000
     expected = CrossEncoder(tiny("bert"), engine="torch").score(QUERY, TEXTS)
     assert np.abs(model.score(QUERY, TEXTS) - expected).max() <= 2e-5 * np.abs(expected).max()

@@ -86,7 +86,7 @@ def test_replayed_graphs_equal_eager_forwards(tmp_path: Path, family: str, dtype
     families.save(tmp_path, family)
     graphed = encoder(tmp_path, head=Head("tokens"), dtype=dtype)
     eager = encoder(tmp_path, head=Head("tokens"), dtype=dtype, cuda_graphs=False)
-    assert eager._runner.graphs is None
+    assert eager.model.runner.graphs is None
     calls = [
         families.documents(family, lengths, seed)
         for seed, lengths in enumerate(((5,), (40, 3, 21), (63,), (65,), families.LENGTHS, (9, 2), (160, 160, 160, 7)))
@@ -100,22 +100,22 @@ def test_replayed_graphs_equal_eager_forwards(tmp_path: Path, family: str, dtype
         ours = np.concatenate([graphed.forward(*call) for call in calls])
         within_twice_plain(ours, plain, exact)
         assert rms(ours - other) <= 2 * rms(plain - exact)
-    graphs = graphed._runner.graphs
+    graphs = graphed.model.runner.graphs
     assert not graphs.failed
     assert set(graphs._graphs) == {64, 96, 384, 512}
 
 
 @needs_cuda
 def test_a_replay_gives_the_bits_of_the_same_padded_forward(tmp_path: Path) -> None:
-    from fastrerank.engine.batch import pack_documents
-    from fastrerank.engine.torch.upload import upload
+    from fastrerank.engine.batch import Batch
+    from fastrerank.engine.torch.placement import upload
 
     families.save(tmp_path, "modernbert")
-    runner = encoder(tmp_path, head=Head("tokens"), dtype="bfloat16")._runner
+    runner = encoder(tmp_path, head=Head("tokens"), dtype="bfloat16").model.runner
     with torch.inference_mode():
         for seed in range(4):
             ids, types, offsets = families.documents("modernbert", (30, 41 + seed, 9), seed)
-            batch = pack_documents(ids, types, offsets, np.arange(3), False).padded_to(96)
+            batch = Batch(ids, offsets, types).pack().padded_to(96)
             table = runner.table(batch)
             expected = runner._run(upload(table, runner.device))
             with runner.graphs.replay(table) as states:
@@ -129,7 +129,7 @@ def test_warmup_captures_all_sizes_and_no_more_are_captured_later(tmp_path: Path
     families.save(tmp_path, "bert")
     engine = encoder(tmp_path, dtype="bfloat16")
     engine.warmup()
-    graphs = engine._runner.graphs
+    graphs = engine.model.runner.graphs
     assert not graphs.failed
     assert tuple(graphs._graphs) == BUCKETS
     kept = dict(graphs._graphs)
@@ -145,14 +145,14 @@ def test_running_out_of_device_memory_halves_the_budget(
     families.save(tmp_path, family)
     engine = encoder(tmp_path, head=Head("mean"))
     documents = families.documents(family, (100, 37, 150, 64) * 600)
-    engine.budget = 4096
+    engine.model.budget = 4096
     expected = engine.forward(*documents)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     tokens = len(documents[0])
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     allowed = torch.cuda.memory_reserved() + 1000 * tokens  # bytes; a forward takes twice as much
-    engine.budget = tokens
+    engine.model.budget = tokens
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
         with caplog.at_level(logging.WARNING, "fastrerank"):
@@ -160,7 +160,7 @@ def test_running_out_of_device_memory_halves_the_budget(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory on cuda" in caplog.text
-    assert engine.budget <= tokens // 2
+    assert engine.model.budget <= tokens // 2
     assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
@@ -170,7 +170,7 @@ def test_a_small_memory_limit_makes_small_batches(tmp_path: Path, family: str) -
     logits, _ = families.results(family)
     held = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     engine = encoder(tmp_path, memory_limit=held + 3e6)
-    assert 1 <= engine.budget < 2000
+    assert 1 <= engine.model.budget < 2000
     ours = engine.forward(*families.documents(family))
     assert np.abs(ours - logits).max() <= 2e-5 * np.abs(logits).max()
     with pytest.raises(ValueError, match=r"memory_limit .* leaves no room"):

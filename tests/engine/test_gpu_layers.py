@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 import torch
 import torch_families as families
 
+from fastrerank.engine.batch import Batch
+from fastrerank.engine.readouts import Tokens
 from fastrerank.engine.torch import gpu_layers
 from fastrerank.engine.torch.backbone import PackedBackbone
 
@@ -30,7 +32,7 @@ def states(runner: PackedBackbone, family: str) -> torch.Tensor:
     ids, types, offsets = families.documents(family, LENGTHS)
     with torch.inference_mode():
         ids = np.minimum(ids, runner.backbone.config.vocab_size - 1)
-        return runner.rows(ids, types, offsets, np.arange(len(LENGTHS)), "tokens")
+        return runner.read(Batch(ids, offsets, types), Tokens())
 
 
 def exact(family: str) -> np.ndarray:
@@ -164,8 +166,8 @@ def test_a_decoder_whose_last_layer_is_pruned_keeps_its_logits(
 def test_attention_masses_stay_the_same(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import decoders
 
+    from fastrerank.engine.readouts import Reading
     from fastrerank.engine.torch import attention as attention_scorer
-    from fastrerank.engine.torch.attention_pass import Reading
 
     reading = Reading.of(np.arange(3, 15), np.array([20, 21, 22]), np.array([20, 30]), 1, 9)
     monkeypatch.setattr(attention_scorer, "packs", lambda _: False)  # torch's linear layers, as on a GPU

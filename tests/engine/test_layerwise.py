@@ -118,7 +118,7 @@ def test_scores_equal_the_definition(cutoff: int, tmp_path: Path) -> None:
     expected = np.array([score(tensors, ids, cutoff) for ids in prompts])
     assert np.abs(ours[:, 0] - expected).max() <= 2e-5 * np.abs(expected).max()
     assert cost.prefix_tokens == 40
-    assert len(engine._runner.backbone.layers) == cutoff
+    assert len(engine.model.runner.backbone.layers) == cutoff
 
 
 def test_layers_above_the_cutoff_need_not_be_there(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrerank.engine.batch import (
+    Batch,
     PackedBatch,
     Segment,
     pack,
-    pack_documents,
     shares,
     split,
     split_equal,
@@ -102,10 +102,10 @@ def test_documents_pack_like_segments(lengths: list[int], causal: bool, data: st
     chosen = np.array(data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True)))
     offsets = np.cumsum([0, *lengths])
     ids, types = np.arange(offsets[-1], dtype=np.int32), np.arange(offsets[-1]) % 3
-    ours = pack_documents(ids, types, offsets, chosen, causal)
+    ours = Batch(ids, offsets, types).take(chosen).pack(causal)
     spans = [slice(offsets[d], offsets[d + 1]) for d in chosen]
     expected = pack([Segment(ids[span], types[span], causal=causal) for span in spans])
-    for name in vars(expected):
+    for name in set(vars(expected)) - {"embeddings", "position_ids"}:
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name))
         assert getattr(ours, name).dtype == getattr(expected, name).dtype
 
@@ -113,21 +113,24 @@ def test_documents_pack_like_segments(lengths: list[int], causal: bool, data: st
 @given(segment_lists(), st.integers(1, 20))
 def test_splitting_keeps_every_segment_its_prefix_and_the_budget(segments: list[Segment], budget: int) -> None:
     answered = []
-    for batch, index in split(segments, budget):
-        assert len(batch) == len(index)
-        roots = {n for n, segment in enumerate(batch) if segment.prefix is None}
-        for n, segment in enumerate(batch):
-            if index[n] >= 0:
-                answered.append(int(index[n]))
-                original = segments[index[n]]
-                np.testing.assert_array_equal(segment.ids, original.ids)
-                assert segment.causal == original.causal
-                assert (segment.prefix is None) == (original.prefix is None)
-            if segment.prefix is not None:
-                assert segment.prefix in roots
-                np.testing.assert_array_equal(batch[segment.prefix].ids, segments[segments[index[n]].prefix].ids)
-        tokens = sum(len(segment.ids) for segment in batch)
-        assert tokens <= budget or len(batch) - len(roots) <= 1 == len(roots)  # what cannot be made smaller
+    whole = Batch.of(segments)
+    for chosen, answers in split(whole.lengths, whole.prefix, budget):
+        assert len(chosen) == len(answers)
+        batch = whole.take(chosen)
+        texts = np.split(batch.ids, batch.offsets[1:-1])
+        prefix = np.full(len(batch), -1) if batch.prefix is None else batch.prefix
+        answered += chosen[answers].tolist()
+        for n, number in enumerate(chosen):
+            original = segments[number]
+            np.testing.assert_array_equal(texts[n], original.ids)
+            assert batch.causal is not None
+            assert batch.causal[n] == original.causal
+            assert (prefix[n] < 0) == (original.prefix is None)
+            if original.prefix is not None:
+                assert prefix[prefix[n]] < 0
+                np.testing.assert_array_equal(texts[prefix[n]], segments[original.prefix].ids)
+        roots = int((prefix < 0).sum())
+        assert len(batch.ids) <= budget or len(batch) - roots <= 1 == roots  # what cannot be made smaller
     assert sorted(answered) == list(range(len(segments)))
 
 
@@ -178,13 +181,16 @@ def test_what_cannot_be_packed_is_named() -> None:
         ([Segment(some, prefix=0)], "segment 0: prefix must be the index of another segment, got 0"),
         ([Segment(some), Segment(some, prefix=0), Segment(some, prefix=1)], "segment 2: its prefix 1 has a prefix"),
     ):
-        for function in (pack, lambda s: split(s, 10)):
-            with pytest.raises(ValueError, match=message):
-                function(segments)
-    for function, wrong in ((split_lengths, np.array([3])), (split_padded, np.array([3])), (split, [Segment(some)])):
+        with pytest.raises(ValueError, match=message):
+            pack(segments)
+    for prefix, message in (([0], "got 0"), ([7], "got 7"), ([1, 2, -1], "segment 0: its prefix 1 has a prefix")):
+        with pytest.raises(ValueError, match=message):
+            split(np.full(len(prefix), 3), np.array(prefix), 10)
+    three, alone = np.array([3]), np.array([-1])
+    for function in (split_lengths, split_padded, lambda s, b: split(s, None, b), lambda s, b: split(s, alone, b)):
         with pytest.raises(ValueError, match="budget must be at least 1"):
-            function(wrong, 0)
+            function(three, 0)
     with pytest.raises(ValueError, match="size must be at least 1"):
         pack([Segment(some)]).windowed(0)
     assert len(pack([])) == 0
-    assert split([], 5) == []
+    assert split(np.zeros(0, np.int64), np.zeros(0, np.int64), 5) == []

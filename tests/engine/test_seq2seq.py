@@ -174,7 +174,7 @@ def test_half_precision_is_within_twice_plain_torchs_error(saved: Saved, kind: s
 def test_float16_keeps_the_output_layers_in_float32_and_bfloat16_does_not(saved: Saved) -> None:
     for dtype, expected in (("float16", torch.float32), ("bfloat16", torch.bfloat16)):
         scorer = load(saved("v1.1"), dtype=dtype)
-        for stack in (scorer._step.backbone, scorer._step._decoder):
+        for stack in (scorer.model.runner.backbone, scorer.model.runner._decoder):
             layer = stack.block[1].layer[-1].DenseReluDense
             assert layer.wo.weight.dtype == expected
             assert layer.wi_0.weight.dtype == getattr(torch, dtype)
@@ -233,7 +233,7 @@ def test_cost_counts_forwards_and_tokens_with_padding_and_equal_prompts_once(sav
     logits, again = scorer.label_logits([texts[0], texts[1], texts[0], texts[0]], LABELS)
     assert again == Cost(1, 2 * (9 + 3), 0)
     np.testing.assert_array_equal(logits[2:], logits[[0, 0]])
-    scorer.budget = 20
+    scorer.model.budget = 20
     split, cost = scorer.label_logits(texts, LABELS)
     assert cost == Cost(2, 2 * (9 + 3) + 2 * (5 + 3), 0)
     whole, _ = load(saved("v1.0"), decoder_prefix=PREFIX).label_logits(texts, LABELS)
@@ -260,7 +260,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     with caplog.at_level(logging.WARNING, "fastrerank"):
         logits, cost = scorer.label_logits(texts, LABELS)
     assert "out of memory" in caplog.text
-    assert scorer.budget <= 30
+    assert scorer.model.budget <= 30
     assert cost.tokens == 12 * 11  # what failed is not counted
     assert cost.forwards >= 4
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -281,7 +281,7 @@ def test_many_threads_share_one_scorer(saved: Saved) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="packed layers are the CPU's")
 def test_the_encoder_runs_on_packed_linear_layers(saved: Saved) -> None:
-    encoder = load(saved("v1.0"))._step.backbone
+    encoder = load(saved("v1.0")).model.runner.backbone
     kinds = {type(module) for module in encoder.modules()}
     assert torch_linear.PackedLinear in kinds
     assert torch.nn.Linear not in kinds

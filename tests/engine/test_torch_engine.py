@@ -26,6 +26,7 @@ from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.batch import Segment, pack
 from fastrerank.engine.heads import Head
 from fastrerank.engine.torch import backbone as torch_backbone
+from fastrerank.engine.torch import row as torch_row
 from fastrerank.engine.torch.encoder import DTYPES, TorchEncoder
 
 BOUND = 2e-5
@@ -88,7 +89,7 @@ def test_logits_and_token_vectors_equal_transformers(saved: Saved, family: str, 
     documents = families.documents(family)
     engine = load(saved(family), packed=packed)
     assert engine.packed == (packed is None and family not in (*families.PADDED, "eurobert"))
-    assert engine.packed or engine._runner.pads == (family not in families.UNPADDED)
+    assert engine.packed or engine.model.runner.pads == (family not in families.UNPADDED)
     assert agrees(engine.forward(*documents), family, 0)
     if families.results(family)[1] is not None:
         vectors = load(saved(family), Head("tokens"), packed=packed)
@@ -116,7 +117,7 @@ def test_heads_are_float32_as_stored(saved: Saved, family: str, dtype: str) -> N
         assert value.dtype == torch.float32
         source = name.removeprefix("model.").replace("rows.", f"{families.build(family).base_model_prefix}.")
         assert torch.equal(value, stored.get(source, stored.get(name.removeprefix("model."), value[:0]))), name
-    assert {value.dtype for value in engine._runner.backbone.parameters()} == {getattr(torch, dtype)}
+    assert {value.dtype for value in engine.model.runner.backbone.parameters()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "mistral", "deberta"])
@@ -150,7 +151,7 @@ def test_readouts_and_batches(tmp_path: Path, family: str, readout: Any) -> None
         "mean": np.stack([tokens[span].mean(0) for span in spans]),
     }[readout]
     engine = TorchEncoder.load(open_checkpoint(tmp_path), Head(readout))
-    for engine.budget in (4096, 200, 60, 1):
+    for engine.model.budget in (4096, 200, 60, 1):
         assert close(engine.forward(*documents), expected)
 
 
@@ -179,12 +180,12 @@ def test_windows_end_where_the_reference_ends_them(saved: Saved, family: str) ->
     windowed = load(saved(family), Head("tokens"))
     states = windowed.forward(ids, types, offsets)
     whole = TorchEncoder.load(open_checkpoint(saved(family)), Head("tokens"))
-    original = torch_backbone.Row.intervals
+    original = torch_row.Row.intervals
     try:
-        torch_backbone.Row.intervals = lambda self, _: original(self, None)  # type: ignore[method-assign]
+        torch_row.Row.intervals = lambda self, _: original(self, None)  # type: ignore[method-assign]
         assert not close(whole.forward(ids, types, offsets), states, 1e-2)
     finally:
-        torch_backbone.Row.intervals = original  # type: ignore[method-assign]
+        torch_row.Row.intervals = original  # type: ignore[method-assign]
 
 
 def stretched(folder: Path, rope_type: str) -> tuple[Path, Callable[[], Any]]:
@@ -226,7 +227,7 @@ def test_rotary_positions_that_stretch_with_the_longest_text(tmp_path: Path, rop
 def test_segments_with_a_shared_prefix_see_what_they_would_alone(saved: Saved, family: str) -> None:
     # In a decoder, prefix and segment are one causal text. A bidirectional prefix sees itself only, so there is no
     # single text to compare with: for encoders, the prefix is checked alone, and against dependants that change.
-    runner = load(saved(family), Head("tokens"))._runner
+    runner = load(saved(family), Head("tokens")).model.runner
     random = np.random.default_rng(0)
     prefix, *texts = [random.integers(5, factory.VOCABULARY, n) for n in (11, 5, 1, 17, 9)]
     segments = [Segment(prefix, causal=runner.causal)]
@@ -276,7 +277,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     engine = TorchEncoder.load(open_checkpoint(tmp_path), Head(readout))
     documents = families.documents(family)
     expected = engine.forward(*documents)
-    forward, sizes = engine._runner.backbone.forward, []
+    forward, sizes = engine.model.runner.backbone.forward, []
 
     def scarce(*args: Any, **inputs: Any) -> Any:
         sizes.append(inputs["input_ids"].numel())
@@ -284,10 +285,10 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
             raise torch.OutOfMemoryError("no memory for that")
         return forward(*args, **inputs)
 
-    monkeypatch.setattr(engine._runner.backbone, "forward", scarce)
+    monkeypatch.setattr(engine.model.runner.backbone, "forward", scarce)
     with caplog.at_level(logging.WARNING, "fastrerank"):
         assert close(engine.forward(*documents), expected)
-    assert engine.budget <= 170 < max(sizes)
+    assert engine.model.budget <= 170 < max(sizes)
     assert "out of memory on cpu: going on with" in caplog.text
     sizes.clear()
     assert close(engine.forward(*documents), expected)
@@ -300,7 +301,7 @@ def test_one_document_that_does_not_fit_is_an_error(saved: Saved, monkeypatch: p
     def never(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no memory at all")
 
-    monkeypatch.setattr(engine._runner.backbone, "forward", never)
+    monkeypatch.setattr(engine.model.runner.backbone, "forward", never)
     with pytest.raises(torch.OutOfMemoryError):
         engine.forward(*families.documents("bert"))
 
@@ -326,11 +327,11 @@ def test_a_backbone_that_does_not_run_packed_as_it_says_is_found_out(
     assert "packed hidden states differ" in TorchEncoder.load(open_checkpoint(saved("bert"))).reason
     monkeypatch.undo()
 
-    def leaking(self: torch_backbone.Row, _: int | None) -> torch.Tensor:
-        lo, hi, plo, phi = self.table[3:7]
+    def leaking(self: torch_row.Row, _: int | None) -> torch.Tensor:
+        lo, hi, plo, phi = self.table[2:6]
         return torch.stack([torch.zeros_like(lo), torch.full_like(hi, len(hi)), plo, phi])
 
-    monkeypatch.setattr(torch_backbone.Row, "intervals", leaking)
+    monkeypatch.setattr(torch_row.Row, "intervals", leaking)
     for dtype in DTYPES:
         engine = TorchEncoder.load(open_checkpoint(saved("bert")), dtype=dtype)
         assert "packed hidden states differ" in engine.reason
@@ -341,16 +342,16 @@ def test_a_backbone_that_does_not_run_packed_as_it_says_is_found_out(
 
 def test_only_a_model_that_cannot_pack_is_padded_for_it(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(_: Any, window: int | None) -> torch.Tensor:
-        raise torch_backbone.CannotPack(f"no window {window} here")
+        raise torch_row.CannotPack(f"no window {window} here")
 
-    monkeypatch.setattr(torch_backbone.Row, "intervals", refuses)
+    monkeypatch.setattr(torch_row.Row, "intervals", refuses)
     engine = TorchEncoder.load(open_checkpoint(saved("bert")))
     assert (engine.packed, engine.reason) == (False, "no window None here")
 
     def breaks(_: Any, __: int | None) -> torch.Tensor:
         raise NotImplementedError("a kernel that this device lacks")
 
-    monkeypatch.setattr(torch_backbone.Row, "intervals", breaks)
+    monkeypatch.setattr(torch_row.Row, "intervals", breaks)
     with pytest.raises(NotImplementedError, match="a kernel that this device lacks"):
         TorchEncoder.load(open_checkpoint(saved("bert")))
 
@@ -385,7 +386,7 @@ def test_a_head_whose_backbone_pools_otherwise_runs_whole(saved: Saved, monkeypa
 
 
 def test_a_model_of_ours_called_from_outside_is_refused(saved: Saved) -> None:
-    model = load(saved("bert"))._runner.backbone
+    model = load(saved("bert")).model.runner.backbone
     with pytest.raises(RuntimeError, match="inside fastrerank only"):
         model(torch.ones((1, 3), dtype=torch.long))
 

@@ -104,16 +104,15 @@ class Reader(torch.nn.Module):
         self.direct = direct
         self.config = SimpleNamespace(vocab_size=50, get_text_config=lambda: self.config)
 
-    def rows(self, ids: Any, _types: Any, offsets: Any, chosen: Any, _read: str) -> Any:
-        ids = np.concatenate([ids[offsets[d] : offsets[d + 1]] for d in chosen])
-        x = self.first(torch.nn.functional.one_hot(torch.from_numpy(ids).long() % 8, 8).float())
+    def read(self, batch: Any, _readout: Any) -> Any:
+        x = self.first(torch.nn.functional.one_hot(torch.from_numpy(batch.ids).long() % 8, 8).float())
         return torch.nn.functional.linear(x, self.second.weight) if self.direct else self.second(x)
 
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_model_that_reads_weights_itself_keeps_torchs_layers(direct: bool) -> None:
     model = Reader(direct)
-    runner = SimpleNamespace(backbone=model, rows=model.rows)
+    runner = SimpleNamespace(backbone=model, read=model.read)
     with torch.inference_mode():
         torch_probe.pack_when_equal(runner, "float32")
     kinds = {type(model.first), type(model.second)}

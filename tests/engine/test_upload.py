@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastrerank.engine.torch.upload import PinnedBuffers, upload  # noqa: E402
+from fastrerank.engine.torch.placement import PinnedBuffers, upload  # noqa: E402
 
 HERE = torch.device("cpu")
 

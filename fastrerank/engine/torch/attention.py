@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +12,23 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.engine.batch import check_ids
-from fastrerank.engine.memory import bytes_per_token, device_budget
-from fastrerank.engine.torch.attention_pass import Kept, Reading, narrow, read, release_unused
-from fastrerank.engine.torch.backbone import CannotPack, PackedBackbone, causality
+from fastrerank.engine.memory import CPU_DECODER_TOKENS
+from fastrerank.engine.readouts import Masses, Reading
+from fastrerank.engine.torch.backbone import PackedBackbone, causality
 from fastrerank.engine.torch.decoder import find_layers, find_norm, fuse_layers, prune
 from fastrerank.engine.torch.linear import packs
 from fastrerank.engine.torch.loading import cast_parameters, load_model
-from fastrerank.engine.torch.placement import place_on, stretch, unstretched
+from fastrerank.engine.torch.model import Model
+from fastrerank.engine.torch.narrowing import narrow, release_unused
+from fastrerank.engine.torch.placement import place_on
 from fastrerank.engine.torch.probe import choose_runner, pack_when_equal, probe_tokens, relative_error
+from fastrerank.engine.torch.row import CannotPack, Kept
 from fastrerank.engine.usage import Cost
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.engine.torch.model import Where
 
 __all__ = ["AttentionScorer", "LayerHead"]
 
@@ -42,6 +48,7 @@ class AttentionScorer:
     queries of the rows that are. One object may be called from many threads.
 
     Attributes:
+        model: the model that is run.
         heads: (layer, head) pairs that are read, sorted; None for all.
         layers: layers that are loaded.
         head_count: query heads of a layer.
@@ -52,23 +59,20 @@ class AttentionScorer:
 
     def __init__(
         self,
-        runner: PackedBackbone,
+        model: Model,
         weights: dict[int, torch.Tensor | None],
         *,
-        dtype: str,
-        budget: int | None,
-        num_threads: int | None,
         heads: tuple[LayerHead, ...] | None,
         kept_bytes: int,
+        limited: bool,
     ) -> None:
-        self._runner, self._weights, self.kept_bytes = runner, weights, kept_bytes
-        self.dtype, self.device, self.budget, self.num_threads = dtype, runner.device, budget, num_threads
-        config = runner.backbone.config.get_text_config()
+        self.model, self._weights, self.kept_bytes = model, weights, kept_bytes
+        self.dtype, self.device, self.num_threads = model.dtype, model.device, model.num_threads
+        self.budget = model.budget if limited else None
+        config = model.runner.backbone.config.get_text_config()
         self.heads, self.layers = heads, int(config.num_hidden_layers)
         self.head_count = int(config.num_attention_heads)
-        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self._vocabulary, self._stretch = int(config.vocab_size), stretch(config)
-        self._lock = threading.Lock()
+        self.max_length = model.max_length
 
     @classmethod
     def load(
@@ -76,22 +80,16 @@ class AttentionScorer:
         checkpoint: Checkpoint,
         heads: Iterable[LayerHead] | None = None,
         *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_threads: int | None = None,
-        memory_limit: float | None = None,
         early_exit: bool = True,
+        **where: Unpack[Where],
     ) -> AttentionScorer:
         """Load a decoder through transformers, as far as the last layer of `heads`.
 
         Args:
             checkpoint: opened checkpoint of a decoder.
             heads: (layer, head) pairs to read, both from 0; None for all heads of all layers.
-            dtype: "float32", "bfloat16" or "float16" for the backbone; masses are float32.
-            device: "cpu", "cuda" or "cuda:N".
-            num_threads: CPU threads of a call; None for torch's own setting.
-            memory_limit: bytes, or a fraction of the device's memory, that the process may come to; None for 0.9.
             early_exit: False runs all layers whole, for comparison.
+            where: dtype, device, num_threads, memory_limit; see `Where`. Masses are float32 in all precisions.
 
         Raises ValueError for heads that the model does not have, for a model that cannot run packed (it says why), and
         for one whose masses differ from those of its own attention.
@@ -100,19 +98,11 @@ class AttentionScorer:
             >>> from fastrerank.checkpoints.checkpoint import open_checkpoint                   # doctest: +SKIP
             >>> scorer = AttentionScorer.load(open_checkpoint("path"), [(13, 18), (14, 31)])   # doctest: +SKIP
         """
-        ops.num_threads(num_threads)  # checks it
+        ops.num_threads(where.get("num_threads"))  # checks it
         chosen = check_heads(heads, checkpoint.config)
         layers = None if chosen is None or not early_exit else max(layer for layer, _ in chosen) + 1
-        model = load_model(checkpoint, "none", dtype, layers=layers)
-        return cls.from_model(
-            model,
-            chosen,
-            dtype=dtype,
-            device=device,
-            num_threads=num_threads,
-            memory_limit=memory_limit,
-            early_exit=early_exit,
-        )
+        model = load_model(checkpoint, "none", where.get("dtype", "float32"), layers=layers)
+        return cls.from_model(model, chosen, early_exit=early_exit, **where)
 
     @classmethod
     def from_model(
@@ -120,11 +110,8 @@ class AttentionScorer:
         backbone: Any,
         heads: Iterable[LayerHead] | None = None,
         *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_threads: int | None = None,
-        memory_limit: float | None = None,
         early_exit: bool = True,
+        **where: Unpack[Where],
     ) -> AttentionScorer:
         """Take over a transformers model without its head, in evaluation mode; the model is changed for good."""
         if causality(backbone) == {False}:
@@ -133,14 +120,15 @@ class AttentionScorer:
                 "need a decoder, a causal language model; an encoder can serve cross-encoder, late-interaction or "
                 "embedding"
             )
-        config, kind, place = backbone.config.get_text_config(), getattr(torch, dtype), torch.device(device)
+        dtype, place = where.get("dtype", "float32"), torch.device(where.get("device", "cpu"))
+        config, kind = backbone.config.get_text_config(), getattr(torch, dtype)
         chosen = check_heads(heads, config.to_dict())
         cast_parameters(backbone, kind)
         backbone.to(place).eval()
         last = config.num_hidden_layers - 1 if chosen is None else max(layer for layer, _ in chosen)
         by_layer = _by_layer(chosen, config, place)
         probe = _probe(config)
-        with torch.inference_mode(), place_on(num_threads, place):
+        with torch.inference_mode(), place_on(where.get("num_threads"), place):
             expected = _eager_masses(backbone, probe, sorted(by_layer))
             runner, reason = choose_runner(backbone, dtype, None)
             if not runner.packed:
@@ -170,21 +158,13 @@ class AttentionScorer:
                     "attention: it computes attention in a way that its config does not name"
                 )
             if early_exit:
-                release_unused(runner, lambda: read(runner, probe, by_layer))
+                release_unused(runner, lambda: runner.read(probe.batch, Masses(probe, by_layer)))
             kept = Kept(probe.shared[: probe.first])
-            alone = Reading(kept.ids, (), probe.first, 0, 0, np.zeros(0, np.float32))
-            read(runner, alone, by_layer, keep=kept)
-        unlimited = place.type == "cpu" and memory_limit is None
-        each = bytes_per_token(config, kind.itemsize, packed=True)
-        return cls(
-            runner,
-            by_layer,
-            dtype=dtype,
-            budget=None if unlimited else device_budget(place, each, memory_limit),
-            num_threads=num_threads,
-            heads=chosen,
-            kept_bytes=kept.nbytes // len(kept.ids),
-        )
+            alone = Reading.alone(kept.ids)
+            runner.read(alone.batch, Masses(alone, by_layer, keep=kept))
+        limited = place.type != "cpu" or where.get("memory_limit") is not None
+        model = Model(runner, on_cpu=CPU_DECODER_TOKENS, noun="prompt", **where)
+        return cls(model, by_layer, heads=chosen, kept_bytes=kept.nbytes // len(kept.ids), limited=limited)
 
     def masses(self, reading: Reading, before: Kept | None = None) -> tuple[npt.NDArray[np.float32], Cost]:
         """Return (masses, cost): float32 (end - begin,), the sum over the heads and rows that are read.
@@ -195,48 +175,33 @@ class AttentionScorer:
 
         Raises ValueError for a prompt beyond `max_length`, with ids outside the vocabulary, or another context.
         """
-        self._check(reading, before)
-        mass = self._run(reading, before=before)
-        skipped = 0 if before is None else len(before.ids)
-        return mass.cpu().numpy(), Cost(1, reading.tokens - skipped, max(0, len(reading.shared) - skipped))
+        if before is not None and not np.array_equal(reading.shared[: len(before.ids)], before.ids):
+            raise ValueError("the prompt does not begin with the context whose keys were kept")
+        mass, cost = self._run(Masses(reading, self._weights, before=before))
+        return mass.numpy(), cost
 
     def masses_by_head(self, reading: Reading, each: Callable[[int, npt.NDArray[np.float32]], None]) -> Cost:
         """Hand each layer that is read, one after the other, with its heads' masses, float32 (H, end - begin)."""
-        self._check(reading, None)
-        self._run(reading, each=lambda layer, mass: each(layer, mass.cpu().numpy()))
-        return Cost(1, reading.tokens, len(reading.shared))
+        handed = Masses(reading, self._weights, each=lambda layer, mass: each(layer, mass.cpu().numpy()))
+        return self._run(handed)[1]
 
     def keep(self, context: npt.NDArray[np.integer]) -> tuple[Kept, Cost]:
         """Run a context alone and return its keys and values, of the layers that are read and those below."""
-        ids = np.asarray(context, np.int64)
-        kept = Kept(ids)
-        reading = Reading(ids, (), len(ids), 0, 0, np.zeros(0, np.float32))
-        self._check(reading, None)
-        self._run(reading, keep=kept)
-        return kept, Cost(1, len(ids), len(ids))
+        reading = Reading.alone(np.asarray(context, np.int64))
+        kept = Kept(reading.shared)
+        return kept, self._run(Masses(reading, self._weights, keep=kept))[1]
 
-    def _run(self, reading: Reading, **options: Any) -> torch.Tensor:
-        runner = self._runner
-        with (
-            torch.inference_mode(),
-            place_on(self.num_threads, self.device),
-            unstretched(runner.backbone, self._stretch, self._lock),
-        ):
-            try:
-                return read(runner, reading, self._weights, **options)
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(
-                    f"a prompt of {reading.tokens} tokens does not fit in the memory of {self.device}: give a smaller "
-                    "max_length, so that documents are ranked in windows"
-                ) from error
-
-    def _check(self, reading: Reading, before: Kept | None) -> None:
-        if self.max_length is not None and reading.longest > self.max_length:
-            raise ValueError(f"the prompt has {reading.longest} tokens, the model takes {self.max_length}")
-        for ids in (reading.shared, *reading.branches):
-            check_ids(ids, self._vocabulary)
-        if before is not None and not np.array_equal(reading.shared[: len(before.ids)], before.ids):
-            raise ValueError("the prompt does not begin with the context whose keys were kept")
+    def _run(self, readout: Masses) -> tuple[torch.Tensor, Cost]:
+        longest = readout.reading.longest
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(f"the prompt has {longest} tokens, the model takes {self.max_length}")
+        try:
+            return self.model.run(readout.reading.batch, readout, on_host=True)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"a prompt of {readout.reading.tokens} tokens does not fit in the memory of {self.device}: give a "
+                "smaller max_length, so that documents are ranked in windows"
+            ) from error
 
 
 def check_heads(heads: Iterable[LayerHead] | None, config: dict[str, Any]) -> tuple[LayerHead, ...] | None:
@@ -323,8 +288,8 @@ def _difference(
 ) -> float:
     """Relative difference of the masses from `expected`; of the heads that are read only. Raises CannotPack."""
     found: dict[int, torch.Tensor] = {}
-    read(runner, probe, weights, each=found.__setitem__)
-    sums = read(runner, probe, weights).double()
+    runner.read(probe.batch, Masses(probe, weights, each=found.__setitem__))
+    sums = runner.read(probe.batch, Masses(probe, weights)).double()
     factors = [
         torch.ones(expected.shape[1], device=expected.device) if weights[layer] is None else weights[layer]
         for layer in sorted(weights)

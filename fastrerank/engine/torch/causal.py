@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.engine.batch import Segment, check_ids, pack, split, split_equal, split_lengths, split_padded
-from fastrerank.engine.memory import CPU_DECODER_TOKENS, forward_budget, halved
-from fastrerank.engine.prefixes import Group, share_prefixes, to_segments
+from fastrerank.engine.batch import Batch, distinct
+from fastrerank.engine.memory import CPU_DECODER_TOKENS
+from fastrerank.engine.readouts import Rows
 from fastrerank.engine.torch.decoder import PackedDecoder
 from fastrerank.engine.torch.loading import cast_parameters, load_model
-from fastrerank.engine.torch.placement import place_on, stretch, unstretched
-from fastrerank.engine.torch.probe import probe_tokens, runner_of
+from fastrerank.engine.torch.model import Model, place
+from fastrerank.engine.torch.placement import place_on
+from fastrerank.engine.torch.probe import probe_tokens
 from fastrerank.engine.torch.row_norms import FinalNorm
 from fastrerank.engine.usage import Cost
 
-__all__ = ["CausalScorer", "Probes"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.engine.torch.model import Where
+
+__all__ = ["CausalScorer", "LabelEncoder", "Probes"]
 
 log = logging.getLogger("fastrerank")
 
@@ -86,59 +93,39 @@ class CausalScorer:
     One object may be called from many threads.
 
     Attributes:
-        max_length: tokens that the model's positions allow; None where its config names no limit.
+        model: the model that is run; its `budget`, `shares` and `max_length` are read at each call.
         labels: how many labels the head has: the vocabulary's size, or a classifier's.
-        shares: whether common prefixes of prompts are computed once.
-        budget: tokens of one forward; halved for good when a forward runs out of memory.
-        reason: why prompts run padded and share nothing; "" where they run packed.
         skipped: token id that is skipped at the end of prompts, as classifiers skip padding; None for none.
     """
 
-    def __init__(
-        self,
-        runner: Any,
-        head: LabelHead,
-        *,
-        dtype: str,
-        budget: int,
-        max_length: int | None,
-        num_threads: int | None = None,
-        share_prefixes: bool = True,
-    ) -> None:
-        self._runner, self._head = runner, head
-        self.dtype, self.device, self.budget = dtype, runner.device, budget
-        self.max_length, self.num_threads = max_length, num_threads
-        self.shares = share_prefixes and isinstance(runner, PackedDecoder)
+    def __init__(self, model: Model, head: LabelHead) -> None:
+        self.model, self._head = model, head
+        self.dtype, self.device, self.num_threads = model.dtype, model.device, model.num_threads
         self.labels = len(head.weight)
-        self.reason = ""
         self.skipped: int | None = None
-        config = runner.backbone.config.get_text_config()
-        self._vocabulary = int(config.vocab_size)
-        self._stretch = stretch(config)
-        self._lock = threading.Lock()
+
+    @property
+    def max_length(self) -> int | None:
+        """Return the tokens that the model's positions allow; None where its config names no limit."""
+        return self.model.max_length
+
+    @property
+    def reason(self) -> str:
+        """Return why prompts run padded and share nothing; "" where they run packed."""
+        return self.model.reason
 
     @classmethod
     def load(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_threads: int | None = None,
-        memory_limit: float | None = None,
-        share_prefixes: bool = True,
-        head: str = "causal",
+        cls, checkpoint: Checkpoint, *, share_prefixes: bool = True, head: str = "causal", **where: Unpack[Where]
     ) -> CausalScorer:
         """Load a decoder through transformers.
 
         Args:
             checkpoint: opened checkpoint of a `*ForCausalLM`, or with head="classification" of a
                 `*ForSequenceClassification` that reads its last token.
-            dtype: "float32", "bfloat16" or "float16" for the backbone. Norm, head and logits are float32.
-            device: "cpu", "cuda" or "cuda:N".
-            num_threads: CPU threads of a call; None for torch's own setting.
-            memory_limit: bytes, or a fraction of the device's memory, that the process may come to; None for 0.9.
             share_prefixes: whether common prefixes of a call's prompts are computed once.
+            where: dtype, device, num_threads, memory_limit; see `Where`. Norm, head and logits are float32 in all
+                precisions of the backbone.
 
         Raises ValueError for a checkpoint without the head, without some of its weights, with weights that are NaN, or
         whose logits are not what its class computes.
@@ -147,53 +134,26 @@ class CausalScorer:
             >>> from fastrerank.checkpoints.checkpoint import open_checkpoint             # doctest: +SKIP
             >>> scorer = CausalScorer.load(open_checkpoint("path"))           # doctest: +SKIP
         """
-        ops.num_threads(num_threads)  # checks it
-        model = load_model(checkpoint, head, dtype)
-        return cls.from_model(
-            model,
-            dtype=dtype,
-            device=device,
-            num_threads=num_threads,
-            memory_limit=memory_limit,
-            share_prefixes=share_prefixes,
-            head=head,
-        )
+        ops.num_threads(where.get("num_threads"))  # checks it
+        loaded = load_model(checkpoint, head, where.get("dtype", "float32"))
+        return cls.from_model(loaded, share_prefixes=share_prefixes, head=head, **where)
 
     @classmethod
     def from_model(
-        cls,
-        model: Any,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_threads: int | None = None,
-        memory_limit: float | None = None,
-        share_prefixes: bool = True,
-        head: str = "causal",
+        cls, model: Any, *, share_prefixes: bool = True, head: str = "causal", **where: Unpack[Where]
     ) -> CausalScorer:
         """Take over a transformers model in evaluation mode; arguments as in `load`. The model is changed for good.
 
         Raises ValueError for a model without a linear head, or whose logits are not what its class computes.
         """
         backbone = getattr(model, model.base_model_prefix)
-        cast_parameters(backbone, getattr(torch, dtype))
+        cast_parameters(backbone, getattr(torch, where.get("dtype", "float32")))
         _, linear = _head_module(model, head)
         weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         probes = Probes(backbone.config.get_text_config(), len(weight))
-        with torch.inference_mode(), place_on(num_threads, weight.device):
+        with torch.inference_mode(), place_on(where.get("num_threads"), weight.device):
             expected = probes.expected(model, head)
-        scorer = cls.build(
-            backbone,
-            weight,
-            bias,
-            probes,
-            expected,
-            dtype=dtype,
-            device=device,
-            num_threads=num_threads,
-            memory_limit=memory_limit,
-            share_prefixes=share_prefixes,
-        )
+        scorer = cls.build(backbone, weight, bias, probes, expected, share_prefixes=share_prefixes, **where)
         if head == "classification":
             scorer.skipped = getattr(backbone.config.get_text_config(), "pad_token_id", None)
         return scorer
@@ -207,42 +167,36 @@ class CausalScorer:
         probes: Probes,
         expected: npt.NDArray[np.float64],
         *,
-        dtype: str,
-        device: str,
-        num_threads: int | None,
-        memory_limit: float | None,
         share_prefixes: bool,
+        **where: Unpack[Where],
     ) -> CausalScorer:
         """Put a backbone and head rows on a device, and prove them against what `probes` are `expected` to give."""
-        place, kind = torch.device(device), getattr(torch, dtype)
-        backbone.to(place).eval()
-        runner, reason = runner_of(backbone, dtype, None, num_threads=num_threads)
-        norm = FinalNorm(None)
+        runner, reason = place(backbone, **where)
+        norm, decoder = FinalNorm(None), False
         if runner.packed:
             try:
                 runner = PackedDecoder(runner)
-                norm = runner.norm
+                norm, decoder = runner.norm, True
             except ValueError as error:
                 reason = str(error)
-        config = backbone.config.get_text_config()
-        scorer = cls(
+        model = Model(
             runner,
-            LabelHead(weight, bias, norm, **_logit_options(config)),
-            dtype=dtype,
-            budget=forward_budget(config, kind, place, memory_limit, packed=runner.packed, on_cpu=CPU_DECODER_TOKENS),
-            max_length=getattr(config, "max_position_embeddings", None),
-            num_threads=num_threads,
-            share_prefixes=share_prefixes,
+            on_cpu=CPU_DECODER_TOKENS,
+            reason=reason,
+            shares=share_prefixes and decoder,
+            noun="prompt",
+            **where,
         )
-        scorer.reason = reason
-        error_ = probes.error(scorer, expected)
-        if error_ > _AGREES[dtype] and isinstance(runner, PackedDecoder):
+        options = _logit_options(backbone.config.get_text_config())
+        scorer = cls(model, LabelHead(weight, bias, norm, **options))
+        difference = probes.error(scorer, expected)
+        if difference > _AGREES[model.dtype] and decoder:
             runner.prunes = False
             log.info("%s computes all rows of its last layer", type(backbone).__name__)
-            error_ = probes.error(scorer, expected)
-        if error_ > _AGREES[dtype]:
+            difference = probes.error(scorer, expected)
+        if difference > _AGREES[model.dtype]:
             raise ValueError(
-                f"label logits of {type(backbone).__name__} differ by {error_:.2g} from its own head's: it does "
+                f"label logits of {type(backbone).__name__} differ by {difference:.2g} from its own head's: it does "
                 "something to logits that its config does not name in a known way"
             )
         return scorer
@@ -257,136 +211,74 @@ class CausalScorer:
         Raises ValueError naming a prompt that is empty, longer than `max_length` or has ids outside the vocabulary.
         """
         chosen = np.asarray(labels, np.int64)
-        self._check(prompts, chosen)
+        if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= self.labels:
+            raise ValueError(f"labels must be a list of numbers from 0 to {self.labels - 1}, got {chosen}")
+        self.model.check(Batch.of_ids(prompts))
+        if not len(prompts):
+            return np.zeros((0, len(chosen)), np.float32), Cost()
         if self.skipped is not None:
             prompts = [self._without_padding(np.asarray(ids)) for ids in prompts]
-        numbers: dict[bytes, int] = {}
-        place = [numbers.setdefault(np.asarray(ids).astype(np.int64).tobytes(), len(numbers)) for ids in prompts]
-        first = {number: i for i, number in reversed(list(enumerate(place)))}
-        distinct = [np.asarray(prompts[first[number]]) for number in range(len(numbers))]
-        result = np.full((len(distinct), len(chosen)), np.nan, np.float32)
-        with torch.inference_mode(), place_on(self.num_threads, self.device):
-            cost = self._fill(distinct, chosen, result)
-        return result[place] if place else result, cost
-
-    def _fill(self, prompts: list[Ids], labels: npt.NDArray[np.int64], result: npt.NDArray[np.float32]) -> Cost:
-        """Compute the prompts in batches; where memory runs out, halve the budget and go on."""
-        waiting = list(range(len(prompts)))
-        cost = Cost()
-        finished: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
-        while waiting:
-            failed: list[int] = []
-            for batch in self._batches([prompts[i] for i in waiting]):
-                if failed:
-                    failed += batch.members(waiting)
-                    continue
-                values = self._try(batch, labels)
-                if values is None:
-                    if batch.size() == 1 or len(batch.members(waiting)) == 1:
-                        if self.device.type == "cuda":
-                            torch.cuda.empty_cache()
-                        raise torch.OutOfMemoryError(
-                            f"one prompt of {batch.size()} tokens does not fit in the memory of {self.device}"
-                        )
-                    failed += batch.members(waiting)
-                    self.budget = halved(self.budget, batch.size(), self.device)
-                else:
-                    finished.append((np.array(batch.members(waiting)), values))
-                    cost += Cost(1, batch.size(), batch.prefix_tokens())
-            waiting = failed
-        for members, values in finished:  # read when all work has been handed to the device
-            result[members] = values.cpu().numpy()
-        return cost
-
-    def _try(self, batch: _Batch, labels: npt.NDArray[np.int64]) -> torch.Tensor | None:
-        try:
-            with unstretched(self._runner.backbone, self._stretch, self._lock):
-                return self._head(batch.hidden(self._runner), labels)
-        except torch.OutOfMemoryError:
-            if self.device.type != "cuda":
-                raise
-        return None
-
-    def _batches(self, prompts: list[Ids]) -> list[_Batch]:
-        lengths = np.array([len(ids) for ids in prompts], np.int64)
-        # Where rotary frequencies stretch with the longest text of a row, such a text has a row of its own.
-        far = np.flatnonzero(lengths > self._stretch) if self._stretch is not None else np.zeros(0, np.int64)
-        near = np.setdiff1d(np.arange(len(prompts)), far)
-        batches: list[_Batch] = []
-        if not isinstance(self._runner, PackedDecoder):
-            packed = self._runner.packed  # a model whose layers are not found runs packed, and whole
-            divide = split_lengths if packed else split_padded if self._runner.pads else split_equal
-            parts = [near[part] for part in divide(lengths[near], self.budget)]
-            return [_Rows(prompts, part, packed) for part in [*parts, *far[:, None]]]
-        chosen = [prompts[i] for i in near]
-        groups = share_prefixes(chosen) if self.shares else [Group((i,), 0) for i in range(len(chosen))]
-        segments, ends = to_segments(chosen, groups)
-        for taken, index in split(segments, self.budget):
-            answers = np.where(index >= 0, ends[np.maximum(index, 0)], -1)
-            batches.append(_Packed(taken, np.where(answers >= 0, near[np.maximum(answers, 0)], -1)))
-        return batches + [_Packed([Segment(prompts[i], causal=True)], np.array([i])) for i in far]
+        batch, numbers = distinct(prompts)
+        values, cost = self.model.run(batch, Rows.last(batch), lambda hidden: self._head(hidden, chosen), on_host=True)
+        return np.asarray(values.numpy(), np.float32)[numbers], cost
 
     def _without_padding(self, ids: Ids) -> Ids:
         content = np.flatnonzero(ids != self.skipped)
         return ids[: content[-1] + 1] if len(content) else ids[:1]
 
-    def _check(self, prompts: Sequence[Ids], labels: npt.NDArray[np.int64]) -> None:
-        if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= self.labels:
-            raise ValueError(f"labels must be a list of numbers from 0 to {self.labels - 1}, got {labels}")
-        for i, ids in enumerate(prompts):
-            if not len(ids):
-                raise ValueError(f"prompt {i} has no tokens")
-            if self.max_length is not None and len(ids) > self.max_length:
-                raise ValueError(f"prompt {i} has {len(ids)} tokens, the model takes {self.max_length}")
-            check_ids(ids, self._vocabulary, f"prompt {i}: ")
 
+class LabelEncoder:
+    """A decoder's logits at each document's last token, with the face of an encoder.
 
-class _Packed:
-    """A packed row: its segments, and the prompt that each ends, -1 for prefixes."""
+    What a call's documents begin with alike is computed once. With `labels`, one or two token ids of a language model,
+    equals sentence-transformers' LogitScore module: the logit of the first, less the second's where there are two.
+    Without, equals a classifier: all its labels.
 
-    def __init__(self, segments: list[Segment], answers: npt.NDArray[np.int64]) -> None:
-        self.segments, self.answers = segments, answers
+    Attributes:
+        width: values per document.
+    """
 
-    def members(self, waiting: list[int]) -> list[int]:
-        return [waiting[i] for i in self.answers if i >= 0]
+    readout = "last"
 
-    def size(self) -> int:
-        return sum(len(segment.ids) for segment in self.segments)
+    def __init__(self, scorer: CausalScorer, labels: Sequence[int] | None = None) -> None:
+        self._scorer = scorer
+        self._labels = np.arange(scorer.labels) if labels is None else np.array(labels, np.int64)
+        self._difference = labels is not None and len(labels) == 2
+        self.width = 1 if labels is not None else scorer.labels
+        self.dtype, self.num_threads = scorer.dtype, scorer.num_threads
 
-    def prefix_tokens(self) -> int:
-        return sum(len(s.ids) for s, i in zip(self.segments, self.answers, strict=True) if i < 0)
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, labels: Sequence[int] | None = None, **options: Any) -> LabelEncoder:
+        """Load a `*ForCausalLM` for `labels`, else a decoder's `*ForSequenceClassification`.
 
-    def hidden(self, runner: PackedDecoder) -> torch.Tensor:
-        batch = pack(self.segments)
-        return runner.last(batch, batch.ends[self.answers >= 0] - 1)
+        `options` are those of `CausalScorer.load`. Raises ValueError for other classifiers, and as it does.
+        """
+        if labels is not None:
+            return cls(CausalScorer.load(checkpoint, **options), labels)
+        name = (checkpoint.config.get("architectures") or [""])[0]
+        kind = getattr(transformers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, GenericForSequenceClassification)):
+            raise ValueError(f"{checkpoint.path} is no decoder classifier of transformers' common kind")
+        scorer = CausalScorer.load(checkpoint, head="classification", **options)
+        scorer.model.max_length = None  # rotary positions: like transformers, it reads what it is given
+        return cls(scorer)
 
+    def forward(
+        self, ids: npt.NDArray[np.int32], type_ids: npt.NDArray[np.int32] | None, offsets: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return float32 (N, width) of N documents of T tokens in all, packed one after the other; types are unused."""
+        return self.counted(ids, type_ids, offsets)[0]
 
-class _Rows:
-    """Prompts on a runner that shares nothing."""
-
-    def __init__(self, prompts: list[Ids], chosen: npt.NDArray[np.int64], packed: bool) -> None:
-        self.prompts, self.chosen = [np.asarray(prompts[i], np.int32) for i in chosen], chosen
-        lengths = [len(ids) for ids in self.prompts]
-        self.tokens = sum(lengths) if packed else len(lengths) * max(lengths)
-
-    def members(self, waiting: list[int]) -> list[int]:
-        return [waiting[i] for i in self.chosen]
-
-    def size(self) -> int:
-        return self.tokens
-
-    def prefix_tokens(self) -> int:
-        return 0
-
-    def hidden(self, runner: Any) -> torch.Tensor:
-        lengths = np.array([len(ids) for ids in self.prompts], np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        ids = np.concatenate(self.prompts)
-        rows: torch.Tensor = runner.rows(ids, None, offsets, np.arange(len(lengths)), lengths - 1)
-        return rows
-
-
-_Batch = _Packed | _Rows
+    def counted(
+        self,
+        ids: npt.NDArray[np.int32],
+        type_ids: npt.NDArray[np.int32] | None,  # noqa: ARG002
+        offsets: npt.NDArray[np.int64],
+    ) -> tuple[npt.NDArray[np.float32], Cost]:
+        """What `forward` returns, and what it cost."""
+        prompts = np.split(np.asarray(ids), np.asarray(offsets)[1:-1]) if len(offsets) > 1 else []
+        logits, cost = self._scorer.label_logits(prompts, self._labels)
+        return (logits[:, :1] - logits[:, 1:] if self._difference else logits), cost
 
 
 def _head_module(model: Any, head: str) -> tuple[str, torch.nn.Linear]:

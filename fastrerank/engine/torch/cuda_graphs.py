@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastrerank.engine.torch.upload import upload
+from fastrerank.engine.torch.placement import upload
 
 __all__ = ["BUCKETS", "CudaGraphs", "bucket_of", "capture"]
 

@@ -6,24 +6,22 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fastrerank.engine.batch import PackedBatch
-from fastrerank.engine.torch.backbone import PackedBackbone, Row, running
+from fastrerank.engine.batch import Batch
+from fastrerank.engine.readouts import Readout, Rows
+from fastrerank.engine.torch.backbone import WHOLE, PackedBackbone
 from fastrerank.engine.torch.gpu_layers import fuse_on_gpu
 from fastrerank.engine.torch.linear import fuse_gated
 from fastrerank.engine.torch.loading import release_after_reading
+from fastrerank.engine.torch.placement import upload
+from fastrerank.engine.torch.row import PassEnded, Row, running
 from fastrerank.engine.torch.row_norms import fuse_norm, read_norm
-from fastrerank.engine.torch.upload import upload
 
-__all__ = ["WHOLE", "ChosenRows", "KeysKept", "PackedDecoder", "find_layers", "find_norm", "fuse_layers", "prune"]
+__all__ = ["PackedDecoder", "find_layers", "find_norm", "fuse_layers", "prune"]
 
 # Rows of a feed-forward layer at a time on a CPU: its intermediate rows stay in the cache, and memory stays small.
 FEED_FORWARD_ROWS = 512
-# Rows are made up to multiples of this on a CPU. torch computes the last elements of a tensor that fill no two vectors
-# by other functions (of exp, sin, cos), whose last bits differ: with whole vectors a row's bits depend on it alone.
-WHOLE = 64
 
 
 def find_layers(backbone: torch.nn.Module) -> torch.nn.ModuleList:
@@ -71,17 +69,29 @@ class PackedDecoder(PackedBackbone):
                 _skip_queries(module.q_proj)  # type: ignore[arg-type]
         fuse_layers(self)
 
-    def last(self, batch: PackedBatch, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Return the residual stream after the last layer, before the final norm, of the chosen rows (R, hidden)."""
+    def read(self, batch: Batch, readout: Readout) -> torch.Tensor:
+        """Return what `PackedBackbone.read` returns, before the final norm; the last layer computes rows that are read.
+
+        Rows come in the model's dtype.
+        """
+        if not isinstance(readout, Rows):
+            return super().read(batch, readout)
+        packed = batch.pack(self.causal)
+        rows = (packed.starts + readout.at)[readout.at >= 0]
         count = len(rows)
         if self.device.type == "cpu":
-            batch = batch.padded_to(-(-len(batch) // WHOLE) * WHOLE)
+            packed = packed.padded_to(-(-len(packed) // WHOLE) * WHOLE)
             rows = np.resize(rows, -(-count // WHOLE) * WHOLE)
-        table = upload(self.table(batch), self.device)
-        chosen = upload(rows, self.device)
-        if self.prunes:
-            return self.forward(ChosenRows(table, self.windows, batch.alone, chosen))[:count]
-        return self.forward(Row(table, self.windows, batch.alone))[chosen[:count]]
+        table, chosen = upload(self.table(packed), self.device), upload(rows, self.device)
+        row = Row(
+            table,
+            self.windows,
+            packed.alone,
+            chosen=chosen if self.prunes else None,
+            embeddings=packed.embeddings,
+        )
+        states = self.forward(row)
+        return states[:count] if self.prunes else states[chosen[:count]]
 
 
 def fuse_layers(packed: PackedBackbone) -> None:
@@ -100,44 +110,13 @@ def fuse_layers(packed: PackedBackbone) -> None:
             _in_blocks(feed_forward)
 
 
-class KeysKept(Exception):
-    """Ends a layer's first run, in which only its keys and values are wanted."""
-
-
-class ChosenRows(Row):
-    """A packed row of whose last layer only some rows are wanted."""
-
-    def __init__(self, table: torch.Tensor, windows: tuple[int, ...], alone: int, chosen: torch.Tensor) -> None:
-        super().__init__(table, windows, alone)
-        self.chosen = chosen
-        self.keys_only = False
-        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def answer(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        window: int | None,
-        scale: float | None,
-        softcap: float,
-    ) -> torch.Tensor:
-        if self.keys_only:
-            self.kept = (key[0].transpose(0, 1), value[0].transpose(0, 1))
-            raise KeysKept
-        if self.kept is None:
-            return super().answer(query, key, value, window, scale, softcap)
-        q = query[0].transpose(0, 1)
-        return self.attend(q, *self.kept, window, scale, softcap, rows=self.chosen)[0][None]
-
-
 def prune(layer: torch.nn.Module) -> None:
-    """Make a layer compute only a `ChosenRows`'s chosen rows, after a first run that ends at its keys and values."""
+    """Make a layer compute only a row's chosen rows, after a first run that ends at the keys and values of all."""
     whole = layer.forward
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         row = running()
-        if not isinstance(row, ChosenRows):
+        if row is None or row.chosen is None:
             return whole(hidden_states, *args, **kwargs)
         tokens, chosen = hidden_states.shape[1], row.chosen
 
@@ -151,7 +130,9 @@ def prune(layer: torch.nn.Module) -> None:
         row.keys_only = True
         try:
             whole(hidden_states, *args, **kwargs)
-        except KeysKept:
+        except PassEnded:
+            if row.kept is None:  # nothing is read beyond the keys: it is the whole pass that ends
+                raise
             row.keys_only = False
         return whole(take(hidden_states), *map(take, args), **{name: take(value) for name, value in kwargs.items()})
 
@@ -164,7 +145,7 @@ def _skip_queries(projection: torch.nn.Module) -> None:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         row = running()
-        if isinstance(row, ChosenRows) and row.keys_only:
+        if row is not None and row.keys_only:
             return x.new_zeros((*x.shape[:-1], width))
         result: torch.Tensor = whole(x)
         return result

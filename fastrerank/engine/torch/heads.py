@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from fastrerank.engine.heads import DenseStep, Head, NormStep
-from fastrerank.engine.torch.backbone import CannotPack
+from fastrerank.engine.torch.row import CannotPack
 
 __all__ = ["ClassificationHead", "ModuleHead", "split_head"]
 

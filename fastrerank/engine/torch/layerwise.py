@@ -7,7 +7,7 @@ That is also what Granite is, which transformers has; so no code of the checkpoi
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,11 @@ from fastrerank.checkpoints.checkpoint import Checkpoint, untrained
 from fastrerank.engine.torch.causal import CausalScorer, Probes
 from fastrerank.engine.torch.loading import cast_parameters, quiet
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.engine.torch.model import Where
+
 __all__ = ["load_layerwise"]
 
 # What the checkpoint's authors recommend.
@@ -24,14 +29,7 @@ _RECOMMENDED = 28
 
 
 def load_layerwise(
-    checkpoint: Checkpoint,
-    cutoff_layers: int | None,
-    *,
-    dtype: str,
-    device: str,
-    num_threads: int | None,
-    memory_limit: float | None,
-    share_prefixes: bool = True,
+    checkpoint: Checkpoint, cutoff_layers: int | None, *, share_prefixes: bool = True, **where: Unpack[Where]
 ) -> CausalScorer:
     """Return a scorer of one label: the head after `cutoff_layers` layers. Weights of layers above are never read.
 
@@ -65,7 +63,7 @@ def load_layerwise(
         bos_token_id=config.get("bos_token_id"),
         eos_token_id=config.get("eos_token_id"),
     )
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, where.get("dtype", "float32"))
     with quiet(), torch.device("meta"):
         backbone: Any = transformers.GraniteModel(granite)
     head_name = f"lm_head.{cutoff - start}.linear_head.weight"
@@ -90,18 +88,7 @@ def load_layerwise(
     probes = Probes(granite, 1)
     with torch.inference_mode():
         expected = np.stack([_score(backbone, head, ids) for ids in probes.prompts])
-    return CausalScorer.build(
-        backbone,
-        head,
-        None,
-        probes,
-        expected,
-        dtype=dtype,
-        device=device,
-        num_threads=num_threads,
-        memory_limit=memory_limit,
-        share_prefixes=share_prefixes,
-    )
+    return CausalScorer.build(backbone, head, None, probes, expected, share_prefixes=share_prefixes, **where)
 
 
 def _score(backbone: Any, head: torch.Tensor, ids: Any) -> Any:

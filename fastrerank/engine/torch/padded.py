@@ -6,11 +6,11 @@ import inspect
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fastrerank.engine.torch.backbone import Read
-from fastrerank.engine.torch.upload import upload
+from fastrerank.engine.batch import Batch
+from fastrerank.engine.readouts import Mean, Readout, Rows, Tokens
+from fastrerank.engine.torch.placement import upload
 
 __all__ = ["PaddedBackbone", "PaddedModel"]
 
@@ -34,56 +34,47 @@ class PaddedBackbone:
         pad = getattr(config, "pad_token_id", None)
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
 
-    def inputs(
-        self,
-        ids: npt.NDArray[np.int32],
-        types: npt.NDArray[np.int32] | None,
-        offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64],
-    ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return the model's keyword arguments for the documents in `chosen`, and their lengths."""
-        lengths = np.diff(offsets)[chosen]
+    def inputs(self, batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return the model's keyword arguments for a batch's segments, padded to the longest, and their lengths.
+
+        Raises ValueError for what a padded batch cannot express: prefixes, embeddings, positions.
+        """
+        if batch.prefix is not None or batch.embeddings is not None or batch.position_ids is not None:
+            raise ValueError(
+                f"{type(self.backbone).__name__} runs in padded batches, which take token ids without prefixes, "
+                "embeddings and positions"
+            )
+        lengths = batch.lengths
         mask = np.arange(lengths.max()) < lengths[:, None]
-        rows = offsets[chosen][:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
-        inputs = {"input_ids": np.where(mask, ids[rows], self._pad_id).astype(np.int64)}
+        rows = batch.offsets[:-1, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+        inputs = {"input_ids": np.where(mask, batch.ids[rows], self._pad_id).astype(np.int64)}
         inputs["attention_mask"] = mask.astype(np.int64)
         if self._takes_types:
-            taken = np.zeros_like(mask) if types is None else types[rows]
+            taken = np.zeros_like(mask) if batch.types is None else batch.types[rows]
             inputs["token_type_ids"] = np.where(mask, taken, 0).astype(np.int64)
         tensors = {name: upload(value, self.device) for name, value in inputs.items()}
         return tensors | self._options, upload(lengths, self.device)
 
-    def rows(
-        self,
-        ids: npt.NDArray[np.int32],
-        types: npt.NDArray[np.int32] | None,
-        offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64],
-        read: Read,
-    ) -> torch.Tensor:
-        """Return what `read` reads of the documents in `chosen`: float32 (n, hidden), or (T, hidden) for "tokens"."""
-        inputs, lengths = self.inputs(ids, types, offsets, chosen)
+    def read(self, batch: Batch, readout: Readout) -> torch.Tensor:
+        """Return what a readout reads of a batch, in one forward, float32; ValueError for attention masses."""
+        inputs, lengths = self.inputs(batch)
         states: torch.Tensor = self.backbone(**inputs)[0]
-        if not isinstance(read, str):
-            return states[torch.arange(len(states), device=self.device), upload(read[chosen], self.device)].float()
+        if isinstance(readout, Rows):
+            read = np.flatnonzero(readout.at >= 0)
+            return states[upload(read, self.device), upload(readout.at[read], self.device)].float()
         mask = inputs["attention_mask"].bool()
-        if read == "tokens":
+        if isinstance(readout, Tokens):
             return states[mask].float()
-        return torch.where(mask[..., None], states.float(), 0.0).sum(1) / lengths[:, None]
+        if isinstance(readout, Mean):
+            return torch.where(mask[..., None], states.float(), 0.0).sum(1) / lengths[:, None]
+        raise ValueError(f"attention masses are read of packed rows; {type(self.backbone).__name__} runs padded")
 
 
 class PaddedModel(PaddedBackbone):
     """A whole task model whose head cannot be told from its body: its own logits, in the model's precision."""
 
-    def rows(
-        self,
-        ids: npt.NDArray[np.int32],
-        types: npt.NDArray[np.int32] | None,
-        offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64],
-        read: Read,  # noqa: ARG002
-    ) -> torch.Tensor:
-        """Return logits, float32 (n, labels)."""
-        inputs, _ = self.inputs(ids, types, offsets, chosen)
+    def read(self, batch: Batch, readout: Readout) -> torch.Tensor:  # noqa: ARG002
+        """Return logits, float32 (N, labels), whatever the readout."""
+        inputs, _ = self.inputs(batch)
         logits: torch.Tensor = self.backbone(**inputs).logits
         return logits.float()

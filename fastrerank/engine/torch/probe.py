@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastrerank.engine.torch.backbone import CannotPack, PackedBackbone, why_not_packed
+from fastrerank.engine.batch import Batch
+from fastrerank.engine.readouts import Tokens
+from fastrerank.engine.torch.backbone import PackedBackbone, why_not_packed
 from fastrerank.engine.torch.linear import fuse_feed_forwards, pack_linears, packs
 from fastrerank.engine.torch.padded import PaddedBackbone, PaddedModel
 from fastrerank.engine.torch.placement import place_on
+from fastrerank.engine.torch.row import CannotPack
 
 __all__ = ["AGREES", "choose_runner", "pack_when_equal", "probe_tokens", "relative_error", "runner_of", "when_equal"]
 
@@ -162,20 +165,18 @@ class _Documents:
     def __init__(self, backbone: Any) -> None:
         config = backbone.config.get_text_config()
         end = getattr(config, "eos_token_id", None)
-        taken = (getattr(config, "pad_token_id", None), end)
-        usable = np.array([i for i in range(min(config.vocab_size, 1000)) if i not in taken], np.int32)
+        usable = probe_tokens(config)
         window = getattr(config, "sliding_window", None) or 0
         longest = window + 9 if window <= 128 else 20
         longest = max(1, min(longest, (getattr(config, "max_position_embeddings", None) or 512) - 4))
         texts = [np.random.default_rng(n).choice(usable, n) for n in (3, longest, 2)]
         if isinstance(end, int) and 0 <= end < config.vocab_size:  # some classifiers look for the end of the text
-            texts = [np.append(text, np.int32(end)) for text in texts]
-        self._ids = np.concatenate(texts)
-        self._offsets = np.cumsum([0, *map(len, texts)])
+            texts = [np.append(text, end) for text in texts]
+        self._batch = Batch.of_ids(texts)
 
     def states(self, runner: Any, chosen: list[int]) -> torch.Tensor:
         """What `runner` computes of the chosen documents together: token vectors, or logits of a whole model."""
-        rows: torch.Tensor = runner.rows(self._ids, None, self._offsets, np.array(chosen), "tokens")
+        rows: torch.Tensor = runner.read(self._batch.take(np.array(chosen)), Tokens())
         return rows.double()
 
 

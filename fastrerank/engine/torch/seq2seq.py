@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +11,20 @@ import torch
 
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.engine.batch import check_ids
-from fastrerank.engine.memory import CPU_TOKENS, forward_budget
-from fastrerank.engine.torch.backbone import Read
-from fastrerank.engine.torch.encoder import TorchEncoder
+from fastrerank.engine.batch import Batch, distinct
+from fastrerank.engine.memory import CPU_TOKENS
+from fastrerank.engine.readouts import Readout, Rows
 from fastrerank.engine.torch.loading import cast_parameters, load_model
+from fastrerank.engine.torch.model import Model
 from fastrerank.engine.torch.padded import PaddedBackbone
 from fastrerank.engine.torch.placement import place_on
 from fastrerank.engine.torch.probe import AGREES, relative_error, runner_of
 from fastrerank.engine.usage import Cost
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastrerank.engine.torch.model import Where
 
 __all__ = ["Seq2SeqScorer"]
 
@@ -38,59 +42,30 @@ class Seq2SeqScorer:
         max_length: most tokens of a prompt: what the checkpoint states; None for no limit. T5's positions are relative
             and have no end: set another number, or None, to score longer prompts.
         decoder_prefix: what the decoder is made to have written, after its start token.
-        budget: tokens of one forward, padding included; halved for good when a forward runs out of memory.
+        model: the model that is run; tokens of its `budget` are counted with padding.
         reason: why prompts of different lengths share no batch; "" where they do.
     """
 
-    def __init__(
-        self,
-        engine: TorchEncoder,
-        step: DecoderStep,
-        norm: Any,
-        weight: torch.Tensor,
-        scale: float,
-        *,
-        max_length: int | None = None,
-    ) -> None:
-        self._engine, self._step, self._norm, self._weight, self.scale = engine, step, norm, weight, scale
-        self.dtype, self.device = engine.dtype, engine.device
-        self.max_length = max_length
-        self.decoder_prefix = tuple(step.start[1:].tolist())
+    def __init__(self, model: Model, norm: Any, weight: torch.Tensor, scale: float) -> None:
+        self.model, self._norm, self._weight, self.scale = model, norm, weight, scale
+        self.dtype, self.device = model.dtype, model.device
+        self.max_length: int | None = None
+        self.decoder_prefix = tuple(model.runner.start[1:].tolist())
         self.labels = len(weight)
-        self.reason = engine.reason
-        self._vocabulary = step.vocabulary
-
-    @property
-    def budget(self) -> int:
-        """Return the tokens of one forward."""
-        return self._engine.budget
-
-    @budget.setter
-    def budget(self, tokens: int) -> None:
-        self._engine.budget = tokens
+        self.reason = model.reason
 
     @classmethod
     def load(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_threads: int | None = None,
-        memory_limit: float | None = None,
-        decoder_prefix: Sequence[int] = (),
+        cls, checkpoint: Checkpoint, *, decoder_prefix: Sequence[int] = (), **where: Unpack[Where]
     ) -> Seq2SeqScorer:
         """Load a T5 through transformers.
 
         Args:
             checkpoint: opened checkpoint of a `T5ForConditionalGeneration` or its like.
-            dtype: "float32", "bfloat16" or "float16" for encoder and decoder; float16 keeps the output layers of the
-                feed-forward blocks in float32, as transformers does. Final norm and logits are float32.
-            device: "cpu", "cuda" or "cuda:N".
-            num_threads: CPU threads of a call; None for torch's own setting.
-            memory_limit: bytes, or a fraction of the device's memory, that the process may come to; None for 0.9.
             decoder_prefix: token ids that the decoder sees after its start token: logits are of what comes next. PRP
                 with T5 makes it start with "Passage".
+            where: dtype, device, num_threads, memory_limit; see `Where`. float16 keeps the output layers of the
+                feed-forward blocks in float32, as transformers does; final norm and logits are float32.
 
         Raises ValueError for another architecture, weights that are missing or NaN, a prefix outside the vocabulary,
         and a model whose logits are not what its class computes.
@@ -99,28 +74,28 @@ class Seq2SeqScorer:
             >>> from fastrerank.checkpoints.checkpoint import open_checkpoint             # doctest: +SKIP
             >>> scorer = Seq2SeqScorer.load(open_checkpoint("path"))          # doctest: +SKIP
         """
-        ops.num_threads(num_threads)  # checks it
-        model = load_model(checkpoint, "seq2seq", dtype)
-        start = _start(model, decoder_prefix)
-        weight, place, kind = model.lm_head.weight.detach(), torch.device(device), getattr(torch, dtype)
-        probes = _Probes(model, start)
-        cast_parameters(model, kind)
-        with torch.inference_mode(), place_on(num_threads, place):
-            model.to(place)
-            expected = probes.expected(model)
-        runner, reason = runner_of(model.encoder, dtype, False, num_threads=num_threads)
-        step = DecoderStep(runner, model.decoder, start)
-        budget = forward_budget(model.config, kind, place, memory_limit, packed=False, on_cpu=CPU_TOKENS)
-        engine = TorchEncoder(
-            checkpoint, step, _State(model.config.d_model), dtype=dtype, budget=budget, num_threads=num_threads
+        threads, dtype = where.get("num_threads"), where.get("dtype", "float32")
+        ops.num_threads(threads)  # checks it
+        loaded = load_model(checkpoint, "seq2seq", dtype)
+        start = _start(loaded, decoder_prefix)
+        weight, device = loaded.lm_head.weight.detach(), torch.device(where.get("device", "cpu"))
+        probes = _Probes(loaded, start)
+        cast_parameters(loaded, getattr(torch, dtype))
+        with torch.inference_mode(), place_on(threads, device):
+            loaded.to(device)
+            expected = probes.expected(loaded)
+        runner, reason = runner_of(loaded.encoder, dtype, False, num_threads=threads)
+        reason = "" if runner.pads else reason.partition("; ")[2]
+        model = Model(
+            DecoderStep(runner, loaded.decoder, start), on_cpu=CPU_TOKENS, reason=reason, noun="prompt", **where
         )
-        engine.reason = "" if runner.pads else reason.partition("; ")[2]
-        norm = model.decoder.final_layer_norm
-        scorers = [cls(engine, step, norm, weight, scale) for scale in (1.0, model.config.d_model**-0.5)]
+        model.max_length = None  # positions are relative and have no end
+        norm = loaded.decoder.final_layer_norm
+        scorers = [cls(model, norm, weight, scale) for scale in (1.0, loaded.config.d_model**-0.5)]
         errors = [probes.error(scorer, expected) for scorer in scorers]
         if not min(errors) <= AGREES[dtype]:  # false for NaN
             raise ValueError(
-                f"label logits of {type(model).__name__} differ by {min(errors):.2g} from its own: it is not built as "
+                f"label logits of {type(loaded).__name__} differ by {min(errors):.2g} from its own: it is not built as "
                 f"{_EXPECTED}"
             )
         chosen = scorers[int(np.argmin(errors))]
@@ -144,17 +119,12 @@ class Seq2SeqScorer:
         self._check(prompts, chosen)
         if not len(prompts):
             return np.zeros((0, chosen.shape[-1]), np.float32), Cost()
-        numbers: dict[bytes, int] = {}
-        texts = [np.ascontiguousarray(ids, np.int32) for ids in prompts]
-        place = [numbers.setdefault(ids.tobytes(), len(numbers)) for ids in texts]
-        distinct = [np.frombuffer(key, np.int32) for key in numbers]
-        offsets = np.cumsum([0, *map(len, distinct)])
-        costs = self._step.count()
-        hidden = self._engine.forward(np.concatenate(distinct), None, offsets)[place]
+        batch, place = distinct(prompts)
+        states, cost = self.model.run(batch, Rows.last(batch), on_host=True)
         rows, at = np.unique(chosen, return_inverse=True)
         norm = self._norm
         logits = ops.label_logits(
-            torch.from_numpy(hidden),
+            states[torch.from_numpy(place)],
             self._weight[torch.from_numpy(rows)],
             norm="rms",
             norm_weight=norm.weight.detach().cpu(),
@@ -162,7 +132,7 @@ class Seq2SeqScorer:
             scale=self.scale,
         ).numpy()
         at = np.broadcast_to(at.reshape(chosen.shape), (len(place), chosen.shape[-1]))
-        return np.take_along_axis(logits, at, 1), sum(costs, Cost())
+        return np.take_along_axis(logits, at, 1), cost
 
     def _check(self, prompts: Sequence[Ids], labels: Ids) -> None:
         shaped = labels.ndim == 1 or (labels.ndim == 2 and len(labels) == len(prompts))
@@ -180,7 +150,7 @@ class Seq2SeqScorer:
                     f"prompt {i} has {len(ids)} tokens, {len(ids) - self.max_length} more than max_length, "
                     f"{self.max_length}; cut its documents, or set max_length: T5 has no last position"
                 )
-            check_ids(ids, self._vocabulary, f"prompt {i}: ")
+        self.model.check(Batch.of_ids(prompts))
 
 
 class DecoderStep:
@@ -196,29 +166,13 @@ class DecoderStep:
     def __init__(self, encoder: PaddedBackbone, decoder: Any, start: torch.Tensor) -> None:
         self._encoder, self._decoder, self.start = encoder, decoder, start.to(encoder.device)
         self.backbone, self.device, self.pads = encoder.backbone, encoder.device, encoder.pads
-        self.vocabulary = int(encoder.backbone.config.vocab_size)
-        self._running = threading.local()
+        self.decoded_tokens = len(start)
 
-    def count(self) -> list[Cost]:
-        """Return a new list, which this thread's batches append their costs to from now on."""
-        costs: list[Cost] = []
-        self._running.costs = costs
-        return costs
-
-    def rows(
-        self,
-        ids: npt.NDArray[np.int32],
-        types: npt.NDArray[np.int32] | None,
-        offsets: npt.NDArray[np.int64],
-        chosen: npt.NDArray[np.int64],
-        read: Read,  # noqa: ARG002
-    ) -> torch.Tensor:
-        """Return the decoder's last states, float32 (n, hidden), for the prompts in `chosen`."""
-        inputs, _ = self._encoder.inputs(ids, types, offsets, chosen)
+    def read(self, batch: Batch, readout: Readout) -> torch.Tensor:  # noqa: ARG002
+        """Return the decoder's last states of a batch's prompts, float32 (N, hidden), whatever the readout."""
+        inputs, _ = self._encoder.inputs(batch)
         states = self.backbone(**inputs)[0]
-        last: torch.Tensor = self.decode(states, inputs["attention_mask"].bool())
-        self._running.costs.append(Cost(1, states.shape[0] * (states.shape[1] + len(self.start))))
-        return last
+        return self.decode(states, inputs["attention_mask"].bool())
 
     def decode(self, states: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return float32 (n, hidden) of encoder states (n, L, hidden), of which `seen` (n, L) are no padding."""
@@ -270,20 +224,6 @@ def _clamped(x: torch.Tensor) -> torch.Tensor:
     """float16 states in the range that transformers' T5 keeps them in; NaN stays."""
     most = torch.finfo(torch.float16).max - 1000
     return x.clamp(-most, most) if x.dtype == torch.float16 else x
-
-
-class _State(torch.nn.Module):
-    """The head of an engine whose runner gives one vector for each document: that vector."""
-
-    readout = "last state"
-    skipped = None
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return states
 
 
 class _Probes:
