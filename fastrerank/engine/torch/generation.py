@@ -11,9 +11,8 @@ import torch
 import transformers
 
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.checkpoints.weight_files import check_unchanged
 from fastrerank.engine.loading import plan
-from fastrerank.engine.torch.loading import cast_parameters, check_files, leave_files, one_error, quiet
+from fastrerank.engine.torch.loading import cast_parameters, load_model, one_error, quiet
 from fastrerank.inputs.screening import load_fast
 
 __all__ = ["CausalGenerator", "load_causal"]
@@ -29,25 +28,11 @@ def load_causal(checkpoint: Checkpoint, device: Any, dtype: Any) -> CausalGenera
     chosen = plan(checkpoint.config, "torch", device, dtype)
     if len(chosen.devices) != 1:
         raise ValueError(f"device must be one device for generation, got {list(chosen.devices)}")
-    path = checkpoint.transformer_path
-    marks = check_files(checkpoint)
-    factory: Any = transformers.AutoModelForCausalLM
-    with quiet(), one_error(path):
-        model, info = factory.from_pretrained(
-            str(path),
-            dtype=torch.float32 if chosen.dtype == "float32" else "auto",
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
-        tokenizer = load_fast(path, trust_remote_code=checkpoint.trust_remote_code)
-    if info["missing_keys"]:
-        lacking = sorted(info["missing_keys"])
-        raise ValueError(f"{path}: the weights of a language model lack {lacking[0]!r}, so it cannot write text")
-    check_unchanged(marks)
-    leave_files(model)
+    model = load_model(checkpoint, "causal", chosen.dtype)
+    with quiet(), one_error(checkpoint.path):
+        tokenizer = load_fast(checkpoint.transformer_path, trust_remote_code=checkpoint.trust_remote_code)
     cast_parameters(model, getattr(torch, chosen.dtype))
-    return CausalGenerator(model.eval().to(chosen.devices[0]), tokenizer, chosen.devices[0], chosen.dtype)
+    return CausalGenerator(model.to(chosen.devices[0]), tokenizer, chosen.devices[0], chosen.dtype)
 
 
 class CausalGenerator:
