@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import models
-from bench.data import DL19
+from bench.harness import models
+from bench.harness.data import DL19
+from bench.harness.host import cpu_name, versions
 
 FILES = 5  # of the input
 PART_ROWS = 4096
@@ -70,7 +70,14 @@ def run(options: Options, log: Any) -> Findings:
     shutil.rmtree(folder, ignore_errors=True)
     try:
         paths = _write(queries, options.rows, folder / "pairs")
-        found = Findings(_host(options), _plain(options))
+        host = {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "versions": versions(("ray", "pyarrow", "numpy", "tokenizers")),
+            "python": platform.python_version(),
+            "command": options.command,
+        }
+        found = Findings(host, _plain(options))
         log.print(f"{options.rows} pairs in {FILES} files; scoring {sum(map(_count, queries))} of them in one process")
         expected = _offline(queries, checkpoint, options, found)
         for name, source, kill in (
@@ -86,20 +93,6 @@ def run(options: Options, log: Any) -> Findings:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return found
-
-
-def _host(options: Options) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    versions = {name: metadata.version(name) for name in ("ray", "pyarrow", "numpy", "tokenizers")}
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "versions": versions,
-        "python": platform.python_version(),
-        "command": options.command,
-    }
 
 
 def _count(query: dict[str, Any]) -> int:
@@ -248,8 +241,3 @@ def show(found: Findings) -> None:
         )
     for problem in found.problems:
         print(f"PROBLEM: {problem}")
-
-
-def write_json(found: Findings, path: Path) -> None:
-    """Write everything to `path`."""
-    path.write_text(json.dumps(asdict(found), indent=1) + os.linesep, encoding="utf-8")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bench import models
+from bench.harness import models
+from bench.harness.results import write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -20,7 +23,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 class Model(str, Enum):
-    """Names of `bench.models`."""
+    """Names of `bench.harness.models`."""
 
     minilm = "minilm"
     bge_base = "bge-base"
@@ -67,14 +70,14 @@ def cross_encoder(
     """Cross-encoders on CPU: one query against DL19 passages, the same token ids for every engine."""
     from rich.console import Console
 
-    from bench import cross_encoder as bench
-    from bench import report
+    from bench.cross_encoder import cpu as bench
+    from bench.cross_encoder import report
 
     log = Console(stderr=True)
     if context.obj != "cpu":
         log.print("[red]error:[/red] cross-encoder compares engines on a CPU; on a GPU run `all`", highlight=False)
         raise typer.Exit(2)
-    try:
+    with _said(log, ValueError, FileNotFoundError):
         options = bench.Options(
             model=model.value,
             length=length.value,
@@ -85,12 +88,9 @@ def cross_encoder(
             quick=quick,
             data=data,
             cache=cache or models.default_cache(),
-            command="python -m bench.run " + " ".join(sys.argv[1:]),
+            command=_command(),
         )
-        findings = bench.run(options, log, lambda found: report.write_json(found, json_file) if json_file else None)
-    except (ValueError, FileNotFoundError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+        findings = bench.run(options, log, lambda found: write_json(found, json_file) if json_file else None)
     report.show(findings, markdown=markdown)
     raise typer.Exit(0 if findings.sound else 1)
 
@@ -148,10 +148,10 @@ def llm(
             markdown=markdown,
             llms=only,
         )
-    from bench import llm as bench
-    from bench import llm_report as report
+    from bench.llm import cpu as bench
+    from bench.llm import report
 
-    try:
+    with _said(log, ValueError, FileNotFoundError):
         options = bench.Options(
             dtypes=tuple(dtype.split(",")),
             documents=docs,
@@ -161,12 +161,9 @@ def llm(
             tiny=tiny,
             data=data or DATA,
             cache=cache or models.default_cache(),
-            command="python -m bench.run " + " ".join(sys.argv[1:]),
+            command=_command(),
         )
         findings = bench.run(options, log, lambda found: report.write_json(found, json_file) if json_file else None)
-    except (ValueError, FileNotFoundError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     report.show(findings, markdown=markdown)
     raise typer.Exit(0 if findings.sound else 1)
 
@@ -207,16 +204,13 @@ def cur(
             markdown=False,
             llms=None,
         )
-    from bench import cur as bench
+    from bench.cur import search as bench
 
-    try:
+    with _said(log, ValueError, FileNotFoundError):
         if part not in ("recall", "time", "large", "all"):
             raise ValueError(f"--part must be recall, time, large or all, got {part!r}")
-        command = "python -m bench.run " + " ".join(sys.argv[1:])
+        command = _command()
         bench.run(data, tuple(storage.split(",")), json_file, picture, command, part)
-    except (ValueError, FileNotFoundError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
 
 @app.command("cur-scan")
@@ -233,7 +227,7 @@ def cur_scan(
     """Exact top-k of products with stored vectors on a CPU: ops.cur_topk against numpy, torch and FAISS."""
     from rich.console import Console
 
-    from bench import cur_scan as bench
+    from bench.cur import scan as bench
 
     options = bench.Options(
         items=items,
@@ -243,7 +237,7 @@ def cur_scan(
         rounds=rounds,
         threads=threads or _cores(),
         against=tuple(against.split(",")),
-        command="python -m bench.run " + " ".join(sys.argv[1:]),
+        command=_command(),
     )
     found = bench.run(options, Console(stderr=True))
     bench.show(found, Console())
@@ -274,9 +268,9 @@ def icr(
     from rich.console import Console
 
     log = Console(stderr=True)
-    command = "python -m bench.run " + " ".join(sys.argv[1:])
+    command = _command()
     if context.obj == "cuda":
-        from bench import gpu_icr
+        from bench.icr import gpu as gpu_icr
 
         file = json_file or (None if tiny else RESULTS / "gpu-icr.json")
         options_ = gpu_icr.Options(
@@ -288,16 +282,13 @@ def icr(
             cache or models.default_cache(),
             command,
         )
-        try:
-            gpu = gpu_icr.run(options_, log, lambda found: gpu_icr.write_json(found, file) if file else None)
-        except ValueError as error:
-            log.print(f"[red]error:[/red] {error}", highlight=False)
-            raise typer.Exit(2) from error
+        with _said(log, ValueError):
+            gpu = gpu_icr.run(options_, log, lambda found: write_json(found, file) if file else None)
         gpu_icr.show(gpu, markdown=markdown)
         raise typer.Exit(0 if gpu.sound else 1)
-    from bench import icr as bench
+    from bench.icr import cpu as bench
 
-    try:
+    with _said(log, ValueError, FileNotFoundError):
         options = bench.Options(
             dtypes=tuple(dtype.split(",")),
             rounds=rounds,
@@ -309,9 +300,6 @@ def icr(
             command=command,
         )
         findings = bench.run(options, log, lambda found: bench.write_json(found, json_file) if json_file else None)
-    except (ValueError, FileNotFoundError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     bench.show(findings, markdown=markdown)
     raise typer.Exit(0 if findings.sound else 1)
 
@@ -339,14 +327,14 @@ def serve(
     """The server under load on loopback: every answer checked, throughput, latency, overload, and infinity-emb."""
     from rich.console import Console
 
-    from bench import serve as bench
-    from bench.servers import ServerError
+    from bench.serve import throughput as bench
+    from bench.serve.servers import ServerError
 
     log = Console(stderr=True)
     if context.obj != "cpu":
         log.print("[red]error:[/red] serve measures a server on a CPU", highlight=False)
         raise typer.Exit(2)
-    try:
+    with _said(log, ValueError, FileNotFoundError, ServerError):
         found = bench.run(
             bench.Options(
                 dtype=dtype,
@@ -362,13 +350,10 @@ def serve(
                 threads=threads or _cores(),
                 data=data,
                 cache=cache or models.default_cache(),
-                command="python -m bench.run " + " ".join(sys.argv[1:]),
+                command=_command(),
             ),
             log,
         )
-    except (ValueError, FileNotFoundError, ServerError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     if json_file:
         bench.write_json(found, json_file)
     bench.show(found)
@@ -391,12 +376,12 @@ def beside(
     """The server's small requests, alone and beside large ones: p50 and p99, and p50 over a kept connection."""
     from rich.console import Console
 
-    from bench import beside as bench
-    from bench import serve
-    from bench.servers import ServerError
+    from bench.serve import beside as bench
+    from bench.serve import throughput as serve
+    from bench.serve.servers import ServerError
 
     log, folder = Console(stderr=True), cache or models.default_cache()
-    try:
+    with _said(log, ValueError, FileNotFoundError, ServerError):
         options = bench.Options(
             models.build("minilm", folder).path,
             serve.texts(data, 40, docs),
@@ -407,12 +392,9 @@ def beside(
             seconds,
             threads or _cores(),
             folder / "logs",
-            "python -m bench.run " + " ".join(sys.argv[1:]),
+            _command(),
         )
         found = bench.run(options, log)
-    except (ValueError, FileNotFoundError, ServerError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     if json_file:
         bench.write_json(found, json_file)
     bench.show(found)
@@ -432,12 +414,12 @@ def soak(
     """The server under honest and hostile traffic and faults: right answers, health, memory, a killed worker."""
     from rich.console import Console
 
-    from bench import serve
-    from bench import soak as bench
-    from bench.servers import ServerError
+    from bench.serve import soak as bench
+    from bench.serve import throughput as serve
+    from bench.serve.servers import ServerError
 
     log, folder = Console(stderr=True), cache or models.default_cache()
-    try:
+    with _said(log, ValueError, FileNotFoundError, ServerError):
         options = bench.Options(
             models.build("minilm", folder).path,
             serve.texts(data, 60, docs),
@@ -445,15 +427,12 @@ def soak(
             clients,
             _cores(),
             folder / "logs",
-            "python -m bench.run " + " ".join(sys.argv[1:]),
+            _command(),
             seed,
         )
         found = bench.run(options, log)
-    except (ValueError, FileNotFoundError, ServerError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     if json_file:
-        bench.write_json(found, json_file)
+        write_json(found, json_file)
     bench.show(found)
     raise typer.Exit(1 if found.problems else 0)
 
@@ -474,16 +453,13 @@ def ray(
     from bench import ray as bench
 
     log = Console(stderr=True)
-    try:
-        command = "python -m bench.run " + " ".join(sys.argv[1:])
+    with _said(log, ValueError, FileNotFoundError):
+        command = _command()
         options = bench.Options(rows, workers, dtype, model.value, data, cache or models.default_cache(), command)
         found = bench.run(options, log)
-    except (ValueError, FileNotFoundError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     bench.show(found)
     if json_file:
-        bench.write_json(found, json_file)
+        write_json(found, json_file)
     raise typer.Exit(1 if found.problems else 0)
 
 
@@ -509,8 +485,10 @@ def everything(
     """Everything on a GPU: engines end to end, kernels alone, bandwidth, and a profile of a forward."""
     from rich.console import Console
 
-    from bench import gpu as bench
-    from bench import gpu_models, gpu_report, llm_models
+    from bench.cross_encoder import gpu_models
+    from bench.everything import comparison as bench
+    from bench.everything import report as gpu_report
+    from bench.llm import models as llm_models
 
     log = Console(stderr=True)
     if json_file is None and context.obj == "cuda" and not tiny:
@@ -526,13 +504,10 @@ def everything(
         seconds=seconds,
         data=(data,) if data else (DATA, ROOT / "shared" / "data"),
         cache=cache or models.default_cache(),
-        command="python -m bench.run " + " ".join(sys.argv[1:]),
+        command=_command(),
     )
-    try:
-        found = bench.run(options, log, lambda found: gpu_report.write_json(found, json_file) if json_file else None)
-    except (ValueError, RuntimeError) as error:
-        log.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    with _said(log, ValueError, RuntimeError):
+        found = bench.run(options, log, lambda found: write_json(found, json_file) if json_file else None)
     gpu_report.show(found, markdown=markdown)
     raise typer.Exit(0 if found.sound else 1)
 
@@ -550,7 +525,7 @@ def unattended(
     """On a GPU: every comparison and `make test-gpu`, each in a process of its own, ended when its time is up."""
     from rich.console import Console
 
-    from bench import gpu_unattended as bench
+    from bench.everything import unattended as bench
 
     log = Console(stderr=True)
     todo = bench.steps(context.obj, rounds, data, tiny=tiny)
@@ -564,6 +539,20 @@ def unattended(
     outcomes = bench.run([step for step in todo if step.name in wanted], seconds, json_file, log)
     bench.show(outcomes, json_file)
     raise typer.Exit(0 if all(one.state == "ok" for one in outcomes) else 1)
+
+
+@contextmanager
+def _said(log: Any, *errors: type[Exception]) -> Iterator[None]:
+    """Print one of `errors` and exit: with code 2 for a ValueError, which says that the command was wrong, else 1."""
+    try:
+        yield
+    except errors as error:
+        log.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def _command() -> str:
+    return "python -m bench.run " + " ".join(sys.argv[1:])
 
 
 def _cores() -> int:

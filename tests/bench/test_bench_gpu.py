@@ -14,7 +14,14 @@ pytest.importorskip("sentence_transformers")
 import torch
 from typer.testing import CliRunner
 
-from bench import cross_encoder, gpu, gpu_cur, gpu_engines, gpu_kernels, gpu_models, gpu_profile, gpu_report, run
+from bench import kernels as gpu_kernels
+from bench import run
+from bench.cross_encoder import cpu as cross_encoder
+from bench.cross_encoder import gpu_engines, gpu_models
+from bench.cur import gpu as gpu_cur
+from bench.everything import comparison as gpu
+from bench.everything import profile as gpu_profile
+from bench.everything import report as gpu_report
 
 CPU = torch.device("cpu")
 NAMES = tuple(gpu_models.SHAPES)

@@ -15,8 +15,11 @@ import torch
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from bench import gpu_icr, icr_engines, timing
-from bench.gpu_icr_texts import Ours, Published, TokenisedOnce
+from bench.harness import timing
+from bench.harness.results import write_json
+from bench.icr import engines as icr_engines
+from bench.icr import gpu as gpu_icr
+from bench.icr.gpu_texts import Ours, Published, TokenisedOnce
 from bench.run import app
 
 
@@ -74,7 +77,7 @@ def gpu_form(tmp_path_factory: pytest.TempPathFactory) -> tuple[gpu_icr._Bench, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_icr, "_Bench", Kept)
-        gpu_icr.run(gpu_options(folder), Log(), lambda found: gpu_icr.write_json(found, folder / "gpu.json"))
+        gpu_icr.run(gpu_options(folder), Log(), lambda found: write_json(found, folder / "gpu.json"))
     return made[0], folder / "gpu.json"
 
 

@@ -15,8 +15,16 @@ pytest.importorskip("sentence_transformers")
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, gpu_llm, gpu_models, gpu_report, llm, llm_engines, llm_models, llm_report, run
-from bench.timing import EngineError, Worker, _Verbs, tie_band
+from bench import run
+from bench.cross_encoder import gpu_models
+from bench.everything import comparison as gpu
+from bench.everything import report as gpu_report
+from bench.harness.timing import EngineError, Worker, _Verbs, tie_band
+from bench.llm import cpu as llm
+from bench.llm import engines as llm_engines
+from bench.llm import gpu as gpu_llm
+from bench.llm import models as llm_models
+from bench.llm import report as llm_report
 
 CPU = torch.device("cpu")
 

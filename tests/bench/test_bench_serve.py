@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn")
 from serve_fakes import Lengths
 from serve_running import running
 
-from bench.load import Address, closed, compare, http_request, opened
+from bench.serve.load import Address, closed, compare, http_request, opened
 from fastrerank.serve.app import create_app
 from fastrerank.serve.batcher import AsyncReranker
 

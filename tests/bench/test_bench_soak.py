@@ -14,8 +14,8 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 from rich.console import Console
 
-from bench import beside, soak
-from bench.hostile import KINDS, bodies
+from bench.serve import beside, soak
+from bench.serve.hostile import KINDS, bodies
 
 GOOD = {
     "honest": {"200": 10},
@@ -77,7 +77,7 @@ def test_hostile_bodies_are_of_all_kinds_and_no_larger_than_asked() -> None:
 @pytest.mark.nightly
 def test_a_short_soak_holds(minilm: Path, tmp_path: Path) -> None:
     """On real shapes, with a head that is random."""
-    from bench import models
+    from bench.harness import models
 
     checkpoint = models.build("minilm", tmp_path).path
     asked = [("how long do fleas live", [f"fleas live {i} days" for i in range(5)]), ("an owl", ["owls hoot"] * 5)]

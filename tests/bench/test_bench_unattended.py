@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_unattended
-from bench.gpu_unattended import Step
+from bench.everything import unattended as gpu_unattended
+from bench.everything.unattended import Step
 
 
 class Log:

@@ -21,7 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from serve_running import Running
 
-from bench.hostile import KINDS, bodies
+from bench.serve.hostile import KINDS, bodies
 from fastrerank.serve.dialects import Problem
 from fastrerank.serve.schemas import RerankBody, ScoreBody
 from fastrerank.serve.validation import Bodies, stopping

@@ -30,7 +30,7 @@ from helpers_tiny import save_tiny_cross_encoder
 from serve_fakes import Lengths
 from serve_running import Running
 
-from bench.faulty import BREAK, DIE, PANIC
+from bench.serve.faulty import BREAK, DIE, PANIC
 from fastrerank.serve import listener
 from fastrerank.serve.app import Settings, create_app
 from fastrerank.serve.batcher import AsyncReranker
@@ -38,7 +38,7 @@ from fastrerank.serve.listener import Acceptor, listen
 from fastrerank.serve.logs import BoundedHandler
 from fastrerank.serve.run import _Protocol, _UvicornServer, read_keys
 
-FAULTY = [sys.executable, "-m", "bench.faulty"]
+FAULTY = [sys.executable, "-m", "bench.serve.faulty"]
 ROOT = Path(__file__).resolve().parents[2]
 
 

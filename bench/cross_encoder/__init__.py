@@ -1,0 +1,1 @@
+"""Cross-encoders against other engines, on a CPU and on a GPU."""

@@ -1,0 +1,1 @@
+"""Attention read-outs (ICR, CoRe), on a CPU and on a GPU."""

@@ -1,0 +1,1 @@
+"""The server: throughput, fairness, and traffic that is hostile."""
