@@ -1,9 +1,10 @@
 # make demo   rank a few passages with real weights            make lint    what a review would say by machine
 # make test   the whole test suite                             make bench   this library against its rivals
 # make clean  remove what the others made
+# make docs   the site in build/site, and what pages take from results and --help
 # make test-all   the suite and the tests that are marked nightly
 # make wheels     dist/: what a release consists of, an sdist and wheels for CPUs and, where nvcc is, with CUDA kernels
-# make test-gpu   what a CUDA device can show, in the Python that `PYTHON` names, see docs/gpu.md
+# make test-gpu   what a CUDA device can show, in the Python that `PYTHON` names, see docs/explanation/gpu.md
 #
 # Everything happens in .venv, with the versions of constraints.txt. The package is installed editable: tests and demo
 # run the Python files of this clone and kernels that were compiled from its csrc.
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint bench wheels clean build-gpu test-gpu
+.PHONY: demo test test-all lint docs bench wheels clean build-gpu test-gpu
 
 demo: $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python examples/demo.py
@@ -35,6 +36,11 @@ lint: $(VENV)/.test $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+
+# The site's theme announces its successor at each build unless it is told not to.
+docs: $(VENV)/.docs $(VENV)/.installed
+	$(BIN)/python -m bench.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.bench $(VENV)/.installed $(VENV)/.weights
 	$(BIN)/python -m bench.run cross-encoder
@@ -76,6 +82,10 @@ $(VENV)/.weights: $(VENV)/.tools
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.installed
 	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP_INSTALL) --no-build-isolation --editable ".[docs]"
 	@touch $@
 
 $(VENV)/.wheels: constraints.txt | $(VENV)/.tools

@@ -1,4 +1,4 @@
-"""The picture of a comparison: `python -m bench.chart bench/results/cpu-minilm.json docs/cpu-minilm.svg`.
+"""The picture of a comparison: `python -m bench.chart bench/results/cpu-minilm.json docs/images/cpu-minilm.svg`.
 
 Horizontal bars of median milliseconds per request, ours in colour; a plain SVG without fonts or scripts of its own.
 """

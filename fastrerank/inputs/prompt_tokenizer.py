@@ -87,7 +87,7 @@ class PromptTokenizer:
     """A template's prompts in a checkpoint's token ids.
 
     The ids equal those of tokenising the whole rendered prompt by the checkpoint's own fast tokenizer, as long as the
-    texts hold none of its special tokens; a text that does is plain text all the same. See docs/prompts.md.
+    texts hold none of its special tokens; a text that does is plain text all the same. See docs/reference/prompts.md.
 
     Attributes:
         template: the template.

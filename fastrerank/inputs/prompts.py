@@ -59,7 +59,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt as published: roles and texts with placeholders, labels, limits. Data only; docs/prompts.md has a table.
+    """A prompt as published: roles and texts with placeholders, labels, limits. Data only.
 
     Attributes:
         name: the file's stem, or what its `name` says.

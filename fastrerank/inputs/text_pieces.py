@@ -163,7 +163,10 @@ class TextTokenizer:
                 yield ids[1:] if anchored else ids
 
     def bounded(self, text: str, room: int | None) -> str:
-        """`text`, or a shorter one with the same first `room` + 1 tokens and the same end; see docs/numerics.md."""
+        """Return `text`, or a shorter one with the same first `room` + 1 tokens and the same end.
+
+        See docs/explanation/numerics.md.
+        """
         return self._windows.bounded(text, room)
 
     def encode_spans(self, text: str, anchored: bool) -> tuple[list[int], list[tuple[int, int]]]:

@@ -2,7 +2,8 @@
 
 A window is joined to the next one at a place between two tokens. The next window begins there, and the join holds where
 both windows, one of which sees what stands before the place and one what stands far behind it, give the same tokens
-over thousands of characters. Why the ids then equal those of the whole text, kind by kind, is in docs/numerics.md.
+over thousands of characters. Why the ids then equal those of the whole text, kind by kind, is in
+docs/explanation/numerics.md.
 """
 
 from __future__ import annotations

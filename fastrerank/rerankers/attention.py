@@ -74,7 +74,8 @@ class AttentionReranker(Reranker):
 
     Args:
         model: hub id or local folder of a decoder.
-        preset: "icr" (all heads), "qrhead" or "core" (few heads; other spans, rows and order, see docs/attention.md).
+        preset: "icr" (all heads), "qrhead" or "core" (few heads; other spans, rows and order, see
+            docs/howto/attention.md).
         heads: (layer, head) pairs, both from 0, in place of the preset's; or the name of a published list ("nq",
             "lme"); or a file that `fastrerank heads` wrote.
         instruction: "ie" (find information) or "qa" (answer the question), or a text of one's own.

@@ -82,7 +82,7 @@ class CrossEncoder(PeerInterface, Reranker):
         chat_template: source of a chat template for the roles "query" and "document", in place of the checkpoint's; ""
             joins pairs as the tokenizer does; a dict of several by their names, of which a call chooses one by
             processing_kwargs={"chat_template": {"chat_template": name}}, else "default"; None: the checkpoint's, where
-            it has one (docs/numerics.md).
+            it has one (docs/explanation/numerics.md).
         revision, cache_folder, local_files_only, token, trust_remote_code: as in huggingface_hub.
         legacy, options: positional and keyword arguments of other sentence-transformers releases; `backend` is accepted
             with a warning, `model_card_data` gets what evaluators measure.

@@ -19,7 +19,7 @@ from fastrerank.rerankers import compat
 ROOT = Path(__file__).resolve().parents[2]
 STYLED = ("plots.py", "report.py")  # their strings are style sheets, where -- begins a variable
 SOURCES = sorted(path for path in (ROOT / "fastrerank").rglob("*.py") if path.name not in STYLED)
-PAGES = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
+PAGES = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 KEYWORD = re.compile(r"(?<![\w.$\[-])([a-z_][a-z0-9_]*)=(?![=~])")
 # Options of other programs that texts name on their own, each with the program.

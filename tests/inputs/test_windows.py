@@ -47,7 +47,7 @@ def assert_same(kind: str, found: list[int], expected: list[int], place: object,
     """Assert that the ids are equal.
 
     A unigram model may have several best paths: then the characters and the score must be equal. In a text that repeats
-    one pattern beyond a window, each join may add three tokens: see docs/numerics.md.
+    one pattern beyond a window, each join may add three tokens: see docs/explanation/numerics.md.
     """
     if found == expected:
         return

@@ -333,7 +333,7 @@ def test_mteb(checkpoint: str) -> None:
         model.predict([{"image": []}], [], task_metadata=None, hf_split="test", hf_subset="default")
 
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "howto" / "integrations.md"
 BLOCKS = re.findall(
     r"^## (\S+)\n(?:(?!^## ).*\n)*?```python\n((?:(?!^```).*\n)*)```", PAGE.read_text("utf-8"), re.MULTILINE
 )

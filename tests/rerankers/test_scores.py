@@ -1,4 +1,4 @@
-"""docs/scores.md: each interface of its table has the scale that it says, and asks early which label ranks."""
+"""docs/reference/scores.md: each interface of its table has its scale, and asks early which label ranks."""
 
 from __future__ import annotations
 
@@ -393,7 +393,7 @@ INTERFACES: dict[str, Interface] = {
     "HTTP vLLM, with --api-flavor vllm": http("vllm"),
 }
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scores.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "scores.md"
 TABLE = [
     [cell.strip() for cell in line.strip("|\n").split("|")]
     for line in re.findall(r"^\| `.*$", PAGE.read_text("utf-8"), re.MULTILINE)

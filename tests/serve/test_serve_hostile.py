@@ -26,7 +26,7 @@ from fastrerank.serve.dialects import Problem
 from fastrerank.serve.schemas import RerankBody, ScoreBody
 from fastrerank.serve.validation import Bodies, stopping
 
-MOST_MEMORY = 1 << 30  # beyond the memory of the idle server; docs/serve.md
+MOST_MEMORY = 1 << 30  # beyond the memory of the idle server; docs/howto/serve.md
 JSON = {"content-type": "application/json"}
 
 
