@@ -15,7 +15,7 @@ from fastrerank.ops._cur_topk.items import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
-_MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cuda/kernels.h
+_MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cur_topk/cuda_topk.h
 _MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
 _CHUNK = 1 << 17  # items whose vectors are made float64 at a time
 _HUGE = 2.0**120
@@ -159,7 +159,7 @@ def _processors(device: torch.device) -> int:
 
 # ids (B, k) int64 and scores (B, k) float32, and what waits for them: a status of each query.
 _Begun = tuple[torch.Tensor, torch.Tensor, Callable[[], list[int]]]
-_NOT_FINITE = 4  # of a status, csrc/cuda/kernels.h; 0: the best are found
+_NOT_FINITE = 4  # of a status, csrc/cur_topk/cuda_topk.h; 0: the best are found
 
 
 def _launch(queries: torch.Tensor, items: CudaItems, k: int) -> _Begun:

@@ -1,12 +1,14 @@
-"""The Python face of `norm_rows`, which the engine puts into Hugging Face models on GPUs."""
+"""The Python face of `norm_rows`, which the engine puts into Hugging Face models: on GPUs, and on CPUs."""
 
 from __future__ import annotations
 
 import torch
 
+import fastrerank._cpu as _cpu
 from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
+from fastrerank.runtime import cpu
 
-__all__ = ["norm_rows"]
+__all__ = ["norm_rows", "norm_rows_cpu"]
 
 _WIDEST = 16384
 
@@ -59,6 +61,43 @@ def _run(
         with on_device(x, "x"):
             launch(_rows(x), norm == "layer", weight, bias, eps, None if residual is None else _rows(residual), out)
     return out
+
+
+def norm_rows_cpu(
+    x: torch.Tensor, norm: str, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor
+) -> None:
+    """Write the norms of rows on the CPU to `out`: one pass of float32 over each row, rounded once.
+
+    Args:
+        x: float32 or bfloat16 (T, W) whose rows are contiguous. norm: "rms" or "layer".
+        weight, bias: contiguous float32 (W,); no bias: None. out: contiguous, in x's shape and dtype.
+
+    Raises ValueError naming the argument.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.ndim != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be float32 or bfloat16 (T, W) of contiguous rows, got {said(x)}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.dtype != torch.float32 or vector.shape != x.shape[1:] or not vector.is_contiguous():
+            raise ValueError(f"{name} must be contiguous float32 ({x.shape[1]},), got {said(vector)}")
+    if out.dtype != x.dtype or out.shape != x.shape or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {said(x)} like x, got {said(out)}")
+    _cpu.norm_rows(
+        x.data_ptr(),
+        "bfloat16" if x.dtype == torch.bfloat16 else "float32",
+        x.stride(0),
+        len(x),
+        x.shape[1],
+        norm,
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        eps,
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+        cpu.isa(),
+    )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,37 @@
+// ops.cur_topk on CUDA devices. Device pointers, sizes and a stream are plain values; no Python, no torch. The launcher
+// is asynchronous on `stream`, allocates nothing and returns the launch's error.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace fastrerank::cuda {
+
+// The k best of B queries' exact scores with packed items, as ops/_cur_topk/items.py describes them. Queries are
+// rounded to what a scan reads; the `wanted` best of its products get exact scores, sums in float64, and decide.
+// Results are right where status is 0: no other item can reach the k-th.
+constexpr int kCurMostK = 2112;
+struct CurTopk {
+    bool int8;  // else bfloat16
+    const char* tiles;  // 16-byte aligned
+    int64_t tile_bytes, count;
+    const float* scale;  // (count,) or null: of items, int8 only
+    const float* anchor;  // (width,) or null: of anchors, int8 only
+    int width;  // values of an item
+    int stored_width;  // padding included
+    double reach;  // no item's norm is larger, its scale multiplied in
+    const float* queries;  // (rows, width)
+    int rows;
+    int k, wanted;  // 1 <= k <= wanted <= kCurMostK
+    int processors;  // multiprocessors of the device
+};
+// Bits of a query's status.
+constexpr int32_t kCurUncertain = 1, kCurNan = 2, kCurNotFinite = 4;  // what may be left out, a score, the query
+
+// Bytes of scratch, aligned to 256, whose first words are the statuses (rows,); it is in use until those are there.
+size_t cur_scratch(const CurTopk& g);
+// ids, scores: (rows, k), -1 and -infinity where there are fewer items. Sets limits of shared memory of kernels: calls
+// for one device from several threads take turns.
+cudaError_t cur_topk(const CurTopk& g, void* scratch, int64_t* ids, float* scores, cudaStream_t stream);
+
+}  // namespace fastrerank::cuda
