@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "cur_topk", "gated", "label_logits", "max_sim", "norm_rows", "rotary"]
+__all__ = [
+    "attention",
+    "attention_mass",
+    "cur_topk",
+    "gated",
+    "label_logits",
+    "max_sim",
+    "norm_rows",
+    "rotary",
+]
 
 
 def attention(
