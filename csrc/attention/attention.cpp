@@ -13,7 +13,7 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Queries of a task: enough that packing a block of keys costs little beside the products with it.
+// Queries of a task: enough that packing a block of keys takes little time beside the products with it.
 constexpr int kTaskQueries = 256;
 
 void check(const Attention& g, int rows, int keys) {
@@ -45,7 +45,7 @@ std::vector<KeyRun> runs_of(const int32_t* lo, const int32_t* hi, int rows, cons
     return runs;
 }
 
-// Joins runs of own keys with prefixes that all of their rows see whole; returns which rows that are.
+// Joins runs of own keys with a prefix that all of their rows see completely; returns which rows are joined.
 std::vector<char> join_prefixes(const Attention& g, std::vector<KeyRun>& own, int rows) {
     std::vector<char> joined(rows, 0);
     if (!g.lo[0]) return joined;
@@ -81,7 +81,8 @@ void run_attention(const Kernels& k, const Attention& g, int rows, int keys, int
     const std::vector<char> joined = join_prefixes(g, own, rows);
     const std::vector<KeyRun> runs[2] = {runs_of(g.lo[0], g.hi[0], rows, joined), std::move(own)};
     const int kv_heads = g.heads / g.group;
-    // Whole runs of own keys where they fit, smaller pieces where there would be too few for the threads.
+    // A task takes whole runs of own keys where they fit, and smaller pieces where there would be too few tasks for the
+    // threads.
     const int most = std::max(1, kTaskQueries / g.group);
     const int64_t fair = static_cast<int64_t>(rows) * kv_heads / (4 * static_cast<int64_t>(threads)) + 1;
     const int target = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(16, fair)));

@@ -1,14 +1,15 @@
-// Attention by key intervals. Keys and values are packed into panels a block at a time; tiles of queries go scores ->
-// running softmax -> product with the values on a block that stays in L2, so memory does not grow with the intervals.
+// Attention by key intervals. A block of keys and values at a time is packed into panels. Tiles of queries then compute
+// scores, an online softmax and the product with the values while the block stays in L2, so memory does not grow with
+// the intervals.
 //
-// What makes a row's bits its own: blocks and their panels are counted from the first key of the row's run, or of its
-// prefix where the run is joined with it; a score and a product with the values are sums in key order, and keys that
-// the row does not see add zeros only.
+// A row's bits depend on that row alone: blocks and panels are counted from the first key of the row's run, or of its
+// prefix where the two are joined; scores and products with the values are sums in key order; and keys that the row
+// does not see add only zeros.
 
 // A multiple of every level's panel width (48, 24, 16, 8).
 constexpr int kKeyBlock = 480;
 
-// n elements of a row as the policy's inputs.
+// Copies n elements of a row in the format of the policy's inputs.
 template <class P>
 INLINE void copy_row(const char* from, Format format, int n, char* to) {
     if (P::kStep == 1 && format == Format::kBF16) {
@@ -20,8 +21,8 @@ INLINE void copy_row(const char* from, Format format, int n, char* to) {
     }
 }
 
-// Rows of a key or value head where whole vectors of the policy's inputs can be read: in place where they are such,
-// else copied to `stage`, with zeros up to a whole vector. Returns the rows; `ld` becomes their stride in bytes.
+// Returns rows of a key or value head from which whole vectors of the policy's inputs can be read: the rows themselves
+// where that is possible, else copies in `stage`, with zeros up to a whole vector. `ld` becomes their stride in bytes.
 template <class P>
 INLINE const char* staged(const Attention& g, const char* rows, int count, int64_t& ld, char* stage) {
     const int dims = dims_of(g.head_dim);
@@ -36,7 +37,7 @@ INLINE const char* staged(const Attention& g, const char* rows, int count, int64
     return stage;
 }
 
-// The same of a joined run's keys at the positions [begin, begin + count), which are copied.
+// The same for a joined run's keys at the positions [begin, begin + count); they are always copied.
 template <class P>
 INLINE const char* gathered(const Attention& g, const KeyRun& run, const char* rows, int begin, int count, int64_t& ld,
                             char* stage) {
@@ -50,17 +51,18 @@ INLINE const char* gathered(const Attention& g, const KeyRun& run, const char* r
     return stage;
 }
 
-// Head dimensions in whole panels where they divide, else in pairs of vectors (64 = 2 x 32 rather than 48 + 16).
+// The dimensions of a value panel: as wide as a tile where that divides the head, else two vectors (64 = 2 x 32 rather
+// than 48 + 16).
 template <class P>
 INLINE int value_panel(int head_dim) {
     return head_dim % (P::kVectors * VL) == 0 ? P::kVectors * VL : 2 * VL;
 }
 
-// Queries are numbered row by row and, in a row, head by head of the key head's group.
+// Queries are numbered row by row and, within a row, head by head of the key head's group.
 template <class P>
 struct AttentionTile {
     const Attention& g;
-    const int32_t *lo, *hi;  // the list's, by row
+    const int32_t *lo, *hi;  // of the list, by row
     const KeyRun& run_of_keys;
     int row_begin;  // row of query 0
     int query_begin;  // query that run(0) begins with
@@ -71,13 +73,13 @@ struct AttentionTile {
     float* s;  // (kRows, kKeyBlock)
     char* p;  // (kRows, kKeyBlock) in P's input format; s itself for float32
 
-    // Where the row's keys begin and end, counted as key_begin is: keys, or positions in a joined run.
+    // Where the row's keys begin and end. They are counted like key_begin: as keys, or as positions in a joined run.
     ALWAYS_INLINE int first_key(int row) const { return run_of_keys.joined() ? 0 : lo[row]; }
     ALWAYS_INLINE int end_key(int row) const {
         return run_of_keys.joined() ? hi[row] - run_of_keys.key_begin + run_of_keys.prefix_keys : hi[row];
     }
 
-    // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's.
+    // Adds up sums of pieces of the head: one chain of 256 products would have twice torch's rounding error.
     template <int MR, int NV>
     ALWAYS_INLINE void scores(int query, int t0) const {
         constexpr int kPiece = 64;
@@ -95,8 +97,8 @@ struct AttentionTile {
         }
     }
 
-    // Scores [begin, end) of tile row i become weights exp2(score - m), those outside [a, b) zeros. Returns by what
-    // the query's earlier sums shrink.
+    // Turns the scores [begin, end) of tile row i into weights exp2(score - m), and those outside [a, b) into zeros.
+    // Returns the factor by which the query's earlier sums must be multiplied.
     ALWAYS_INLINE float weights(int i, int query, int begin, int end, int a, int b) const {
         float* x = s + i * kKeyBlock;
         char* y = p + i * kKeyBlock * P::kElement;
@@ -116,7 +118,7 @@ struct AttentionTile {
         for (int j = begin + VL; j < end; j += VL) largest = vmax(largest, load(x + j));
         const float block = reduce_max(largest) * c;
         const float now = block > m[query] ? block : m[query];
-        const float shift = now == -__builtin_inff() ? 0.0f : now;  // scores of -infinity so far weigh nothing
+        const float shift = now == -__builtin_inff() ? 0.0f : now;  // all scores so far are -infinity: their weights are 0
         vf sum = {};
         for (int j = begin; j < end; j += VL) {
             const vf e = exp2v<5>(load(x + j) * c - shift);
@@ -146,7 +148,7 @@ struct AttentionTile {
         constexpr int NV = P::kVectors, W = P::kVectors * VL;
         const int query = query_begin + at;
         const int first = row_begin + query / g.group, last = row_begin + (query + MR - 1) / g.group;
-        // Neither end of a run moves back.
+        // From row to row of a run, neither end moves back.
         const int lowest = first_key(first) - key_begin, highest = end_key(last) - key_begin;
         const int begin = lowest < 0 ? 0 : lowest / W * W;
         const int end = highest > keys ? keys_padded : static_cast<int>(padded(highest));
@@ -178,7 +180,7 @@ struct AttentionTile {
     }
 };
 
-// acc / l as the output's format. NaN stays NaN.
+// Stores acc / l in the output's format. NaN stays NaN.
 INLINE void store_row(const float* acc, float l, Format format, int n, char* out) {
     if (format == Format::kF32) {
         float* y = reinterpret_cast<float*>(out);

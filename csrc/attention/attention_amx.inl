@@ -1,17 +1,18 @@
-// Attention by key intervals on AMX tiles, bfloat16. A tile of 16 queries meets a block of keys in three passes over a
-// buffer in the first-level cache: scores; their weights in bfloat16, relative to the largest score so far; the
-// weights' product with the values and with ones, their sum. The layouts of keys, values and weights are
-// encoder/self_attention_amx.inl's.
+// Attention by key intervals on AMX tiles, bfloat16. A tile of 16 queries and a block of keys take three passes over a
+// buffer in the first-level cache: scores; weights in bfloat16, relative to the largest score so far; products of the
+// weights with the values, and with ones, which give the weights' sums. The layouts of keys, values and weights are
+// those of encoder/self_attention_amx.inl.
 //
-// What makes a row's bits its own is what does in attention.inl. Largest scores are rounded to whole powers of two, so
-// that earlier sums shrink without an error, and a tile in which none shrinks needs no pass for it.
+// A row's bits depend on that row alone for the reasons given in attention.inl. Largest scores (base 2) are rounded to
+// integers, so that earlier sums are scaled by powers of two, without an error; a tile whose sums all keep their scale
+// skips that pass.
 
 // A multiple of 32: its scores and weights fit the first-level cache.
 constexpr int kTileKeys = 256;
-// Scores this large leave no bits for kBase: their distance to the largest is rounded first.
+// Scores this large leave no bits for kBase, so their distance to the largest is rounded first.
 constexpr float kLargeShift = 0x1p21f;
 
-// The largest lane of each of 16 vectors.
+// The largest lane of each of 16 vectors, as one vector.
 INLINE vf largest_lanes(const float* rows) {
     alignas(64) int32_t columns[256];
     transpose_block(reinterpret_cast<const char*>(rows), 64, 16, 16, columns, 16);
@@ -22,14 +23,14 @@ INLINE vf largest_lanes(const float* rows) {
 
 struct TileAttention {
     const Attention& g;
-    const int32_t *lo, *hi;  // the list's, by row
+    const int32_t *lo, *hi;  // of the list, by row
     const KeyRun& run_of_keys;
     int row_begin;  // row of query 0
     int key_begin, keys;  // the block
     int depth, tiles;  // steps of 32 dims, tiles of 16
     const char *q, *key_tiles, *value_tiles;
-    float *acc, *m, *l;  // by query: sums of values, largest score (base 2) in whole numbers, sum of weights
-    float* exact;  // sum of weights before they are rounded; null where nobody asks
+    float *acc, *m, *l;  // by query: sums of values, largest score (base 2) as an integer, sum of weights
+    float* exact;  // sum of weights before they are rounded, or null if not wanted
     float* s;  // [kTileKeys / 16][16 queries][16 keys]
     char* p;  // [kTileKeys / 32] tiles
     float* tail;  // acc and l of a tile with fewer queries
@@ -41,7 +42,7 @@ struct TileAttention {
 
     const char* query_tiles(int query) const { return q + static_cast<int64_t>(query) * depth * 64; }
 
-    // Scores of 32 keys; takes tiles 0, 1, 4 and 5.
+    // Scores of 32 keys. Uses tiles 0, 1, 4 and 5.
     ALWAYS_INLINE void multiply_keys(const char* a, int block) const {
         Tile<0>::zero();
         Tile<1>::zero();
@@ -58,7 +59,7 @@ struct TileAttention {
         Tile<1>::store(s + block * 512 + 256, 64);
     }
 
-    // Scores of a query in the blocks [begin, end), -infinity outside of the keys [a, b), which are capped. Returns the
+    // Caps a query's scores in the blocks [begin, end), and makes those outside the keys [a, b) -infinity. Returns the
     // largest of each lane.
     ALWAYS_INLINE vf prepare(float* x, int begin, int end, int a, int b) const {
         const vf outside = splat(-__builtin_inff());
@@ -87,8 +88,8 @@ struct TileAttention {
         return vmax(even, odd);
     }
 
-    // A tile of queries on its way through the passes: its queries, its blocks of 32 keys, and by query what scores are
-    // measured from.
+    // A tile of queries between the passes: its queries, its blocks of 32 keys, and the largest score so far of each
+    // query, which is subtracted from its scores.
     struct Queries {
         int first, rows, begin, end;
         uint32_t large;  // queries whose shift is beyond kLargeShift
@@ -106,7 +107,7 @@ struct TileAttention {
         x.end = ((highest > keys ? keys : highest) + 31) / 32;
     }
 
-    // From scores to shifts; sums so far shrink to them.
+    // Finds the shifts from the scores, and scales the sums so far to them.
     __attribute__((noinline)) void shift(Queries& x, float c) const {
         alignas(64) float most[256], shrinks[16];
         for (int i = x.rows; i < 16; ++i) store(most + i * 16, vf{});
@@ -157,7 +158,7 @@ struct TileAttention {
         }
     }
 
-    // The same for a query whose scores have no bits to spare.
+    // The same for a query whose scores are beyond kLargeShift.
     __attribute__((noinline)) void weigh_large(const Queries& x, int block, int i, float c) const {
         vu w[2];
         for (int half = 0; half < 2; ++half) {
@@ -168,8 +169,8 @@ struct TileAttention {
         store_as(p + block * kTileSize + i * 64, pair_weights(w[0], w[1]));
     }
 
-    // Sums of values in N tiles from `tile` on: taken up, added to block by block and put back. With `tile` 0 also the
-    // weights' sums. Takes tiles 0 to 3, 4, 5 and 7.
+    // Sums of values in N tiles from `tile` on: loaded, added to block by block, and stored. Together with `tile` 0 the
+    // weights' sums. Uses tiles 0 to 5 and 7.
     template <int N>
     ALWAYS_INLINE void load_sums(const float* sums, const float* weights) const {
         const int64_t stride = static_cast<int64_t>(tiles) * 64;
@@ -209,7 +210,7 @@ struct TileAttention {
         Tile<7>::store(weights, 4);
     }
 
-    // A tile with fewer queries is summed in `tail`: what stands behind its sums is not its own.
+    // A tile with fewer than 16 queries is summed in `tail`, because the memory behind its sums belongs to others.
     ALWAYS_INLINE float* sums_of(const Queries& x) const {
         return x.rows == 16 ? acc + static_cast<int64_t>(x.first) * tiles * 16 : tail;
     }
@@ -245,9 +246,9 @@ struct TileAttention {
         }
     }
 
-    // All queries [from, to). While a tile's scores become weights, the products with the values of the tile before
-    // and the scores of the tile behind it are in flight: they run ahead of it in one buffer of weights, and behind it
-    // in one of scores.
+    // All queries [from, to). While a tile's scores become weights, the tile unit multiplies the weights of the tile
+    // before with the values, and computes the scores of the tile after. Both share the buffers: the products read
+    // weights ahead of where new ones are written, and the new scores follow behind where old ones are read.
     template <int N>
     void run(int from, int to) const {
         const float c = (g.softcap > 0 ? g.softcap : g.scale) * 1.4426950408889634f;
@@ -265,7 +266,7 @@ struct TileAttention {
             int value = before->begin, key = after->begin;
             if (before->any()) open_sums<N>(*before);
             bool open = before->any();
-            const bool beside = tiles <= N;  // else the weights are read more than once
+            const bool beside = tiles <= N;  // otherwise the weights are read more than once
             for (int block = x->begin; block < x->end; ++block) {
                 if (open) {
                     for (int n = 0; value < before->end && (n < 2 || value <= block || !beside); ++n, ++value)
@@ -306,7 +307,7 @@ struct TileAttention {
     }
 };
 
-// acc / l in bfloat16.
+// Stores acc / l in bfloat16.
 INLINE void store_half_row(const float* acc, float l, int n, uint16_t* out) {
     const float inverse = 1.0f / l;
     for (int i = 0; i < n; i += 16) {

@@ -1,6 +1,6 @@
-// What the attention ops share: scratch memory, and panels of keys and values.
+// Shared by the attention ops: parts of scratch memory, and panels of keys and values.
 
-// What head_dim elements take in a row that whole vectors are read from.
+// The elements of a row of which whole vectors are read, for head_dim elements.
 constexpr int dims_of(int head_dim) { return static_cast<int>(padded(head_dim)); }
 
 INLINE char* carve(char*& scratch, int64_t bytes) {

@@ -10,7 +10,8 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Panels of a task: 480 keys, which with the queries stay in a second-level cache, and make packing cheap beside them.
+// Panels of a task: 480 keys. With the queries they fit in a second-level cache, and packing takes little time beside
+// the products.
 constexpr int kTaskPanels = 10;
 
 }  // namespace

@@ -1,16 +1,16 @@
-// What rows weigh on keys: products of a tile of queries with a panel of keys become shares of the softmax while they
-// are in the first-level cache, and are summed over the rows, then over the heads, with a key in every lane.
+// The attention that rows give to keys. Products of a tile of queries with a panel of keys become softmax weights while
+// they are in the first-level cache; these are summed over the rows, then over the heads, with one key in each lane.
 //
-// What makes a key's bits its own: its products are sums over the head in pieces of fixed length, its shares are added
-// in the order of rows and heads, and a row that does not see it adds nothing, not even a zero.
+// A key's bits depend on that key alone: its products are sums of pieces of the head of fixed length, its weights are
+// added in the order of rows and heads, and a row that does not see it adds nothing, not even a zero.
 
-constexpr int kMassQueries = 384; // of a chunk; a multiple of every level's tile
+constexpr int kMassQueries = 384;  // queries of a chunk: a multiple of every level's tile
 
 // A row of one head.
 struct MassQuery {
     float lse, weight;
-    int32_t lo, hi; // equal where the row adds nothing
-    int32_t ends;   // the head, where this is its last row, else -1
+    int32_t lo, hi;  // equal where the row adds nothing
+    int32_t ends;  // the head if this is its last row, else -1
 };
 
 template <int N>
@@ -26,15 +26,15 @@ INLINE void widen_row(const void* from, int64_t at, int n, float* to) {
     for (int i = full; i < n; ++i) to[i] = to_float(from, at + i, S);
 }
 
-// A panel of NV vectors of keys, of which the first `width` are real.
+// A panel of NV vectors of keys. The first `width` keys are real, the rest is padding.
 template <int NV>
 struct MassTile {
     const AttentionMass& g;
-    const float* q;           // (queries, head_dim)
+    const float* q;  // (queries, head_dim)
     const MassQuery* queries;
     const char* panel;
     int key, width;
-    float *mass, *total;      // (NV VL,) sums of this head so far, and of the heads before it
+    float *mass, *total;  // (NV VL,) sums of this head so far, and of the heads before it
 
     ALWAYS_INLINE vf share(vf score, float lse) const {
         vf x;
@@ -44,13 +44,13 @@ struct MassTile {
             x = score * g.scale - lse;
         x *= 1.4426950408889634f;
 #ifndef FASTRERANK_SCALEF
-        x = vmin(splat(128.0f), x); // 2^128 is infinity; in this order a NaN passes
+        x = vmin(splat(128.0f), x);  // 2^128 is infinity; this order keeps NaN
 #endif
         return exp2v<5>(x);
     }
 
-    // In pieces of the head, whose sums are added: one chain of 256 products rounds twice as much as torch's. A
-    // function of its own, because GCC 12 keeps the accumulators in memory where it is compiled into `run`.
+    // Adds up sums of pieces of the head: one chain of 256 products would have twice torch's rounding error. It is not
+    // inlined because GCC 12 keeps the accumulators in memory where it is compiled into `run`.
     template <int MR>
     __attribute__((noinline)) void scores(int at, float* s) const {
         constexpr int kPiece = 64;
@@ -145,7 +145,7 @@ void attention_mass_with(const AttentionMass& g, int key_begin, int key_end, cha
             }
             pack_keys(rows, ld, real, width, dims, W, reinterpret_cast<int32_t*>(panels + int64_t{t} * dims * 4));
         }
-        // The rows of all heads one after another, head by head, in chunks.
+        // Goes through the rows of all heads in chunks, head by head.
         for (int row = 0; head < end;) {
             int count = 0;
             while (head < end && count < kMassQueries) {

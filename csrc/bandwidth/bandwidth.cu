@@ -1,4 +1,4 @@
-// What the device's memory delivers to a kernel that only reads: the floor under every scan of an index.
+// Bandwidth of a kernel that only reads: no scan of an index can be faster.
 #include "bandwidth/bandwidth.h"
 
 namespace fastrerank::cuda {
@@ -56,7 +56,7 @@ cudaError_t read(const uint32_t* words, int64_t n, uint32_t* sums, cudaStream_t 
 bool has_code() {
     cudaFuncAttributes attributes;
     const bool found = cudaFuncGetAttributes(&attributes, read_kernel) == cudaSuccess;
-    cudaGetLastError();  // a missing image is an answer here, not an error to be found by the next call
+    cudaGetLastError();  // a missing image is an answer here; the next call must not report it as an error
     return found;
 }
 

@@ -1,4 +1,4 @@
-// ops.bandwidth: what a CUDA device's memory delivers to a kernel that only reads. Launchers are asynchronous on
+// ops.bandwidth: the memory bandwidth of a CUDA device for a kernel that only reads. Launchers are asynchronous on
 // `stream` and return the launch's error.
 #pragma once
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// A scan of int8 items for 32 queries at a time on integer tensor cores: a sample of the items gives each query a bound
-// before anything is kept, blocks stream the tiles and keep what reaches it, and the best of that are chosen.
+// A scan of int8 items for 32 queries at a time on integer tensor cores. A sample of the items gives each query a
+// bound. Blocks then stream the tiles and keep the items that reach it, and the best of those are chosen.
 #pragma once
 #include "cur_topk/cuda_products.h"
 #include "cur_topk/cuda_state.h"
@@ -9,15 +9,15 @@ namespace fastrerank::cuda {
 constexpr int kMany = 32;  // queries of a scan
 constexpr int kManySteps = 2;  // a warp takes two tiles in a step
 constexpr int kManyBatch = kThreads * kManySteps;  // items of a block between two barriers
-constexpr int kSpread = kMany / 16 * 32;  // sixteen bytes of the queries' 32 values, as `spread` lays them out
-constexpr int kPart = kThreads;  // items of a part of the sample, a block's one step
+constexpr int kSpread = kMany / 16 * 32;  // 16-byte words of 32 values of all queries, as `spread` lays them out
+constexpr int kPart = kThreads;  // items of a part of the sample: one step of a block
 
-// Products of a warp's 32 items with 32 queries: [h][n][i] is of its item lane / 4 * 4 + h * 2 + i / 2 with query
-// n * 8 + lane % 4 * 2 + i % 2.
+// Products of a warp's 32 items with 32 queries: [h][n][i] belongs to its item lane / 4 * 4 + h * 2 + i / 2 and query n
+// * 8 + lane % 4 * 2 + i % 2.
 using Products = int[2][kMany / 8][4];
 
-// c += a b, 16 x 32 unsigned bytes by 32 x 8 signed ones. A lane has rows lane / 4 and lane / 4 + 8 of a, column
-// lane / 4 of b, and of both the groups lane % 4 and lane % 4 + 4 of four bytes.
+// c += a b, 16 x 32 unsigned bytes by 32 x 8 signed ones. A lane holds rows lane / 4 and lane / 4 + 8 of a and column
+// lane / 4 of b; in both it holds the groups lane % 4 and lane % 4 + 4 of four bytes.
 __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t low, uint32_t high, int (&c)[4]) {
 #if defined(__CUDACC__)
     asm volatile(
@@ -30,7 +30,7 @@ __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t low, u
 #endif
 }
 
-// Products of 32 values of 32 items: two sixteen bytes of a lane, with what `spread` has for it.
+// Products of 32 values of 32 items: two 16-byte words of a lane with the lane's words from `spread`.
 __device__ __forceinline__ void add_values(const uint4& v, const uint4& w, const uint4* query, Products& sums) {
     const uint32_t rows[2][4] = {{v.x, v.y, w.x, w.y}, {v.z, v.w, w.z, w.w}};
     const uint4 own[2] = {query[0], query[32]};
@@ -43,10 +43,10 @@ __device__ __forceinline__ void add_values(const uint4& v, const uint4& w, const
         }
 }
 
-// The products of 32 items from `item` on, a multiple of 16, and the scales of the lane's four: NaN beyond the last
-// item, so that no score of it reaches a bound. Sixteen bytes of a tile are four items' four values; to `multiply` they
-// are rows lane / 4 and lane / 4 + 8 of two matrices, in whose order of rows they are neighbours. A warp reads 256
-// bytes of two tiles at a time; of tiles and values that are not there, others. query: as `spread` lays it out.
+// The products of 32 items from `item` on, a multiple of 16, and the scales of the lane's four items. Beyond the last
+// item the scale is NaN, so that no score reaches a bound. Sixteen bytes of a tile are four values of four items each;
+// `multiply` takes them as rows lane / 4 and lane / 4 + 8 of two matrices. A warp reads 256 bytes of each of two tiles
+// at a time; beyond the last tile or value it reads existing ones, which do not count. query: as `spread` lays it out.
 __device__ __forceinline__ void products_of(const CurTopk& g, int64_t item, const uint4* query, const int* shift,
                                             int lane, float (&scale)[4], Products& sums) {
     constexpr int kLoads = 8;
@@ -78,8 +78,8 @@ __device__ __forceinline__ void products_of(const CurTopk& g, int64_t item, cons
     }
 }
 
-// The rounded queries of `live` rows as `products_of` reads them: for each 32 values and 16 queries, what each lane
-// wants for two matrices. Zeros after the last query.
+// Lays out the rounded queries of `live` rows for `products_of`: for each 32 values and 16 queries, the words that each
+// lane needs for two matrices. Queries after the last are zeros.
 __device__ __forceinline__ void spread(const CurTopk& g, const Scratch& s, int first_row, int live, uint32_t* query,
                                        int* shift) {
     const int words = words_of(g), thread = static_cast<int>(threadIdx.x);
@@ -92,7 +92,8 @@ __device__ __forceinline__ void spread(const CurTopk& g, const Scratch& s, int f
     if (thread < kMany) shift[thread] = thread < live ? s.states[first_row + thread].shift : 0;
 }
 
-// A block for each part of the sample, which lies anywhere: the best of its items for each query.
+// One block for each part of the sample, and the parts are spread over all items: finds the part's best item for each
+// query.
 __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CurTopk g, Scratch s, int first_row) {
     extern __shared__ uint4 memory[];
     __shared__ int shift[kMany];
@@ -131,13 +132,13 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(CurTopk g, Scratch 
     s.tops[static_cast<int64_t>(thread) * parts + part] = top;
 }
 
-// Blocks scan for up to 32 queries: what reaches the last that was found of the sample goes into a reservoir, and what
-// is left at the end into the query's list.
+// Blocks scan for up to 32 queries. Items that reach the last of the `wanted` best of the sample go into a reservoir,
+// and the reservoir's rest at the end goes into the query's list.
 __global__ void __launch_bounds__(kThreads, 2) many_kernel(CurTopk g, Scratch s, int first_row) {
     extern __shared__ uint4 memory[];
     __shared__ int shift[kMany], count[kMany], place[kMany];
     __shared__ Entry least[kMany];
-    __shared__ float bar[kMany];  // the score of the least, above every score after the last query
+    __shared__ float bar[kMany];  // the score of `least`; for rows after the last query, above every score
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int size = reservoir_size(g.wanted, kManyBatch), live = min(kMany, g.rows - first_row);
     Entry* stage = reinterpret_cast<Entry*>(memory + words_of(g) * kMany / 4);
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) many_kernel(CurTopk g, Scratch s,
     }
     __syncthreads();
 
-    // Leaves the `wanted` best in reservoirs that hold more than `most`.
+    // Cuts reservoirs that hold more than `most` entries back to the `wanted` best.
     const auto cut = [&](int most) {
         for (int q = 0; q < live; ++q) {
             const int filled = count[q];
@@ -214,8 +215,8 @@ __global__ void __launch_bounds__(kThreads, 2) many_kernel(CurTopk g, Scratch s,
     }
 }
 
-// A block for each query: the best of its entries, descending. There is `room` for entries; as many are there, or as
-// many as are `listed`.
+// One block for each query: the best of its entries, descending. Each query has `room` entries, or, if `listed`, as
+// many as are published.
 __global__ void __launch_bounds__(kSortThreads)
     choose_kernel(CurTopk g, Scratch s, int first_row, const Entry* entries, int room, bool listed) {
     extern __shared__ Entry shared[];
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kSortThreads)
     if (thread == 0) filled = 0, last = kNoEntry;
     __syncthreads();
     for (int begin = thread; begin - thread < n; begin += kSortThreads * 4) {
-        Entry four[4];  // one wait for memory
+        Entry four[4];  // loaded together, to wait for memory once
 #pragma unroll
         for (int j = 0; j < 4; ++j) four[j] = begin + j * kSortThreads < n ? own[begin + j * kSortThreads] : kNoEntry;
 #pragma unroll 1

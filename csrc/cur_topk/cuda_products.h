@@ -9,7 +9,7 @@ namespace fastrerank::cuda {
 constexpr int kTile = 16;
 constexpr unsigned kAll = 0xffffffffu;
 
-// The sum of four products of unsigned with signed bytes.
+// sum plus four products of unsigned with signed bytes.
 __device__ __forceinline__ int dot4(uint32_t values, uint32_t query, int sum) {
 #if defined(__CUDA_ARCH__)
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(values), "r"(query), "r"(sum));
@@ -20,7 +20,7 @@ __device__ __forceinline__ int dot4(uint32_t values, uint32_t query, int sum) {
     return sum;
 }
 
-// Products of sixteen bytes: four items' four values.
+// Products of sixteen bytes: four values of four items each.
 template <int Q, int Tile>
 __device__ __forceinline__ void add_values(const uint4 v, const uint32_t* query, int group, int (&sums)[Q][8]) {
     uint32_t own[Q];
@@ -39,8 +39,9 @@ __device__ __forceinline__ void add_values(const uint4 v, const uint32_t* query,
     }
 }
 
-// A tile of int8 items: a lane reads four items' four values, of every eighth group of values, and a warp 512
-// neighbouring bytes; sums[q][Tile * 4 + j] are of item lane % 4 * 4 + j. query: words of all queries side by side.
+// A tile of int8 items. A lane reads four values of four items, in every eighth group of values; a warp reads 512
+// neighbouring bytes. sums[q][Tile * 4 + j] belongs to item lane % 4 * 4 + j. query: the words of all queries,
+// interleaved.
 template <int Q, int Tile>
 __device__ __forceinline__ void add_tile(const char* tile, int stored_width, const uint32_t* query, int lane,
                                          int (&sums)[Q][8]) {
@@ -63,8 +64,7 @@ __device__ __forceinline__ float2 of_bf16(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// A tile of bfloat16 items: eight neighbouring lanes read 128 bytes of an item; sums are of items
-// j * 4 + lane / 8.
+// A tile of bfloat16 items. Eight neighbouring lanes read 128 bytes of an item; sums belong to items j * 4 + lane / 8.
 template <int Q, int Tile>
 __device__ __forceinline__ void add_tile(const char* tile, int stored_width, const uint32_t* query, int lane,
                                          float (&sums)[Q][8]) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void add_tile(const char* tile, int stored_width, con
     }
 }
 
-// Sums eight values over eight lanes that are `apart` from each other: lane `part` gets the sum of s[part].
+// Sums eight values over eight lanes that are `apart` lanes from each other: lane `part` gets the sum of s[part].
 template <class T>
 __device__ __forceinline__ T sum_over_lanes(T* s, int part, int apart) {
 #pragma unroll

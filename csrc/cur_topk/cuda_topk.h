@@ -7,9 +7,9 @@
 
 namespace fastrerank::cuda {
 
-// The k best of B queries' exact scores with packed items, as ops/_cur_topk/items.py describes them. Queries are
-// rounded to what a scan reads; the `wanted` best of its products get exact scores, sums in float64, and decide.
-// Results are right where status is 0: no other item can reach the k-th.
+// The k best of B queries' exact scores with packed items; ops/_cur_topk/items.py describes the layout of items. The
+// scan reads rounded queries; the `wanted` best of its products get exact scores, summed in float64, and the best of
+// those are the result. It is right where the status is 0: then no other item can reach the k-th.
 constexpr int kCurMostK = 2112;
 struct CurTopk {
     bool int8;  // else bfloat16
@@ -19,19 +19,21 @@ struct CurTopk {
     const float* anchor;  // (width,) or null: of anchors, int8 only
     int width;  // values of an item
     int stored_width;  // padding included
-    double reach;  // no item's norm is larger, its scale multiplied in
+    double reach;  // the largest norm of an item, times its scale
     const float* queries;  // (rows, width)
     int rows;
     int k, wanted;  // 1 <= k <= wanted <= kCurMostK
     int processors;  // multiprocessors of the device
 };
 // Bits of a query's status.
-constexpr int32_t kCurUncertain = 1, kCurNan = 2, kCurNotFinite = 4;  // what may be left out, a score, the query
+constexpr int32_t kCurUncertain = 1, kCurNan = 2,
+                  kCurNotFinite = 4;  // a better item may be missing; a score is NaN; the query is not finite
 
-// Bytes of scratch, aligned to 256, whose first words are the statuses (rows,); it is in use until those are there.
+// Bytes of scratch, which must be 256-aligned. Its first words are the statuses (rows,); it is in use until they are
+// written.
 size_t cur_scratch(const CurTopk& g);
-// ids, scores: (rows, k), -1 and -infinity where there are fewer items. Sets limits of shared memory of kernels: calls
-// for one device from several threads take turns.
+// ids, scores: (rows, k), -1 and -infinity where there are fewer items. It sets the kernels' limits of shared memory,
+// so callers must not call it for one device from several threads at once.
 cudaError_t cur_topk(const CurTopk& g, void* scratch, int64_t* ids, float* scores, cudaStream_t stream);
 
 }  // namespace fastrerank::cuda

@@ -13,16 +13,16 @@
 namespace fastrerank::cpu {
 namespace {
 
-constexpr int64_t kRunBytes = 1 << 18;        // of tiles: what a thread takes at a time
-constexpr int64_t kReservoirBytes = 64 << 20; // of all threads: how many queries share a pass
+constexpr int64_t kRunBytes = 1 << 18;        // of tiles that a thread takes at a time
+constexpr int64_t kReservoirBytes = 64 << 20; // of all threads; limits how many queries share a pass
 constexpr int64_t kMostQueries = 256;
 constexpr int64_t kRescored = 64;             // candidates of a task
-constexpr int64_t kBlockTiles = 6;            // a multiple of what any level takes at a time
-constexpr int64_t kSampled = 2;               // of so many runs the first begins with a part of the sample
-constexpr int64_t kSampledRuns = 64;          // fewer have none
+constexpr int64_t kBlockTiles = 6;            // a multiple of the tiles that any level takes at a time
+constexpr int64_t kSampled = 2;               // the first of this many runs begins with a part of the sample
+constexpr int64_t kSampledRuns = 64;          // with fewer runs there is no sample
 
-// Small: what fills a reservoir first is cut back to a threshold sooner. It grows to kGrowth times that where more
-// items stay between the bounds.
+// A reservoir begins small, so that it is cut back sooner and finds a threshold sooner. Where more items stay between
+// the bounds, it grows, up to kGrowth times.
 int64_t limit_of(int64_t wanted) { return 4 * wanted + 64; }
 constexpr int kGrowth = 16;
 
@@ -31,8 +31,8 @@ struct Candidate {
     int32_t id;
 };
 
-// Candidates of one query that one thread has met. When too many stay between the bounds, their exact scores decide,
-// and the best k of those are kept aside.
+// Candidates of one query that one thread has found. When too many stay between the bounds, their exact scores are
+// computed, and the best k are kept in `best`.
 struct Reservoir {
     Bytes memory;
     CurReservoir view{};
@@ -49,7 +49,7 @@ struct Reservoir {
                 -kInfinity};
     }
 
-    // Makes `from`, which is this reservoir's view, larger.
+    // Enlarges the reservoir; `from` is its view.
     void grow(int64_t limit, CurReservoir& from) {
         const Bytes before = std::move(memory);
         make(limit);
@@ -103,7 +103,7 @@ public:
     }
 
 private:
-    // Tiles of a shard, whose first item has the id `first`. Its halves are scanned side by side.
+    // Tiles [begin, end) of a shard whose first item has the id `first`. The two halves are scanned side by side.
     struct Run {
         const CurShard* shard;
         int64_t first, begin, end;
@@ -120,8 +120,9 @@ private:
         run_parallel(threads, threads, [&](int t) { scan(found_[t], runs, ranks, next); });
     }
 
-    // Estimates a threshold for each query from a sample that is spread over all items: a score that so many sampled
-    // items reach that, very likely, the wanted number of all items reach it too. False if a sample is not worth it.
+    // Estimates a threshold for each query from a sample that is spread over all items: a score that, very likely, the
+    // wanted number of all items reach, judging by the number of sampled items that reach it. Returns false where a
+    // sample would not pay.
     bool sample() {
         if (runs_.size() < kSampledRuns) return false;
         std::vector<Run> sample;
@@ -148,7 +149,8 @@ private:
         return true;
     }
 
-    // Whether what was supposed was true. Otherwise forgets all but what each query's best reach, which then holds.
+    // Checks the estimated thresholds. If one was too high, drops all candidates but keeps the thresholds that the best
+    // items prove.
     bool confirmed() {
         bool all = true;
         std::vector<float> reached_by(rows_);
@@ -162,7 +164,7 @@ private:
         return false;
     }
 
-    // The threshold that `rank` items reach of those found, minus infinity if they are fewer.
+    // The threshold that `rank` of the items found so far reach; -infinity if there are fewer.
     float reached(int64_t r, int64_t rank) const {
         std::vector<float> lower;
         for (const std::vector<Reservoir>& thread : found_) {
@@ -198,8 +200,8 @@ private:
         scan.reservoirs = views.data();
         for (size_t i; (i = next.fetch_add(1)) < runs.size();) {
             check_stop();
-            // Threads take turns, so likely the others take theirs before this one its next; else that is read for
-            // nobody.
+            // The next run of this thread is likely the one after a run for each other thread. If not, its tiles are
+            // prefetched in vain.
             const Run &run = runs[i], &then = runs[std::min(next.load() + found_.size() - 1, runs.size() - 1)];
             scan.tiles = run.shard->tiles, scan.scale = run.shard->scale, scan.count = run.shard->count;
             scan.first = static_cast<int32_t>(run.first);
@@ -286,7 +288,8 @@ private:
             open.erase(std::remove_if(open.begin(), open.end(), [&](const Candidate& c) { return c.upper < least; }),
                        open.end());
         }
-        // The likeliest first; what the k-th best exact score then rules out is not looked at.
+        // The most likely candidates are rescored first. Those that the k-th best exact score then rules out are
+        // skipped.
         const int64_t first = std::min<int64_t>(g_.k, open.size());
         if (first < static_cast<int64_t>(open.size()))
             std::nth_element(open.begin(), open.begin() + first, open.end(),
@@ -332,9 +335,10 @@ private:
     const int64_t begin_, rows_;
     const int threads_;
     const Prepared queries_;
-    const std::unique_ptr<std::atomic<float>[]> thresholds_;  // what some thread has found that all may rely on
-    std::vector<int64_t> wanted_, ranks_;  // ranks_: what `wanted_` is in the sample; the same where none is taken
-    std::vector<float> supposed_;          // thresholds after the sample, which are still to be confirmed
+    const std::unique_ptr<std::atomic<float>[]> thresholds_;  // proved by one thread, valid for all
+    std::vector<int64_t> wanted_,
+        ranks_;  // ranks_: the rank in the sample that stands for `wanted_`; equal to it without a sample
+    std::vector<float> supposed_;          // estimated thresholds, not yet confirmed
     std::vector<Run> runs_, rest_;  // rest_: without the sample
     std::vector<std::vector<Reservoir>> found_;  // by thread and query
     CurFault fault_;

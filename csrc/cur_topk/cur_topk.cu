@@ -1,7 +1,7 @@
-// Top-k of products of queries with packed items, on int8 and bfloat16 tiles (ops/_cur_topk/items.py), in five kernels:
-// queries are rounded; blocks stream their shares of the tiles and keep reservoirs in shared memory; the blocks' bests
-// are merged; what is left gets exact scores; they are sorted, and the bound of what was left out is looked at. For
-// many queries of int8 items those of cuda_many.h scan instead. Every sum has one order and the order of entries is
+// Top-k of products of queries with packed items, on int8 and bfloat16 tiles (ops/_cur_topk/items.py), in five kernels.
+// They round the queries; stream shares of the tiles, with a reservoir in each block's shared memory; merge the blocks'
+// bests; compute exact scores of the rest; and sort those and check the bound of the items that were left out. For many
+// queries of int8 items, the kernels of cuda_many.h scan instead. Every sum has one order and the order of entries is
 // total, so results do not depend on timing.
 #include <algorithm>
 #include <type_traits>
@@ -19,17 +19,17 @@ constexpr int kSteps = 4;  // a warp takes two tiles in a step
 constexpr int kBatch = kThreads * kSteps;  // items of a block between two barriers
 constexpr int kTogether = 4;  // queries that share a scan of int8 items
 constexpr size_t kRoom = 96 << 10;  // bytes of shared memory for queries that share a scan
-constexpr size_t kLists = size_t{64} << 20;  // bytes of the blocks' bests of the queries of one launch
-constexpr size_t kReservoirs = size_t{192} << 20;  // bytes of the reservoirs of a scan for many queries
+constexpr size_t kLists = size_t{64} << 20;  // bytes for the blocks' bests of one launch
+constexpr size_t kReservoirs = size_t{192} << 20;  // bytes for the reservoirs of a scan for many queries
 
-// Blocks of a multiprocessor that scan for so many queries.
+// Blocks per multiprocessor of a scan for this many queries.
 constexpr int blocks_of(int queries) { return queries == 1 ? 3 : 2; }
 
 __device__ __forceinline__ double query_value(const CurTopk& g, const float* query, int i) {
     return g.anchor ? static_cast<double>(query[i]) * g.anchor[i] : query[i];
 }
 
-// The sum, or the largest, of the threads' values, by one tree.
+// The sum, or the largest, of the threads' values, in the order of one tree.
 template <bool Sum>
 __device__ __forceinline__ double over_block(double own, double* parts) {
     parts[threadIdx.x] = own;
@@ -44,7 +44,8 @@ __device__ __forceinline__ double over_block(double own, double* parts) {
     return result;
 }
 
-// A block rounds a query: to 127ths of its largest value, or brings it near 1 so that float32 sums do not overflow.
+// One block rounds a query to 127ths of its largest value, or scales it to about 1 so that float32 sums do not
+// overflow.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(CurTopk g, Scratch s) {
     __shared__ double parts[kThreads];
     const int row = static_cast<int>(blockIdx.x), words = words_of(g), first = static_cast<int>(threadIdx.x);
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(CurTopk g, Scratch s)
     largest = over_block<false>(largest, parts);
     if (largest == 0 || !finite) largest = 1;
     const double unit = g.int8 ? largest / 127 : ldexp(1.0, ilogb(largest));
-    double rest = 0, norm = 0, sum = 0;  // squares of what rounding takes away, squares of values, values
+    double rest = 0, norm = 0, sum = 0;  // sums of squared rounding errors, of squared values, of values
     for (int i = first; i < words * (g.int8 ? 4 : 1); i += kThreads) {
         const double inside = finite && i < g.width ? query_value(g, query, i) / unit : 0;
         double value = inside;
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(CurTopk g, Scratch s)
     }
     rest = over_block<true>(rest, parts), norm = over_block<true>(norm, parts), sum = over_block<true>(sum, parts);
     if (threadIdx.x != 0) return;
-    // int8: |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and float32 products of sums and scales. bfloat16: float32
-    // sums. `tiny`: what is below the smallest normal number.
+    // The error of int8: |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and the rounding of sums times scales. The
+    // error of bfloat16: that of float32 sums. `tiny` covers denormals.
     const double half = ldexp(1.0, -24), tiny = g.width * ldexp(1.0, -123);
     const double error = g.int8 ? sqrt(rest) + 8 * half * sqrt(norm) : (g.width + 16) * half * sqrt(norm);
     State state;
@@ -86,37 +87,37 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(CurTopk g, Scratch s)
     s.status[row] = finite ? 0 : kCurNotFinite;
 }
 
-// A lower bound of the k-th best item, as an entry that is below it: k published entries are at least the least of
-// them. kNoEntry while fewer are there. Nobody waits for anybody.
+// An entry below the k-th best item: when k entries are published, that is the one just below the least of them; until
+// then kNoEntry. No block waits for another.
 __device__ __forceinline__ Entry published_bound(State* state, int k) {
     if (atomicAdd(&state->published, 0u) < static_cast<unsigned>(k)) return kNoEntry;
     __threadfence();
     return atomicMin(reinterpret_cast<unsigned long long*>(&state->floor), ~0ull) - 1;
 }
 
-// Drops what is below a bound that was not there when it came; returns how many stay, which is *count then too.
+// Drops entries below a bound that was found after they were added. Returns how many stay, also in *count.
 __device__ __forceinline__ int keep_from(Entry* entries, int filled, Entry bound, int* count) {
     const int thread = static_cast<int>(threadIdx.x);
     __syncthreads();
     if (thread == 0) *count = 0;
     for (int begin = 0; begin < filled; begin += kThreads) {
         const Entry e = begin + thread < filled ? entries[begin + thread] : kNoEntry;
-        __syncthreads();  // no place beyond those that were read is written
+        __syncthreads();  // only places that were already read are written
         if (e != kNoEntry && e >= bound) entries[atomicAdd(count, 1)] = e;
     }
     __syncthreads();
     return *count;
 }
 
-// `blocks` blocks scan for Q queries. Each keeps the scores of its first batch back and publishes the best of its
-// `groups` (0, 1, 2, 4 or 8) parts: so a bound is there before anything has to be chosen, and few items pass it.
+// `blocks` blocks scan for Q queries. Each holds the scores of its first batch back, and publishes the best of each of
+// its `groups` (0, 1, 2, 4 or 8) parts. So there is a bound before reservoirs fill, and few items pass it.
 template <bool Int8, int Q>
 __global__ void __launch_bounds__(kThreads, blocks_of(Q))
     scan_kernel(CurTopk g, Scratch s, int begin_row, int rows, int blocks, int groups) {
     extern __shared__ uint4 memory[];
     Entry* shared = reinterpret_cast<Entry*>(memory);
     __shared__ int count[Q];
-    __shared__ Entry bound[2][Q];  // by turns: one is read while the next is written
+    __shared__ Entry bound[2][Q];  // double buffer: one is read while the other is written
     __shared__ Entry tops[Q][kWarps];
     const int size = reservoir_size(g.wanted, kBatch), words = words_of(g);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -264,7 +265,7 @@ struct BlockLanes {
     __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x); }
 };
 
-// A block for each query: the best of the blocks' bests.
+// One block for each query: the best of the blocks' bests.
 __global__ void __launch_bounds__(kSortThreads) merge_kernel(CurTopk g, Scratch s, int begin_row, int blocks) {
     extern __shared__ Entry shared[];
     __shared__ int filled;
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kSortThreads) merge_kernel(CurTopk g, Scratch 
     for (int i = static_cast<int>(threadIdx.x); i < g.wanted; i += kSortThreads) found[i] = shared[i];
 }
 
-// A warp for each item that was found: its score as a sum of float64 products, rounded once.
+// One warp for each item that was found: its score, a sum of float64 products that is rounded once.
 template <bool Int8>
 __global__ void __launch_bounds__(kThreads, 4) rescore_kernel(CurTopk g, Scratch s) {
     const int lane = static_cast<int>(threadIdx.x) % 32, blocks = (g.wanted + kWarps - 1) / kWarps;
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 4) rescore_kernel(CurTopk g, Scratch
     if (score != score) atomicOr(s.status + row, kCurNan);
 }
 
-// A block for each query: its best, and whether another item could be among them.
+// One block for each query: sorts its best, and checks whether another item could be among them.
 __global__ void __launch_bounds__(kSortThreads) finish_kernel(CurTopk g, Scratch s, int64_t* ids, float* scores) {
     extern __shared__ Entry shared[];
     const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
@@ -339,13 +340,14 @@ __global__ void __launch_bounds__(kSortThreads) finish_kernel(CurTopk g, Scratch
         ids[static_cast<int64_t>(row) * g.k + i] = there ? id_of(shared[i]) : -1;
         scores[static_cast<int64_t>(row) * g.k + i] = there ? score_of(shared[i]) : -INFINITY;
     }
-    if (thread != 0 || g.count <= g.wanted) return;  // everything was looked at
+    if (thread != 0 || g.count <= g.wanted) return;  // no item was left out
     const Entry last = s.found[begin + g.wanted - 1];
-    // Every other item's score is at most the last product's and the error; half a step of float32 rounding is covered.
+    // Every other item's score is at most that of the last product plus the error. The last addition covers the
+    // rounding to float32.
     const State& state = s.states[row];
     double least = score_of(last) * state.unit + state.error;
     least += fabs(least) * ldexp(1.0, -22) + ldexp(1.0, -146);
-    // As float32: a score that overflows is not above others that do.
+    // Compared in float32, where a score that overflows is not above others that overflow.
     if (!(score_of(shared[g.k - 1]) > static_cast<float>(least))) s.status[row] |= kCurUncertain;
 }
 
@@ -356,13 +358,13 @@ size_t scan_shared(const CurTopk& g, int queries) {
     return queries * (reservoir_size(g.wanted, kBatch) * sizeof(Entry) + words_at_host(g) * sizeof(uint32_t));
 }
 
-// What a scan for many queries shares beside the queries: a reservoir that is cut back.
+// Shared memory of a scan for many queries: the queries, and a reservoir that is being cut back.
 size_t many_shared(const CurTopk& g) {
     return kMany * words_at_host(g) * sizeof(uint32_t) + reservoir_size(g.wanted, kManyBatch) * sizeof(Entry);
 }
 
-// How a call is cut up: `blocks` that have something to do, `queries` of one scan, `rows` of one launch. parts: of the
-// sample of a scan for many queries, else 0.
+// How a call is cut: `blocks` with work, `queries` of one scan, `rows` of one launch. parts: parts of the sample of a
+// scan for many queries, else 0.
 struct Plan {
     int blocks, queries, rows, groups, parts;
 };
@@ -371,7 +373,7 @@ Plan plan_of(const CurTopk& g) {
         return static_cast<int>(
             std::min<int64_t>(g.processors * each, std::max<int64_t>((g.count + batch - 1) / batch, 1)));
     };
-    // More parts than are wanted, so that the sample's bound is not the worst of them.
+    // More parts than wanted entries, so that the sample's bound is not the worst of its parts.
     const int parts = power_of_two(g.wanted + g.wanted / 2), blocks = blocks_for(2, kManyBatch);
     const size_t reservoirs = sizeof(Entry) * blocks * kMany * reservoir_size(g.wanted, kManyBatch);
     if (g.int8 && g.rows > kTogether && g.count >= int64_t{4} * parts * kPart && many_shared(g) <= kRoom &&
@@ -389,7 +391,7 @@ Plan plan_of(const CurTopk& g) {
 
 size_t rounded_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// The parts of the scratch that begins at `p`; returns its bytes.
+// Fills in the addresses of the scratch that begins at `p`; returns its bytes.
 size_t lay_out(const CurTopk& g, char* p, Scratch* s) {
     const Plan plan = plan_of(g);
     size_t at = 0;
@@ -411,7 +413,7 @@ size_t lay_out(const CurTopk& g, char* p, Scratch* s) {
     return at;
 }
 
-// Rounded queries' bests of a scan into s.found.
+// Scans for rounded queries and writes their bests to s.found.
 cudaError_t scan_for_few(const CurTopk& g, const Scratch& s, const Plan& plan, cudaStream_t stream) {
     const size_t shared = scan_shared(g, plan.queries);
     const auto scan = !g.int8             ? scan_kernel<false, 1>

@@ -14,11 +14,11 @@ struct CurShard {
 };
 
 struct CurTopk {
-    Precision storage, exact_storage;  // of the tiles that are scanned and of those that decide; may be the same
-    bool rounded;                      // the scanned tiles are the others rounded to multiples of their scale
+    Precision storage, exact_storage;  // of the scanned tiles and of the exact ones, which may be the same
+    bool rounded;                      // the scanned tiles are the exact ones, rounded to multiples of their scale
     int width;                         // values of an item
     const float* anchor_scale;         // (width,) or null: multiplies the queries for the scanned tiles
-    std::vector<CurShard> shards;      // ids run on from one to the next, below 2^31
+    std::vector<CurShard> shards;      // ids continue from one to the next, below 2^31
     const float* queries;              // (rows, width)
     int64_t rows, k;                   // k: columns of the results
     const int64_t *left_out, *left_out_begin;  // ascending ids; those of row r in [begin[r], begin[r + 1])

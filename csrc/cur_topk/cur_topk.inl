@@ -1,7 +1,7 @@
-// The scan of packed items: products of a block of tiles with a block of queries stay in registers or the nearest
-// cache, and only items that may be among a query's best leave it.
+// The scan of packed items. Products of a block of tiles with a block of queries stay in registers or the first-level
+// cache; only items that may be among a query's best are written out.
 
-// Lanes in which a is not below b; NaN passes.
+// The lanes in which a is not below b, or either is NaN.
 INLINE unsigned not_below(vf a, vf b) {
 #if VL == 16
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
@@ -16,8 +16,8 @@ INLINE unsigned not_below(vf a, vf b) {
 #endif
 }
 
-// Rare beside the products: one in some hundred items is appended. An infinite item has no bounds. A whole word is
-// written, for which a reservoir has room. True if the reservoir is full.
+// Appends the chosen lanes; about one item in a hundred gets here. The bounds of an infinite item are infinite. A whole
+// vector is written, for which a reservoir has room. Returns true if the reservoir is full.
 __attribute__((noinline)) bool append(CurReservoir& r, vf score, vf bound, unsigned lanes, int32_t first) {
     const vf upper = score + bound, lower = score - bound;
 #if VL == 16
@@ -45,8 +45,8 @@ __attribute__((noinline)) bool append(CurReservoir& r, vf score, vf bound, unsig
 INLINE vf norms_of(const CurScan& g, const char* tile, int at) {
     return load(reinterpret_cast<const float*>(tile + g.tile_bytes - kCurTile * 4) + at);
 }
-// Residuals of int8 items: the lower half of the word whose upper half is the norm. Read as a whole, the word exceeds
-// the norm by a factor of at most 1 + 2^-7.
+// Residuals of int8 items: the lower half of the word whose upper half is the norm. The whole word, read as the norm,
+// exceeds it by a factor of at most 1 + 2^-7.
 INLINE vf residuals_of(const CurScan& g, const char* tile, int at) {
     return (vf)(load_as<vi>(tile + g.tile_bytes - kCurTile * 4 + at * 4) << 16);
 }
@@ -58,8 +58,8 @@ INLINE vf scales_of(const CurScan& g, int64_t item, int lanes) {
     return s;
 }
 
-// VL items' products, which the query's bounds turn into candidates. lanes: which of them are items. True if the
-// query's reservoir is full.
+// Keeps those of VL items whose products reach the query's threshold within its bounds. lanes: those that hold items.
+// Returns true if the query's reservoir is full.
 template <bool Scaled>
 INLINE bool keep(const CurScan& g, int query, vf product, vf norm, vf residual, vf scale, int64_t item,
                  unsigned lanes) {
@@ -76,8 +76,8 @@ INLINE bool keep(const CurScan& g, int query, vf product, vf norm, vf residual, 
 template <int Q>
 INLINE void int8_products(const CurScan& g, const char* tile, const int8_t* q, int32_t (*products)[kCurTile]) {
 #if VL == 8
-    // Values and queries widened to 16 bits: |255 * 127 * 2| is far below 2^31. An item's two pairs of a group lie in
-    // neighbouring lanes, which are added at the end.
+    // Values and queries are widened to 16 bits: |255 * 127 * 2| is far below 2^31. The two pairs of an item's group
+    // lie in neighbouring lanes, which are added at the end.
     __m256i sum[Q][4];
     for (int r = 0; r < Q; ++r)
         for (int v = 0; v < 4; ++v) sum[r][v] = _mm256_setzero_si256();
@@ -206,22 +206,23 @@ INLINE int64_t float_scan(const CurScan& g, int64_t tile, int64_t end) {
     return tile;
 }
 
-// Tiles from `begin` to `end`, each with the one `apart` behind it, until a reservoir is full; returns where it ended.
+// Scans the tiles [begin, end), each together with the one `apart` behind it, until a reservoir is full. Returns where
+// it stopped.
 int64_t cur_scan(const CurScan& g, int64_t begin, int64_t end) {
     if (g.storage == Precision::kFloat32) return float_scan<true>(g, begin, end);
     if (g.storage == Precision::kBFloat16) return float_scan<false>(g, begin, end);
     return g.scale ? int8_scan<true>(g, begin, end) : int8_scan<false>(g, begin, end);
 }
 
-// Eight partial sums in float64, in one order at every level. A product of two float32, or of a float32, a scale and an
-// int8, is exact or nearly so in float64, so that fused or not makes no difference to the former.
+// Eight partial sums in float64, in the same order at every level. A product of two float32 is exact in float64, so it
+// makes no difference whether it is fused; a product of a float32, a scale and an int8 is nearly exact.
 typedef double vd __attribute__((vector_size(64)));
 INLINE double sum_of(vd s) { return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])); }
 
 double cur_exact(Precision storage, const char* tile, int lane, int64_t values, const double* q, const char* next) {
     const auto fetch = [&](int64_t bytes) {
 #if defined(__GNUC__)
-        __builtin_prefetch(next + bytes, 0, 2);  // into the second cache, which waits for more lines at once
+        __builtin_prefetch(next + bytes, 0, 2);  // into the second-level cache, which can wait for more lines at once
 #else
         (void)bytes;
 #endif
@@ -259,13 +260,13 @@ double cur_exact(Precision storage, const char* tile, int lane, int64_t values, 
     return sum_of(sum);
 }
 
-// By bisection on the values' bits, which then are in the order of the values: no branch is hard to predict.
+// Bisects on the values' bits, mapped to integers in the order of the values. No branch is hard to predict.
 float kth_largest(const float* values, int n, int k) {
     constexpr uint32_t kSign = 0x80000000u;
     uint32_t found = 0;
     for (uint32_t bit = kSign; bit; bit >>= 1) {
         const uint32_t tried = found | bit;
-        // As signed numbers: bits of a value below zero are turned over but for the sign.
+        // Compared as signed integers; all bits of a negative value but its sign are inverted.
         const vi least = splat_int(static_cast<int32_t>(tried ^ kSign));
         vi count = vi{};
         int i = 0;

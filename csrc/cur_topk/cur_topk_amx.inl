@@ -1,19 +1,19 @@
-// Eight tile registers: sums of 2 x 16 queries with 2 x 16 items, two of queries, two of items. A tile of items in
-// memory is what the instruction reads: 16 rows of 64 bytes for 64 values. A width that is no multiple of 64 reads on
-// into what follows, which meets zeros of the query.
+// The scan of int8 items on AMX tiles: four tile registers hold the sums of 32 queries with 32 items, two hold queries,
+// two items. A tile of items in memory has the layout of a tile register: 16 rows of 64 bytes for 64 values. Where the
+// width is not a multiple of 64, the load reads into the next tile, whose values are multiplied by zeros of the query.
 constexpr int kAmxQueries = 32;
 
-// A core waits where more lines are on their way than it has buffers for, and the memory where there are fewer: so what
-// is fetched and the test of the pair of tiles before are shared out evenly over a pair's products. Of tiles further on
-// than the next the nearest cache would hold too few.
+// With more cache lines in flight than a core has buffers, the core waits; with fewer, the memory idles. So prefetches,
+// and the tests of the pair of tiles before, are spread evenly over a pair's products. Only the next pair is
+// prefetched, because the first-level cache has no room for more.
 template <bool Scaled>
 INLINE bool amx_scan(const CurScan& g, const Limits& limits, int64_t& tile, int64_t end) {
     configure_tiles();
-    constexpr int kRow = 2 * VL, kParts = 8;  // of 64 values' products
-    alignas(64) int32_t sums[kAmxQueries * kRow];  // of the pair before, until they are tested, and then of this one
+    constexpr int kRow = 2 * VL, kParts = 8;  // parts of the products of 64 values
+    alignas(64) int32_t sums[kAmxQueries * kRow];  // of the pair before until they are tested, then of this pair
     const int parts = (g.width + 63) / 64 * kParts;
     Tiles<2, Scaled> before;
-    int waiting = 0, first = 0;  // queries whose sums wait to be tested, the first of them
+    int waiting = 0, first = 0;  // number and first of the queries whose sums are not yet tested
     bool full = false;
     for (; tile < end && !full; ++tile) {
         Tiles<2, Scaled> now;

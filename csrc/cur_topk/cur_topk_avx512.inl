@@ -1,13 +1,12 @@
-// The scan of int8 items with 512-bit vectors: pairs of tiles against blocks of queries. The sums of a block go through
-// the nearest cache to a test that nearly all fail; what passes is looked at with its own bounds.
+// The scan of int8 items with 512-bit vectors: pairs of tiles and blocks of queries. The sums of a block pass through
+// the first-level cache to a quick test, which nearly all fail. Items that pass are tested again with their own bounds.
 //
-// The items are the unsigned operand and the query the signed one, so that what the items' offset of 128 adds to a
-// product is one number for each query, its start.
-constexpr int kCurQueries = 256;  // that share a pass at most
+// The items are the unsigned operand and the query is the signed one. The items' offset of 128 then adds one number to
+// all products of a query, which its `start` takes off.
+constexpr int kCurQueries = 256;  // the most that share a pass
 
-// A sum of query r without its start is looked at from
-//   reach[r] / scale - room[r] - slack[r] * norm - spread[r] * residual
-// on, with the item's scale, norm and residual. reach and room leave space for the rounding of either side.
+// A sum of query r, without its start, passes the quick test from reach[r] / scale - room[r] - slack[r] * norm -
+// spread[r] * residual on, with the item's scale, norm and residual. reach and room include the rounding of both sides.
 struct alignas(64) Limits {
     float reach[kCurQueries], room[kCurQueries];
 };
@@ -21,7 +20,7 @@ INLINE void find_limits(const CurScan& g, Limits& limits) {
     }
 }
 
-// A tile of each run (V = 2) or one alone, and what bounds its items' scores.
+// A tile of each half of a run (V = 2), or one tile, and the error bounds of its items.
 template <int V, bool Scaled>
 struct Tiles {
     const char* p[V];
@@ -40,13 +39,14 @@ INLINE void read_tiles(const CurScan& g, int64_t tile, Tiles<V, Scaled>& t) {
         t.scale[v] = splat(1.0f);
         if (!Scaled) continue;
         t.scale[v] = scales_of(g, t.item[v], t.lanes[v]);
-        // The inverse of a scale below 2^-128 overflows and becomes NaN: such items pass every bound.
+        // The inverse of a scale below 2^-128 overflows, and the next line makes it NaN, so that such items pass the
+        // test.
         t.inverse[v] = 1.0f / t.scale[v];
         t.inverse[v] += t.inverse[v] - t.inverse[v];
     }
 }
 
-// Sums (V, VL) of one query, from which its candidates are kept. True if its reservoir is full.
+// Tests the sums (V, VL) of one query and keeps its candidates. Returns true if its reservoir is full.
 template <int V, bool Scaled>
 INLINE bool filter(const CurScan& g, const Limits& limits, const Tiles<V, Scaled>& t, const int32_t* sums, int query) {
     const vf reach = splat(limits.reach[query]), room = splat(limits.room[query]);
@@ -69,7 +69,8 @@ INLINE bool filter(const CurScan& g, const Limits& limits, const Tiles<V, Scaled
     return full;
 }
 
-// V tiles with Q queries: Q * V accumulators. Ahead: with each line that is read, that of the next tile is fetched.
+// Products of V tiles with Q queries in Q * V accumulators. Ahead: with each cache line, that of the next tile is
+// prefetched.
 template <int Q, int V, bool Ahead>
 INLINE void vnni_sums(const CurScan& g, const char* const* p, const int8_t* q, int32_t* sums) {
     vi sum[Q][V];
@@ -126,7 +127,8 @@ int64_t int8_scan(const CurScan& g, int64_t tile, int64_t end) {
     bool full = false;
 #ifdef FASTRERANK_TILES
     if (g.queries > 4 && g.apart > 0) {
-        // The last tiles of a shard have too little behind them that might be read: products read 1024 bytes at a time.
+        // Products read 1024 bytes at a time, which reaches beyond the last tiles of a shard. Those are scanned without
+        // tiles.
         const int64_t over = (g.width + 63) / 64 * 1024 - g.tile_bytes;
         const int64_t short_of = over > 0 ? (over + g.tile_bytes - 1) / g.tile_bytes : 0;
         const int64_t whole = (g.count + kCurTile - 1) / kCurTile - short_of - g.apart;

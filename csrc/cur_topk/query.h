@@ -1,4 +1,4 @@
-// One query's side of a top-k scan: its values and bounds as the scan reads them, and the scores that decide.
+// Queries of a top-k scan: their values and error bounds as the scan reads them, and exact scores.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -31,7 +31,7 @@ inline bool before(const Scored& a, const Scored& b) {
     return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
-// Scores that decide, of items by id.
+// Exact scores of items, by id.
 class Exact {
 public:
     Exact(const Kernels& kernels, const CurTopk& g)
@@ -42,12 +42,12 @@ public:
         int64_t first = 0;
         for (const CurShard& shard : g.shards) first_.push_back(first), first += shard.count;
     }
-    int64_t width() const { return (values_ + 7) / 8 * 8; }  // of a query
+    int64_t width() const { return (values_ + 7) / 8 * 8; }  // values of a query
 
-    // How many items on what is fetched now is used.
+    // How many items ahead to prefetch.
     int64_t ahead() const { return std::clamp<int64_t>(kAheadBytes / (values_ * stride()), 1, 16); }
 
-    // q: (width(),) with zeros in the padding; next: an item whose values are fetched meanwhile
+    // q: (width(),) with zeros in the padding; next: an item whose values are prefetched meanwhile.
     float score(const double* q, int32_t id, int32_t next) const {
         const auto [shard, at] = place(id);
         const char* tile = shard->exact + at / kCurTile * bytes_;
@@ -66,7 +66,7 @@ public:
 
 private:
     static constexpr int64_t kAheadBytes = 16384;
-    // Bytes of a tile from one value of an item to the next, on average.
+    // Average bytes from one value of an item to the next in a tile.
     int64_t stride() const {
         return g_.exact_storage == Precision::kInt8 ? kCurTile : g_.exact_storage == Precision::kFloat32 ? 4 : 2;
     }
@@ -85,7 +85,7 @@ private:
     std::vector<int64_t> first_;
 };
 
-// Queries as the scan reads them. Products come in units: score = unit * product.
+// Queries as the scan reads them: score = unit * product.
 struct Prepared {
     int64_t ld;
     Bytes q;
@@ -108,14 +108,14 @@ struct Prepared {
             const float* row = g.queries + (begin + r) * g.width;
             for (int i = 0; i < g.width; ++i)
                 folded[i] = static_cast<double>(row[i]) * (g.anchor_scale ? g.anchor_scale[i] : 1.0);
-            const bool of_scanned = g.exact_storage == Precision::kInt8;  // then the scanned tiles decide
+            const bool of_scanned = g.exact_storage == Precision::kInt8;  // then the scanned tiles are the exact ones
             for (int i = 0; i < g.width; ++i) exact[r * exact_values + i] = of_scanned ? folded[i] : row[i];
             double norm = 0, largest = 0;
             for (const double x : folded) norm += x * x, largest = std::max(largest, std::fabs(x));
             norm = std::sqrt(norm) * (1 + 1e-12);
             double relative, absolute, residual = 0;
             if (g.storage == Precision::kInt8) {
-                // |q . v - unit * q8 . v| <= |q - unit * q8| |v|, and what float32 arithmetic on sums and bounds adds.
+                // |q . v - unit * q8 . v| <= |q - unit * q8| |v|, plus the rounding of sums and bounds in float32.
                 unit[r] = largest > 0 ? largest / 127 : 1.0;
                 int8_t* to = q.as<int8_t>() + r * ld;
                 double error = 0, rounded = 0;
@@ -130,8 +130,8 @@ struct Prepared {
                 relative = std::sqrt(error) + 8 * 0x1p-24 * std::sqrt(rounded);
                 absolute = 0;
                 if (g.rounded) {
-                    // An item is its residual away from what was rounded, in units of its scale, and every value of
-                    // that is within 2^-9 of what bfloat16 holds, or 2^-8 of the least scale.
+                    // The scanned item differs from the exact one by its residual, in units of its scale. With bfloat16
+                    // tiles, each value also has an error of 2^-9 relative to the value, or 2^-8 of the scale.
                     residual = norm / unit[r];
                     if (g.exact_storage == Precision::kBFloat16) {
                         relative += 0x1.02p-9 * residual;
@@ -140,8 +140,8 @@ struct Prepared {
                     }
                 }
             } else {
-                // |q| is brought near 1, so that nothing overflows; sums of w products err by (w + 8) 2^-24 |q| |v| at
-                // most, and by what is below the smallest normal number.
+                // |q| is scaled to about 1 so that nothing overflows. Sums of w products have an error of at most (w +
+                // 8) 2^-24 |q| |v|, plus that of denormals.
                 const int exponent = norm > 0 ? std::ilogb(norm) : 0;
                 unit[r] = std::ldexp(1.0, exponent);
                 float* to = q.as<float>() + r * ld;
@@ -155,8 +155,8 @@ struct Prepared {
         }
     }
 
-    // The product that an item must reach, if k items have scores of at least `product` units: one whose float32 score
-    // might equal the least of theirs, which a lower id then decides, is not to be left out.
+    // The product that an item must reach if k items have scores of at least `product` units. It is a little lower: an
+    // item whose float32 score may equal the least of theirs must stay, because the lower id wins a tie.
     float relaxed(int64_t r, double product) const {
         const double score = product * unit[r];
         if (!(score >= -FLT_MAX)) return -kInfinity;

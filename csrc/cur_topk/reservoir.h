@@ -1,6 +1,6 @@
-// The choice of the k best of a stream of (score, id), as a CUDA block and as a host thread make it: items above a
-// threshold go into a reservoir, which is cut back to its k best when it is full. The order is by score descending,
-// then by id ascending; no two entries are equal, so the choice does not depend on who appends when.
+// Selection of the k best of a stream of (score, id), for a CUDA block and for a host thread. Items above a threshold
+// go into a reservoir, which is cut back to its k best when it is full. The order is by score descending, then by id
+// ascending. No two entries are equal, so the result does not depend on the order of appending.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +12,7 @@
 
 namespace fastrerank::cuda {
 
-// A score and an id as one number that is larger for what comes first. Scores are not NaN; -0 counts as 0.
+// A score and an id as one number; the better entry is the larger number. Scores are not NaN; -0 counts as 0.
 using Entry = uint64_t;
 constexpr Entry kNoEntry = 0;  // below every entry: -infinity with the largest id maps above it
 
@@ -43,8 +43,8 @@ FASTRERANK_BOTH float score_of(Entry e) {
 #endif
 }
 
-// One step of a bitonic sort, descending, of a power of two of entries: the pairs whose index `lane` owns. Steps are
-// (size, stride) with size = 2, 4, .. n and stride = size / 2, .. 1, and a barrier between two.
+// One step of a descending bitonic sort of n entries, a power of two: the pairs of this lane. Steps are (size, stride)
+// with size = 2, 4, .. n and stride = size / 2, .. 1, with a barrier between two steps.
 FASTRERANK_BOTH void sort_step(Entry* entries, int n, int size, int stride, int lane, int lanes) {
     for (int i = lane; i < n / 2; i += lanes) {
         const int low = 2 * i - (i & (stride - 1)), high = low + stride;
@@ -64,8 +64,8 @@ FASTRERANK_BOTH int power_of_two(int n) {
 // Room for k kept entries and a batch of new ones.
 FASTRERANK_BOTH int reservoir_size(int k, int batch) { return power_of_two(k + batch); }
 
-// Sorts n entries, a power of two, of which the first `count` are filled: the rest becomes kNoEntry. Barrier is called
-// between steps, and after the last.
+// Sorts n entries, a power of two. The first `count` are filled, the others become kNoEntry. Calls `barrier` between
+// steps and after the last one.
 template <class Barrier>
 FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int lanes, Barrier barrier) {
     for (int i = count + lane; i < n; i += lanes) entries[i] = kNoEntry;
@@ -77,16 +77,17 @@ FASTRERANK_BOTH void cut_back(Entry* entries, int n, int count, int lane, int la
         }
 }
 
-// The k best of `lists` descending lists of k entries, into reservoir[0 .. k) with kNoEntry after the last. At least k
-// entries reach the k-th of the first few of all lists; all that do go into the reservoir. Where it has no room
-// for them, lists are read by columns: no column matters after one that adds nothing.
-// Lanes: `lane` of `count`, barrier(), add(int*), which returns the number before, and any(bool) of all lanes, which is
-// a barrier too. filled, threshold: 0 and kNoEntry, where all lanes see them; size: reservoir_size(k, lanes.count).
+// Writes the k best of `lists` descending lists of k entries to reservoir[0 .. k), with kNoEntry after the last. The
+// k-th best of the lists' first few entries is a lower bound, and all entries that reach it go into the reservoir.
+// Where it has no room for them, lists are read column by column, up to the first column that adds nothing. `lanes` has
+// `lane`, `count`, barrier(), add(int*), which returns the number before, and any(bool) over all lanes, which is also a
+// barrier. filled and threshold are shared by all lanes and begin as 0 and kNoEntry; size: reservoir_size(k,
+// lanes.count).
 template <class Lanes>
 FASTRERANK_BOTH void merge_lists(const Entry* best, int lists, int k, Entry* reservoir, int size, int* filled,
                                  Entry* threshold, Lanes lanes) {
     const auto barrier = [&] { lanes.barrier(); };
-    // A third more than k: the last of just k would be the worst of all lists, which too many entries reach.
+    // A third more than k: the last of exactly k would be the worst of all lists, a bound that too many entries reach.
     const int enough = (4 * k + 3 * lists - 1) / (3 * lists), columns = enough < k ? enough : k;
     const int firsts = lists * columns;
     if (firsts <= size) {
@@ -100,7 +101,7 @@ FASTRERANK_BOTH void merge_lists(const Entry* best, int lists, int k, Entry* res
             const Entry* own = best + static_cast<int64_t>(list) * k;
             bool more = true;
             for (int begin = 0; begin < k && more; begin += 4) {
-                Entry next[4];  // one wait for memory
+                Entry next[4];  // loaded together, to wait for memory once
                 for (int j = 0; j < 4; ++j) next[j] = begin + j < k ? own[begin + j] : kNoEntry;
                 for (int j = 0; j < 4 && more; ++j) {
                     more = next[j] >= least;

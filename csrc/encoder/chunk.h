@@ -1,4 +1,4 @@
-// What a chunk of documents is made of while it goes through an encoder; for the encoder's own files.
+// A chunk of documents on its way through the encoder. Only the encoder's files include this header.
 #pragma once
 #include <cstring>
 #include <vector>
@@ -7,21 +7,21 @@
 
 namespace fastrerank::cpu {
 
-// Rows of a part of a chunk come in multiples of this, which every level's row tile divides.
+// Parts of a chunk have a multiple of this many rows; every level's row tile divides it.
 constexpr int kPartRows = 24;
 
-// Values from one row of a product's inputs to the next. A row of terms is an odd number of lines: then the rows of a
-// tile, which all rows of a block of columns read again, spread over all sets of the first-level cache.
+// The stride, in values, of a product's inputs. A row of terms is an odd number of cache lines, so that the rows of a
+// tile spread over all sets of the first-level cache, from where each block of columns reads them again.
 constexpr int64_t row_stride(Format f, int64_t columns) {
     return f == Format::kTerms ? (columns + 31) / 32 * 32 | 32 : columns;
 }
 
-// Buffers of one chunk in flight. Zeroed when made: padding columns stay finite whatever was there before.
+// Buffers of one chunk in flight. They are zeroed when they are allocated, so padding columns are finite.
 struct Encoder::Workspace {
     Bytes x, input, input_scale, k, v, q, context, context_f32, wide, gate, wide_input, context_scale, scratch, head0,
         head1, ids, positions, types, down_scale, v_input, v_scale, strip_input, other_input;
 
-    // Room for `rows` rows of `columns` values, and for the tile that a product rounds them up to.
+    // A buffer for `rows` rows of `columns` values, rounded up to a product's row tile.
     template <class T = char>
     static T* need(Bytes& b, int64_t rows, int64_t columns = 1) {
         const size_t bytes = static_cast<size_t>(rows + kRowTile) * columns * sizeof(T);
@@ -34,9 +34,9 @@ struct Encoder::Workspace {
     }
 };
 
-// Rows `rows` of the state, and whose they are: document i has `queries[i]` consecutive rows from `row[i]`, the first
-// standing at position `start[i]`; its keys are rows [key_row[i], key_row[i] + keys[i]) of k and v. A part of a chunk
-// is one whose pointers to rows, but not k and v, start at the chunk's row `begin`.
+// `rows` rows of the residual stream and the documents that they belong to. Document i has `queries[i]` consecutive
+// rows from `row[i]` on, the first at position `start[i]`; its keys are the rows [key_row[i], key_row[i] + keys[i]) of
+// k and v. In a part of a chunk, the pointers to rows, except k and v, start at the chunk's row `begin`.
 struct Encoder::Chunk {
     std::vector<int> document, key_row, keys, row, queries, start;
     std::vector<int64_t> token;  // where the document's tokens start in the request
@@ -45,9 +45,10 @@ struct Encoder::Chunk {
     int rows = 0;                // rows of x
     Workspace* w = nullptr;
     float* x = nullptr;          // (rows, padded(hidden)) residual stream
-    char* input = nullptr;       // (rows, padded(hidden)) what the products read; x itself for float32 post-norm
+    char* input =
+        nullptr;  // (rows, padded(hidden)) inputs of the products; x itself for float32 with norms after each block
     RowScale* input_scale = nullptr;
-    char* v_input = nullptr;     // (rows, padded(hidden)) what v reads: `input`, unless its columns have factors
+    char* v_input = nullptr;  // (rows, padded(hidden)) inputs of v's product: `input`, unless they have factors
     RowScale* v_scale = nullptr;
     char *k = nullptr, *v = nullptr;  // (tokens, heads * head_dim)
     int32_t *ids = nullptr, *positions = nullptr, *types = nullptr;

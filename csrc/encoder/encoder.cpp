@@ -13,7 +13,7 @@ namespace {
 
 [[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
-// Sizes beyond these are a damaged file's; below them no product of two overflows.
+// Larger sizes mean a damaged file. Within these limits no product of two sizes overflows.
 constexpr int kMaxSize = 1 << 24, kMaxLayers = 1 << 16;
 
 void check_config(const EncoderConfig& g) {
@@ -42,8 +42,8 @@ void check_config(const EncoderConfig& g) {
     if (!std::isfinite(g.attention_scale)) invalid("attention_scale must be finite");
 }
 
-// Queries of a document that go through its attention before check_stop is asked again: all, unless they are so many
-// that this takes some 0.1 s. The keys are packed anew for every piece, which is little beside its products.
+// Queries of a document between two calls of check_stop: all, unless they take more than some 0.1 s. Each piece packs
+// the keys again, which takes little time beside its products.
 int attention_piece(int queries, int keys, int window) {
     constexpr int64_t kScores = 1 << 22;
     if (window >= 0 || static_cast<int64_t>(queries) * keys <= kScores) return std::max(queries, 1);
@@ -58,7 +58,7 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels& kernels) : config_(
     if (k_.tiles) {
         chunk_tokens_ = std::max(chunk_tokens_, config.hidden * 5 / 6);
         block_rows_ = (chunk_tokens_ / 4 + 31) / 32 * 32;
-        // Terms of weights are made anew for every block of rows.
+        // Every block of rows splits the weights into terms again.
         if (config.precision == Precision::kFloat32) block_rows_ = std::max(block_rows_, 320);
     }
     for (int i = 0; i < config.layers; ++i) {
@@ -73,10 +73,10 @@ Encoder::Encoder(const EncoderConfig& config, const Kernels& kernels) : config_(
 
 Encoder::~Encoder() = default;
 
-// Every weight that a forward reads has been set, in the size that it is read in.
+// Checks that every weight that a forward reads has been set, with the right size.
 void Encoder::check_complete() const {
     const EncoderConfig& g = config_;
-    // Every forward asks, so that text is made only where something is missing.
+    // Every forward calls this, so the message is only made where something is missing.
     const auto need = [](bool there, const char* what, int layer = -1) {
         if (!there) invalid(what + (layer < 0 ? "" : " of layer " + std::to_string(layer)) + " was not set");
     };
@@ -137,8 +137,8 @@ void Encoder::embed(Chunk& c) const {
         k_.linear({.w = &projection_.view, .x = target, .ldx = ld, .rows = c.tokens, .y = c.x, .ldy = width});
 }
 
-// Norm of rows [begin, begin + rows) of x, written to x itself (`keep`) and to `input` for the products of `reader`:
-// those of its attention, with a second copy for the values where their columns have factors, or its feed-forward's.
+// Norm of the rows [begin, begin + rows) of x. It is written to x itself (`keep`) and to `input` for the products of
+// `reader`: those of its feed-forward, or of its attention, with a second copy for v where its columns have factors.
 void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, const Layer& reader, bool attention,
                    char* input) const {
     const int64_t width = padded(config_.hidden);
@@ -166,7 +166,7 @@ void Encoder::norm(Chunk& c, const Norm& norm, int begin, int rows, bool keep, c
     k_.layer_norm(pass);
 }
 
-// Queries, keys or values in the attention's format; with a rotary table they pass through float32.
+// Queries, keys or values in the attention's format. With a rotary table they are float32 in between.
 void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char* x, const RowScale* scale, int rope,
                       char* out) const {
     const int64_t columns = config_.heads * config_.head_dim, ld = row_stride(l.input, padded(config_.hidden));
@@ -201,7 +201,7 @@ void Encoder::project(Chunk& c, const Layer& l, const OwnedMatrix& w, const char
     }
 }
 
-// Attention of every document into w->context, in the format that the output projection reads.
+// Writes the attention of every document to w->context, in the format that the output projection reads.
 void Encoder::attend(Chunk& c, int index) const {
     const EncoderConfig& g = config_;
     const int64_t columns = g.heads * g.head_dim;
@@ -257,14 +257,14 @@ void Encoder::add_strip(Chunk& c, const Layer& l, const float* h, int begin, int
     k_.linear({.w = &l.strip.view, .x = x, .ldx = ld, .rows = rows, .add = y, .y = y, .ldy = width});
 }
 
-// x += the feed-forward of `rows` rows from `begin` on, whose input c.input holds.
+// x += the feed-forward of `rows` rows from `begin` on. Its input is in c.input.
 void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const {
     const EncoderConfig& g = config_;
     const bool terms = l.input == Format::kTerms;
     const int64_t width = padded(g.hidden), ld = row_stride(l.input, width),
                   wide = row_stride(l.input, padded(inner_part(l)));
     const bool rounded = l.input != Format::kF32 && !terms;
-    const bool direct = l.input == Format::kBF16 || terms;  // the epilogue stores what the next product reads
+    const bool direct = l.input == Format::kBF16 || terms;  // the epilogue writes the next product's inputs
     const char* x = c.input + begin * ld * bytes_of(l.input);
     const int64_t widest = std::max<int64_t>(wide, g.heads * g.head_dim) * std::max<int64_t>(4, bytes_of(l.input));
     float* h = reinterpret_cast<float*>(Workspace::need(c.w->wide, block_rows_, widest));
@@ -309,7 +309,7 @@ void Encoder::feed_forward(Chunk& c, const Layer& l, int begin, int rows) const 
     }
 }
 
-// The rows of the layer's input that the products of `reader` will read, in a buffer other than `busy`.
+// The buffer, other than `busy`, for the inputs of the products of `reader`.
 char* Encoder::input_of(Chunk& c, const Layer& reader, const char* busy) const {
     if (reader.input == Format::kF32 && !config_.pre_norm) return reinterpret_cast<char*>(c.x);
     const int64_t bytes = row_stride(reader.input, padded(config_.hidden)) * bytes_of(reader.input);
@@ -317,7 +317,7 @@ char* Encoder::input_of(Chunk& c, const Layer& reader, const char* busy) const {
     return Workspace::need(buffer, c.tokens, bytes);
 }
 
-// The rows of k and v that belong to c's rows.
+// Computes the rows of k and v that belong to c's rows.
 void Encoder::keys_and_values(Chunk& c, int index) const {
     const EncoderConfig& g = config_;
     const Layer& l = layers_[index];
@@ -328,7 +328,8 @@ void Encoder::keys_and_values(Chunk& c, int index) const {
     project(c, l, l.v, factors ? c.v_input : c.input, factors ? c.v_scale : c.input_scale, -1, c.v + at);
 }
 
-// Keeps only the row that the head reads; it moves to the front, and row d >= d documents before it.
+// Keeps only the row of each document that the head reads, as row d. No row is overwritten before it is moved, because
+// document d has at least d rows before it.
 void Encoder::prune(Chunk& c, int index, Readout readout) const {
     const Format format = layers_[index].input;
     const int64_t width = padded(config_.hidden), row = row_stride(format, width) * bytes_of(format);
@@ -345,7 +346,7 @@ void Encoder::prune(Chunk& c, int index, Readout readout) const {
     c.rows = static_cast<int>(c.document.size());
 }
 
-// The layer from its queries on. The next layer's input goes to `target`.
+// Runs the layer from its queries on, and writes the next layer's input to `target`.
 void Encoder::layer(Chunk& c, int index, char* target) const {
     const EncoderConfig& g = config_;
     const Layer& l = layers_[index];
@@ -356,7 +357,7 @@ void Encoder::layer(Chunk& c, int index, char* target) const {
             Workspace::need(c.w->q, c.rows, columns * bytes_of(l.attention)));
     RowScale* context_scale = Workspace::need<RowScale>(c.w->context_scale, c.rows);
     attend(c, index);
-    // About equal blocks: a last one of few rows would pay for all weights.
+    // Blocks are of about equal size: a last block of few rows would read all weights for little work.
     const int blocks = std::max((c.rows + block_rows_ - 1) / block_rows_, 1), unit = k_.tiles ? 32 : kPartRows;
     const int block = ((c.rows + blocks - 1) / blocks + unit - 1) / unit * unit;
     for (int r = 0; r < c.rows; r += block) {
@@ -385,7 +386,7 @@ int64_t Encoder::head_width() const {
     return widest;
 }
 
-// Runs the head's steps on (rows, ldx); returns where the result stands, with stride padded(output_width()).
+// Runs the head's steps on x (rows, ldx). Returns the result, of stride padded(output_width()).
 float* Encoder::apply_head(Chunk& c, float* x, int64_t ldx, int rows) const {
     const int64_t widest = head_width();
     float* spare[2] = {Workspace::need<float>(c.w->head0, rows, widest),
@@ -422,7 +423,8 @@ void Encoder::read(Chunk& c, Readout readout, float* out) const {
     float* x = c.x;
     if (readout == Readout::kMean) {
         rows = static_cast<int>(c.document.size());
-        x = Workspace::need<float>(c.w->head0, rows, head_width());  // as apply_head asks: it must not move
+        x = Workspace::need<float>(c.w->head0, rows,
+                                   head_width());  // as large as apply_head needs it, so that it is not reallocated
         for (int d = 0; d < rows; ++d) {
             float* y = x + d * width;
             std::fill(y, y + width, 0.0f);
@@ -431,8 +433,8 @@ void Encoder::read(Chunk& c, Readout readout, float* out) const {
             for (int64_t i = 0; i < width; ++i) y[i] /= static_cast<float>(c.keys[d]);
         }
     }
-    // Blocks of rows bound the head's buffers when every token is read; they are aligned to documents' rows only by
-    // chance, which is of no matter: a row's result is its own.
+    // Blocks of rows bound the head's buffers when every token is read. They need not begin with a document, because a
+    // row's result depends on that row alone.
     const int block = readout == Readout::kTokens ? block_rows_ : rows;
     std::vector<int64_t> target(rows);
     for (size_t d = 0; d < c.document.size(); ++d) {

@@ -1,6 +1,6 @@
-// A transformer encoder over packed documents: one thread takes a chunk of whole documents through all layers, so a
-// request costs one fork-join and activations stay in the core's cache. A document's result is bitwise independent
-// of the other documents, of the chunking and of the number of threads.
+// A transformer encoder over packed documents. One thread takes a chunk of whole documents through all layers, so a
+// request costs one fork-join, and activations stay in the core's cache. A document's bits do not depend on the other
+// documents, on the chunks or on the number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +19,7 @@ struct EncoderConfig {
     int embedding;             // width of the embedding tables; hidden unless a projection follows (ELECTRA)
     int vocabulary, positions, types;
     int position_offset;       // position of a document's first token in the position table
-    int pad_id;                // RoBERTa: tokens equal to pad_id take position pad_id and are not counted; else -1
+    int pad_id;                // RoBERTa: tokens equal to pad_id have position pad_id and are not counted; else -1
     bool pre_norm;             // norm before each block and once at the end (ModernBERT), else after each block
     bool gated;                // feed-forward is act(up x) * (gate x)
     Activation activation;
@@ -28,22 +28,22 @@ struct EncoderConfig {
     std::vector<int> rope;     // per layer: index of its rotary table, or -1
     float attention_scale;     // usually 1 / sqrt(head size)
     Precision precision;
-    int precise_layers;        // of int8: the last ones, which run in bfloat16
+    int precise_layers;        // int8 only: the number of last layers that run in bfloat16
 };
 
 enum class Readout : int { kFirst = 0, kLast = 1, kMean = 2, kTokens = 3 };
 
-// Memory of packed weights, in chunks of which whole huge pages are asked for: a forward reads all weights again and
-// again, and with small pages waits for their translations. What a chunk has left is never touched.
+// Memory of packed weights, in chunks of huge pages: every forward reads all weights, and with small pages it would
+// wait for address translations. The unused rest of a chunk is never touched, so it takes no memory.
 class WeightMemory {
 public:
-    // 64-byte aligned; it lives as long as somebody holds it.
+    // 64-byte aligned memory, which lives as long as a pointer to it.
     std::shared_ptr<char> take(size_t bytes);
 
 private:
     std::shared_ptr<Bytes> chunk_;
     char* next_ = nullptr;
-    size_t left_ = 0;  // bytes of the chunk from next_ on, a Bytes' slack included
+    size_t left_ = 0;  // bytes of the chunk from next_ on, including the slack of Bytes
 };
 
 struct Norm {
@@ -64,22 +64,22 @@ struct Norm {
     }
 };
 
-// Some of the feed-forward's inner columns: rows of up and gate, inputs of down.
+// A part of the feed-forward's inner columns: rows of up and gate, inputs of down.
 struct FeedForward {
     OwnedMatrix up, gate, down;
 };
 
 struct Layer {
     Precision precision;
-    Format input, attention;  // what the products read; how q, k and v are stored
+    Format input, attention;  // of the products' inputs; of q, k and v
     OwnedMatrix q, k, v, o;
     std::vector<FeedForward> parts;  // of inner_part() columns each
     Norm attention_norm, output_norm;
-    // int8 only. What the inputs of v, of up and gate, and of down are multiplied by before they are rounded, padded;
-    // empty: nothing. The weights came divided by it.
+    // int8 only: factors, padded, by which the inputs of v, of up and gate, and of down are multiplied before they are
+    // rounded; empty: none. The weights are given divided by them.
     std::vector<float> v_factor, up_factor, down_factor;
-    OwnedMatrix strip;              // float32 (hidden, columns): those inputs of down that are not rounded
-    std::vector<int> strip_columns; // their factor is 0
+    OwnedMatrix strip;  // float32 (hidden, columns): the weights of those inputs of down that are not rounded
+    std::vector<int> strip_columns;  // these inputs have the factor 0
 };
 
 struct HeadOp {
@@ -101,19 +101,19 @@ public:
     Encoder(const EncoderConfig& config, const Kernels& kernels);
     ~Encoder();
 
-    // Weights arrive one by one as the checkpoint stores them and are packed at once. `name` is one of q, k, v, o, up,
-    // gate, down, or, with layer -1, projection. Throws std::invalid_argument on NaN or infinity.
+    // Packs a weight as the checkpoint stores it. `name` is q, k, v, o, up, gate or down; with layer -1, projection.
+    // Throws std::invalid_argument for NaN and infinity.
     void set_linear(int layer, const std::string& name, const void* w, Source source, int64_t ldw, int n, int k,
                     const float* bias);
-    // attention, output; with layer -1: embedding, final.
+    // `name` is attention or output; with layer -1, embedding or final.
     void set_norm(int layer, const std::string& name, const float* gamma, const float* beta, int n);
-    // For int8. name is v, up (and gate) or down; n inputs.
+    // For int8. `name` is v, up (for up and gate) or down, which have n inputs.
     void set_factor(int layer, const std::string& name, const float* factor, int n);
     // For int8: inputs `columns` of down are multiplied in float32 with w (n, k = number of columns).
     void set_strip(int layer, const int32_t* columns, const float* w, int n, int k);
     // The word table is used in place: the caller keeps it alive. The others are copied.
     void set_tables(const void* word, Source source, const float* position, const float* type);
-    // A word table of config().vocabulary rows in a file, whose rows are read when a text first has them.
+    // A word table of config().vocabulary rows in a file. A row is read when a text first contains its token.
     void set_word_rows(std::unique_ptr<RowTable> rows, Source source);
     void add_rope(float theta, int half);
     void add_dense(const void* w, Source source, int64_t ldw, int n, int k, const float* bias, Activation act);
@@ -162,12 +162,12 @@ private:
 
     EncoderConfig config_;
     const Kernels& k_;
-    // Tokens per chunk: enough rows to reuse a streamed weight panel, few enough that a chunk's activations stay in L2.
-    // Products on tiles take weights faster than they come from beyond it: there a chunk grows with the model's width,
-    // as the traffic of weights over that of activations does.
+    // Tokens of a chunk: enough rows to reuse a streamed weight panel, and few enough that a chunk's activations stay
+    // in L2. Tile products consume weights faster than they arrive from beyond L2. There a chunk grows with the model's
+    // width, as does the ratio of the traffic of weights to that of activations.
     int chunk_tokens_ = 160;
-    // Rows that go through output projection, norms and feed-forward together: bounds the widest buffers. A multiple of
-    // every level's row tile (8, 6, 4), because a product that works in place must not touch the next block's rows.
+    // Rows that go through output projection, norms and feed-forward together, which bounds the widest buffers. It is a
+    // multiple of every level's row tile, because a product in place must not touch the next block's rows.
     int block_rows_ = 72;
     const void* word_ = nullptr;
     std::unique_ptr<RowTable> word_rows_;
@@ -179,7 +179,7 @@ private:
     Norm embedding_norm_, final_norm_;
     std::vector<RopeTable> ropes_;
     std::vector<HeadOp> head_;
-    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls; schedule.cpp has the lock
+    mutable std::vector<std::unique_ptr<Workspace>> idle_;  // reused by later calls; schedule.cpp holds the lock
 };
 
 }  // namespace fastrerank::cpu

@@ -33,7 +33,7 @@ RowTable::RowTable(int fd, const std::string& path, int64_t offset, int64_t rows
     fd_ = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (fd_ < 0) throw std::runtime_error(path_ + " cannot be kept open: too many open files");
     bytes_ = static_cast<size_t>(rows) * row_bytes + 64;  // slack for whole-vector reads past the end
-    // Pages of it exist once they are written to.
+    // A page takes memory once it is written to.
     void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) {
         close(fd_);
@@ -64,11 +64,11 @@ void RowTable::read(int64_t r) const {
         if (got <= 0) changed();
         done += got;
     }
-    // Asked for after reading: what was read before a change is the old file's.
+    // Checked after reading: a row that was read before the change belongs to the old file.
     struct stat now;
     if (fstat(fd_, &now) || now.st_size != size_ || change_time(now) != changed_) changed();
-    // Another thread may write the same values at the same time, and a third read them then. No lock: a process that
-    // forks while it is held could never read a row again.
+    // Another thread may write the same values at the same time while a third one reads them, hence the atomic stores.
+    // There is no lock: a child that is forked while it is held could never read a row again.
     uint16_t* row_data = reinterpret_cast<uint16_t*>(data_ + r * row_bytes_);
     for (size_t i = 0; i < row.size(); ++i) __atomic_store_n(row_data + i, row[i], __ATOMIC_RELAXED);
     present_[r / 8].fetch_or(static_cast<uint8_t>(1u << (r % 8)), std::memory_order_release);

@@ -1,4 +1,4 @@
-// How a request is dealt to threads: chunks of whole documents, and the rows of the last ones where threads would idle.
+// Deals a request to threads: chunks of whole documents, and rows of the last chunks where threads would be idle.
 #include <pthread.h>
 
 #include <algorithm>
@@ -14,23 +14,23 @@
 namespace fastrerank::cpu {
 namespace {
 
-// One mutex for the idle workspaces of all encoders, so that a fork can hold it: a child that is forked while another
-// thread holds it could never lock it.
+// One mutex for the idle workspaces of all encoders, which a fork locks: in a child that is forked while another thread
+// holds the mutex, nobody could unlock it.
 std::mutex idle_mutex;
 [[maybe_unused]] const int registered =
     pthread_atfork([] { idle_mutex.lock(); }, [] { idle_mutex.unlock(); }, [] { idle_mutex.unlock(); });
 
-// What the meetings of a chunk's parts cost, in tokens of one thread: two a layer, each some 10 us.
+// The cost of the barriers between a chunk's parts, in tokens of one thread: two a layer, each some 10 us.
 constexpr int64_t kMeetings = 32;
 
-// How many of the last chunks are best split over all threads, one after the other, when the rest are done: those that
-// would keep some threads waiting for the others. `tokens` are the chunks', longest first. Never all: a thread that has
-// yet to wake up comes too late for its part of a layer.
+// How many of the last chunks are best split over all threads, one after the other, when the others are done, because
+// they would keep some threads waiting. `tokens` are the chunks' tokens, longest first. Never all of them: a thread
+// that must first wake up would be late for its part of a layer.
 int split_chunks(const std::vector<int64_t>& tokens, int threads) {
     const int n = static_cast<int>(tokens.size());
     const int most = threads > 1 ? std::min(n - threads, 2 * threads - 1) : 0;
     int best = 0;
-    int64_t least = 0, split = 0;  // when the best choice ends; what splitting the chunks from the i-th on takes
+    int64_t least = 0, split = 0;  // when the best choice ends; the time of splitting the chunks from the i-th on
     for (int i = std::max(n - most, 0); i < n; ++i) split += tokens[i] / threads + kMeetings;
     std::vector<int64_t> busy(threads);
     for (int i = 0; i <= n; ++i) {
@@ -60,7 +60,8 @@ void Encoder::forward(const int32_t* ids, const int32_t* types, const int64_t* o
                       int threads, float* out) const {
     if (documents == 0) return;
     check(ids, types, offsets, documents);
-    // Longest first into the least filled of a multiple of `threads` bins, so that threads end together.
+    // The longest documents go first, each into the least filled bin. The number of bins is a multiple of `threads`, so
+    // that threads end together.
     std::vector<int> order(documents);
     std::iota(order.begin(), order.end(), 0);
     const auto length = [&](int d) { return offsets[d + 1] - offsets[d]; };
@@ -117,8 +118,8 @@ void Encoder::give_back(std::unique_ptr<Workspace> w, int threads) const {
     if (idle_.size() < static_cast<size_t>(threads)) idle_.push_back(std::move(w));
 }
 
-// `count` parts of about as many rows, each with a workspace of its own. Where they meet is a multiple of every
-// level's row tile, so that no product touches another part's rows.
+// `count` parts of about equal size, each with its own workspace. They begin at multiples of every level's row tile, so
+// that no product touches another part's rows.
 std::vector<Encoder::Chunk> Encoder::split(const Chunk& c, int count) const {
     const int64_t width = padded(config_.hidden);
     const int rows = ((c.rows + count - 1) / count + kPartRows - 1) / kPartRows * kPartRows;
@@ -147,8 +148,8 @@ std::vector<Encoder::Chunk> Encoder::split(const Chunk& c, int count) const {
     return parts;
 }
 
-// A chunk through all layers and the head. With several threads its rows are split: the parts of a layer wait for one
-// another twice, for all keys and values and for all that read them.
+// Takes a chunk through all layers and the head. With several threads its rows are split. The parts wait for one
+// another twice a layer: until all keys and values are written, and until all have been read.
 void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) const {
     const EncoderConfig& g = config_;
     const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;
@@ -168,15 +169,15 @@ void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) cons
     std::vector<std::unique_ptr<Workspace>> workspaces;
     if (threads > 1) {
         parts = split(c, threads);
-        for (Chunk& p :
-             parts) {  // what a part keeps to itself, the chunk does not use meanwhile: the first has its own
+        // The chunk does not use its own buffers meanwhile, so the first part takes its workspace.
+        for (Chunk& p : parts) {
             p.w = c.w;
             if (p.begin == 0) continue;
             workspaces.push_back(take_workspace());
             p.w = workspaces.back().get();
         }
     }
-    // f(part, target's rows of the part), or of the chunk where it is not split.
+    // Calls f(part, the part's rows of target), or with the whole chunk if it is not split.
     const auto each = [&](char* target, int64_t target_bytes, const auto& f) {
         if (parts.empty()) return f(c, target);
         run_parallel(static_cast<int>(parts.size()), threads,
@@ -196,7 +197,7 @@ void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) cons
             p.v = c.v;
         }
         each(nullptr, 0, [&](Chunk& p, char*) { keys_and_values(p, i); });
-        // Where the formats differ, rows of the next layer's input would overwrite rows that are still to be read.
+        // Where the formats differ, the next layer's inputs would overwrite rows that are still to be read.
         char* target = c.input;
         if (!g.pre_norm && next.input != l.input) target = input_of(c, next, c.input);
         if (pruned && i + 1 == g.layers) {

@@ -1,8 +1,8 @@
-// Self-attention of one document, all heads: keys and values of a head are packed into panels (they fit L1/L2), then a
-// tile of queries turns scores into weights while they are in registers, and weights into outputs, without leaving the
-// first-level cache. No mask tensor: the document's bounds and the window are loop bounds.
+// Self-attention of one document, head by head. The keys and values of a head are packed into panels, which fit in L1
+// or L2. For each tile of queries, scores become weights in registers, and weights become outputs in the first-level
+// cache. There is no mask tensor: the document's bounds and the window are loop bounds.
 
-// The largest squared length of a key, from the panel.
+// The largest squared length of a key, from the panels.
 template <class P>
 INLINE float longest_key(const char* keys, int keys_padded, int units) {
     vf longest = {};
@@ -15,7 +15,7 @@ INLINE float longest_key(const char* keys, int keys_padded, int units) {
                 const char* at = panel + (static_cast<int64_t>(u) * width + t) * 4;
                 P::dot(square, load_as<typename P::A>(at), P::load_b(at));
             }
-            longest = vmax(square, longest);  // in this order a NaN passes
+            longest = vmax(square, longest);  // this order keeps NaN
         }
     }
     return reduce_max(longest);
@@ -35,15 +35,16 @@ INLINE float squared_length(const char* row, int n) {
     return reduce_add(sum);
 }
 
-// A row's weights are 2^(c score - shift), divided by their sum: any shift will do that keeps them in float32's range.
-// |c score| <= c |q| max |k|. Where that is at most kNoShift the shift is 0: weights of 2^-64 .. 2^64 are as exact as
-// any, and no pass over the scores is needed that finds their maximum. Other rows take the maximum, from a product of
-// their own.
+// A row's weights are 2^(c score - shift), divided by their sum. Any shift that keeps them in float32's range gives the
+// same result, and |c score| <= c |q| max |k|. Where that bound is at most kNoShift, the shift is 0: weights of 2^-64
+// .. 2^64 are as exact as any others, and no pass over the scores has to find their maximum. Other rows subtract the
+// maximum, which takes a second product.
 constexpr float kNoShift = 64.0f;
 
 template <class P>
 struct SelfAttentionHead {
-    // Two vectors of keys or of dimensions divide most documents and heads; as many accumulators as in the products.
+    // Most heads, and most documents' padded keys, are multiples of two vectors. There are as many accumulators as in
+    // the products.
     static constexpr int kRows = P::kRows * P::kVectors / 2, kVectors = 2;
 
     const SelfAttention& g;
@@ -67,7 +68,7 @@ struct SelfAttentionHead {
                             g.head_dim / P::kStep);
     }
 
-    // Lanes of keys t.. that the row at `at` sees keep x, the others get `other`.
+    // x in the lanes of the keys from t on that the row at `at` sees, `other` in the others.
     ALWAYS_INLINE vf seen(vf x, int t, int at, float other) const {
         vi key;
         for (int i = 0; i < VL; ++i) key[i] = t + i;

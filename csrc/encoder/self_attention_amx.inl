@@ -1,12 +1,12 @@
-// Self-attention of one document on AMX tiles, bfloat16. A tile of 16 queries goes through blocks of 32 keys: scores,
-// weights and their product with the values are in flight for three neighbouring blocks at once, so that the tile unit
-// and the vector units work side by side. Weights of a block are (16 queries, 32 keys) in bfloat16; key t + j and key
-// t + 16 + j stand next to each other there, as two vectors of weights are put together most cheaply.
+// Self-attention of one document on AMX tiles, bfloat16. A tile of 16 queries goes through blocks of 32 keys. Scores,
+// weights and the product with the values are computed for three neighbouring blocks at once, so that the tile unit and
+// the vector units work side by side. The weights of a block are (16 queries, 32 keys) in bfloat16; keys t + j and t +
+// 16 + j are neighbours there, because two vectors of weights are interleaved most cheaply in that order.
 //
-// What makes a row's bits its own: blocks are counted from the document's first key, a sum takes keys in their order,
-// and keys that the row does not see add zeros.
+// A row's bits depend on that row alone: blocks are counted from the document's first key, sums take keys in their
+// order, and keys that the row does not see add zeros.
 
-// Keys, 16 at a time: [key / 16][step of 32 dims][16 pairs of dims][16 keys]. Keys and dims beyond are zeros.
+// Keys, 16 at a time: [key / 16][step of 32 dims][16 pairs of dims][16 keys]. Padding is zeros.
 INLINE void pack_key_tiles(const char* k, int64_t ldk, int keys, int keys_padded, int head_dim, int32_t* out) {
     const int units = head_dim / 2;
     for (int t = 0; t < keys_padded; t += 16) {
@@ -18,7 +18,8 @@ INLINE void pack_key_tiles(const char* k, int64_t ldk, int keys, int keys_padded
     }
 }
 
-// Values, 32 at a time: [key / 32][16 dims][16 pairs of keys][16 dims], in the weights' order. Keys beyond are zeros.
+// Values, 32 at a time: [key / 32][16 dims][16 pairs of keys][16 dims], with the keys in the weights' order. Padding is
+// zeros.
 INLINE void pack_value_tiles(const char* v, int64_t ldv, int keys, int keys_padded, int head_dim, uint32_t* out) {
     for (int t = 0; t < keys_padded; t += 32) {
         for (int d = 0; d < head_dim; d += 16) {
@@ -32,13 +33,13 @@ INLINE void pack_value_tiles(const char* v, int64_t ldv, int keys, int keys_padd
     }
 }
 
-// Sums of weights are one column wide, and so are the ones that they are multiplied with.
+// The tiles of the weights' sums, and of the ones that the weights are multiplied with, are one column wide.
 constexpr int kSumTile = 2, kOnesTile = 3;
 
-// Weights of a row of 32 scores that all are within kNoShift of 0 are 2^(c score + 1/2): the constant half makes the
-// mantissa's factor 2^(f + 1/2) with |f| <= 1/2 one of [1, 2], whose rounding to bfloat16 is an addition of half a unit
-// and a cut, and the addition is part of the polynomial's last constant. The power of two is added to the bits.
-// x + kBase has in its low bits round(x) + 64: 7 bits, if the score is within the bound.
+// A row of 32 scores within kNoShift of 0 gets the weights 2^(c score + 1/2). The constant half moves the mantissa's
+// factor 2^(f + 1/2), |f| <= 1/2, into [1, 2]. It is rounded to bfloat16 by adding half a unit and truncating; the half
+// unit is part of the polynomial's last constant. The power of two is added to the bits. The low bits of x + kBase are
+// round(x) + 64, which takes 7 bits if the score is within the bound.
 constexpr float kBase = 12582912.0f + 64.0f;
 constexpr int32_t kBaseBits = 0x4b400000;
 INLINE vu tile_weight(vf s, vf c, vu& wide) {
@@ -57,15 +58,15 @@ INLINE vu pair_weights(vu low, vu high) {
 
 struct TileSelfAttention {
     const SelfAttention& g;
-    const char* q;                // this head's queries
-    char* out;                    // this head's outputs
+    const char* q;  // this head's queries
+    char* out;  // this head's outputs
     const char *keys, *values;
-    char* weights;                // two times [key / 32] tiles: of neighbouring tiles of queries
-    int blocks;                   // key / 32
-    float* scores;                // three blocks of two tiles, the third for reweigh
-    float* sums;                  // [head_dim / 16] tiles of outputs and 16 sums of weights
-    char* query_tiles;            // two times [head_dim / 32] tiles
-    float c;                      // scale * log2(e)
+    char* weights;  // two buffers of [key / 32] tiles, for neighbouring tiles of queries
+    int blocks;  // key / 32
+    float* scores;  // three blocks of two tiles, the third for reweigh
+    float* sums;  // [head_dim / 16] tiles of outputs and 16 sums of weights
+    char* query_tiles;  // two buffers of [head_dim / 32] tiles
+    float c;  // scale * log2(e)
 
     // The keys that the row at position `at` sees.
     int first_key(int at) const { return g.window < 0 || at < g.window ? 0 : at - g.window; }
@@ -80,7 +81,7 @@ struct TileSelfAttention {
         return static_cast<__mmask16>(above & below);
     }
 
-    // Rows [row, row + rows); the blocks [begin, end) hold what they see. `a` is where tiles are loaded from.
+    // Rows [row, row + rows), which see keys of the blocks [begin, end). Their tiles are loaded from `a`.
     struct Queries {
         int row, rows, begin, end;
         const char* a;
@@ -106,7 +107,7 @@ struct TileSelfAttention {
         return x;
     }
 
-    // Scores of a block of 32 keys. Tile 4 holds the queries where the head is one step deep.
+    // Scores of a block of 32 keys. Where the head is one step deep, tile 4 already holds the queries.
     ALWAYS_INLINE void multiply_keys(int block, const char* a, int64_t lda, float* to) const {
         const int depth = steps();
         const char* b = keys + static_cast<int64_t>(block) * 2 * depth * kTileSize;
@@ -152,7 +153,7 @@ struct TileSelfAttention {
         wide = outside;
     }
 
-    // Queries with a score outside of the bound get the weights 2^(c score - the largest). Returns whether there are
+    // Gives queries with a score outside the bound the weights 2^(c score - the largest). Returns whether there are
     // any.
     __attribute__((noinline)) bool reweigh(const Queries& x) const {
         const int first = g.query_start + x.row;
@@ -196,7 +197,7 @@ struct TileSelfAttention {
         return true;
     }
 
-    // With the weights' sums.
+    // Products of a block with the values, and the weights' sums.
     template <int NT>
     ALWAYS_INLINE void multiply_block(const Queries& x, int block) const {
         multiply_values<NT>(x, block, 0);
@@ -225,7 +226,7 @@ struct TileSelfAttention {
         Tile<kSumTile>::zero();
     }
 
-    // Puts away the sums of a tile of queries, once all its weights are there. Returns whether tile 4 was used.
+    // Stores the sums of a tile of queries whose weights are complete. Returns whether tile 4 was overwritten.
     template <int NT>
     ALWAYS_INLINE bool close_sums(const Queries& x, vu wide) const {
         const int tiles = g.head_dim / 16;
@@ -242,9 +243,10 @@ struct TileSelfAttention {
         return outside;
     }
 
-    // NT: tiles of outputs that are summed beside the scores. While a block of scores becomes weights, the next block's
-    // scores and the products of the one before are in flight, across tiles of queries too. Weights are read a block
-    // later than they are written: a tile that is loaded does not take what is still on its way to the cache.
+    // NT: output tiles that are summed in the same pass as the scores. While a block of scores becomes weights, the
+    // tile unit computes the next block's scores and the products of the block before, across tiles of queries too.
+    // Weights are read one block after they were written, because a tile load waits for stores that have not reached
+    // the cache.
     template <int NT>
     void run() const {
         Queries x = place(0), before = x;

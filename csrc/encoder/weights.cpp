@@ -1,4 +1,4 @@
-// An encoder's weights: checked, packed for the level, owned.
+// An encoder's weights: checks and packs them, and owns them.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -38,7 +38,7 @@ std::shared_ptr<char> WeightMemory::take(size_t bytes) {
         chunk_ = std::make_shared<Bytes>(size - 64, kHugePage);
         next_ = chunk_->get(), left_ = size;
 #ifdef MADV_HUGEPAGE
-        madvise(next_, size, MADV_HUGEPAGE);  // a wish: without it everything is as right
+        madvise(next_, size, MADV_HUGEPAGE);  // a hint: results are the same without it
 #endif
     }
     char* p = next_;
@@ -46,9 +46,9 @@ std::shared_ptr<char> WeightMemory::take(size_t bytes) {
     return {chunk_, p};
 }
 
-// Inner columns of the feed-forward that are made and read at once. Rows of terms are wide, and what a block of them
-// has between the two products would not stay in the second-level cache: there they come in about equal parts. 384
-// inputs are what the products take at a time in any case.
+// Inner columns of the feed-forward that are computed and read at once. Rows of terms are wide, and a block's inner
+// rows would not stay in the second-level cache, so they are cut into about equal parts. Products take 384 inputs at a
+// time in any case.
 int Encoder::inner_part(const Layer& l) const {
     if (l.input != Format::kTerms) return config_.intermediate;
     const int parts = (config_.intermediate + 383) / 384;

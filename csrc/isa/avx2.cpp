@@ -10,8 +10,8 @@ namespace {
 
 constexpr Isa kIsa = Isa::kAvx2;
 constexpr const char* kName = "avx2";
-// vpmaddubsw adds two u8 x s8 products with saturation at 32767; 2 * 127 * 127 = 32258 stays below, so inputs are
-// kept in 0..127 (7 bits) and every sum is exact.
+// vpmaddubsw adds two u8 x s8 products with saturation at 32767; 2 * 127 * 127 = 32258 stays below it. So inputs are
+// kept in 0..127 (7 bits), and every sum is exact.
 constexpr int kU8Max = 127;
 
 struct F32 : FloatPolicy<4, 3> {

@@ -1,4 +1,4 @@
-// Which levels this CPU and operating system run, asked once.
+// Detects once which levels this CPU and operating system run.
 #include "isa/kernels.h"
 
 #if defined(__x86_64__)

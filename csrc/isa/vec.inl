@@ -1,5 +1,5 @@
-// Vector words for one level: VL floats a vector, written with the compiler's vector extensions so that the same
-// source serves every width. Included inside an anonymous namespace by the level's file, which defines VL.
+// Vector words for one level: VL floats a vector, written with the compiler's vector extensions, so that one source
+// serves every width. The level's file defines VL and includes this file in an anonymous namespace.
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
@@ -24,7 +24,8 @@ INLINE vf load(const float* p) { return load_as<vf>(p); }
 INLINE void store(float* p, vf v) { store_as(p, v); }
 INLINE vf splat(float x) { return x - vf{}; }  // x + 0 would be an addition, because -0 + 0 is 0
 INLINE vi splat_int(int32_t x) { return vi{} + x; }
-// a > b ? a : b and a < b ? a : b; of a NaN and a number the second. GCC makes a comparison and a blend of the words.
+// a > b ? a : b and a < b ? a : b. If either is NaN, both return b. GCC compiles the generic forms to a comparison and
+// a blend.
 #if VL == 16
 INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -40,7 +41,7 @@ INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 #endif
 INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// Lanes are folded in halves, in one fixed order.
+// Reductions add halves of the lanes, in one fixed order.
 template <int W>
 INLINE vf upper_half(vf v) {  // lanes [W, 2 W) moved to [0, W)
     vi lanes;
@@ -66,7 +67,7 @@ INLINE float reduce_max(vf v) {
     return v[0] > v[1] ? v[0] : v[1];
 }
 
-// GCC 12 converts the 512-bit vector in halves.
+// GCC 12 converts a 512-bit vector in two halves, so this is written with an intrinsic.
 #if VL == 16
 INLINE vu widen(const uint16_t* p) { return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 #else
@@ -104,14 +105,14 @@ INLINE uint16_t round_bf16(float x) {
     return static_cast<uint16_t>(x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : u >> 16 | 0x40);
 }
 
-// 2^x for x <= 127; 0 or below 2^-126 under -127; NaN stays NaN. Relative error 8e-8 (Degree 5) or 8e-5 (Degree 3, for
-// 8-bit mantissas).
+// 2^x for x <= 127. Below -127 the result is 0 or at most 2^-126; NaN stays NaN. The relative error is 8e-8 (Degree 5)
+// or 8e-5 (Degree 3, for 8-bit mantissas).
 template <int Degree>
 INLINE vf exp2v(vf x) {
 #ifdef FASTRERANK_SCALEF
     const vf z = round_nearest(x), f = x - z;
 #else
-    x = vmax(splat(-127.0f), x);  // in this order a NaN passes
+    x = vmax(splat(-127.0f), x);  // this order keeps NaN
     const vf z = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
     const vf f = x - (z - 12582912.0f);
 #endif
@@ -128,15 +129,15 @@ INLINE vf exp2v(vf x) {
         p = p * f + 0.9999280571937561f;
     }
 #ifdef FASTRERANK_SCALEF
-    return scale_by_power(p, z);  // 0 and infinity by itself, without a clamp
+    return scale_by_power(p, z);  // gives 0 and infinity without a clamp
 #else
     return p * (vf)(((vi)z << 23) + (127 << 23));
 #endif
 }
 INLINE vf expv(vf x) { return exp2v<5>(vmin(x * 1.4426950408889634f, splat(127.0f))); }
 
-// x * Phi(x) with Phi(x) - 1/2 = x P(x^2) / Q(x^2) fitted on |x| <= 5.2: absolute error 2.4e-7 |x| in float32, and
-// exactly 0 below.
+// x * Phi(x) with Phi(x) - 1/2 = x P(x^2) / Q(x^2) fitted on |x| <= 5.2: absolute error 2.4e-7 |x| in float32. The
+// result is exactly 0 below -5.2.
 INLINE vf gelu(vf x) {
     const vf c = vmin(vmax(x, splat(-5.2f)), splat(5.2f));
     const vf t = c * c;
@@ -152,11 +153,11 @@ INLINE vf gelu(vf x) {
     return x < splat(-5.2f) ? vf{} : x * (c * (p / q) + 0.5f);
 }
 
-// max(x, 0) - |x| (1 - Phi(|x|)), the second term a polynomial on |x| <= 3.94 and 0 beyond: absolute error 1.8e-4 with
-// seven multiplications; what is left is work for units that the products do not use.
+// max(x, 0) - |x| (1 - Phi(|x|)), where the second term is a polynomial on |x| <= 3.94 and 0 beyond: absolute error
+// 1.8e-4 with seven multiplications. The other operations run on units that the products do not use.
 INLINE vf gelu_fast(vf x) {
     const vf magnitude = vabs(x);
-    const vf a = vmin(splat(3.94f), magnitude);  // in this order a NaN passes
+    const vf a = vmin(splat(3.94f), magnitude);  // this order keeps NaN
     vf p = a * -0.0006683843093924224f + 0.010254940949380398f;
     p = p * a - 0.0592704676091671f;
     p = p * a + 0.14426983892917633f;
@@ -166,7 +167,7 @@ INLINE vf gelu_fast(vf x) {
     return vmax(x, vf{}) - a * p;
 }
 
-// The clamp inside expv drops NaN, which must survive to be reported.
+// The clamp inside expv drops NaN, but NaN must reach the result to be reported.
 INLINE vf sigmoid(vf x) { return x == x ? 1.0f / (expv(-x) + 1.0f) : x; }
 // Odd by construction, about 3 ulp: a polynomial fitted on |x| <= 0.55, where 1 - 2 / (e^2x + 1) would cancel.
 INLINE vf tanhv(vf x) {
@@ -179,7 +180,7 @@ INLINE vf tanhv(vf x) {
     const vf e = expv(vabs(x) * 2.0f);
     const vf large = 1.0f - 2.0f / (e + 1.0f);
     const vf signed_large = (vf)((vi)large | ((vi)x & (int32_t)0x80000000));
-    return vabs(x) >= splat(0.55f) ? signed_large : small;  // NaN takes the small, which keeps it
+    return vabs(x) >= splat(0.55f) ? signed_large : small;  // NaN takes `small`, which keeps it
 }
 
 INLINE void activate(float* x, int vectors, Activation act, bool fast) {
@@ -219,8 +220,8 @@ INLINE void activate(float* x, int vectors, Activation act, bool fast) {
     }
 }
 
-// Policies that need only vector words: float32, and bfloat16 weights widened on load for levels without a bfloat16
-// dot product (inputs stay float32 there).
+// Policies that need only vector words: float32, and bfloat16 weights that are widened on load. The latter is for
+// levels without a bfloat16 dot product; their inputs stay float32.
 template <int Rows, int Vectors>
 struct FloatPolicy {
     using Acc = vf;

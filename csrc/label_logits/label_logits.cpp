@@ -12,7 +12,7 @@
 namespace fastrerank::cpu {
 namespace {
 
-// Multiply-adds of a task: enough that handing it out costs little beside them.
+// Multiply-adds of a task: enough that starting it takes little time beside them.
 constexpr int64_t kTaskProducts = 1 << 18;
 
 void sort_labels(const float* logits, int labels, int32_t* order) {
@@ -29,7 +29,7 @@ void sort_labels(const float* logits, int labels, int32_t* order) {
 }  // namespace
 
 void run_label_logits(const Kernels& k, const LabelLogits& g, int32_t* order, int threads) {
-    const int64_t products = static_cast<int64_t>(g.n) * (g.labels + 4);  // the norm's passes as four labels
+    const int64_t products = static_cast<int64_t>(g.n) * (g.labels + 4);  // the norm's passes count as four labels
     const int64_t tiles = std::max<int64_t>(1, kTaskProducts / (products * kLabelRows));
     const int64_t share = std::min(tiles * kLabelRows, g.rows);
     const int tasks = static_cast<int>((g.rows + share - 1) / share);

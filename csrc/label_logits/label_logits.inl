@@ -1,13 +1,13 @@
 // A few rows of an LM head at a few positions: norm and dot products of a row in float32.
 
-// One function for all tiles: compiled into each, it could be contracted to fused multiply-adds in some only.
+// Not inlined: the compiler could contract it to fused multiply-adds in some tiles and not in others.
 __attribute__((noinline)) float logit_of(const LabelLogits& g, int label, float dot) {
     float logit = dot * g.scale;
     if (g.bias) logit += g.bias[label];
     return g.softcap > 0 ? g.softcap * __builtin_tanhf(logit / g.softcap) : logit;
 }
 
-// R rows of y with L label rows from `label` on. Every dot product is summed in the same order in every tile.
+// Products of R rows of y with L label rows from `label` on. All tiles sum a dot product in the same order.
 template <Source S, int R, int L>
 void label_tile(const LabelLogits& g, const float* y, int64_t ldy, int label, float* out) {
     const int full = g.n / VL * VL;

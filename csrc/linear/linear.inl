@@ -5,11 +5,12 @@
 //   load_a, load_b, dot(acc, a, b)                    kBBytes   bytes of VL columns' weights per step
 // and the register tile: kRows x (kVectors * VL) outputs.
 //
-// Packed layout: panels of kVectors * VL columns (the last one narrower), in a panel [k / kStep][column][kStep].
-// A panel is streamed once per row tile; the accumulators never leave registers before the epilogue, so no
-// int32 or float matrix is written and read again.
+// Packed layout: panels of kVectors * VL columns, the last one narrower; inside a panel [k / kStep][column][kStep]. A
+// panel is streamed once per row tile. The accumulators stay in registers up to the epilogue, so no int32 or float
+// matrix is written and read again.
 
-// With kAhead a line at `ahead` is fetched into the second-level cache every step, `stride` bytes further on.
+// With kAhead, each step prefetches one cache line at `ahead` into the second-level cache; `ahead` advances by
+// `stride`.
 template <class P, int MR, int NV, bool kAhead = false>
 INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, const char* b, int steps,
                      const char* ahead = nullptr, int64_t stride = 0) {
@@ -26,7 +27,7 @@ INLINE void multiply(typename P::Acc (&c)[MR][NV], const char* a, int64_t lda, c
     }
 }
 
-// What a vector of columns carries: bias, and for int8 their scale and scaled sum of weights.
+// The epilogue's values for a vector of columns: bias, and for int8 the scale and the scaled sum of weights.
 struct Columns {
     vf bias, scale, sum;
 };
@@ -38,13 +39,13 @@ INLINE Columns columns_at(const PackedMatrix& w, int n) {
     return c;
 }
 
-// The output of a sum; for int8 with the row's scale and that times its zero point.
+// The output for a sum c; int8 needs the row's scale, and `zero`, the scale times the zero point.
 INLINE vf finish(const Columns& w, vf c, float, float) { return c + w.bias; }
 INLINE vf finish(const Columns& w, vi c, float scale, float zero) {
     return __builtin_convertvector(c, vf) * (w.scale * scale) + (w.bias - w.sum * zero);
 }
 
-// What a tile's rows carry.
+// The epilogue's values for a tile's rows.
 template <class Acc, int MR>
 struct Rows {
     ALWAYS_INLINE Rows(const Linear&, int) {}
@@ -84,7 +85,8 @@ void linear_tile(const Linear& g, int row, int n, const char* b, int steps, cons
 
     const Rows<typename P::Acc, MR> rows(g, row);
     const int64_t ldy = g.ldy, at = row * ldy + n;
-    // put(row, vector, output) for the whole tile. Columns outside: their three vectors stay in registers for all rows.
+    // Calls put(row, vector, output) for the whole tile. The outer loop is over columns, whose three vectors stay in
+    // registers for all rows.
     const auto each = [&](const auto& put) __attribute__((always_inline)) {
         UNROLL for (int j = 0; j < NV; ++j) {
             const Columns w = columns_at<P>(*g.w, n + j * VL);
@@ -92,7 +94,8 @@ void linear_tile(const Linear& g, int row, int n, const char* b, int steps, cons
         }
     };
     const auto to = [=](int i, int j) { return at + i * ldy + j * VL; };
-    // The hot ones ask nothing and read no pointer per vector: a store might change g for all that the compiler knows.
+    // The common cases have loops of their own, without a branch or a load of a pointer for each vector: the compiler
+    // must assume that a store changes g.
     const bool gelu = g.act == Activation::kGelu && g.fast_act;
     if (!g.mul && !(gelu && g.add) && (gelu || g.act == Activation::kIdentity)) {
         float* y = static_cast<float*>(g.y);
@@ -119,8 +122,8 @@ void linear_tile(const Linear& g, int row, int n, const char* b, int steps, cons
 
 template <class P, int NV>
 INLINE void linear_panel(const Linear& g, int n, const char* b, int steps) {
-    // The next panel is fetched while this one is used, a share of it by each row tile: without that float32 products
-    // of 384-wide models wait a fifth of their time for weights on Sapphire Rapids.
+    // Each row tile prefetches a share of the next panel. Without that, float32 products of 384-wide models wait a
+    // fifth of their time for weights on Sapphire Rapids.
     int row = 0;
     const int tiles = (g.rows + P::kRows - 1) / P::kRows;
     const int64_t panel = static_cast<int64_t>(steps) * NV * P::kBBytes, stride = panel / tiles / steps;
@@ -251,7 +254,7 @@ bool pack(Precision precision, const void* w, Source source, int64_t ldw, int n,
         scale[c] = amax > 0 ? amax / 127.0f : 1.0f;
         sum[c] = 0;
     }
-    // Sums of integers below 2^24 are exact in float; each is scaled when it is complete.
+    // Sums of integers below 2^24 are exact in float, so they are scaled when they are complete.
     const bool ok = pack_with<StoredS8>(w, source, ldw, n, k, [=](int64_t at, int c, float x) {
         const float r = x / scale[c];
         const int q = static_cast<int>(r + (r < 0 ? -0.5f : 0.5f));

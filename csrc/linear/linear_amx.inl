@@ -1,14 +1,13 @@
-// Products of 8-bit and bfloat16 matrices on AMX tiles. A tile is 16 rows of 64 bytes: 16 rows of inputs, 16 steps of
-// 16 columns of weights, or 16 x 16 sums. Tiles 0 to 3 take the sums of 32 rows x 32 columns, 4 and 5 inputs, 6 and 7
-// weights.
+// Products of 8-bit and bfloat16 matrices on AMX tiles. A tile holds 16 rows of inputs, 16 steps of 16 columns of
+// weights, or 16 x 16 sums. Tiles 0 to 3 hold the sums of 32 rows x 32 columns, 4 and 5 inputs, 6 and 7 weights.
 //
-// The packed layout is gemm.inl's with panels of two vectors and k padded to whole tiles, so that a tile of weights is
-// every other line of a panel. Sums go through a buffer in the first-level cache; while the tiles of one block are
-// multiplied, the vector units finish the sums of the block before.
+// The packed layout is that of linear.inl, with panels of two vectors and k padded to whole tiles: a tile of weights is
+// every other cache line of a panel. Sums pass through a buffer in the first-level cache. While the tiles of one block
+// are multiplied, the vector units run the epilogue on the sums of the block before.
 #include "linear/terms.inl"
 
 constexpr int kBlock = 2 * kTileRows;
-// Rows whose scales are laid out at once.
+// Rows of one pass: their scales are copied to the stack.
 constexpr int kMostRows = 512;
 
 struct TileS8 : S8 {
@@ -36,13 +35,14 @@ INLINE void store_sums(BlockSums& sums, int row, int column) {
     Tile<T>::store(sums.line + row * BlockSums::kStride + column * kTileBytes, BlockSums::kStride);
 }
 
-// Rows of inputs in one or two tiles, the second `second` rows below the first. Where rows are no multiple of 16 the
-// last tile overlaps the one before: a row's sums are the same in both, and they are finished once.
+// Rows of inputs in one or two tiles; the second tile begins `second` rows below the first. Where the number of rows is
+// not a multiple of 16, the last tile overlaps the one before. A row's sums are the same in both tiles, and its
+// epilogue runs once.
 struct RowBlock {
-    int first, second, from, to;  // rows [from, to) are to be finished
+    int first, second, from, to;  // the epilogue runs on the rows [from, to)
 };
 
-// The last step's inputs where k does not fill it, with zeros.
+// The last step's inputs, filled with zeros, where k is not a multiple of a step.
 struct alignas(64) LastStep {
     char line[kBlock * kTileBytes];
 };
@@ -51,7 +51,7 @@ INLINE void copy_last_step(LastStep& last, const char* a, int64_t lda, int rows,
     for (int i = 0; i < rows; ++i) __builtin_memcpy(last.line + i * kTileBytes, a + i * lda, bytes);
 }
 
-// One step of a block: beside() is called after every product.
+// One step of a block. Calls beside() after every product.
 template <class P, int MR, int NV, class Beside>
 INLINE void tile_step(const char* a, int64_t lda, int64_t second, const char* b, const Beside& beside) {
     constexpr int64_t ldb = NV * kTileBytes;
@@ -107,24 +107,24 @@ INLINE void tile_block(BlockSums& sums, const Linear& g, const RowBlock& r, cons
     }
 }
 
-// Factors of 8-bit rows: the scale, and the scale times the zero point.
+// For 8-bit rows: the scale, and the scale times the zero point.
 struct RowFactors {
     float scale[kMostRows], zero[kMostRows];
 };
 
-// Computes float32 sums again, with fused multiply-adds, where a tile's sums are not finite.
+// Computes float32 sums again with fused multiply-adds. It is called where a tile's sums are not finite.
 vf fused_sums(const Linear& g, int row, int n);
 
-// Finishes the sums of a block, row by row.
+// Runs the epilogue on the sums of a block, row by row.
 template <class P, int NV, class Put>
 struct Finish {
     static constexpr bool kScaled = P::kElement == 1;
     const Put put;
     const Linear* const g;
     const int64_t ldy;
-    const char *sums = nullptr, *end = nullptr;  // of the next row, and where the block's end
+    const char *sums = nullptr, *end = nullptr;  // of the next row, and behind the block's last row
     const float *scale = nullptr, *zero = nullptr;
-    int64_t at = 0;                              // of the next row's outputs
+    int64_t at = 0;  // of the next row's outputs
     int next_row = 0, column = 0;
     Columns w[NV] = {};
 
@@ -169,9 +169,9 @@ INLINE void tile_panels(const Linear& g, const RowFactors& rows, int begin, int 
     BlockSums sums[2];
     int turn = 0;
     Finish<P, NV, Put> before(put, g);
-    // A block has 32 rows to finish; with 6 steps it has 24 products.
+    // A block has 32 rows for the epilogue, but with 6 steps only 24 products.
     const bool twice = steps * 4 < kBlock;
-    // The next panel is fetched while this one is used: of a step's lines, those that are a block's share.
+    // Each step prefetches this many cache lines of the next panel, so that the blocks share the panel out evenly.
     const int blocks = (g.rows + kBlock - 1) / kBlock, lines = (NV * kTileRows + blocks - 1) / blocks;
     const auto beside = [&]() __attribute__((always_inline)) {
         before.row();
@@ -225,7 +225,8 @@ void tile_linear_some(const Linear& g) {
     float* const y = static_cast<float*>(g.y);
     uint16_t* const half = static_cast<uint16_t*>(g.y);
     const float* const add = g.add;
-    // put(at, row, v): v is two vectors, or one, of outputs of a row, before the activation. The hot ones ask nothing.
+    // put(at, row, v): v is one or two vectors of a row's outputs, before the activation. The common cases have
+    // functions without branches.
 #define EACH UNROLL for (int j = 0; j < static_cast<int>(sizeof v / sizeof v[0]); ++j)
     if (!g.mul && !(fast_gelu && add) && (fast_gelu || g.act == Activation::kIdentity)) {
         if (g.y_format == Format::kBF16 && !add) {

@@ -1,13 +1,13 @@
 // Products of float32 matrices on bfloat16 tiles. With x = x1 + x2 + x3 and w likewise (terms.inl), the products x1 w3,
-// x1 w2, x2 w2, x2 w1, x3 w1 and x1 w1 are summed, of every 32 inputs the small ones first. The three that are left out
-// are below 2^-24 of |x w|, as a rounding to float32 is. A tile's product sums its 32 inputs before it adds them, so a
+// x1 w2, x2 w2, x2 w1, x3 w1 and x1 w1 are summed, for each 32 inputs the small ones first. The three that are left out
+// are below 2^-24 of |x w|, like the rounding to float32. A tile product sums its 32 inputs before it adds them, so a
 // sum is rounded 6 times in 32 inputs, where multiply-adds round it 32 times.
 //
-// Inputs come in terms, written so by what makes them. Weights stay as float32 products pack them, and are split a
-// block of inputs of a panel at a time, into a buffer that is reused from cache by all rows; the next block is split
-// beside the products. Where a panel is deeper than a block, the rows' sums wait in a buffer in between.
+// Inputs arrive as terms. Weights are packed as for float32 products; a block of a panel's inputs at a time is split
+// into terms, in a buffer that all rows reuse from the cache. The next block is split while the products of this one
+// run. Where a panel is deeper than a block, the rows' sums are kept in a buffer in between.
 
-// float32 weights in panels of two vectors: products on tiles take so many at a time, and read a panel from end to end.
+// float32 weights in panels of two vectors, as many as a tile product takes; a panel is read from end to end.
 struct TileF32 : F32 {
     static constexpr int kVectors = 2;
 };
@@ -29,8 +29,8 @@ struct WeightSplitter {
     static constexpr int kStride = NV * VL;  // from one input to the next
     static constexpr int kAhead = 48;  // inputs
     const float* from = nullptr;
-    int inputs = 0;  // that are stored; a multiple of 4
-    int pairs = 0;  // that the buffer takes, zeros included
+    int inputs = 0;  // stored inputs that are left; a multiple of 4
+    int pairs = 0;  // pairs of inputs that the buffer still takes, zeros included
     char* to = nullptr;
 
     ALWAYS_INLINE void open(const Linear& g, int n, int input, SplitWeights& s) {
@@ -46,7 +46,7 @@ struct WeightSplitter {
             Terms even{}, odd{};
             if (inputs > 0) {
                 const float* w = from + j * VL;
-                // Fetched while the rows of a block are multiplied.
+                // Prefetched while the rows of a block are multiplied.
                 __builtin_prefetch(w + kAhead * kStride);
                 __builtin_prefetch(w + (kAhead + 1) * kStride);
                 // If a weight's first term is infinite, its sums are not finite. `fused_sums` computes them again.
@@ -65,7 +65,7 @@ struct WeightSplitter {
     }
 };
 
-// Tiles 4 and 5 times 6 and 7.
+// Multiplies tiles 4 and 5 by tiles 6 and 7.
 template <int MR, int NV>
 INLINE void multiply_terms() {
     TileBF16::multiply<0, 4, 6>();
@@ -74,8 +74,8 @@ INLINE void multiply_terms() {
     if constexpr (MR == 2 && NV == 2) TileBF16::multiply<3, 5, 7>();
 }
 
-// One step. beside(i) is called after each of its six products; a is the rows' first term, `plane` bytes before the
-// second.
+// One step. Calls beside(i) after each of its six products. `a` points to the rows' first terms, `plane` bytes before
+// the second.
 template <int MR, int NV, class Beside>
 INLINE void terms_step(const char* a, int64_t lda, int64_t second, int64_t plane, const char* b, const Beside& beside) {
     const auto inputs = [&](int t) __attribute__((always_inline)) {
@@ -94,7 +94,8 @@ INLINE void terms_step(const char* a, int64_t lda, int64_t second, int64_t plane
     inputs(0), multiply_terms<MR, NV>(), beside(5);
 }
 
-// Adds to the sums of one block of rows and a panel its inputs from `input` on; `before` are the sums so far, or null.
+// Adds the inputs from `input` on to the sums of one block of rows and a panel. `before` holds the sums so far, or is
+// null.
 template <int MR, int NV, class Beside>
 INLINE void terms_block(const BlockSums* before, BlockSums& sums, const Linear& g, const RowBlock& r, int input,
                         const SplitWeights& weights, const Beside& beside) {
@@ -129,8 +130,8 @@ INLINE void terms_block(const BlockSums* before, BlockSums& sums, const Linear& 
     }
 }
 
-// The sums of a row and a vector of columns as multiply-adds make them: of infinities and NaN, whose terms meet zeros
-// and each other, and of what overflows on the way.
+// The sums of a row and a vector of columns by fused multiply-adds. They are right for infinities and NaN, whose terms
+// would be multiplied by zeros and by each other, and where a partial sum overflows.
 __attribute__((noinline)) vf fused_sums(const Linear& g, int row, int n) {
     constexpr int kPanel = TileF32::kVectors * VL;
     const int panel = n / kPanel * kPanel;
@@ -143,8 +144,8 @@ __attribute__((noinline)) vf fused_sums(const Linear& g, int row, int n) {
     return sum;
 }
 
-// Block by block of inputs, all rows and as many panels as `waiting` holds the sums of: so a block of a deep row is read
-// from memory once for these panels, not for each.
+// Goes through the inputs block by block, with all rows and as many panels as `waiting` has room for their sums. So a
+// block of a deep row is read from memory once for all these panels, not once for each.
 template <int NV, class Put>
 void terms_panels(const Linear& g, int begin, int end, const Put& put) {
     if (begin == end) return;
@@ -156,10 +157,11 @@ void terms_panels(const Linear& g, int begin, int end, const Put& put) {
     WeightSplitter<NV> next;
     next.open(g, begin, 0, weights[0]);
     next.rest();
-    // The pairs of a step's weights that are split in a step of a block.
+    // Pairs of weights that each step of a block splits.
     const int blocks = (g.rows + kBlock - 1) / kBlock, pairs = (16 + blocks - 1) / blocks;
     const auto beside = [&](int i) __attribute__((noinline)) {
-        // A row takes the vector units about as long as a product takes the tiles, so every other one has none.
+        // A row's epilogue takes the vector units about as long as a product takes the tile unit, so it runs beside
+        // every other product.
         if (i & 1)
             for (int p = pairs * (i / 2) / 3; p < pairs * (i / 2 + 1) / 3; ++p) next.pair();
         else

@@ -1,15 +1,15 @@
-// float32 as the sum of three bfloat16 terms: each is what the ones before leave, rounded to 8 bits, and three times 8
-// bits with their signs hold a float32's 24. So the sum is exact, unless a term falls below 2^-126: products take
-// denormals for zeros. That needs |x| < 2^-110, and what is lost is below 2^-126.
+// float32 as the sum of three bfloat16 terms. Each term is the remainder of the terms before it, rounded to 8 bits;
+// three times 8 bits with their signs hold a float32's 24 bits. So the sum is exact, unless a term falls below 2^-126,
+// because products take denormals for zeros. That needs |x| < 2^-110, and the error is below 2^-126.
 //
-// What is not finite is its own first term, and what would round to infinity is cut instead.
+// An infinity or NaN is its own first term. A value that would round to infinity is truncated instead.
 struct Terms {
-    vu t[3];  // in the words' upper halves; the third's lower half is of no matter
+    vu t[3];  // in the words' upper halves; the third's lower half is not used
 };
 
 INLINE __mmask16 not_finite(vf x) { return _mm512_fpclass_ps_mask((__m512)x, 0x99); }
 
-// By value and noinline: registers, and out of the way.
+// noinline and by value, so that the rare case costs the common one no registers.
 __attribute__((noinline)) inline Terms split_edge(vf x) {
     const __mmask16 odd = not_finite(x), nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
     const vu quiet = (vu)_mm512_mask_or_epi32((__m512i)x, nan, (__m512i)x, _mm512_set1_epi32(0x400000));
@@ -19,8 +19,8 @@ __attribute__((noinline)) inline Terms split_edge(vf x) {
     const vu b = ((vu)r + 0x8000) & 0xffff0000;
     return {{a, b, (vu)(r - (vf)b)}};
 }
-// Ties go away from zero: that is one addition, and as close as any other way. Where the first term is infinite, the
-// others are so or NaN.
+// Ties round away from zero, which takes one addition and is as close as any other way. Where the first term is
+// infinite, the others are infinite or NaN.
 INLINE Terms split_finite(vf x) {
     const vu a = ((vu)x + 0x8000) & 0xffff0000;
     const vf r = x - (vf)a;
@@ -32,7 +32,7 @@ INLINE Terms split(vf x) {
     return __builtin_expect(not_finite((vf)terms.t[0]), 0) ? split_edge(x) : terms;
 }
 
-// The upper halves of the words of two vectors: one vector's after the other's, or in turn.
+// The order of the upper halves of two vectors' words: one vector's after the other's, or alternating.
 struct Halves {
     uint16_t after[2 * VL], in_turn[2 * VL];
     constexpr Halves() : after{}, in_turn{} {

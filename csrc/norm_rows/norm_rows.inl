@@ -1,6 +1,7 @@
 // Norms of rows in float32.
 
-// Sums run in blocks of columns: rounding errors grow with a block's length and the number of blocks, not with n.
+// Sums run in blocks of columns, so that rounding errors grow with a block's length and the number of blocks, not with
+// n.
 constexpr int kSumColumns = 512;
 
 INLINE vf widen_any_f16(const uint16_t* p) {  // infinities and NaN too
@@ -15,7 +16,7 @@ INLINE vf widen(const void* p, int64_t at) {
     if constexpr (S == Source::kF16) return widen_any_f16(static_cast<const uint16_t*>(p) + at);
     if constexpr (S == Source::kBF16) return widen_bf16(static_cast<const uint16_t*>(p) + at);
 }
-// The last count < VL values, zeros behind them.
+// The last count < VL values, followed by zeros.
 template <Source S>
 INLINE vf widen_last(const void* p, int64_t at, int count) {
     constexpr int kBytes = S == Source::kF32 ? 4 : 2;
@@ -36,7 +37,7 @@ INLINE float sum_columns(int width, const F& term) {
     return reduce_add(total);
 }
 
-// y (padded(n),) = the row at x, normed; zeros in the padding.
+// y (padded(n),) = the normed row at x, with zeros in the padding.
 template <Source S>
 void normed_row(const NormRows& g, int64_t at, float* y) {
     const int n = g.n, full = n / VL * VL, width = static_cast<int>(padded(n));

@@ -1,13 +1,13 @@
-// What a level's multiply-add units sustain.
+// Loops that keep a level's multiply-add units busy.
 
-// Vector registers, in the register tile of products; the operands stay in the first-level cache.
+// Vector units: the register tile of products, on operands that stay in the first-level cache.
 template <class P>
 INLINE double peak_with(int64_t iterations) {
     static const char zeros[P::kRows * 4 + P::kVectors * P::kBBytes] = {};
     const char* p = zeros;
     typename P::Acc c[P::kRows][P::kVectors] = {};
     for (int64_t it = 0; it < iterations; ++it) {
-        asm volatile("" : "+r"(p));  // the operands may differ every time, as far as the compiler knows
+        asm volatile("" : "+r"(p));  // the compiler must assume that the operands change
         multiply<P, P::kRows, P::kVectors>(c, p, 4, p + P::kRows * 4, 1);
     }
     typename P::Acc sum = {};
@@ -17,7 +17,7 @@ INLINE double peak_with(int64_t iterations) {
 }
 
 #ifdef FASTRERANK_TILES
-// The tile unit: four independent sums, operands that stay in their tiles.
+// Tile unit: four independent sums, on operands that stay in their tiles.
 template <class P>
 INLINE double tile_peak(int64_t iterations) {
     static const char zeros[kTileRows * kTileBytes] = {};

@@ -1,4 +1,4 @@
-// The interface to ops.attention on tensors that Python has checked: strides in elements.
+// The interface to ops.attention, for tensors that Python has checked: addresses, and strides in elements.
 #include "attention/attention.h"
 
 #include <array>

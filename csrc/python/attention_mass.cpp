@@ -1,4 +1,4 @@
-// The interface to ops.attention_mass on tensors that Python has checked: strides in elements.
+// The interface to ops.attention_mass, for tensors that Python has checked: addresses, and strides in elements.
 #include "attention_mass/attention_mass.h"
 
 #include <array>

@@ -1,4 +1,4 @@
-// The module `_cpu`: its parts, and what concerns no single op.
+// The module `_cpu`: its parts, and the functions that belong to no op.
 #include <string>
 #include <vector>
 
@@ -30,7 +30,7 @@ double peak(const std::string& dtype, int threads, const std::string& isa) {
 const Part part([](py::module_& m) {
     m.def("levels", &levels, "Instruction-set levels that this CPU runs, lowest first.");
     m.def("set_openmp", [](uintptr_t start) { set_openmp(reinterpret_cast<StartOpenMp>(start)); }, py::arg("start"));
-    // For _cpu_tests, which so runs the very kernels of this module.
+    // Lets _cpu_tests run the kernels of this module.
     m.attr("kernels") = py::capsule(reinterpret_cast<void*>(&kernels), "fastrerank.kernels");
     m.def("peak", &peak, py::arg("dtype"), py::arg("threads"), py::arg("isa"));
 });

@@ -1,5 +1,5 @@
-// The pybind11 interface to the CUDA kernels: checks arguments, releases the GIL, calls. No arithmetic. Importing it
-// needs no driver: the runtime is linked statically and loads the driver with the first call.
+// The module `_cuda`: checks arguments, releases the GIL and calls. Importing it needs no driver: the runtime is linked
+// statically and loads the driver with the first call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,11 +19,11 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // said here, and not to be found again after the next launch
+    cudaGetLastError();  // reported here, so that the next launch does not report it again
     throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
-// Device memory, events and the current device, given back on every path.
+// Device memory, events and the current device, released or restored on every path.
 struct Memory {
     void* p = nullptr;
     explicit Memory(size_t bytes) { check(cudaMalloc(&p, bytes), "allocating device memory"); }
@@ -136,7 +136,7 @@ void launch_cur_topk(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t cou
                     wanted,
                     processors};
     const py::gil_scoped_release release;
-    // A kernel's limit of shared memory is set before its launch: no other thread may set another one in between.
+    // A kernel's limit of shared memory is set before its launch, and no other thread may change it in between.
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> alone(one_at_a_time);
     const OnDevice on(device);
@@ -145,7 +145,7 @@ void launch_cur_topk(bool int8, uintptr_t tiles, int64_t tile_bytes, int64_t cou
           "launching cur_topk");
 }
 
-// Waits for what launch_cur_topk began on `stream`, and reads the first `rows` words of its scratch.
+// Waits for launch_cur_topk on `stream`, and returns the first `rows` words of its scratch.
 std::vector<int32_t> cur_status(uintptr_t scratch, int rows, int device, uintptr_t given) {
     std::vector<int32_t> status(rows);
     const py::gil_scoped_release release;

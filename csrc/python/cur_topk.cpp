@@ -1,4 +1,4 @@
-// The interface to ops.cur_topk on memory that Python has checked: addresses, 0 for none.
+// The interface to ops.cur_topk, for memory that Python has checked: addresses, 0 for none.
 #include "cur_topk/cur_topk.h"
 
 #include <array>
@@ -13,8 +13,8 @@ using namespace cpu;
 
 namespace {
 
-// shards: (tiles, scale, exact tiles, count). Returns what was wrong (0: nothing, 1: a NaN score, 2: exact tiles of
-// other items, 3: a query that is not finite), and with which query and item or value.
+// shards: (tiles, scale, exact tiles, count). Returns the fault (0: none, 1: a NaN score, 2: exact tiles of other
+// items, 3: a query that is not finite), its query, and its item or value.
 std::tuple<int, int64_t, int64_t> cur_topk(const std::vector<std::array<int64_t, 4>>& shards,
                                            const std::string& storage, const std::string& exact_storage, bool rounded,
                                            int width, uintptr_t anchor_scale, uintptr_t queries, int64_t rows,

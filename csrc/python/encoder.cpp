@@ -1,4 +1,4 @@
-// The native encoder: its weights come one by one, as NumPy arrays.
+// The interface to the encoder, whose weights are given one by one as NumPy arrays.
 #include "encoder/encoder.h"
 
 #include <memory>

@@ -1,4 +1,4 @@
-// The interface to ops.label_logits on tensors that Python has checked: strides in elements.
+// The interface to ops.label_logits, for tensors that Python has checked: addresses, and strides in elements.
 #include "label_logits/label_logits.h"
 
 #include "python/module.h"

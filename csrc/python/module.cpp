@@ -71,7 +71,7 @@ Weight weight_of(const py::array& a, const char* what) {
         source = Source::kBF16;
     else
         throw std::invalid_argument(std::string(what) + " must be float32, float16 or bfloat16 (as uint16)");
-    if (a.dtype().byteorder() == '>')  // of every array in the machine's order NumPy says '='
+    if (a.dtype().byteorder() == '>')  // NumPy says '=' for the machine's own order
         throw std::invalid_argument(std::string(what) + " must be in the machine's byte order");
     constexpr py::ssize_t most = 1 << 30;
     if (a.shape(0) < 1 || a.shape(1) < 1 || a.shape(0) > most || a.shape(1) > most)

@@ -1,4 +1,4 @@
-// What the files of the pybind11 modules share: parts of a module, checks of arguments, and calls without the GIL.
+// Shared by the files of the pybind11 modules: parts of a module, checks of arguments, and calls without the GIL.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

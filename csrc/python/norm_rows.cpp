@@ -1,4 +1,4 @@
-// The interface to the CPU's norms of rows of tensors that Python has checked: strides in elements.
+// The interface to norms of rows on the CPU, for tensors that Python has checked: addresses, and strides in elements.
 #include "norm_rows/norm_rows.h"
 
 #include "python/module.h"
@@ -9,7 +9,7 @@ using namespace cpu;
 
 namespace {
 
-// x (rows, width) and y (rows, y_row) in dtype, float32 or bfloat16; gamma and beta as above.
+// x (rows, width) and y (rows, y_row) in dtype, float32 or bfloat16; gamma and beta (width,) point to float32 or are 0.
 void norm_rows(uintptr_t x, const std::string& dtype, int64_t x_row, int64_t rows, int width, const std::string& norm,
                uintptr_t gamma, uintptr_t beta, float eps, uintptr_t y, int64_t y_row, int threads,
                const std::string& isa) {

@@ -5,7 +5,7 @@
 #include "linear/packed_linear.h"
 #include "python/module.h"
 
-// The kernels are those that `_cpu` holds.
+// This module runs the kernels that `_cpu` holds, so tests see the code that ships.
 const fastrerank::cpu::Kernels* fastrerank::cpu::kernels(Isa isa) {
     static const auto of_cpu = reinterpret_cast<const Kernels* (*)(Isa)>(
         pybind11::module_::import("fastrerank._cpu").attr("kernels").cast<pybind11::capsule>().get_pointer<void>());
@@ -18,7 +18,7 @@ using namespace cpu;
 
 namespace {
 
-// Rows of x with room for whole vectors, zeros in the padding.
+// Copies rows to whole vectors, with zeros in the padding.
 Bytes padded_rows(const F32Array& x, const char* what) {
     if (x.ndim() != 2) throw std::invalid_argument(std::string(what) + " must be float32 of shape (rows, n)");
     const int64_t rows = x.shape(0), n = x.shape(1), width = padded(n);
@@ -137,8 +137,8 @@ struct HostLanes {
     bool any(bool x) const { return x; }
 };
 
-// The selection of the CUDA kernels, run by one host thread: every block's k best of its batches of scores, and the
-// k best of those.
+// Runs the selection of the CUDA kernels in one host thread: the k best of each block's batches of scores, and the k
+// best of those.
 std::pair<std::vector<int32_t>, std::vector<float>> reservoir_topk(const std::vector<float>& scores, int k, int batch,
                                                                    int blocks) {
     using namespace fastrerank::cuda;

@@ -30,14 +30,14 @@ inline bool is_main_thread() {
 #endif
 }
 
-// A call without the GIL. Takes it back to run the handlers of signals that have come, which is how Ctrl-C raises.
+// A call without the GIL. It takes the GIL back now and then to run signal handlers, so that Ctrl-C raises.
 class PythonCall : public cpu::Call {
 public:
     PythonCall() : state_(PyEval_SaveThread()) {}
 
-    // An interpreter that ends lets no other thread have the GIL: before Python 3.14 it ends a thread that asks for it
-    // by unwinding its stack, which a destructor may not let through (std::terminate), and which would let go of Python
-    // objects that others use. Such a thread sleeps here instead until the process is gone, as from 3.14 on.
+    // While the interpreter shuts down, no other thread gets the GIL. Before Python 3.14, a thread that asks for it is
+    // ended by unwinding its stack: a destructor may not let that through (std::terminate), and it would release Python
+    // objects that others use. Such a thread sleeps here until the process ends, as it does in Python 3.14.
     void take_gil() {
 #if defined(__GLIBCXX__)
         try {
@@ -54,7 +54,7 @@ private:
     Answer ask() override {
         if (!is_main_thread()) return Answer::kNeverAskAgain;
         take_gil();
-        const bool raised = PyErr_CheckSignals() != 0;  // what it raised stays with the thread
+        const bool raised = PyErr_CheckSignals() != 0;  // the exception stays set in the thread
         state_ = PyEval_SaveThread();
         return raised ? Answer::kStop : Answer::kGoOn;
     }
@@ -62,7 +62,7 @@ private:
     PyThreadState* state_;
 };
 
-// Calls f without the GIL, and raises what it throws, or what a signal's handler raised meanwhile.
+// Calls f without the GIL. Rethrows its exception, or the one that a signal handler raised meanwhile.
 template <class F>
 void without_gil(const F& f) {
     PythonCall call;

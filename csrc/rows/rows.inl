@@ -1,8 +1,8 @@
-// Passes over rows: layer norm, conversion to an activation format, rotary embedding, embedding sum.
+// Passes over rows: layer norm, conversion to an activation format, rotary embedding, sum of embeddings.
 
-// q = round(x / scale) + zero with the row's own range [lo, hi], 0 included, on 0 .. kU8Max - 1: rounding of the zero
-// point can push the ends by half a step, hence the level left free. Asymmetric, because a GELU's row is nearly all
-// positive: half of a symmetric range would stand empty.
+// q = round(x / scale) + zero maps the row's range [lo, hi], which includes 0, to 0 .. kU8Max - 1. One level is left
+// free because the rounding of the zero point can move the ends by half a step. The range is asymmetric because a
+// GELU's row is nearly all positive: half of a symmetric range would not be used.
 template <bool kFactor>
 INLINE void quantise_row(const float* x, const float* factor, int width, uint8_t* q, RowScale* scale) {
     const auto value = [&](int i) { return kFactor ? load(x + i) * load(factor + i) : load(x + i); };
@@ -14,10 +14,11 @@ INLINE void quantise_row(const float* x, const float* factor, int width, uint8_t
         bad += v * 0.0f;
     }
     const float range = reduce_max(hi) + reduce_max(-lo);
-    // NaN and infinity have no 8-bit form: they make the scale NaN, and with it all that reads the row.
-    // A row so small that the inverse would overflow is a row of zeros.
+    // NaN and infinity have no 8-bit form: they make the scale NaN, and so every output of the row. A row so small that
+    // the inverse would overflow becomes zeros.
     const float inverse = range > 1e-30f ? (kU8Max - 1) / range : 0.0f;
-    // Half a step is rounded up for certain: were the product below a rounding larger than this one, -1 would wrap.
+    // The small addend makes half a step round up. If it rounded down while `shifted` below rounds up, a value of -1
+    // would wrap to 255.
     const float zero = __builtin_rintf(reduce_max(-lo) * inverse + 0x1p-12f);
     *scale = {range > 1e-30f ? range / (kU8Max - 1) + reduce_add(bad) : reduce_add(bad), static_cast<int32_t>(zero)};
     const auto shifted = [&](int i) { return (vu)(value(i) * inverse + (12582912.0f + zero)); };  // 1.5 * 2^23 + ..

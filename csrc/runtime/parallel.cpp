@@ -26,7 +26,7 @@ struct Job {
     std::atomic<int> active{0};  // workers inside work(); changed under Pool::mutex
     std::exception_ptr error;
     std::once_flag error_once;
-    Call* call;  // that the tasks are of
+    Call* call;  // the call to which the tasks belong
 
     void work() {
         const WorksFor whom(call);
@@ -43,8 +43,8 @@ struct Job {
     }
 };
 
-// Sleeping and being woken takes some 50 us, as long as a call often is between two of its jobs: so a thread that has
-// nothing to do looks for a while whether it has, and lets others run between.
+// Sleeping and waking takes some 50 us, often as long as the time between two jobs of a call. So an idle thread polls
+// for a while before it sleeps, and yields to others in between.
 template <class Ready>
 void await(const Ready& ready) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
@@ -62,7 +62,7 @@ public:
                     ++workers_;
                 }
             } catch (const std::system_error&) {
-                // The system has no thread left: those that are there do the work, at the least the caller.
+                // The system has no thread left. The existing ones do the work, at least the caller.
             }
             jobs_.push_back(&job);
             ++pushed_;
@@ -92,7 +92,7 @@ public:
 private:
     void loop() {
         std::unique_lock<std::mutex> lock(mutex_);
-        bool worked = false;  // since it last looked out for a job
+        bool worked = false;  // since it last polled for a job
         for (;;) {
             Job* job = nullptr;
             for (Job* candidate : jobs_)
@@ -129,13 +129,14 @@ private:
     int workers_ = 0;
 };
 
-// Never destroyed: detached workers may outlive static destruction. A forked child has none of its parent's workers
-// and may have inherited a locked mutex, so it starts over with a pool of its own.
+// The pool is never destroyed, because detached workers may outlive static destruction. A forked child has none of its
+// parent's workers, and may have inherited a locked mutex, so it starts a new pool.
 std::atomic<Pool*> current{nullptr};
 std::atomic<StartOpenMp> openmp{nullptr};
 thread_local bool on_openmp = false;
 
-// At load time: a guarded initialisation that another thread is in the midst of would never end in the child.
+// Registered at load time: if a thread forked during a guarded initialisation by another thread, the child would wait
+// for it forever.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
     current.store(nullptr);
     openmp.store(nullptr);

@@ -5,17 +5,16 @@
 
 namespace fastrerank::cpu {
 
-// Rethrows the first exception of f after all calls in flight have ended. Before each call it does what check_stop
-// does.
+// Rethrows the first exception of f after all calls in flight have ended. Calls check_stop before each call of f.
 void run_parallel(int n, int threads, const std::function<void(int)>& f);
 
-// Ops between torch's own run on the OpenMP workers that torch uses: those spin for milliseconds after each of torch's
-// ops, and a pool beside them would share its cores with the spinning. `start` is that library's GOMP_parallel; without
-// one, and in a forked child, whose parent's workers are gone, the pool does the work.
+// Ops that run between torch's own ops use the OpenMP workers of torch. Those spin for milliseconds after each of
+// torch's ops, and a second pool would share its cores with them. `start` is GOMP_parallel of torch's library. Without
+// it, and in a forked child, which has no workers of its parent, the pool does the work.
 using StartOpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
 void set_openmp(StartOpenMp start);
 
-// While one lives, run_parallel of its thread uses OpenMP.
+// While an object lives, run_parallel uses OpenMP in its thread.
 class OnOpenMp {
 public:
     OnOpenMp();

@@ -3,7 +3,7 @@
 namespace fastrerank::cpu {
 namespace {
 
-// An answer may have to wait for other threads (for the GIL, 5 ms): asked this often, that is of no weight.
+// An answer may have to wait for other threads (5 ms for the GIL). At this interval that costs little.
 constexpr std::chrono::milliseconds kInterval(100);
 
 thread_local Call* current = nullptr;

@@ -1,12 +1,12 @@
-// Calls that can be given up. Who makes a long call holds a Call, whose thread asks now and then whether it should go
-// on; check_stop, between two pieces of work, throws in every thread that works for a call that should not.
+// Calls that can be stopped. The maker of a long call holds a Call, and its thread asks now and then whether to go on.
+// Code calls check_stop between two pieces of work; it throws in every thread that works for a stopped call.
 #pragma once
 #include <atomic>
 #include <chrono>
 
 namespace fastrerank::cpu {
 
-// Thrown by check_stop. What was computed so far is of no use.
+// Thrown by check_stop. The results so far are incomplete.
 struct Stopped {};
 
 class Call {
@@ -17,7 +17,7 @@ public:
     Call& operator=(const Call&) = delete;
 
     bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
-    // Asks, where it is time to and the thread is the one that made the call.
+    // Asks, if it is time to and this thread made the call.
     void look();
 
 protected:
@@ -32,7 +32,7 @@ private:
     std::chrono::steady_clock::time_point next_;
 };
 
-// While one lives, its thread works for `call`, which may be null.
+// While an object lives, its thread works for `call`, which may be null.
 class WorksFor {
 public:
     explicit WorksFor(Call* call);
@@ -47,7 +47,7 @@ private:
 // The call that this thread works for, or null.
 Call* current_call();
 
-// Some 30 ns: for pieces of work that take 10 us and more.
+// Takes some 30 ns, so it suits pieces of work of 10 us and more.
 void check_stop();
 
 }  // namespace fastrerank::cpu
