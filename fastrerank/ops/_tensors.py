@@ -1,4 +1,4 @@
-"""What the ops on torch tensors share: the choice of a backend, and how a wrong argument is described."""
+"""Shared by the ops on torch tensors: choice of a backend, checks of arguments, and ops under torch.compile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ import torch
 
 import fastrerank._cpu as _cpu
 
-__all__ = ["DTYPES", "as_float", "check_out", "check_tensor", "choose_backend", "on_device", "said"]
+__all__ = [
+    "DTYPES",
+    "as_float",
+    "check_out",
+    "check_tensor",
+    "choose_backend",
+    "not_negative",
+    "on_device",
+    "positive_scale",
+    "register_op",
+    "said",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BACKENDS = ("cpp", "triton")
@@ -101,6 +113,36 @@ def as_float(name: str, value: Any, valid: str) -> float:
     if number != 0 and not _LEAST < abs(number) < _BEYOND:
         raise ValueError(f"{name} must be {valid}, within the range of float32, got {number}")
     return number
+
+
+def not_negative(name: str, value: Any) -> float:
+    """`value` as a float of at least 0. Raises TypeError, ValueError as `as_float` does."""
+    number = as_float(name, value, "finite and at least 0")
+    if number < 0:
+        raise ValueError(f"{name} must be finite and at least 0, got {number}")
+    return number
+
+
+def positive_scale(scale: Any, head_dim: int) -> float:
+    """The factor of attention's scores: `scale`, or head_dim**-0.5 for None. Raises TypeError, ValueError."""
+    number = head_dim**-0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
+    if number <= 0:
+        raise ValueError(f"scale must be positive and finite or None, got {number}")
+    return number
+
+
+_library = torch.library.Library("fastrerank", "FRAGMENT")
+
+
+def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make `torch.ops.fastrerank.<name>`, which torch.compile takes as one opaque node.
+
+    `fake` returns results without values. Eager calls do not use the op: they save the dispatcher's cost.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastrerank::{name}", fake, lib=_library)
 
 
 def said(value: object) -> str:

@@ -7,7 +7,17 @@ from typing import Any, Literal, overload
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import (
+    DTYPES,
+    check_out,
+    check_tensor,
+    choose_backend,
+    not_negative,
+    on_device,
+    positive_scale,
+    register_op,
+    said,
+)
 from fastrerank.runtime import cpu
 
 __all__ = ["attention"]
@@ -138,12 +148,7 @@ def _run(
     _check(q, k, v, lo, hi, plo, phi, out)
     backend = choose_backend(q.device, backend, "q")
     head_dim = q.shape[2]
-    scale = head_dim**-0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
-    if scale <= 0:
-        raise ValueError(f"scale must be positive and finite or None, got {scale}")
-    softcap = as_float("softcap", softcap, "finite and at least 0")
-    if softcap < 0:
-        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    scale, softcap = positive_scale(scale, head_dim), not_negative("softcap", softcap)
     if head_dim % 8:  # zeros change no score, and what they add to the output is cut off
         q, k, v = (torch.nn.functional.pad(x, (0, -x.shape[2] % 8)) for x in (q, k, v))
         wide, lse = _run(q, k, v, lo, hi, plo, phi, scale, softcap, None, return_lse, backend)
@@ -158,7 +163,10 @@ def _run(
     if plo is not None and phi is not None:
         plo, phi = plo.contiguous(), phi.contiguous()
     if backend == "triton":
-        _triton(q, k, v, lo, hi, plo, phi, out, lse if return_lse else None, scale, float(softcap))
+        from fastrerank.ops._attention.triton import attention as launch
+
+        with on_device(q, "q"):
+            launch(q, k, v, lo, hi, plo, phi, out, lse if return_lse else None, scale, softcap)
     elif q.dtype == torch.float16:
         wide = torch.empty(q.shape, dtype=torch.float32)
         _cpp(q.float(), k.float(), v.float(), lo, hi, plo, phi, wide, lse if return_lse else None, scale, softcap)
@@ -208,28 +216,6 @@ def _cpp(
     )
 
 
-def _triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    plo: torch.Tensor | None,
-    phi: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-) -> None:
-    from fastrerank.ops._attention.triton import attention as launch
-
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
-    else:
-        launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
-
-
 def _check(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -276,15 +262,6 @@ def _check(
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? plo, Tensor? phi, float? scale, "
-    "float softcap, bool return_lse, str? backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-
-
 def _compiled(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -306,5 +283,9 @@ def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
 
 
-_library.impl("attention", _compiled, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::attention", _fake, lib=_library)
+register_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? plo, Tensor? phi, float? scale, "
+    "float softcap, bool return_lse, str? backend) -> (Tensor, Tensor)",
+    _compiled,
+    _fake,
+)

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import (
+    DTYPES,
+    check_out,
+    check_tensor,
+    choose_backend,
+    not_negative,
+    on_device,
+    positive_scale,
+    register_op,
+    said,
+)
 from fastrerank.runtime import cpu
 
 __all__ = ["attention_mass"]
@@ -97,12 +107,7 @@ def _run(
 ) -> torch.Tensor:
     _check(q, k, lse, lo, hi, row_weight, head_weight)
     backend = choose_backend(q.device, backend, "q")
-    scale = q.shape[2] ** -0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
-    if scale <= 0:
-        raise ValueError(f"scale must be positive and finite or None, got {scale}")
-    softcap = as_float("softcap", softcap, "finite and at least 0")
-    if softcap < 0:
-        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    scale, softcap = positive_scale(scale, q.shape[2]), not_negative("softcap", softcap)
     if per_head and head_weight is not None:
         raise ValueError("head_weight must be None with per_head, which weighs no heads against each other")
     if out is None:
@@ -114,8 +119,14 @@ def _run(
     lse, lo, hi, row_weight = (tensor.contiguous() for tensor in (lse, lo, hi, row_weight))
     if head_weight is not None:
         head_weight = head_weight.contiguous()
-    launch = _triton if backend == "triton" else _cpp
-    launch(q, k, lse, lo, hi, row_weight, head_weight, scale, float(softcap), per_head, out)
+    given = (q, k, lse, lo, hi, row_weight, head_weight, scale, softcap, per_head, out)
+    if backend == "triton":
+        from fastrerank.ops._attention_mass.triton import attention_mass as launch
+
+        with on_device(q, "q"):
+            launch(*given)
+    else:
+        _cpp(*given)
     return out
 
 
@@ -157,16 +168,6 @@ def _cpp(
         cpu.num_threads(),
         cpu.isa(),
     )
-
-
-def _triton(q: torch.Tensor, *others: Any) -> None:
-    from fastrerank.ops._attention_mass.triton import attention_mass as launch
-
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            launch(q, *others)
-    else:
-        launch(q, *others)
 
 
 def _shape(q: torch.Tensor, k: torch.Tensor, per_head: bool) -> tuple[int, ...]:
@@ -227,15 +228,6 @@ def _check(
             raise ValueError(f"{name} must be on {q.device} like q, got {vector.device}")
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor lo, Tensor hi, Tensor row_weight, Tensor? head_weight, "
-    "float? scale, float softcap, bool per_head, str? backend) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-
-
 def _compiled(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -256,5 +248,9 @@ def _fake(q: torch.Tensor, k: torch.Tensor, *others: Any) -> torch.Tensor:
     return q.new_empty(_shape(q, k, others[-2]), dtype=torch.float32)
 
 
-_library.impl("attention_mass", _compiled, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::attention_mass", _fake, lib=_library)
+register_op(
+    "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor lo, Tensor hi, Tensor row_weight, Tensor? head_weight, "
+    "float? scale, float softcap, bool per_head, str? backend) -> Tensor",
+    _compiled,
+    _fake,
+)

@@ -8,7 +8,16 @@ from typing import Any, Literal, overload
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import (
+    DTYPES,
+    as_float,
+    check_tensor,
+    choose_backend,
+    not_negative,
+    on_device,
+    register_op,
+    said,
+)
 from fastrerank.runtime import cpu
 
 __all__ = ["label_logits"]
@@ -121,20 +130,22 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, weight, norm, norm_weight, norm_bias, bias)
     backend = choose_backend(hidden.device, backend, "hidden")
-    eps, scale = as_float("eps", eps, "finite and at least 0"), as_float("scale", scale, "finite")
-    if eps < 0:
-        raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    softcap = as_float("softcap", softcap, "finite and at least 0")
-    if softcap < 0:
-        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    eps, softcap = not_negative("eps", eps), not_negative("softcap", softcap)
+    scale = as_float("scale", scale, "finite")
     rows, labels = hidden.shape[0], weight.shape[0]
     logits = torch.empty((rows, labels), dtype=torch.float32, device=hidden.device)
     order = torch.empty((rows if return_order else 0, labels), dtype=torch.int32, device=hidden.device)
     if rows == 0:
         return logits, order
-    launch: Callable[..., None] = _triton if backend == "triton" else _cpp
     places = order if return_order else None
-    launch(hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, logits, places)
+    given = (hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, logits, places)
+    if backend == "triton":
+        from fastrerank.ops._label_logits.triton import label_logits as launch
+
+        with on_device(hidden, "hidden"):
+            launch(*given)
+    else:
+        _cpp(*given)
     return logits, order
 
 
@@ -175,16 +186,6 @@ def _cpp(
         cpu.num_threads(),
         cpu.isa(),
     )
-
-
-def _triton(hidden: torch.Tensor, *others: Any) -> None:
-    from fastrerank.ops._label_logits.triton import label_logits as launch
-
-    if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
-        with torch.cuda.device(hidden.device):
-            launch(hidden, *others)
-    else:
-        launch(hidden, *others)
 
 
 def _check(
@@ -232,20 +233,15 @@ def _check(
         raise ValueError(f'norm_bias needs norm "layer", got norm {norm!r}')
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "label_logits(Tensor hidden, Tensor weight, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "Tensor? bias, float scale, float softcap, bool return_order, str? backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-
-
 def _fake(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows, labels, return_order = hidden.shape[0], weight.shape[0], others[-2]
     order = hidden.new_empty((rows if return_order else 0, labels), dtype=torch.int32)
     return hidden.new_empty((rows, labels), dtype=torch.float32), order
 
 
-_library.impl("label_logits", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::label_logits", _fake, lib=_library)
+register_op(
+    "label_logits(Tensor hidden, Tensor weight, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor? bias, float scale, float softcap, bool return_order, str? backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
+from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, register_op, said
 from fastrerank.runtime import cpu
 
 __all__ = ["norm_rows", "norm_rows_cpu"]
@@ -134,11 +134,6 @@ def _fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "norm_rows(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+register_op(
+    "norm_rows(Tensor x, str norm, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor", _run, _fake
 )
-_library.impl("norm_rows", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::norm_rows", _fake, lib=_library)

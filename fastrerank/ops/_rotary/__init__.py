@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
+from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, register_op, said
 
 __all__ = ["rotary"]
 
@@ -77,10 +77,4 @@ def _fake(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return q.new_empty((q.shape[2], q.shape[1] + k.shape[1], q.shape[3]))
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
-)
-_library.impl("rotary", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::rotary", _fake, lib=_library)
+register_op("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> Tensor", _run, _fake)
