@@ -40,35 +40,35 @@ def attention_mass(
 ) -> torch.Tensor:
     """Like `sum(head_weight[h] * (row_weight @ where(seen, exp(scale * q[:, h] @ k[:, h // G].T - lse[:, h])))`.
 
-    The attention that weighted rows pay to each key, summed over heads: the readout of in-context reranking (ICR,
+    The attention that weighted rows give to each key, summed over heads: the readout of in-context reranking (ICR,
     arXiv 2410.02642; QRHead, 2506.09944; CoRe, 2510.02219). `lse` is what `ops.attention` returns, so the softmax over
-    the whole prompt need not be repeated; rows of a calibration prompt get negative weights. Nothing of the size of
-    rows x keys is made: what is held beside the inputs is `out`, and on a GPU float32 (Hkv, S).
+    the whole prompt need not be repeated; rows of a calibration prompt get negative weights. No memory
+    of rows x keys is used: beside the inputs there is `out` and, on a GPU, float32 (Hkv, S).
 
     Args:
         q: (R, H, D) float32, float16 or bfloat16: the rows that are read, after rotary embedding. D is at most 256.
             Any strides, D contiguous.
         k: (S, Hkv, D) in q's dtype likewise; Hkv divides H, query head h uses key head h // (H / Hkv), in place.
-        lse: float32 (R, H), natural logarithms of the softmax's denominators. A row of -infinity adds nothing.
+        lse: float32 (R, H), log-sum-exp of the rows' scores. A row of -infinity adds nothing.
         lo, hi: int32 (R,) with 0 <= lo <= hi <= S: row r is read at the keys [lo_r, hi_r), which may be fewer than
-            `lse` is about. lo == hi is an empty interval.
+            those of `lse`. lo == hi is an empty interval.
         row_weight: float32 (R,), of any sign.
         head_weight: float32 (H,); None for ones. Heads of weight 0 are not computed, and their `lse` is not read.
         scale: positive factor of the scores; None for D**-0.5.
         softcap: scores become softcap * tanh(score / softcap) where it is above 0.
         per_head: return every head's sum; head_weight must be None.
-        out: float32 (S,) or (H, S), contiguous along S, that the result is added to; None for zeros. No memory in
-            common with the inputs.
+        out: float32 (S,) or (H, S), contiguous along S, to which the result is added; None for zeros. It shares no
+            memory with the inputs.
         backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
 
     Returns `out`: float32 (S,), with `per_head` (H, S). Products and sums are float32 on every device and in every
-    dtype, without atomics, in one fixed order: the same call gives the same bits. On the CPU a key's value is bitwise
-    the same whatever other keys there are and however many threads run. NaN stays with the keys that see it on the
-    CPU; on a GPU a key that is not finite spoils itself alone, a row that is not finite the keys that it sees.
+    dtype, without atomics, in one fixed order: the same call gives the same bits. On the CPU a key's bits do not
+    depend on the other keys or on the number of threads. On the CPU, NaN reaches only the keys that see it. On a GPU, a
+    key that is not finite spoils its own value only, and a row that is not finite those of the keys that it sees.
 
-    The CPU checks `lo` and `hi`. A GPU would have to be waited for: there they are clamped to [0, S).
+    The CPU checks `lo` and `hi`. Checking on a GPU would wait for the device, so there they are clamped to [0, S).
 
-    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+    Raises TypeError, ValueError naming the argument; ValueError if a gradient is required: there is none.
 
     Example:
         >>> import torch

@@ -14,8 +14,8 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
     """Like `act(x[..., :W]) * x[..., W:]`, in float32 and rounded once.
 
-    Gated linear units (arXiv 2002.05202) on one product of both halves. Three values are moved for each of the result:
-    151 MB for 8,192 rows of 3072 in bfloat16.
+    Gated linear units (arXiv 2002.05202) on one product of both halves. Each result value moves three values: 151 MB
+    for 8,192 rows of 3072 in bfloat16.
 
     Args:
         x: (..., 2 W) float32, float16 or bfloat16; copied unless its rows are contiguous and evenly spaced.

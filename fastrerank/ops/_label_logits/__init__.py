@@ -72,13 +72,13 @@ def label_logits(
     """Like `cap(norm(hidden.float()) @ weight.float().T * scale + bias)`: K rows of an LM head at N positions.
 
     The readout of LLM reranking by first-token logits: yes and no (Qwen3-Reranker, arXiv 2506.05176), or the
-    identifiers of a list (FIRST, arXiv 2406.15657). Everything is float32 from the load on: normed values are not
-    rounded to 16 bits, as the module they come from would round them. The vocabulary's other rows are never read: the
-    least that can be moved is N h values of `hidden`, K h of `weight` and 4 N K bytes of logits, 0.8 MB for 100 rows
-    of 4096 in bfloat16 and 2 labels; the 2 N K h operations are few beside them.
+    identifiers of a list (FIRST, arXiv 2406.15657). Everything is float32 from the load on: unlike the
+    module's norm, it does not round normed values to 16 bits. The vocabulary's other rows are never read. The minimum
+    traffic is N h values of `hidden`, K h values of `weight` and 4 N K bytes of logits: 0.8 MB for 100 rows of 4096 in
+    bfloat16 and 2 labels. The 2 N K h operations take little time beside it.
 
     Args:
-        hidden: (N, h) float32, float16 or bfloat16: what the final norm takes, or gives where `norm` is None. Any
+        hidden: (N, h) float32, float16 or bfloat16: the final norm's input, or its output where `norm` is None. Any
             stride between rows, also 0.
         weight: (K, h) the labels' rows of the LM head, in any of these dtypes, any stride between rows.
         norm: None; "rms": x * rsqrt(mean(x^2) + eps) * norm_weight; "layer": the same on x - mean(x), plus norm_bias.
@@ -93,13 +93,13 @@ def label_logits(
         backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
 
     Returns float32 (N, K), and with `return_order` int32 (N, K): positions of labels by logit descending, ties by
-    position. A hidden value that is NaN makes its row NaN (and an infinite one does under a norm); in the order, NaN
-    stands with -infinity. Check before you rank.
+    position. A hidden value that is NaN makes its row NaN, and so does an infinite one under a norm. The order treats
+    NaN as -infinity, so check the logits before you rank.
 
-    A row's result depends on that row alone: on the CPU it is bitwise the same whatever N is, wherever the row stands
-    and however many threads run.
+    A row's result depends on that row alone: on the CPU its bits do not depend on N, on its place or on the number of
+    threads.
 
-    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+    Raises TypeError, ValueError naming the argument; ValueError if a gradient is required: there is none.
 
     Example:
         >>> import torch

@@ -23,15 +23,15 @@ def norm_rows(
 ) -> torch.Tensor:
     """Like `torch.nn.functional.rms_norm` or `layer_norm` of x + residual over the last dimension, in float32.
 
-    The sum with `residual` is not rounded to 16 bits before it is normed, nor are normed values before they are
-    weighted. What is read and written is two times x, and `residual`: 34 MB for 8,310 rows of 1024 in bfloat16.
+    Neither the sum with `residual` nor the normed values are rounded to 16 bits in between. The op reads x and
+    `residual` and writes x's size: 34 MB without a residual for 8,310 rows of 1024 in bfloat16.
 
     Args:
-        x: (..., W) float32, float16 or bfloat16, W at most 16384. Rows of up to 4 dimensions that begin with a 1 may
-            lie anywhere, contiguous in themselves; others are copied unless they are views of evenly spaced rows.
+        x: (..., W) float32, float16 or bfloat16, W at most 16384. With up to 4 dimensions, of which the first is 1,
+            rows may lie anywhere if each is contiguous; other tensors are copied unless their rows are evenly spaced.
         norm: "rms": x * rsqrt(mean(x^2) + eps) * weight; "layer": the same on x - mean(x). `bias` is added, if any.
         weight, bias: contiguous (W,) in any of these dtypes. Gemma's norms multiply by 1 + w: pass that.
-        residual: None, or what is added first, in x's shape and dtype.
+        residual: None, or a tensor of x's shape and dtype that is added first.
 
     Returns a contiguous tensor of x's shape and dtype. Takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
     Raises ValueError naming the argument.
@@ -101,7 +101,7 @@ def norm_rows_cpu(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x as (A, B, W), its rows where they are if they can be; both of an op's tensors get the same A and B."""
+    """x as (A, B, W), without a copy where possible; both tensors of an op get the same A and B."""
     rows = x.flatten(0, -3) if x.ndim == 4 else x.reshape(-1, 1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
