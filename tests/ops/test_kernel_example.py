@@ -27,7 +27,7 @@ def apply(tree: Path) -> set[str]:
             before, line, after = re.split(rf"(^{re.escape(anchor)}.*\n)", file.read_text("utf-8"), flags=re.MULTILINE)
             file.write_text(before + line + text + after, "utf-8")
         elif at_the_end:
-            file.write_text(file.read_text("utf-8") + text, "utf-8")
+            file.write_text(file.read_text("utf-8") + "\n\n" + text, "utf-8")
         else:
             assert not file.exists()
             file.parent.mkdir(exist_ok=True)

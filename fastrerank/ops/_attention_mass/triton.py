@@ -29,8 +29,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By the largest head size of a tile. They fit and hardly spill when compiled, and were not chosen by measured time. The
-# tile of 9.0 for heads of 128 is within 5 % of the fastest of twelve on an H200 at 10,000 keys, and within 17 % at 2,000.
+# By the largest head size of a tile. They fit and hardly spill when compiled, and were not chosen by measured time. On
+# 9.0, the one for heads of 128 is within 5 % of the fastest of twelve on an H200 at 10,000 keys, 17 % at 2,000.
 _HALF = {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 4, 2)}
 _HALF_90 = _HALF | {128: Tile(64, 128, 4, 2)}
 # float32 has no tensor cores and keeps its operands in registers: tiles for correctness, not for speed.
