@@ -24,7 +24,9 @@ def apply(tree: Path) -> set[str]:
         touched.add(path)
         file = tree / path
         if anchor:
-            before, line, after = re.split(rf"(^{re.escape(anchor)}.*\n)", file.read_text("utf-8"), flags=re.MULTILINE)
+            before, line, after = re.split(
+                rf"(^ *{re.escape(anchor)}.*\n)", file.read_text("utf-8"), flags=re.MULTILINE
+            )
             file.write_text(before + line + text + after, "utf-8")
         elif at_the_end:
             file.write_text(file.read_text("utf-8") + "\n\n" + text, "utf-8")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastrerank import _cpu_tests, ops
 
 torch = pytest.importorskip("torch")
+from fastrerank.ops._linear import Linear, feed_forward  # noqa: E402
 
 LEVELS = ops.cpu_info()["supported"]
 DTYPES = ("float32", "bfloat16", "int8")
@@ -248,3 +249,21 @@ def test_wrong_names_and_shapes_name_what_is_valid() -> None:
         _cpu_tests.linear(x, w, bias[:3], "float32", "identity", LEVELS[0])
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
         _cpu_tests.linear(x, w.astype(np.float64), bias, "float32", "identity", LEVELS[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "message"),
+    [
+        (torch.ones(4, 2), torch.ones(4, 2), r"rows must be torch.float32 \(4, 3\)"),
+        (torch.ones(4, 3).double(), torch.ones(4, 2), "rows must be torch.float32"),
+        (torch.ones(4, 6)[:, ::2], torch.ones(4, 2), "rows must be .* of contiguous rows"),
+        (torch.ones(4, 3), torch.ones(3, 2), r"out must be torch.float32 \(4, 2\)"),
+        (torch.ones(4, 3), torch.ones(4, 3), r"out must be torch.float32 \(4, 2\)"),
+    ],
+)
+def test_rows_and_results_that_do_not_fit_are_named(rows: torch.Tensor, out: torch.Tensor, message: str) -> None:
+    linear = Linear(torch.ones(2, 3), None)
+    with pytest.raises(ValueError, match=message):
+        linear.run(rows, out)
+    with pytest.raises(ValueError, match=message):
+        feed_forward(Linear(torch.ones(5, 3), None), None, Linear(torch.ones(2, 5), None), "relu", rows, out)

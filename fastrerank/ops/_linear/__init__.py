@@ -37,8 +37,7 @@ class Linear:
 
     def run(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         """Write x W^T + b of `rows` (T, K) to `out` (T, N). Both have the weight's dtype and contiguous rows."""
-        _check(rows, self.inputs, self.dtype)
-        _check(out, self.outputs, self.dtype)
+        _check(rows, out, self, self)
         self._packed.run(
             rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr(), out.stride(0), torch.get_num_threads()
         )
@@ -52,8 +51,7 @@ def feed_forward(
     Shapes and dtypes are those of `Linear.run`; activation: "silu", "gelu", "gelu_tanh" or "relu". Intermediate rows
     are float32 and stay in the cache.
     """
-    _check(rows, first.inputs, first.dtype)
-    _check(out, down.outputs, down.dtype)
+    _check(rows, out, first, down)
     first._packed.run_feed_forward(
         down._packed,
         None if factor is None else factor._packed,
@@ -67,6 +65,8 @@ def feed_forward(
     )
 
 
-def _check(rows: torch.Tensor, width: int, dtype: torch.dtype) -> None:
-    if rows.dtype != dtype or rows.ndim != 2 or rows.shape[1] != width or (width > 1 and rows.stride(1) != 1):
-        raise ValueError(f"rows must be {dtype} (T, {width}) of contiguous rows, got {said(rows)}")
+def _check(rows: torch.Tensor, out: torch.Tensor, first: Linear, last: Linear) -> None:
+    for name, given, width in (("rows", rows, first.inputs), ("out", out, last.outputs)):
+        shape = (len(rows), width)
+        if given.dtype != first.dtype or given.shape != shape or (width > 1 and given.stride(1) != 1):
+            raise ValueError(f"{name} must be {first.dtype} {shape} of contiguous rows, got {said(given)}")
