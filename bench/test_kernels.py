@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastrerank import _cpu, ops
+from fastrerank import _cpu, _cpu_tests, ops
 from fastrerank.ops import reference
 
 ROWS = 128
@@ -47,7 +47,7 @@ def test_linear(benchmark: Any, isa: str, dtype: str, shape: str) -> None:
     x = rng.standard_normal((ROWS, k), np.float32)
     w = rng.standard_normal((n, k), np.float32)
     expected = x @ w.T
-    product = _cpu.Linear(w, None, dtype, isa)
+    product = _cpu_tests.Linear(w, None, dtype, isa)
     assert np.abs(product(x) - expected).max() <= BOUNDS[dtype] * np.abs(expected).max()
     benchmark(product, x)
     _report(benchmark, 2.0 * ROWS * n * k, dtype, isa)
@@ -190,17 +190,17 @@ def test_layer_norm(benchmark: Any, isa: str) -> None:
     x = np.random.default_rng(0).standard_normal((ROWS, 384), np.float32)
     ones, zeros = np.ones(384, np.float32), np.zeros(384, np.float32)
     expected = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-12)
-    np.testing.assert_allclose(_cpu.layer_norm(x, ones, zeros, 1e-12, isa), expected, atol=1e-5)
-    benchmark(_cpu.layer_norm, x, ones, zeros, 1e-12, isa)
+    np.testing.assert_allclose(_cpu_tests.layer_norm(x, ones, zeros, 1e-12, isa), expected, atol=1e-5)
+    benchmark(_cpu_tests.layer_norm, x, ones, zeros, 1e-12, isa)
     _report_bytes(benchmark, 2 * x.nbytes)
 
 
 def test_quantise(benchmark: Any, isa: str) -> None:
     """Rows of 1536 to 8 bits with the copies that the Python face makes."""
     x = np.random.default_rng(0).standard_normal((ROWS, 1536), np.float32)
-    q, scale, zero = _cpu.quantise(x, None, isa)
+    q, scale, zero = _cpu_tests.quantise(x, None, isa)
     assert np.abs((q.astype(np.float32) - zero[:, None]) * scale[:, None] - x).max() <= 0.51 * scale.max()
-    benchmark(_cpu.quantise, x, None, isa)
+    benchmark(_cpu_tests.quantise, x, None, isa)
     _report_bytes(benchmark, x.nbytes + q.nbytes)
 
 

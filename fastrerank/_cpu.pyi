@@ -41,7 +41,6 @@ class Encoder:
 
 class Linear:
     def __init__(self, w: npt.NDArray[Any], bias: npt.NDArray[np.float32] | None, dtype: str, isa: str) -> None: ...
-    def __call__(self, x: npt.NDArray[np.float32], activation: str = "identity") -> npt.NDArray[np.float32]: ...
     def run(self, x: int, ldx: int, rows: int, y: int, ldy: int, threads: int) -> None: ...
     def run_feed_forward(
         self,
@@ -158,7 +157,6 @@ def cur_topk(
     threads: int,
     isa: str,
 ) -> tuple[int, int, int]: ...
-def reservoir_topk(scores: list[float], k: int, batch: int) -> tuple[list[int], list[float]]: ...
 def max_sim(
     query: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.float32],
@@ -166,22 +164,4 @@ def max_sim(
     threads: int,
     isa: str,
 ) -> npt.NDArray[np.float32]: ...
-def linear(
-    x: npt.NDArray[np.float32],
-    w: npt.NDArray[Any],
-    bias: npt.NDArray[np.float32] | None,
-    dtype: str,
-    activation: str,
-    isa: str,
-) -> npt.NDArray[np.float32]: ...
-def layer_norm(
-    x: npt.NDArray[np.float32],
-    gamma: npt.NDArray[np.float32],
-    beta: npt.NDArray[np.float32] | None,
-    eps: float,
-    isa: str,
-) -> npt.NDArray[np.float32]: ...
-def quantise(
-    x: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None, isa: str
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.int32]]: ...
 def peak(dtype: str, threads: int, isa: str) -> float: ...

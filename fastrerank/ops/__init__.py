@@ -57,14 +57,14 @@ def __getattr__(name: str) -> Any:
 def peak(dtype: str, threads: int | None = None) -> float:
     """Measure the host's sustained operations per second (a multiply-add counts two) in registers, for `dtype`.
 
-    `dtype` is "float32", "bfloat16" or "int8"; takes some tenths of a second. It is the roof that the encoder's
-    products stand under.
+    `dtype` is "float32", "bfloat16" or "int8"; takes some tenths of a second. It is the upper limit of the
+    encoder's products.
     """
     return float(_cpu.peak(dtype, num_threads(threads), isa()))
 
 
 def cuda_info() -> dict[str, Any]:
-    """Return what the CUDA kernels found, without torch.
+    """Describe the CUDA kernels and devices, without torch.
 
     {"built": whether this installation holds them, "architectures": what they are compiled for (the last one also as
     PTX), "runtime": CUDA version they were built with, "devices": [{"name", "capability", "memory": bytes,
@@ -91,9 +91,9 @@ def cuda_info() -> dict[str, Any]:
 def bandwidth(device: int = 0, *, size: int = 1 << 30, rounds: int = 20) -> float:
     """Measure bytes per second that CUDA device `device` delivers to a kernel that only reads `size` bytes.
 
-    The floor under every scan of an index: what `cur_topk` can at best reach. `size` is a multiple of 16, at least
-    1 MiB, and should exceed the device's cache; the fastest of `rounds` counts, after a check of what was read.
-    Raises RuntimeError where the kernels are not built or CUDA fails.
+    It is the upper limit of every scan of an index by `cur_topk`. `size` is a multiple of 16, at least
+    1 MiB, and should exceed the device's cache; the fastest of `rounds` counts, after a check of the values read.
+    Raises RuntimeError if the kernels are not built or CUDA fails.
     """
     if importlib.util.find_spec("fastrerank._cuda") is None:
         raise RuntimeError("the CUDA kernels are not built: install with FASTRERANK_CUDA=ON and nvcc on the PATH")

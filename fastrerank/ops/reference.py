@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention", "attention_mass", "cur_topk", "gated", "label_logits", "max_sim", "norm_rows", "rotary"]
+__all__ = [
+    "attention",
+    "attention_mass",
+    "cur_topk",
+    "gated",
+    "label_logits",
+    "max_sim",
+    "norm_rows",
+    "rotary",
+]
 
 
 def attention(
@@ -31,8 +40,8 @@ def attention(
         lo, hi, plo, phi: integers (T,). scale: factor of the scores, None for D**-0.5.
         softcap: scores become softcap * tanh(score / softcap) where it is above 0.
 
-    Returns (T, H, D), zeros in rows without keys, and the natural logarithms (T, H) of the softmax's denominators,
-    -infinity in rows without keys; both in q's dtype.
+    Returns (T, H, D), zeros in rows without keys, and the log-sum-exp (T, H), -infinity in rows without keys; both in
+    q's dtype.
 
     Example:
         >>> attention(np.zeros((1, 1, 8)), np.ones((2, 1, 8)), np.ones((2, 1, 8)), np.array([0]), np.array([2]))[1]
@@ -71,16 +80,16 @@ def attention_mass(
     per_head: bool = False,
     out: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[Any]:
-    """What R rows' softmax weights sum to on each of S keys, over rows and heads, each with a weight.
+    """The softmax weights of R rows at each of S keys, summed over rows and heads, each with a weight.
 
     Args:
         q: (R, H, D). k: (S, Hkv, D), Hkv divides H and query head h reads key head h // (H / Hkv).
-        lse: (R, H) natural logarithms of the softmax's denominators. Rows of -infinity add nothing.
+        lse: (R, H) log-sum-exp of the rows' scores. Rows of -infinity add nothing.
         lo, hi: integers (R,): row r is read at the keys [lo[r], hi[r]).
         row_weight: (R,). head_weight: (H,), None for ones; heads of weight 0 are left out.
         scale: factor of the scores, None for D**-0.5.
         softcap: scores become softcap * tanh(score / softcap) where it is above 0.
-        per_head: one sum for each head. out: what the result is added to, None for zeros; it is not changed.
+        per_head: one sum for each head. out: added to the result, None for zeros; it is not changed.
 
     Returns (S,), or (H, S) with per_head, in q's dtype.
 
@@ -259,7 +268,7 @@ def norm_rows(
 def rotary(
     q: npt.NDArray[Any], k: npt.NDArray[Any], cos: npt.NDArray[Any], sin: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Queries and keys turned by their positions, in the first R columns of a head: column c with column c + R / 2.
+    """Queries and keys rotated by their positions, in the first R columns of a head: column c with column c + R / 2.
 
     Args:
         q: (1, H, T, D). k: (1, Hkv, T, D). cos, sin: (1, T, R), R even and at most D.

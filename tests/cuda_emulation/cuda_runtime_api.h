@@ -1,4 +1,4 @@
-// Enough of CUDA C++ for g++ to compile csrc/cuda/cur_topk.cu and run its kernels on a CPU: one block after the other,
+// Enough of CUDA C++ for g++ to compile csrc/cur_topk/cur_topk.cu and run its kernels on a CPU: one block after the other,
 // its threads as fibers that run from barrier to barrier, see fibers.cpp.
 #pragma once
 #include <algorithm>

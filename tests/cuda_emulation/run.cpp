@@ -1,5 +1,5 @@
 // `run FILE`: the searches that FILE describes, each with several seeds; what they find to standard output. Included
-// behind csrc/cuda/cur_topk.cu, whose scratch it shows too.
+// behind csrc/cur_topk/cur_topk.cu, whose scratch it shows too.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastrerank import _cpu
+from fastrerank import _cpu_tests
 from fastrerank.engine.native.int8_scaling import column_factors, spread, strip_columns
 
 
@@ -68,8 +68,8 @@ def test_a_few_large_columns_no_longer_cost_the_others_their_resolution(isa: str
     x[:, 9] *= 40  # as in a transformer's residual stream: large inputs that small weights read
     w[:, 9] /= 40
     exact = x.astype(np.float64) @ w.T.astype(np.float64)
-    plain = _cpu.linear(x, w, None, "int8", "identity", isa)
+    plain = _cpu_tests.linear(x, w, None, "int8", "identity", isa)
     factor = column_factors([w], None, 1.0)
-    balanced = _cpu.linear(x * factor, w / factor, None, "int8", "identity", isa)
+    balanced = _cpu_tests.linear(x * factor, w / factor, None, "int8", "identity", isa)
     error = [np.sqrt(np.mean((y - exact) ** 2)) for y in (plain, balanced)]
     assert error[1] < 0.4 * error[0]

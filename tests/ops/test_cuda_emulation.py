@@ -1,4 +1,4 @@
-"""The CUDA scan of packed items on a CPU: csrc/cuda/cur_topk.cu, compiled by g++ with tests/cuda_emulation.
+"""The CUDA scan of packed items on a CPU: csrc/cur_topk/cur_topk.cu, compiled by g++ with tests/cuda_emulation.
 
 Blocks and barriers are real, threads run in an order that a seed draws. What compute-sanitizer would say on a device
 (memcheck, racecheck), g++'s sanitizers say here: of memory between threads too, because each is a fiber to them.
@@ -27,8 +27,9 @@ from fastrerank import ops
 from fastrerank.ops import reference
 
 ROOT = Path(__file__).resolve().parents[2]
-MANY = (ROOT / "csrc" / "cuda" / "cur_many.h").read_text()
-SOURCE = (ROOT / "csrc" / "cuda" / "cur_topk.cu").read_text().replace('#include "cur_many.h"\n', MANY)
+FOLDER = ROOT / "csrc" / "cur_topk"
+MANY = '#include "cur_topk/cuda_many.h"\n'
+SOURCE = (FOLDER / "cur_topk.cu").read_text().replace(MANY, (FOLDER / "cuda_many.h").read_text())
 SHIM = ROOT / "tests" / "cuda_emulation"
 COMPILER = shutil.which("g++")
 SANITIZERS = {"none": "", "address": "address,undefined", "thread": "thread"}
@@ -210,7 +211,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     made: dict[tuple[str, str], Path] = {}
     flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{ROOT / 'csrc'}"]
-    flags.append(f"-I{ROOT / 'csrc' / 'cuda'}")
 
     def fibers(sanitizer: str) -> Path:
         if (sanitizer, "") not in made:

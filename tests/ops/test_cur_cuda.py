@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrerank import _cpu
+from fastrerank import _cpu_tests
 from fastrerank.ops import reference
 
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
@@ -31,7 +31,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 def test_the_selection_is_the_references(values: list[float], k: int, batch: int, blocks: int, order: str) -> None:
     line = np.array(values, np.float32)
     line = {"as drawn": line, "ascending": np.sort(line), "descending": -np.sort(-line)}[order]
-    ids, scores = _cpu.reservoir_topk(line.tolist(), k, batch, blocks)
+    ids, scores = _cpu_tests.reservoir_topk(line.tolist(), k, batch, blocks)
     true_ids, true_scores = reference.cur_topk(np.ones((1, 1)), line[None].astype(np.float64), k)
     assert ids == true_ids[0].tolist()
     np.testing.assert_array_equal(np.array(scores, np.float32), true_scores[0])
@@ -41,7 +41,7 @@ def test_the_kernels_take_as_many_as_python_wants_and_its_statuses_are_theirs() 
     pytest.importorskip("torch")
     from fastrerank.ops._cur_topk import cuda as _cur_cuda
 
-    header = (SOURCES / "cuda" / "kernels.h").read_text()
+    header = (SOURCES / "cur_topk" / "cuda_topk.h").read_text()
     assert f"kCurMostK = {_cur_cuda._wider(_cur_cuda._MOST_K)};" in header
     assert f"kCurNotFinite = {_cur_cuda._NOT_FINITE};" in header
 
@@ -60,7 +60,7 @@ def test_the_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:
         "-cubin",
         "-o",
         str(tmp_path / "x.cubin"),
-        str(SOURCES / "cuda" / "cur_topk.cu"),
+        str(SOURCES / "cur_topk" / "cur_topk.cu"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if f"Value 'sm_{arch}' is not defined" in done.stderr:

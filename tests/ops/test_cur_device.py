@@ -10,7 +10,7 @@ from cur_rounding import rounded
 
 torch = pytest.importorskip("torch")
 
-from fastrerank import _cpu, ops  # noqa: E402
+from fastrerank import _cpu_tests, ops  # noqa: E402
 from fastrerank.ops import reference  # noqa: E402
 from fastrerank.ops._cur_topk import cuda as _cur_cuda  # noqa: E402
 
@@ -29,7 +29,7 @@ def scan_in_torch(queries: Any, items: Any, k: int) -> tuple[Any, Any, Any]:
             products = sums.float() * items.scale
         else:
             products = (rows @ vector).float()
-        ids, best = _cpu.reservoir_topk(products.tolist(), wanted, 64, 3)
+        ids, best = _cpu_tests.reservoir_topk(products.tolist(), wanted, 64, 3)
         scores = _cur_cuda._scores(exact[row : row + 1], items, torch.tensor(ids))[0]
         found.append(_cur_cuda._keys_of(scores, torch.tensor(ids)).sort(descending=True).values[:k])
         least = best[-1] * units[row] + errors[row]

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrerank import _cpu, ops
+from fastrerank import _cpu_tests, ops
 
 torch = pytest.importorskip("torch")
+from fastrerank.ops._linear import Linear, feed_forward  # noqa: E402
 
 LEVELS = ops.cpu_info()["supported"]
 DTYPES = ("float32", "bfloat16", "int8")
@@ -44,7 +45,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(isa: str, dtype:
         exact = x.astype(np.float64) @ w.astype(np.float64).T + bias
         kind = getattr(torch, dtype)
         plain = torch.nn.functional.linear(*(torch.from_numpy(a).to(kind) for a in (x, w, bias)))
-        result = _cpu.linear(x, w, bias, dtype, "identity", isa)
+        result = _cpu_tests.linear(x, w, bias, dtype, "identity", isa)
         assert result.shape == exact.shape
         ours.append(result - exact)
         theirs.append(plain.double().numpy() - exact)
@@ -56,7 +57,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(isa: str, dtype:
 @pytest.mark.parametrize("n", [1, 16, 32, 48, 70, 130])
 def test_no_rows_give_no_rows(isa: str, dtype: str, n: int) -> None:
     x, w, bias = operands(0, n, 42)
-    assert _cpu.linear(x, w, bias, dtype, "relu", isa).shape == (0, n)
+    assert _cpu_tests.linear(x, w, bias, dtype, "relu", isa).shape == (0, n)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -69,7 +70,7 @@ def test_no_element_exceeds_the_bound_of_its_own_sum(isa: str, dtype: str, shape
         inputs = torch.from_numpy(x).bfloat16().double().numpy() if isa in ops.BFLOAT16_LEVELS else inputs
     # Higham's bound for a sum of k products and a bias in float32, in any order.
     bound = (shape[2] + 2) * 2.0**-24 * (np.abs(inputs) @ np.abs(weights).T + np.abs(bias))
-    result = _cpu.linear(x, w, bias, dtype, "identity", isa)
+    result = _cpu_tests.linear(x, w, bias, dtype, "identity", isa)
     assert (np.abs(result - (inputs @ weights.T + bias)) <= bound).all()
 
 
@@ -77,17 +78,17 @@ def test_no_element_exceeds_the_bound_of_its_own_sum(isa: str, dtype: str, shape
 def test_stored_formats_of_one_value_give_one_result(isa: str, dtype: str) -> None:
     x, w, bias = operands(5, 19, 23)
     half = w.astype(np.float16)
-    expected = _cpu.linear(x, half.astype(np.float32), bias, dtype, "identity", isa)
-    np.testing.assert_array_equal(_cpu.linear(x, half, bias, dtype, "identity", isa), expected)
+    expected = _cpu_tests.linear(x, half.astype(np.float32), bias, dtype, "identity", isa)
+    np.testing.assert_array_equal(_cpu_tests.linear(x, half, bias, dtype, "identity", isa), expected)
     stored = bits(w)
     wide = (stored.astype(np.uint32) << 16).view(np.float32)
-    expected = _cpu.linear(x, wide, bias, dtype, "identity", isa)
-    np.testing.assert_array_equal(_cpu.linear(x, stored, bias, dtype, "identity", isa), expected)
+    expected = _cpu_tests.linear(x, wide, bias, dtype, "identity", isa)
+    np.testing.assert_array_equal(_cpu_tests.linear(x, stored, bias, dtype, "identity", isa), expected)
 
 
 def test_float16_weights_keep_subnormals_and_signs(isa: str) -> None:
     w = np.array([[6e-8], [-6e-8], [65504], [-0.0], [1e-5]], np.float16)
-    result = _cpu.linear(np.ones((1, 1), np.float32), w, None, "float32", "identity", isa)
+    result = _cpu_tests.linear(np.ones((1, 1), np.float32), w, None, "float32", "identity", isa)
     np.testing.assert_array_equal(result[0], w[:, 0].astype(np.float32))
 
 
@@ -136,7 +137,7 @@ def test_int8_equals_integer_arithmetic_to_the_last_rounding(isa: str, shape: tu
     w = (np.clip(w, -127, 127) * random.uniform(0.01, 0.1, (n, 1))).astype(np.float32)
     bias = random.normal(size=n).astype(np.float32)
     product, magnitude = quantised(x, w, u8_max)
-    result = _cpu.linear(x, w, bias, "int8", "identity", isa)
+    result = _cpu_tests.linear(x, w, bias, "int8", "identity", isa)
     # Integer sums are exact; each of the two is scaled in float32 (two scales, their product, its product, the sum).
     bound = 2.0**-24 * (5 * magnitude + 2 * np.abs(bias)) + 1e-30
     assert (np.abs(result - (product + bias)) <= bound).all()
@@ -147,7 +148,7 @@ def test_int8_sums_do_not_saturate(isa: str, sign: int) -> None:
     # The largest inputs against the largest weights: 8-bit pair products overflow 16 bits unless the level avoids it.
     x = np.full((2, 64), 3.0, np.float32)
     w = np.full((17, 64), sign * 0.5, np.float32)
-    result = _cpu.linear(x, w, None, "int8", "identity", isa)
+    result = _cpu_tests.linear(x, w, None, "int8", "identity", isa)
     np.testing.assert_allclose(result, np.full((2, 17), sign * 96.0), rtol=1e-6)
 
 
@@ -155,7 +156,7 @@ def test_int8_rows_of_zeros_and_of_one_sign(isa: str) -> None:
     _, w, bias = operands(3, 20, 33)
     x = np.zeros((3, 33), np.float32)
     x[1], x[2] = np.linspace(0.5, 1, 33), np.linspace(-1, -0.5, 33)
-    result = _cpu.linear(x, w, bias, "int8", "identity", isa)
+    result = _cpu_tests.linear(x, w, bias, "int8", "identity", isa)
     np.testing.assert_array_equal(result[0], bias)
     exact = x.astype(np.float64) @ w.T.astype(np.float64)
     step = 1 / (126 if isa == "avx2" else 254)  # half a step per input, half a step per weight
@@ -169,8 +170,8 @@ def test_int8_rows_of_zeros_and_of_one_sign(isa: str) -> None:
 def test_a_row_is_bitwise_the_same_alone_and_in_company(dtype: str, rows: int, n: int, k: int, seed: int) -> None:
     x, w, bias = operands(rows, n, k, seed)
     for level in LEVELS:
-        together = _cpu.linear(x, w, bias, dtype, "gelu", level)
-        alone = [_cpu.linear(row[None], w, bias, dtype, "gelu", level) for row in x]
+        together = _cpu_tests.linear(x, w, bias, dtype, "gelu", level)
+        alone = [_cpu_tests.linear(row[None], w, bias, dtype, "gelu", level) for row in x]
         np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
@@ -204,7 +205,7 @@ BOUNDS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_against_float64(isa: str, name: str) -> None:
     x = np.concatenate([np.linspace(-12, 12, 4801), [-100, -30, 30, 100, 0, 1e-6, -1e-6]]).astype(np.float32)[:, None]
-    result = _cpu.linear(x, np.ones((1, 1), np.float32), None, "float32", name, isa)
+    result = _cpu_tests.linear(x, np.ones((1, 1), np.float32), None, "float32", name, isa)
     exact = ACTIVATIONS[name](torch.from_numpy(x).double()).numpy()
     assert (np.abs(result - exact) <= BOUNDS[name](np.abs(x))).all()
 
@@ -213,14 +214,14 @@ def test_activations_against_float64(isa: str, name: str) -> None:
 def test_activations_keep_nan(isa: str, name: str) -> None:
     # A damaged model must end in NaN, which is refused, and not in a plausible score.
     x = np.array([[np.nan]], np.float32)
-    assert np.isnan(_cpu.linear(x, np.ones((1, 1), np.float32), None, "float32", name, isa))
+    assert np.isnan(_cpu_tests.linear(x, np.ones((1, 1), np.float32), None, "float32", name, isa))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_int8_rows_that_are_not_finite_stay_so(isa: str, value: float) -> None:
     x, w, bias = operands(3, 5, 40)
     x[1, 3] = value
-    result = _cpu.linear(x, w, bias, "int8", "identity", isa)
+    result = _cpu_tests.linear(x, w, bias, "int8", "identity", isa)
     np.testing.assert_array_equal(np.isfinite(result).all(axis=1), [True, False, True])
 
 
@@ -231,20 +232,38 @@ def test_weights_that_are_not_finite_are_refused(isa: str, dtype: str, value: fl
     w[3, 4] = value
     for stored in (w, w.astype(np.float16), bits(w)):
         with pytest.raises(ValueError, match="NaN or infinite"):
-            _cpu.linear(x, stored, bias, dtype, "identity", isa)
+            _cpu_tests.linear(x, stored, bias, dtype, "identity", isa)
 
 
 def test_wrong_names_and_shapes_name_what_is_valid() -> None:
     x, w, bias = operands(2, 5, 7)
     with pytest.raises(ValueError, match="float32, bfloat16, int8"):
-        _cpu.linear(x, w, bias, "float8", "identity", LEVELS[0])
+        _cpu_tests.linear(x, w, bias, "float8", "identity", LEVELS[0])
     with pytest.raises(ValueError, match="relu"):
-        _cpu.linear(x, w, bias, "float32", "swoosh", LEVELS[0])
+        _cpu_tests.linear(x, w, bias, "float32", "swoosh", LEVELS[0])
     with pytest.raises(ValueError, match="portable"):
-        _cpu.linear(x, w, bias, "float32", "identity", "avx1024")
+        _cpu_tests.linear(x, w, bias, "float32", "identity", "avx1024")
     with pytest.raises(ValueError, match="shape"):
-        _cpu.linear(x[:, :5], w, bias, "float32", "identity", LEVELS[0])
+        _cpu_tests.linear(x[:, :5], w, bias, "float32", "identity", LEVELS[0])
     with pytest.raises(ValueError, match="bias"):
-        _cpu.linear(x, w, bias[:3], "float32", "identity", LEVELS[0])
+        _cpu_tests.linear(x, w, bias[:3], "float32", "identity", LEVELS[0])
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
-        _cpu.linear(x, w.astype(np.float64), bias, "float32", "identity", LEVELS[0])
+        _cpu_tests.linear(x, w.astype(np.float64), bias, "float32", "identity", LEVELS[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "message"),
+    [
+        (torch.ones(4, 2), torch.ones(4, 2), r"rows must be torch.float32 \(4, 3\)"),
+        (torch.ones(4, 3).double(), torch.ones(4, 2), "rows must be torch.float32"),
+        (torch.ones(4, 6)[:, ::2], torch.ones(4, 2), "rows must be .* of contiguous rows"),
+        (torch.ones(4, 3), torch.ones(3, 2), r"out must be torch.float32 \(4, 2\)"),
+        (torch.ones(4, 3), torch.ones(4, 3), r"out must be torch.float32 \(4, 2\)"),
+    ],
+)
+def test_rows_and_results_that_do_not_fit_are_named(rows: torch.Tensor, out: torch.Tensor, message: str) -> None:
+    linear = Linear(torch.ones(2, 3), None)
+    with pytest.raises(ValueError, match=message):
+        linear.run(rows, out)
+    with pytest.raises(ValueError, match=message):
+        feed_forward(Linear(torch.ones(5, 3), None), None, Linear(torch.ones(2, 5), None), "relu", rows, out)

@@ -12,6 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastrerank.engine.torch.row_norms import fuse_norm, read_norm
+from fastrerank.ops._norm_rows import norm_rows_cpu
 
 KINDS = {
     "llama": lambda n: LlamaRMSNorm(n, 1e-6),
@@ -75,3 +76,21 @@ def test_what_is_no_such_norm_is_left_alone() -> None:
     assert not fuse_norm(norm)
     assert not fuse_norm(torch.nn.Linear(8, 8))
     assert not fuse_norm(torch.nn.LayerNorm(8).half())
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong", "message"),
+    [
+        (0, torch.zeros(2, 8).half(), "x must be float32 or bfloat16"),
+        (0, torch.zeros(2, 16)[:, ::2], "x must be .* of contiguous rows"),
+        (2, torch.zeros(9), "weight must be"),
+        (3, torch.zeros(16)[::2], "bias must be"),
+        (5, torch.zeros(3, 8), "out must be"),
+        (5, torch.zeros(2, 8).bfloat16(), "out must be"),
+    ],
+)
+def test_wrong_arguments_are_named(at: int, wrong: torch.Tensor, message: str) -> None:
+    given: list[Any] = [torch.zeros(2, 8), "rms", torch.ones(8), torch.ones(8), 1e-6, torch.zeros(2, 8)]
+    given[at] = wrong
+    with pytest.raises(ValueError, match=message):
+        norm_rows_cpu(*given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastrerank import _cpu
+from fastrerank import _cpu_tests
 
 torch = pytest.importorskip("torch")
 WIDTHS = (1, 7, 15, 16, 17, 31, 33, 48, 100, 384, 390)
@@ -22,7 +22,7 @@ def test_layer_norm_error_is_at_most_twice_torchs(isa: str, n: int, shift: float
         wide = [None if p is None else p.double() for p in parts]
         exact = torch.nn.functional.layer_norm(wide[0], (n,), wide[1], wide[2], 1e-5).numpy()
         plain = torch.nn.functional.layer_norm(parts[0], (n,), parts[1], parts[2], 1e-5).numpy()
-        ours = _cpu.layer_norm(x, gamma, bias, 1e-5, isa)
+        ours = _cpu_tests.layer_norm(x, gamma, bias, 1e-5, isa)
         # torch may be exact by luck in a row of few values: a unit in the last place is always allowed.
         bound = 2 * np.abs(plain - exact).max() + 2.0**-23 * np.abs(exact).max() + 1e-30
         assert np.abs(ours - exact).max() <= bound
@@ -38,7 +38,7 @@ def test_quantised_rows_are_within_half_a_step(isa: str, n: int, kind: str) -> N
     factor = random.uniform(0, 2, n).astype(np.float32) if kind == "factor" else None
     if factor is not None:
         factor[::3] = 0
-    q, scale, zero = _cpu.quantise(x, factor, isa)
+    q, scale, zero = _cpu_tests.quantise(x, factor, isa)
     y = x.astype(np.float64) * (1 if factor is None else factor)
     span = np.maximum(y.max(axis=1), 0) - np.minimum(y.min(axis=1), 0)
     np.testing.assert_allclose(scale, span / levels, rtol=1e-6, atol=1e-36)
@@ -58,7 +58,7 @@ def test_a_smallest_value_halfway_between_two_levels_does_not_wrap(isa: str) -> 
     low = random.integers(0, levels, step.size) + 0.5
     x = np.zeros((step.size, 16), np.float32)
     x[:, 0], x[:, 1] = -low * step, (levels - low) * step
-    q, scale, zero = _cpu.quantise(x, None, isa)
+    q, scale, zero = _cpu_tests.quantise(x, None, isa)
     assert q.max() <= levels + 1
     back = (q.astype(np.float64) - zero[:, None]) * scale[:, None]
     assert (np.abs(back - x) <= scale[:, None] * (0.5 + 4 * 2.0**-24 * levels)).all()
@@ -68,5 +68,5 @@ def test_a_smallest_value_halfway_between_two_levels_does_not_wrap(isa: str) -> 
 def test_a_row_that_is_not_finite_shows_in_its_scale_alone(isa: str, bad: float) -> None:
     x = np.ones((4, 33), np.float32)
     x[2, 32] = bad
-    _, scale, _ = _cpu.quantise(x, None, isa)
+    _, scale, _ = _cpu_tests.quantise(x, None, isa)
     assert np.isnan(scale).tolist() == [False, False, True, False]

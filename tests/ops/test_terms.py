@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastrerank import _cpu
+from fastrerank import _cpu_tests
 
 Array = npt.NDArray[np.float32]
 # (rows, n, k): one row, ragged tiles, the second part of a deep panel, a block's last row tile that overlaps.
@@ -18,7 +18,7 @@ def check(x: Array, w: Array, isa: str) -> None:
     """Every element within Higham's bound of a float32 sum in any order."""
     exact = x.astype(np.float64) @ w.T.astype(np.float64)
     bound = (x.shape[1] + 2) * U * (np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64))
-    result = _cpu.linear(x, w, None, "float32", "identity", isa)
+    result = _cpu_tests.linear(x, w, None, "float32", "identity", isa)
     assert (np.abs(result - exact) <= bound).all()
 
 
@@ -43,8 +43,12 @@ def test_a_value_times_one_is_itself(isa: str) -> None:
     bits = random.integers(0x0C000000, 0x7F800000, (64, 33)).astype(np.uint32)  # 2^-103 to the largest float32
     bits[0, :3] = 0x7F7FFFFF, 0x7F7F8000, 0x0C000001
     x = (bits | random.integers(0, 2, bits.shape).astype(np.uint32) << 31).view(np.float32)
-    np.testing.assert_array_equal(_cpu.linear(x, np.eye(33, dtype=np.float32), None, "float32", "identity", isa), x)
-    np.testing.assert_array_equal(_cpu.linear(np.eye(33, dtype=np.float32), x, None, "float32", "identity", isa), x.T)
+    np.testing.assert_array_equal(
+        _cpu_tests.linear(x, np.eye(33, dtype=np.float32), None, "float32", "identity", isa), x
+    )
+    np.testing.assert_array_equal(
+        _cpu_tests.linear(np.eye(33, dtype=np.float32), x, None, "float32", "identity", isa), x.T
+    )
 
 
 def test_weights_whose_first_term_rounds_to_infinity(isa: str) -> None:
@@ -52,7 +56,7 @@ def test_weights_whose_first_term_rounds_to_infinity(isa: str) -> None:
     random = np.random.default_rng(4)
     rows, n, k = 37, 97, 1156
     x, w = (random.normal(size=size).astype(np.float32) for size in ((rows, k), (n, k)))
-    clean = _cpu.linear(x, w, None, "float32", "identity", isa)
+    clean = _cpu_tests.linear(x, w, None, "float32", "identity", isa)
     largest = np.array([0x7F7FFFFF, 0xFF7F8000], np.uint32).view(np.float32)
     places = np.array([(3, 0), (40, 383), (40, 500), (96, 1155)])
     w[tuple(places.T)] = largest[[0, 1, 0, 1]]
@@ -61,11 +65,11 @@ def test_weights_whose_first_term_rounds_to_infinity(isa: str) -> None:
     small[5, places[:, 1]] = 0
     check(small, w, isa)
     small[20, 0], small[36, 1155] = np.finfo(np.float32).max, -8.0
-    result = _cpu.linear(small, w, None, "float32", "identity", isa)
+    result = _cpu_tests.linear(small, w, None, "float32", "identity", isa)
     assert (result[20, 3], result[36, 96]) == (np.inf, np.inf)
     assert np.isfinite(np.delete(result[36], 96)).all()
     others = np.delete(np.arange(n), places[:, 0])
-    result = _cpu.linear(x, w, None, "float32", "identity", isa)
+    result = _cpu_tests.linear(x, w, None, "float32", "identity", isa)
     np.testing.assert_array_equal(result[:, others], clean[:, others])
 
 
@@ -73,11 +77,11 @@ def test_infinities_and_nan_are_those_of_float32_and_of_their_row_alone(isa: str
     random = np.random.default_rng(1)
     x, w = (random.normal(size=size).astype(np.float32) for size in ((21, 40), (35, 40)))
     w[:, :20] = np.sign(w[:, :20])  # their lower terms are zeros
-    clean = _cpu.linear(x, w, None, "float32", "identity", isa)
+    clean = _cpu_tests.linear(x, w, None, "float32", "identity", isa)
     x[2, 3], x[5, 30], x[17, 7], x[20, 39] = np.inf, -np.inf, np.nan, 3.4e38
     x[9, 1], x[9, 2] = np.inf, -np.inf
     w[1, 39] = 8.0
-    result = _cpu.linear(x, w, None, "float32", "identity", isa)
+    result = _cpu_tests.linear(x, w, None, "float32", "identity", isa)
     for row, column in ((2, 3), (5, 30)):
         np.testing.assert_array_equal(result[row], x[row, column] * np.sign(w[:, column]))
     assert np.isnan(result[17]).all()
@@ -98,7 +102,7 @@ def test_what_is_lost_near_the_smallest_float32(isa: str) -> None:
     exact = x.astype(np.float64) @ w.T.astype(np.float64)
     rounding = 52 * U * (np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64))
     lost = 2.0**-126 * (3 * np.abs(w).sum(axis=1) + 6 * 50)
-    result = _cpu.linear(x, w, None, "float32", "identity", isa)
+    result = _cpu_tests.linear(x, w, None, "float32", "identity", isa)
     assert (np.abs(result - exact) <= rounding + lost).all()
 
 

@@ -66,6 +66,13 @@ def test_the_sdist_builds_the_wheel_of_the_tree(wheel, tmp_path):
     assert sorted(set(names) - set(shared)) == sorted(zipfile.ZipFile(of_the_tree).namelist())
 
 
+def test_the_wheel_leaves_out_what_only_tests_call(wheel, empty_environment):
+    assert importlib.util.find_spec("fastrerank._cpu_tests") is not None  # an editable install has it
+    assert [name for name in zipfile.ZipFile(wheel).namelist() if "_cpu_tests" in name] == []
+    code = "from fastrerank import _cpu; print(*[name for name in dir(_cpu) if name in ('linear', 'quantise')])"
+    assert run(empty_environment / "python", "-I", "-c", code).split() == []
+
+
 def test_the_wheel_holds_the_package_and_its_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastrerank").rglob("*.py")}

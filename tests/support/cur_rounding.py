@@ -1,4 +1,4 @@
-"""How a device's scan rounds queries, in NumPy: what csrc/cuda/cur_topk.cu is compared with."""
+"""How a device's scan rounds queries, in NumPy: what csrc/cur_topk/cur_topk.cu is compared with."""
 
 from __future__ import annotations
 

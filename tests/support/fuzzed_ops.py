@@ -1,8 +1,8 @@
-"""Calls ops with wrong arguments, for AddressSanitizer too: `python tests/support/fuzzed_ops.py SEED CALLS [MODULE]`.
+"""Calls ops with wrong arguments, for AddressSanitizer too: `python tests/support/fuzzed_ops.py SEED CALLS [FOLDER]`.
 
 Each call begins as a right one, of which none to three arguments are then spoilt: shape, dtype, strides, byte order,
 alignment, values, or something else altogether. What is right then is TypeError or ValueError, or the reference's
-result on what was passed. MODULE is a build of fastrerank._cpu to use in place of the installed one.
+result on what was passed. FOLDER holds builds of fastrerank._cpu and _cpu_tests to use in place of the installed ones.
 """
 
 # ruff: noqa: ARG001, E501, RUF100, SIM105
@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fuzz_bounds as bounds
@@ -474,7 +475,7 @@ def on_gpus() -> Case:
 
 
 def linear() -> Case:
-    from fastrerank import _cpu
+    from fastrerank import _cpu, _cpu_tests
 
     rows, inputs, outputs = size(40), size(130), size(70)
     stored = random.integers(0, 2**15, (outputs, inputs)).astype(np.uint16) & 0x3FFF
@@ -498,11 +499,15 @@ def linear() -> Case:
             wanted = np.maximum(wanted, 0) if a["activation"] == "relu" else wanted
             near(found, wanted, bounds.linear(x, w, bias, a["dtype"]))
 
-    return given, lambda x, w, bias, dtype, activation, isa: _cpu.linear(x, w, bias, dtype, activation, isa), check
+    return (
+        given,
+        lambda x, w, bias, dtype, activation, isa: _cpu_tests.linear(x, w, bias, dtype, activation, isa),
+        check,
+    )
 
 
 def rows() -> Case:
-    from fastrerank import _cpu
+    from fastrerank import _cpu, _cpu_tests
 
     count, width = size(20), size(100)
     given = {
@@ -515,8 +520,8 @@ def rows() -> Case:
     }
 
     def call(x: Any, gamma: Any, beta: Any, eps: Any, factor: Any, isa: Any) -> Any:
-        _cpu.quantise(x, factor, isa)
-        return _cpu.layer_norm(x, gamma, beta, eps, isa)
+        _cpu_tests.quantise(x, factor, isa)
+        return _cpu_tests.layer_norm(x, gamma, beta, eps, isa)
 
     def check(found: Any, a: Arguments) -> None:
         if tame(a["x"], a["gamma"], a["beta"]) and a["eps"] == 1e-5:
@@ -595,12 +600,12 @@ def encoder() -> Case:
 
 
 def others() -> Case:
-    from fastrerank import _cpu
+    from fastrerank import _cpu_tests
 
     given = {"scores": normal(50).tolist(), "k": 5, "batch": 16, "blocks": 2, "dtype": "float32"}
 
     def call(scores: Any, k: Any, batch: Any, blocks: Any, dtype: Any) -> None:
-        _cpu.reservoir_topk(scores, k, batch, blocks)
+        _cpu_tests.reservoir_topk(scores, k, batch, blocks)
 
     return given, call, nothing
 
@@ -654,11 +659,13 @@ def _said(value: Any) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 3:
-        spec = importlib.util.spec_from_file_location("fastrerank._cpu", sys.argv[3])
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fastrerank._cpu"] = module
-        spec.loader.exec_module(module)
+        for name in ("_cpu", "_cpu_tests"):
+            (built,) = Path(sys.argv[3]).glob(f"{name}.*")
+            spec = importlib.util.spec_from_file_location(f"fastrerank.{name}", built)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[f"fastrerank.{name}"] = module
+            spec.loader.exec_module(module)
     for what, count in sorted(run(int(sys.argv[1]), int(sys.argv[2])).items()):
         print(f"{what}: {count}")

@@ -1,6 +1,6 @@
 """Runs hand-written GPU kernels once on small inputs, for compute-sanitizer: `python tests/support/sanitized.py WHAT`.
 
-WHAT is "cuda" (the kernels of csrc/cuda, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "labels"
+WHAT is "cuda" (the CUDA kernels of csrc, no torch), "triton" (ops.attention), "mass" (ops.attention_mass), "labels"
 (ops.label_logits), "glue" (rotary, norm_rows and gated), "cur" (ops.cur_topk) or "planted", a kernel that writes beyond
 its tensor: what a checker must find.
 Results are checked too.

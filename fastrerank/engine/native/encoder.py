@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.checkpoints.checkpoint import Checkpoint
 from fastrerank.checkpoints.tensors import Span, Tensor, Tensors
@@ -18,6 +17,7 @@ from fastrerank.engine.expected_weights import check_body, check_unread, values
 from fastrerank.engine.families import Family, Fused, family_of
 from fastrerank.engine.heads import DenseStep, Head, NormStep
 from fastrerank.engine.native import int8_scaling
+from fastrerank.ops._encoder import make_encoder
 
 __all__ = ["DTYPES", "NativeEncoder", "body_prefix"]
 
@@ -111,7 +111,7 @@ class NativeEncoder:
         read = check_body(self._path, family, tensors, prefix) | head.names
         check_unread(self._path, family, tensors, prefix, read, task=bool(head.names))
         word = tensors[prefix + family.word]
-        self._encoder = _cpu.Encoder(self._config(family, word, dtype), ops.isa())
+        self._encoder = make_encoder(self._config(family, word, dtype))
         self._load_body(tensors, prefix, word)
         for step in head.steps:
             if isinstance(step, DenseStep):

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
-import fastrerank._cpu as _cpu
 from fastrerank import ops
 from fastrerank.engine.torch.loading import release
+from fastrerank.ops._linear import Linear, feed_forward
 
 __all__ = ["PackedLinear", "activation_of", "fuse_feed_forwards", "fuse_gated", "pack_linears", "packs"]
 
@@ -54,11 +54,8 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.dtype = linear.weight.dtype
-        weight = linear.weight.detach().contiguous()
-        half = self.dtype == torch.bfloat16
-        bias = None if linear.bias is None else linear.bias.detach().float().numpy()
-        stored: Any = weight.view(torch.uint16).numpy() if half else weight.numpy()
-        self._packed = _cpu.Linear(stored, bias, "bfloat16" if half else "float32", ops.isa())
+        bias = None if linear.bias is None else linear.bias.detach()
+        self._packed = Linear(linear.weight.detach().contiguous(), bias)
         # Models ask a layer's weight for its dtype and device.
         self.weight = torch.nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
         self.bias = linear.bias
@@ -78,9 +75,7 @@ class PackedLinear(torch.nn.Module):
     # Pointers go to C++: a compiled model calls this between its graphs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        self._packed.run(
-            rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr(), self.out_features, torch.get_num_threads()
-        )
+        self._packed.run(rows, out)
 
 
 def pack_linears(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Linear]]:
@@ -202,15 +197,6 @@ class _FeedForward:
             rows = rows.contiguous()
         out = torch.empty((len(rows), down.out_features), dtype=x.dtype)
         if len(rows):
-            first._packed.run_feed_forward(
-                down._packed,
-                None if self.factor is None else self.factor._packed,
-                self.activation,
-                rows.data_ptr(),
-                rows.stride(0),
-                len(rows),
-                out.data_ptr(),
-                down.out_features,
-                torch.get_num_threads(),
-            )
+            factor = None if self.factor is None else self.factor._packed
+            feed_forward(first._packed, factor, down._packed, self.activation, rows, out)
         return out.view(*x.shape[:-1], down.out_features)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-import fastrerank._cpu as _cpu
-from fastrerank import ops
+from fastrerank.ops._norm_rows import norm_rows_cpu
 
 __all__ = ["FinalNorm", "fuse_norm", "read_norm"]
 
@@ -77,19 +76,5 @@ class _RowNorm:
             rows = rows.contiguous()
         out = torch.empty(rows.shape, dtype=x.dtype)
         if len(rows):
-            _cpu.norm_rows(
-                rows.data_ptr(),
-                "bfloat16" if x.dtype == torch.bfloat16 else "float32",
-                rows.stride(0),
-                len(rows),
-                width,
-                self.kind,
-                self.weight.data_ptr(),
-                0 if self.bias is None else self.bias.data_ptr(),
-                self.eps,
-                out.data_ptr(),
-                width,
-                torch.get_num_threads(),
-                ops.isa(),
-            )
+            norm_rows_cpu(rows, self.kind, self.weight, self.bias, self.eps, out)
         return out.view(x.shape)

@@ -7,7 +7,17 @@ from typing import Any, Literal, overload
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import (
+    DTYPES,
+    check_out,
+    check_tensor,
+    choose_backend,
+    not_negative,
+    on_device,
+    positive_scale,
+    register_op,
+    said,
+)
 from fastrerank.runtime import cpu
 
 __all__ = ["attention"]
@@ -68,36 +78,36 @@ def attention(
     (arXiv 2205.14135); no T x T matrix exists.
 
     Args:
-        q: (T, H, D) float32, float16 or bfloat16. D is at most 256. Any strides, D contiguous. Unless D is a multiple
-            of 8, copies padded with zeros are made.
-        k, v: (S, Hkv, D) in q's dtype; Hkv divides H. S is T where a packed row attends to itself.
+        q: (T, H, D) float32, float16 or bfloat16. D is at most 256. Any strides, D contiguous. If D is not a multiple
+            of 8, the inputs are copied and padded with zeros.
+        k, v: (S, Hkv, D) in q's dtype; Hkv divides H. S is T where packed tokens attend to themselves.
         lo, hi: int32 (T,) with 0 <= lo <= hi <= S. lo == hi is an empty interval.
         plo, phi: int32 (T,) likewise, or both None. A row's two intervals must not overlap.
         scale: positive factor of the scores; None for D**-0.5.
         softcap: scores become softcap * tanh(score / softcap) where it is above 0.
         out: (T, H, D) in q's dtype to write to (D contiguous, no memory in common with the inputs); None for a new one.
-        return_lse: also return the logarithms of the softmax's denominators.
+        return_lse: also return the log-sum-exp of each row and head.
         backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
 
-    Returns (T, H, D) in q's dtype, and with `return_lse` float32 (T, H) of natural logarithms. A row without keys
-    (padding) gets zeros and -infinity. Sums are float32 on every device, float32 inputs are not rounded (no tf32).
-    The softmax's weights are rounded to 16 bits before they meet 16-bit values on GPUs and, for bfloat16, on CPUs of
-    levels avx512_bf16 and amx; elsewhere the CPU computes 16-bit inputs in float32.
+    Returns (T, H, D) in q's dtype, and with `return_lse` the log-sum-exp, float32 (T, H). A row without keys (padding)
+    gets zeros and -infinity. Sums are float32 on every device; float32 inputs are not rounded (no tf32). The softmax's
+    weights are rounded to 16 bits before they are multiplied with 16-bit values on GPUs and, for bfloat16, on CPUs of
+    levels avx512_bf16 and amx. Other levels compute 16-bit inputs in float32.
 
-    Intervals may come in any order; what is fast is neighbouring rows that see nearly the same keys. The CPU checks
-    `lo` and the others. A GPU would have to be waited for: there intervals are clamped to [0, S), and keys that both
-    intervals of a row hold count twice.
+    Intervals may come in any order; neighbouring rows that see nearly the same keys are fast. The CPU checks the
+    intervals. Checking on a GPU would wait for the device, so there they are clamped to [0, S), and a key in both
+    intervals of a row counts twice.
 
-    What a result depends on: on the CPU a row is bitwise the same whatever else is packed, wherever its segment stands
-    and however many threads run, if `lo`, `hi`, `plo` and `phi` step by 0 or 1 from row to row of a segment, as they do
-    for all masks above. A prefix may be shared or stand before each segment: the bits are the same where all rows of a
-    segment see the whole prefix and their segment from its first key on. (One exception: the first row of a segment
-    whose interval begins exactly one key after the previous row's and overlaps it. Sums of that segment may then be
-    grouped differently.) NaN and infinities stay in their segment. On a GPU the same call gives the same bits, but
-    other neighbours in a tile of rows group the sums differently, which changes last bits, and a value of `v` that is
-    not finite reaches every row of a tile that reads it.
+    On the CPU a row's bits do not depend on what else is packed, on the place of its segment or on the number of
+    threads, if `lo`, `hi`, `plo` and `phi` step by 0 or 1 from row to row of a segment, as they do for all masks above.
+    A prefix may be shared, or be repeated before each segment: the bits are the same if all rows of a segment see the
+    whole prefix and their segment from its first key on. (One exception: if a segment's first interval begins exactly
+    one key after the previous row's and overlaps it, sums of that segment may be grouped differently.) NaN and
+    infinities stay in their segment. On a GPU the same call gives the same bits, but other neighbours in a tile of
+    rows group the sums differently, which changes last bits, and a value of `v` that is not finite reaches every row
+    of a tile that reads it.
 
-    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+    Raises TypeError, ValueError naming the argument; ValueError if a gradient is required: there is none.
 
     Example:
         >>> import torch
@@ -138,13 +148,8 @@ def _run(
     _check(q, k, v, lo, hi, plo, phi, out)
     backend = choose_backend(q.device, backend, "q")
     head_dim = q.shape[2]
-    scale = head_dim**-0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
-    if scale <= 0:
-        raise ValueError(f"scale must be positive and finite or None, got {scale}")
-    softcap = as_float("softcap", softcap, "finite and at least 0")
-    if softcap < 0:
-        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
-    if head_dim % 8:  # zeros change no score, and what they add to the output is cut off
+    scale, softcap = positive_scale(scale, head_dim), not_negative("softcap", softcap)
+    if head_dim % 8:  # zeros change no score, and the added columns of the output are cut off
         q, k, v = (torch.nn.functional.pad(x, (0, -x.shape[2] % 8)) for x in (q, k, v))
         wide, lse = _run(q, k, v, lo, hi, plo, phi, scale, softcap, None, return_lse, backend)
         result = wide[..., :head_dim]
@@ -158,7 +163,10 @@ def _run(
     if plo is not None and phi is not None:
         plo, phi = plo.contiguous(), phi.contiguous()
     if backend == "triton":
-        _triton(q, k, v, lo, hi, plo, phi, out, lse if return_lse else None, scale, float(softcap))
+        from fastrerank.ops._attention.triton import attention as launch
+
+        with on_device(q, "q"):
+            launch(q, k, v, lo, hi, plo, phi, out, lse if return_lse else None, scale, softcap)
     elif q.dtype == torch.float16:
         wide = torch.empty(q.shape, dtype=torch.float32)
         _cpp(q.float(), k.float(), v.float(), lo, hi, plo, phi, wide, lse if return_lse else None, scale, softcap)
@@ -208,28 +216,6 @@ def _cpp(
     )
 
 
-def _triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    plo: torch.Tensor | None,
-    phi: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-) -> None:
-    from fastrerank.ops._attention.triton import attention as launch
-
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
-    else:
-        launch(q, k, v, lo, hi, plo, phi, out, lse, scale, softcap)
-
-
 def _check(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -276,15 +262,6 @@ def _check(
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? plo, Tensor? phi, float? scale, "
-    "float softcap, bool return_lse, str? backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-
-
 def _compiled(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -306,5 +283,9 @@ def _fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
 
 
-_library.impl("attention", _compiled, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::attention", _fake, lib=_library)
+register_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor? plo, Tensor? phi, float? scale, "
+    "float softcap, bool return_lse, str? backend) -> (Tensor, Tensor)",
+    _compiled,
+    _fake,
+)

@@ -1,14 +1,14 @@
-"""Attention by key intervals in Triton: one program per tile of rows and query head, a running softmax over the keys.
+"""Attention by key intervals in Triton: one program per tile of rows and query head, an online softmax over the keys.
 
-A tile of rows takes the union of its rows' intervals. Blocks of keys that every row sees whole need no mask and run in
-a pipelined loop; the others are masked per row, and stretches of keys that no row sees are jumped over.
+A tile of rows reads the union of its rows' intervals. Blocks of keys that every row sees completely need no mask and
+run in a pipelined loop. The others are masked per row, and keys that no row sees are skipped.
 
 A head is read as two tiles whose widths are powers of two (96 = 64 + 32, 80 = 64 + 16), because a Triton tile must have
 one and a dot product needs at least 16: padding 80 or 96 to 128 would waste a third of the tensor cores' work. Hopper's
 tensor cores get both tiles in one layout or the head padded (`constants` says why).
 
-Programs begin with the last rows, all heads of a tile side by side: rows of a long causal prompt see the more keys the
-later they are, and what begins last should be short.
+Programs begin with the last rows, all heads of a tile side by side: later rows of a long causal prompt see more keys,
+and the programs that begin last should be short.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By head size up to which they hold. Those of 90 up to 128 are within 10 % of the quickest of some fifteen on an H200:
+# By the largest head size of a line. Those of 90 up to 128 are within 10 % of the fastest of some fifteen on an H200:
 # on passages of some 90 tokens, on documents of 512 and on causal prompts of 2,000 and 10,000 tokens (heads of 32: on
-# passages alone). The others fit and hardly spill when compiled, and were never timed.
+# passages alone). The others fit and hardly spill when compiled; they were never timed.
 _HALF = {
     80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
     90: {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 32, 8, 2)},
     100: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
 }
-_HALF_PREFIXED = {90: {128: Tile(64, 32, 4, 3)}}  # where rows see a prefix too, and this is quicker
+_HALF_PREFIXED = {90: {128: Tile(64, 32, 4, 3)}}  # faster where rows see a prefix too
 _HALF_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)}
 # float32 has no tensor cores and keeps its operands in registers: tiles for correctness, not for speed.
 _SINGLE = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 
 def tile(head_dim: int, dtype: torch.dtype, arch: int, *, prefixed: bool = False) -> Tile:
-    """Return the tile for a head size, dtype and compute capability (90 for 9.0); a table, nothing is timed.
+    """Return the tile for a head size, dtype and compute capability (90 for 9.0); from a table; nothing is timed.
 
     Capabilities without a row of their own take tiles that fit in the 99 KB of shared memory of consumer devices.
     """
@@ -58,7 +58,7 @@ def tile(head_dim: int, dtype: torch.dtype, arch: int, *, prefixed: bool = False
 
 
 def constants(head_dim: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
-    """Return the kernel's constants that split a head in two tiles, the second of 0 columns where one is enough.
+    """Return the kernel's constants that split a head in two tiles; the second has 0 columns where one is enough.
 
     From compute capability 9.0 on, tensor cores read 16-bit tiles from shared memory by descriptors, which name the
     layout of a tile by its width. With two layouts in one kernel, ptxas 12.8 gives some products the descriptor of the
@@ -78,7 +78,7 @@ def constants(head_dim: int, dtype: torch.dtype, arch: int) -> dict[str, int]:
 
 @triton.jit
 def _rows(base, rows, keep, stride, first: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr):
-    """(rows, WIDTH) of a head from its column `first`, zeros where a row is not kept or the head has ended."""
+    """(rows, WIDTH) of a head from its column `first` on; zeros in rows that are not kept and beyond the head."""
     columns = first + tl.arange(0, WIDTH)
     pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     if first + WIDTH > D:
@@ -127,7 +127,7 @@ def _step(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Take the keys [n, min(n + BN, end)) into the running softmax; without MASK every row sees all BN of them."""
+    """Add the keys [n, min(n + BN, end)) to the online softmax; without MASK every row sees all BN of them."""
     keys = n + tl.arange(0, BN)
     inside = keys < end
     # "ieee": float32 stays float32 (no tf32); 16-bit inputs are not affected
@@ -176,12 +176,12 @@ def _span(
     BN: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Take one interval per row into the running softmax. `dead` rows see nothing at all and may be given anything."""
+    """Add one interval per row to the online softmax. `dead` rows see no keys, so their sums do not matter."""
     NEVER: tl.constexpr = 2147483647
     some = lo < hi
     begin = tl.min(tl.where(some, lo, NEVER))
     end = tl.max(tl.where(some, hi, 0))
-    # [full_begin, full_end): whole blocks that every row sees, dead ones aside
+    # [full_begin, full_end): whole blocks that every row sees, except dead rows
     full_begin = tl.max(tl.where(some, lo, tl.where(dead, 0, NEVER)))
     full_keys = tl.min(tl.where(some, hi, tl.where(dead, NEVER, 0)))
     full = tl.maximum(tl.minimum(full_keys, end) - full_begin, 0) // BN
@@ -247,7 +247,7 @@ def _span(
     return m, total, acc_a, acc_b
 
 
-# Numbers of rows and where intervals begin differ from call to call, and decide nothing: they are not compiled in.
+# Not specialised on numbers of rows and addresses of intervals, which differ from call to call.
 @triton.jit(do_not_specialize=["T", "S"], do_not_specialize_on_alignment=["LO", "HI", "PLO", "PHI", "LSE"])
 def kernel(
     Q,
@@ -282,7 +282,7 @@ def kernel(
     SOFTCAP: tl.constexpr,
     WITH_LSE: tl.constexpr,
 ):
-    """A tile of rows of one of H query heads, tiles from the end; G query heads share a key head of S keys."""
+    """A tile of rows of one of H query heads, from the last tile on; G query heads share a key head of S keys."""
     head = tl.program_id(0) % H
     rows = (tl.num_programs(0) // H - 1 - tl.program_id(0) // H) * BM + tl.arange(0, BM)
     valid = rows < T
@@ -293,7 +293,7 @@ def kernel(
     qb = qa
     if DB > 0:
         qb = _rows(q, rows, valid, q_row, DA, D, DB, True)
-    # clamped, because reading the intervals here to refuse them would wait for the device
+    # clamped, because checking the intervals before the launch would wait for the device
     lo = tl.maximum(tl.load(LO + rows, mask=valid, other=0), 0)
     hi = tl.minimum(tl.load(HI + rows, mask=valid, other=0), S)
     dead = lo >= hi
@@ -350,7 +350,7 @@ def attention(
         chosen = tile(head_dim, q.dtype, arch, prefixed=plo is not None)
     log2e = 1.4426950408889634
     inner, factor = (scale / softcap, softcap * log2e) if softcap else (1.0, scale * log2e)
-    # one dimension, of which a GPU takes 2^31 programs: of a second it takes 65,535, which are too few tiles
+    # one dimension, which takes 2^31 programs: a second one takes only 65,535, too few tiles
     kernel[(heads * triton.cdiv(rows, chosen.rows),)](
         q,
         k,

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, as_float, check_out, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import (
+    DTYPES,
+    check_out,
+    check_tensor,
+    choose_backend,
+    not_negative,
+    on_device,
+    positive_scale,
+    register_op,
+    said,
+)
 from fastrerank.runtime import cpu
 
 __all__ = ["attention_mass"]
@@ -30,35 +40,35 @@ def attention_mass(
 ) -> torch.Tensor:
     """Like `sum(head_weight[h] * (row_weight @ where(seen, exp(scale * q[:, h] @ k[:, h // G].T - lse[:, h])))`.
 
-    The attention that weighted rows pay to each key, summed over heads: the readout of in-context reranking (ICR,
+    The attention that weighted rows give to each key, summed over heads: the readout of in-context reranking (ICR,
     arXiv 2410.02642; QRHead, 2506.09944; CoRe, 2510.02219). `lse` is what `ops.attention` returns, so the softmax over
-    the whole prompt need not be repeated; rows of a calibration prompt get negative weights. Nothing of the size of
-    rows x keys is made: what is held beside the inputs is `out`, and on a GPU float32 (Hkv, S).
+    the whole prompt need not be repeated; rows of a calibration prompt get negative weights. No memory
+    of rows x keys is used: beside the inputs there is `out` and, on a GPU, float32 (Hkv, S).
 
     Args:
         q: (R, H, D) float32, float16 or bfloat16: the rows that are read, after rotary embedding. D is at most 256.
             Any strides, D contiguous.
         k: (S, Hkv, D) in q's dtype likewise; Hkv divides H, query head h uses key head h // (H / Hkv), in place.
-        lse: float32 (R, H), natural logarithms of the softmax's denominators. A row of -infinity adds nothing.
+        lse: float32 (R, H), log-sum-exp of the rows' scores. A row of -infinity adds nothing.
         lo, hi: int32 (R,) with 0 <= lo <= hi <= S: row r is read at the keys [lo_r, hi_r), which may be fewer than
-            `lse` is about. lo == hi is an empty interval.
+            those of `lse`. lo == hi is an empty interval.
         row_weight: float32 (R,), of any sign.
         head_weight: float32 (H,); None for ones. Heads of weight 0 are not computed, and their `lse` is not read.
         scale: positive factor of the scores; None for D**-0.5.
         softcap: scores become softcap * tanh(score / softcap) where it is above 0.
         per_head: return every head's sum; head_weight must be None.
-        out: float32 (S,) or (H, S), contiguous along S, that the result is added to; None for zeros. No memory in
-            common with the inputs.
+        out: float32 (S,) or (H, S), contiguous along S, to which the result is added; None for zeros. It shares no
+            memory with the inputs.
         backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
 
     Returns `out`: float32 (S,), with `per_head` (H, S). Products and sums are float32 on every device and in every
-    dtype, without atomics, in one fixed order: the same call gives the same bits. On the CPU a key's value is bitwise
-    the same whatever other keys there are and however many threads run. NaN stays with the keys that see it on the
-    CPU; on a GPU a key that is not finite spoils itself alone, a row that is not finite the keys that it sees.
+    dtype, without atomics, in one fixed order: the same call gives the same bits. On the CPU a key's bits do not
+    depend on the other keys or on the number of threads. On the CPU, NaN reaches only the keys that see it. On a GPU, a
+    key that is not finite spoils its own value only, and a row that is not finite those of the keys that it sees.
 
-    The CPU checks `lo` and `hi`. A GPU would have to be waited for: there they are clamped to [0, S).
+    The CPU checks `lo` and `hi`. Checking on a GPU would wait for the device, so there they are clamped to [0, S).
 
-    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+    Raises TypeError, ValueError naming the argument; ValueError if a gradient is required: there is none.
 
     Example:
         >>> import torch
@@ -97,12 +107,7 @@ def _run(
 ) -> torch.Tensor:
     _check(q, k, lse, lo, hi, row_weight, head_weight)
     backend = choose_backend(q.device, backend, "q")
-    scale = q.shape[2] ** -0.5 if scale is None else as_float("scale", scale, "positive and finite or None")
-    if scale <= 0:
-        raise ValueError(f"scale must be positive and finite or None, got {scale}")
-    softcap = as_float("softcap", softcap, "finite and at least 0")
-    if softcap < 0:
-        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    scale, softcap = positive_scale(scale, q.shape[2]), not_negative("softcap", softcap)
     if per_head and head_weight is not None:
         raise ValueError("head_weight must be None with per_head, which weighs no heads against each other")
     if out is None:
@@ -114,8 +119,14 @@ def _run(
     lse, lo, hi, row_weight = (tensor.contiguous() for tensor in (lse, lo, hi, row_weight))
     if head_weight is not None:
         head_weight = head_weight.contiguous()
-    launch = _triton if backend == "triton" else _cpp
-    launch(q, k, lse, lo, hi, row_weight, head_weight, scale, float(softcap), per_head, out)
+    given = (q, k, lse, lo, hi, row_weight, head_weight, scale, softcap, per_head, out)
+    if backend == "triton":
+        from fastrerank.ops._attention_mass.triton import attention_mass as launch
+
+        with on_device(q, "q"):
+            launch(*given)
+    else:
+        _cpp(*given)
     return out
 
 
@@ -157,16 +168,6 @@ def _cpp(
         cpu.num_threads(),
         cpu.isa(),
     )
-
-
-def _triton(q: torch.Tensor, *others: Any) -> None:
-    from fastrerank.ops._attention_mass.triton import attention_mass as launch
-
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            launch(q, *others)
-    else:
-        launch(q, *others)
 
 
 def _shape(q: torch.Tensor, k: torch.Tensor, per_head: bool) -> tuple[int, ...]:
@@ -227,15 +228,6 @@ def _check(
             raise ValueError(f"{name} must be on {q.device} like q, got {vector.device}")
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor lo, Tensor hi, Tensor row_weight, Tensor? head_weight, "
-    "float? scale, float softcap, bool per_head, str? backend) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-
-
 def _compiled(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -256,5 +248,9 @@ def _fake(q: torch.Tensor, k: torch.Tensor, *others: Any) -> torch.Tensor:
     return q.new_empty(_shape(q, k, others[-2]), dtype=torch.float32)
 
 
-_library.impl("attention_mass", _compiled, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::attention_mass", _fake, lib=_library)
+register_op(
+    "attention_mass(Tensor q, Tensor k, Tensor lse, Tensor lo, Tensor hi, Tensor row_weight, Tensor? head_weight, "
+    "float? scale, float softcap, bool per_head, str? backend) -> Tensor",
+    _compiled,
+    _fake,
+)

@@ -1,10 +1,10 @@
-"""What weighted rows of attention weigh on each key, in Triton: one program per tile of keys and key head.
+"""Attention that weighted rows give to each key, in Triton: one program per tile of keys and key head.
 
 A program holds its keys and walks over the rows of the query heads that share them, head after head, so that grouped
-heads fill tiles of queries. Keys are the rows of the product: the sum over queries then stays within a thread until the
-end. Each key head's programs leave their sums in memory of their own, (Hkv, S) float32, which a second kernel adds in
-order: no atomics, the same bits every time. One program for all key heads would need neither, but 2,048 keys are only
-16 tiles, too few for a GPU.
+heads fill tiles of queries. Keys are the rows of the product, so that the sum over queries stays within a thread until
+the end. The programs of each key head write their sums to memory of their own, (Hkv, S) float32, and a second kernel
+adds them in order: no atomics, the same bits every time. One program for all key heads would need neither, but 2,048
+keys are only 16 tiles, too few for a GPU.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By head size up to which they hold. Chosen for what fits and hardly spills when compiled, not by measured time; but
-# 9.0's for heads of 128 is within 5 % of the quickest of twelve on an H200 at 10,000 keys, and within 17 % at 2,000.
+# By the largest head size of a tile. They fit and hardly spill when compiled, and were not chosen by measured time. On
+# 9.0, the one for heads of 128 is within 5 % of the fastest of twelve on an H200 at 10,000 keys, 17 % at 2,000.
 _HALF = {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 4, 2)}
 _HALF_90 = _HALF | {128: Tile(64, 128, 4, 2)}
 # float32 has no tensor cores and keeps its operands in registers: tiles for correctness, not for speed.
@@ -39,7 +39,7 @@ GATHERED = 256  # keys of a program that adds the key heads' sums
 
 
 def tile(head_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    """Return the tile for a head size, dtype and compute capability (90 for 9.0); a table, nothing is timed.
+    """Return the tile for a head size, dtype and compute capability (90 for 9.0); from a table; nothing is timed.
 
     All tiles fit in the 99 KB of shared memory of consumer devices.
     """
@@ -49,14 +49,14 @@ def tile(head_dim: int, dtype: torch.dtype, arch: int) -> Tile:
 
 @triton.jit
 def _rows(rows, keep, first: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) from column `first` of the rows at these pointers, zeros where one is not kept or has ended."""
+    """(rows, WIDTH) from column `first` of the rows at these pointers; zeros in rows not kept and beyond the head."""
     columns = first + tl.arange(0, WIDTH)
     if first + WIDTH > D:
         return tl.load(rows[:, None] + columns[None, :], mask=keep[:, None] & (columns[None, :] < D), other=0.0)
     return tl.load(rows[:, None] + columns[None, :], mask=keep[:, None], other=0.0)
 
 
-# Numbers of rows and keys and where vectors begin differ from call to call: they are not compiled in.
+# Not specialised on numbers of rows and keys and addresses of vectors, which differ from call to call.
 @triton.jit(
     do_not_specialize=["R", "S", "out_head"],
     do_not_specialize_on_alignment=["LSE", "LO", "HI", "WEIGHT", "HEADS", "OUT"],
@@ -105,7 +105,7 @@ def kernel(
         read = read & (tl.load(HEADS + part * P + slot, mask=read, other=0.0) != 0.0)
     count = tl.cumsum(read.to(tl.int32), 0) - 1
     queries = tl.sum(read.to(tl.int32), 0) * R
-    # nothing to do where no row sees a key of the tile
+    # no queries where no row sees a key of the tile
     begin, end = S, 0
     for r in range(0, R, BM):
         row = r + tl.arange(0, BM)
@@ -137,7 +137,7 @@ def kernel(
         weight = tl.load(WEIGHT + row, mask=there, other=0.0)
         if WEIGHTED:
             weight *= tl.load(HEADS + head, mask=there, other=0.0)
-        # clamped, because reading the intervals here to refuse them would wait for the device
+        # clamped, because checking the intervals before the launch would wait for the device
         lo = tl.load(LO + row, mask=there, other=0)
         hi = tl.minimum(tl.load(HI + row, mask=there, other=0), S)
         pointers = Q + row.to(tl.int64) * q_row + head.to(tl.int64) * q_head

@@ -48,26 +48,26 @@ def cur_topk(
     then by id ascending.
 
     On a CUDA device (`items.to("cuda")`, and `queries` a tensor there) the result is two tensors on it. Kernels scan
-    int8 and bfloat16 items, and exact scores decide among the 2 k + 64 best that they find; where a bound does not show
-    that these hold the best k, for float32 items or bfloat16 ones wider than 16,384, and for k above 1,024, all scores
-    are made in float64. To k is added here what the query that excludes the most ids excludes. Sums have another order
-    there, so that a score may be the CPU's neighbour.
+    int8 and bfloat16 items, and exact scores decide among the 2 k + 64 best that they find. All scores are computed in
+    float64 if an error bound does not prove that these contain the best k, for float32 items, for bfloat16 items wider
+    than 16,384, and for k above 1,024. For these limits, k includes the most ids that a query excludes. Sums have
+    another order on a device, so a score may differ from the CPU's in its last bit.
 
     Args:
         queries: float32 (B, K).
-        items: from `cur_pack`; a sequence of them is one index whose ids run on from one to the next.
-        k: at least 1; fewer come back where fewer are there.
-        exclude: ids that are left out: integers (E,) for every query, or one array for each of the B queries; as an
-            array (B, E) with negative ids for nothing. Ids that no item has are refused.
+        items: from `cur_pack`; a sequence of them is one index, whose ids continue from one to the next.
+        k: at least 1. The result has fewer columns where there are fewer items.
+        exclude: ids to leave out: integers (E,) for all queries, or one array for each of the B queries. In an array
+            (B, E), negative ids are ignored. Ids of no item raise ValueError.
         threads: CPU threads; None for the default. The result does not depend on it.
-        rescore: the same items in "float32" or "bfloat16", where `items` are int8: the answer is then that of
-            `cur_topk(queries, rescore, k)`, of which few vectors are read.
+        rescore: the same items in "float32" or "bfloat16", where `items` are int8: the result is then that of
+            `cur_topk(queries, rescore, k)`, but few of its vectors are read.
 
-    Returns ids int64 and scores float32 (B, k'): k' = min(k, N - the fewest ids that a query excludes). A row that has
-    fewer is filled with id -1 and score -infinity.
+    Returns ids int64 and scores float32 (B, k'): k' = min(k, N - the fewest ids that a query excludes). Rows with
+    fewer items end with id -1 and score -infinity.
 
-    Raises TypeError, ValueError naming the argument; for NaN in queries, and where a score is NaN, because infinities
-    of both signs, or an infinity and 0, meet.
+    Raises TypeError, ValueError naming the argument; for NaN in queries, and if a score is NaN, because it adds
+    infinities of both signs or multiplies an infinity by 0.
 
     Example:
         >>> from fastrerank.ops import cur_pack
@@ -146,7 +146,7 @@ def _check_sizes(k: Any, count: int) -> None:
 
 
 def _address(array: npt.NDArray[Any] | None) -> int:
-    # A scan leaves little of Python in the caches, and `.ctypes` is a good deal of it.
+    # A scan evicts Python's objects from the caches, and `.ctypes` would need many of them.
     return 0 if array is None else int(array.__array_interface__["data"][0])
 
 
@@ -156,7 +156,7 @@ def _checked_queries(queries: Any, width: int) -> npt.NDArray[np.float32]:
         raise TypeError(f"queries must be a float32 NumPy array, got {got}")
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"queries must be (B, {width}), the items' width, got shape {queries.shape}")
-    # The scan reads the buffer: a subclass (a masked array) is reduced to its plain array.
+    # The scan reads the buffer, so a subclass (a masked array) becomes its plain array.
     return queries if type(queries) is np.ndarray and queries.flags.c_contiguous else np.ascontiguousarray(queries)
 
 

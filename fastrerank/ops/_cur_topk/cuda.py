@@ -1,4 +1,4 @@
-"""Exact top-k of products with packed items on a CUDA device: a rough scan, and exact scores of what it may leave."""
+"""Exact top-k of products with packed items on a CUDA device: a rough scan, and exact scores of its best."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastrerank.ops._cur_topk.items import TILE, PackedItems
 
 __all__ = ["CudaItems", "cur_topk_cuda", "to_device"]
 
-_MOST_K = 1024  # _wider of it is what the kernels take at most, csrc/cuda/kernels.h
-_MOST_SHARED = 1 << 16  # bytes of a query: beside a block's reservoir, what every GPU has room for
-_CHUNK = 1 << 17  # items whose vectors are made float64 at a time
+_MOST_K = 1024  # the kernels take at most _wider(_MOST_K), see csrc/cur_topk/cuda_topk.h
+_MOST_SHARED = 1 << 16  # bytes of a query that every GPU has room for beside a block's reservoir
+_CHUNK = 1 << 17  # items that are converted to float64 at a time
 _HUGE = 2.0**120
 
 
@@ -25,7 +25,7 @@ _HUGE = 2.0**120
 class CudaItems:
     """Packed items in a device's memory, from `PackedItems.to`: `data` and `scale` are its arrays as tensors.
 
-    `reach` is the largest norm of an item, its scale multiplied in: what bounds the error of a rough score.
+    `reach` is the largest norm of an item, times its scale. It bounds the error of a rough score.
     """
 
     data: torch.Tensor
@@ -53,7 +53,7 @@ class CudaItems:
         return f"CudaItems({self.N} items of width {self.K}, {self.storage}, on {self.device})"
 
     def vectors(self, ids: torch.Tensor) -> torch.Tensor:
-        """The stored values of the items, float64 (n, K), scales of items multiplied in, those of anchors not."""
+        """The stored values of the items, float64 (n, K), times the scales of items, but not those of anchors."""
         tiles, lanes = ids // TILE, ids % TILE
         wide = self.stored_width
         if self.storage == "int8":
@@ -85,7 +85,7 @@ def _moved(items: PackedItems, place: torch.device) -> CudaItems:
 def cur_topk_cuda(
     queries: torch.Tensor, items: Sequence[CudaItems], k: int, exclude: list[np.ndarray[Any, Any]], keep: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.cur_topk` of checked arguments; `keep` columns, `exclude` the ids that each query leaves out."""
+    """`ops.cur_topk` for checked arguments: `keep` columns; each query leaves out its ids of `exclude`."""
     if keep < 1 or not len(queries):
         check_finite(queries)
         empty = torch.empty((len(queries), max(keep, 0)), dtype=torch.float32, device=queries.device)
@@ -116,7 +116,7 @@ def _numbered(items: Sequence[CudaItems]) -> list[tuple[int, CudaItems]]:
     return [(int(first), shard) for first, shard in zip(firsts, items, strict=False) if shard.N]
 
 
-# A score and an id as one int64 that is larger for what comes first: no two are equal, so that sorting has one result.
+# A score and an id as one int64, larger for the better item. No two keys are equal, so sorting has one result.
 _NO_KEY = -(1 << 63)
 
 
@@ -136,7 +136,7 @@ def _scores_of(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _scans(items: CudaItems, k: int) -> bool:
-    """Whether a scan with a rounded query finds the k best; otherwise the scores of all are made."""
+    """Whether a scan with rounded queries can find the k best; otherwise all scores are computed."""
     shared = items.stored_width * (1 if items.storage == "int8" else 4)
     return (
         items.storage != "float32"
@@ -148,7 +148,7 @@ def _scans(items: CudaItems, k: int) -> bool:
 
 
 def _wider(k: int) -> int:
-    """How many items are looked at exactly for k: rounding the query moves some past others."""
+    """How many items get exact scores for k: a rounded query ranks some of them wrong."""
     return 2 * k + 64
 
 
@@ -157,13 +157,13 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-# ids (B, k) int64 and scores (B, k) float32, and what waits for them: a status of each query.
+# ids (B, k) int64, scores (B, k) float32, and a function that waits for them and returns each query's status.
 _Begun = tuple[torch.Tensor, torch.Tensor, Callable[[], list[int]]]
-_NOT_FINITE = 4  # of a status, csrc/cuda/kernels.h; 0: the best are found
+_NOT_FINITE = 4  # bit of a status, csrc/cur_topk/cuda_topk.h; status 0: the best are found
 
 
 def _launch(queries: torch.Tensor, items: CudaItems, k: int) -> _Begun:
-    """Begins the search for the k best on the current stream, and waits for nothing."""
+    """Start the search for the k best on the current stream, without waiting for it."""
     kernels, device, int8 = _kernels(), queries.device, items.storage == "int8"
     rows, wanted, processors, wide = len(queries), _wider(k), _processors(device), items.stored_width
     ids = torch.empty((rows, k), dtype=torch.int64, device=device)
@@ -196,7 +196,7 @@ def _launch(queries: torch.Tensor, items: CudaItems, k: int) -> _Begun:
     )
 
     def status() -> list[int]:
-        # Scratch and queries are in use until then, and this keeps them.
+        # Scratch and queries are in use until then; this function keeps them alive.
         return list(kernels.cur_status(scratch.data_ptr(), len(queries), device.index or 0, stream))
 
     return ids, scores, status
@@ -227,7 +227,7 @@ def _found(
 
 
 def _exact(queries: torch.Tensor, items: CudaItems) -> torch.Tensor:
-    """Queries (B, K) in float64, scales of anchors multiplied in."""
+    """Queries (B, K) in float64, times the scales of anchors."""
     exact = queries.double()
     if items.scale is not None and items.scales == "anchor":
         exact = exact * items.scale.double().reshape(1, -1)
@@ -235,7 +235,7 @@ def _exact(queries: torch.Tensor, items: CudaItems) -> torch.Tensor:
 
 
 def _scores(queries: torch.Tensor, items: CudaItems, ids: torch.Tensor) -> torch.Tensor:
-    """float32 (B, n): sums in float64."""
+    """Scores, float32 (B, n), summed in float64."""
     return (queries @ items.vectors(ids).T).float()
 
 
@@ -247,7 +247,7 @@ def _nan(scores: torch.Tensor, ids: torch.Tensor, first: int, row: int) -> Value
 
 
 def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row: int) -> torch.Tensor:
-    """Keys (B, min(k, N)) of the best items, from the scores of all."""
+    """Keys (B, min(k, N)) of the best items, from all scores."""
     best: torch.Tensor | None = None
     for begin in range(0, items.N, _CHUNK):
         ids = torch.arange(begin, min(begin + _CHUNK, items.N), device=items.device)
@@ -262,7 +262,7 @@ def _by_scores(queries: torch.Tensor, items: CudaItems, first: int, k: int, row:
 
 
 def checked_queries(queries: torch.Tensor, items: Sequence[CudaItems]) -> torch.Tensor:
-    """`queries` as they must be for these items, contiguous; `check_finite` is left. Raises TypeError, ValueError."""
+    """`queries` for these items, contiguous; does not check that they are finite. Raises TypeError, ValueError."""
     if queries.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {queries.dtype}")
     if queries.ndim != 2 or queries.shape[1] != items[0].K:
@@ -273,7 +273,7 @@ def checked_queries(queries: torch.Tensor, items: Sequence[CudaItems]) -> torch.
 
 
 def check_finite(queries: torch.Tensor) -> None:
-    """Raises ValueError; waits for the device, so that a scan looks itself."""
+    """Raise ValueError unless all are finite. It waits for the device, so a scan makes its own check."""
     if not bool(queries.isfinite().all()):
         row, column = (int(x[0]) for x in (~queries.isfinite()).nonzero(as_tuple=True))
         raise ValueError(f"queries must be finite, got {float(queries[row, column])} in query {row}, column {column}")
@@ -281,7 +281,7 @@ def check_finite(queries: torch.Tensor) -> None:
 
 @functools.cache
 def _built() -> bool:
-    # ops.cuda_info asks the driver about every device, which takes longer than a scan.
+    # Not ops.cuda_info, which asks the driver about every device and takes longer than a scan.
     return importlib.util.find_spec("fastrerank._cuda") is not None
 
 

@@ -1,4 +1,4 @@
-"""Items packed for scans: their layout in memory, and the exact top-k of products with queries."""
+"""Items packed for scans: their layout in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 __all__ = ["TILE", "PackedItems", "cur_pack"]
 
 TILE = 16  # items of a tile
-# By storage: bytes of a value, and what the width is rounded up to.
+# By storage: bytes of a value, and the multiple to which the width is rounded up.
 _VALUES = {"float32": (4, 16), "bfloat16": (2, 16), "int8": (1, 4)}
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 _HUGE = 2.0**120  # float32 products with a longer item could overflow
@@ -27,15 +27,15 @@ class PackedItems:
     then their norms, float32 (16,), rounded up:
 
     - "int8": values as value + 128, (ceil(K / 4), 16, 4): four neighbouring values of an item lie together. The norm
-      is that of the int8 values, as bfloat16 in the upper half of its word; the lower half is the norm of what rounding
-      took away, in units of the scale, likewise rounded up.
+      is that of the int8 values, as bfloat16 in the upper half of its word. The lower half is the norm of the rounding
+      error, in units of the scale, also rounded up.
     - "float32" and "bfloat16": (16, K rounded up to 16), an item's values lie together. The norm of an item that is
       longer than 2^120 is infinity.
 
-    Padding is zero, and so are the items that fill the last tile. `scale` multiplies int8 values: float32 (N,), one for
-    each item, or (K, 1), one for each row of anchors; None of the other storages.
+    Padding is zero, also in the items that fill the last tile. `scale` holds the factors of int8 values: float32 (N,),
+    one for each item, or (K, 1), one for each row of anchors. It is None for the other storages.
 
-    `PackedItems(data, scale, storage=, width=, count=)` wraps such a buffer, and copies nothing. Raises TypeError and
+    `PackedItems(data, scale, storage=, width=, count=)` wraps such a buffer without a copy. Raises TypeError and
     ValueError naming the argument.
 
     Example:
@@ -108,9 +108,9 @@ class PackedItems:
         return f"PackedItems({self.N} items of width {self.K}, {self.storage}, {self.nbytes / 1e6:.1f} MB)"
 
     def vectors(self, ids: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
-        """The stored values of the items `ids`, or of all: float32 (K, n), scales multiplied in.
+        """The stored values of the items `ids`, or of all: float32 (K, n), times their scales.
 
-        Raises TypeError for ids that are no integers, IndexError for one outside 0 .. N - 1.
+        Raises TypeError for ids that are not integers, IndexError for an id outside 0 .. N - 1.
 
         Example:
             >>> cur_pack(np.array([[0.5, 1.0]], np.float32), "bfloat16").vectors([1]).tolist()
@@ -149,7 +149,7 @@ class PackedItems:
     def to(self, device: Any) -> Any:
         """These items in the memory of a CUDA device, for `cur_topk` with queries there; needs torch.
 
-        Raises ValueError for a device of another kind, ImportError where torch is not installed.
+        Raises ValueError for a device of another kind, ImportError if torch is not installed.
         """
         if importlib.util.find_spec("torch") is None:
             raise ImportError(f"items on device {str(device)!r} need torch: pip install 'fastrerank[torch]'")
@@ -158,8 +158,8 @@ class PackedItems:
     def append(self, vectors: npt.NDArray[np.float32]) -> PackedItems:
         """A new PackedItems with the items of `vectors`, float32 (K, n), after these.
 
-        What is there is copied and not changed. Raises ValueError for a wrong shape, NaN, and with scales of anchor
-        rows for a value that its row's scale cannot hold.
+        These items are copied and stay unchanged. Raises ValueError for a wrong shape, for NaN, and, with scales of
+        anchor rows, for a value beyond its row's scale.
 
         Example:
             >>> cur_pack(np.eye(2, dtype=np.float32), "int8").append(np.ones((2, 3), np.float32)).N
@@ -203,8 +203,8 @@ def cur_pack(vectors: npt.NDArray[np.float32], storage: str, *, scales: str | No
     Args:
         vectors: float32 (K, N), K anchor queries' scores of N items, or any items' vectors as columns.
         storage: "float32", "bfloat16" (nearest, ties to even) or "int8" (nearest multiple of a scale).
-        scales: of int8: "item" (None is the same), the largest magnitude of an item over 127, or "anchor", the same of
-            a row. None for other storages.
+        scales: for int8, "item" (also None): an item's largest magnitude / 127; or "anchor": a row's largest magnitude
+            / 127. None for other storages.
 
     Raises TypeError, ValueError naming the argument; NaN is refused, and so is infinity for int8.
 
@@ -274,7 +274,7 @@ def _checked(vectors: Any, storage: str, width: int | None) -> npt.NDArray[np.fl
 def _pack(
     vectors: npt.NDArray[np.float32], storage: str, scale: npt.NDArray[np.float32] | None, data: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float32] | None:
-    """Fill the tiles `data` with columns; returns the scales, one per item for int8 where `scale` is None."""
+    """Fill the tiles `data` with columns; returns the scales, for int8 without `scale` one per item."""
     width, count = vectors.shape
     size, multiple = _VALUES[storage]
     wide = _rounded(width, multiple)
@@ -315,20 +315,20 @@ def _pack(
 
 
 def _above(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """float32 values that are no smaller, though norms err by some roundings."""
+    """Upper bounds in float32, which cover the rounding errors of `norms`."""
     above: npt.NDArray[np.float32] = np.nextafter((norms * (1 + 2.0**-40)).astype(np.float32), np.float32(np.inf))
     above[norms == 0] = 0
     return above
 
 
 def _upper_half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
-    """Bits of the next bfloat16 that is no smaller, of values that are not negative."""
+    """Bits of the smallest bfloat16 that is at least the value, for values of at least 0."""
     upper: npt.NDArray[np.uint32] = (values.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
     return upper
 
 
 def _copy_lanes(old: npt.NDArray[np.uint8], new: npt.NDArray[np.uint8], lanes: int, storage: str, width: int) -> None:
-    """The first items of one tile, as they are stored, into another."""
+    """Copy the first items of one tile, as stored, to another."""
     size, multiple = _VALUES[storage]
     wide = _rounded(width, multiple)
     shape = (wide // 4, TILE, 4) if storage == "int8" else (1, TILE, wide * size)

@@ -14,7 +14,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def block_of(inner: int) -> int:
-    """Return how many columns a program takes, 8 a thread: of few sizes the one that leaves the fewest idle."""
+    """Return how many columns a program takes, 8 a thread: the one of a few sizes that leaves the fewest idle."""
     return min((1024, 512, 256), key=lambda block: -(-inner // block) * block)
 
 

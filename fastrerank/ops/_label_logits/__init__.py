@@ -8,7 +8,16 @@ from typing import Any, Literal, overload
 import torch
 
 import fastrerank._cpu as _cpu
-from fastrerank.ops._tensors import DTYPES, as_float, check_tensor, choose_backend, said
+from fastrerank.ops._tensors import (
+    DTYPES,
+    as_float,
+    check_tensor,
+    choose_backend,
+    not_negative,
+    on_device,
+    register_op,
+    said,
+)
 from fastrerank.runtime import cpu
 
 __all__ = ["label_logits"]
@@ -63,13 +72,13 @@ def label_logits(
     """Like `cap(norm(hidden.float()) @ weight.float().T * scale + bias)`: K rows of an LM head at N positions.
 
     The readout of LLM reranking by first-token logits: yes and no (Qwen3-Reranker, arXiv 2506.05176), or the
-    identifiers of a list (FIRST, arXiv 2406.15657). Everything is float32 from the load on: normed values are not
-    rounded to 16 bits, as the module they come from would round them. The vocabulary's other rows are never read: the
-    least that can be moved is N h values of `hidden`, K h of `weight` and 4 N K bytes of logits, 0.8 MB for 100 rows
-    of 4096 in bfloat16 and 2 labels; the 2 N K h operations are few beside them.
+    identifiers of a list (FIRST, arXiv 2406.15657). Everything is float32 from the load on: unlike the
+    module's norm, it does not round normed values to 16 bits. The vocabulary's other rows are never read. The minimum
+    traffic is N h values of `hidden`, K h values of `weight` and 4 N K bytes of logits: 0.8 MB for 100 rows of 4096 in
+    bfloat16 and 2 labels. The 2 N K h operations take little time beside it.
 
     Args:
-        hidden: (N, h) float32, float16 or bfloat16: what the final norm takes, or gives where `norm` is None. Any
+        hidden: (N, h) float32, float16 or bfloat16: the final norm's input, or its output where `norm` is None. Any
             stride between rows, also 0.
         weight: (K, h) the labels' rows of the LM head, in any of these dtypes, any stride between rows.
         norm: None; "rms": x * rsqrt(mean(x^2) + eps) * norm_weight; "layer": the same on x - mean(x), plus norm_bias.
@@ -84,13 +93,13 @@ def label_logits(
         backend: "cpp" (CPU tensors) or "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1); None chooses.
 
     Returns float32 (N, K), and with `return_order` int32 (N, K): positions of labels by logit descending, ties by
-    position. A hidden value that is NaN makes its row NaN (and an infinite one does under a norm); in the order, NaN
-    stands with -infinity. Check before you rank.
+    position. A hidden value that is NaN makes its row NaN, and so does an infinite one under a norm. The order treats
+    NaN as -infinity, so check the logits before you rank.
 
-    A row's result depends on that row alone: on the CPU it is bitwise the same whatever N is, wherever the row stands
-    and however many threads run.
+    A row's result depends on that row alone: on the CPU its bits do not depend on N, on its place or on the number of
+    threads.
 
-    Raises TypeError, ValueError naming the argument; ValueError where a gradient would be needed: there is none.
+    Raises TypeError, ValueError naming the argument; ValueError if a gradient is required: there is none.
 
     Example:
         >>> import torch
@@ -121,20 +130,22 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, weight, norm, norm_weight, norm_bias, bias)
     backend = choose_backend(hidden.device, backend, "hidden")
-    eps, scale = as_float("eps", eps, "finite and at least 0"), as_float("scale", scale, "finite")
-    if eps < 0:
-        raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    softcap = as_float("softcap", softcap, "finite and at least 0")
-    if softcap < 0:
-        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+    eps, softcap = not_negative("eps", eps), not_negative("softcap", softcap)
+    scale = as_float("scale", scale, "finite")
     rows, labels = hidden.shape[0], weight.shape[0]
     logits = torch.empty((rows, labels), dtype=torch.float32, device=hidden.device)
     order = torch.empty((rows if return_order else 0, labels), dtype=torch.int32, device=hidden.device)
     if rows == 0:
         return logits, order
-    launch: Callable[..., None] = _triton if backend == "triton" else _cpp
     places = order if return_order else None
-    launch(hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, logits, places)
+    given = (hidden, weight, norm, norm_weight, norm_bias, eps, bias, scale, softcap, logits, places)
+    if backend == "triton":
+        from fastrerank.ops._label_logits.triton import label_logits as launch
+
+        with on_device(hidden, "hidden"):
+            launch(*given)
+    else:
+        _cpp(*given)
     return logits, order
 
 
@@ -175,16 +186,6 @@ def _cpp(
         cpu.num_threads(),
         cpu.isa(),
     )
-
-
-def _triton(hidden: torch.Tensor, *others: Any) -> None:
-    from fastrerank.ops._label_logits.triton import label_logits as launch
-
-    if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
-        with torch.cuda.device(hidden.device):
-            launch(hidden, *others)
-    else:
-        launch(hidden, *others)
 
 
 def _check(
@@ -232,20 +233,15 @@ def _check(
         raise ValueError(f'norm_bias needs norm "layer", got norm {norm!r}')
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "label_logits(Tensor hidden, Tensor weight, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "Tensor? bias, float scale, float softcap, bool return_order, str? backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-
-
 def _fake(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows, labels, return_order = hidden.shape[0], weight.shape[0], others[-2]
     order = hidden.new_empty((rows if return_order else 0, labels), dtype=torch.int32)
     return hidden.new_empty((rows, labels), dtype=torch.float32), order
 
 
-_library.impl("label_logits", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::label_logits", _fake, lib=_library)
+register_op(
+    "label_logits(Tensor hidden, Tensor weight, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor? bias, float scale, float softcap, bool return_order, str? backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

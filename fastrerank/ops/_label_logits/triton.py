@@ -1,8 +1,8 @@
 """K rows of an LM head at N positions in Triton: one program per position (and per 32 labels, where there are more).
 
-A program reads its row of h values in blocks and takes the dot products with the labels' rows in the same pass: a
-norm's root is one factor of all of them, found on the way. Only a norm with a mean needs a pass before. The labels'
-rows are read by every program, from the L2 cache.
+A program reads its row of h values in blocks and computes the dot products with the labels' rows in the same pass: the
+root of a norm is one factor of all products, computed on the way. Only a norm with a mean needs a pass before. Every
+program reads the labels' rows, from the L2 cache.
 """
 
 from __future__ import annotations

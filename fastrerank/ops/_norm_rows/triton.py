@@ -1,4 +1,4 @@
-"""Norms of rows in Triton: a row lies in registers whole, so that it is read once and written once."""
+"""Norms of rows in Triton: registers hold a whole row, so it is read once and written once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def kernel(
         x = tl.where(kept, x - (tl.sum(x, 1) / W)[:, None], 0.0)
     spread = tl.sum(x * x, 1) / W + eps
     root = tl.rsqrt(spread)
-    # one step of Newton's method, where the approximation is a number: the hardware's root is off by 2 last bits
+    # one step of Newton's method where the approximation is a number: the hardware's root has an error of 2 last bits
     closer = root * (1.5 - 0.5 * spread * root * root)
     root = tl.where(closer == closer, closer, root)
     y = x * root[:, None] * tl.load(GAMMA + columns, mask=inside, other=0.0).to(tl.float32)[None, :]

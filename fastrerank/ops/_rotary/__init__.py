@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, said
+from fastrerank.ops._tensors import DTYPES, check_tensor, on_device, register_op, said
 
 __all__ = ["rotary"]
 
@@ -12,16 +12,16 @@ __all__ = ["rotary"]
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Like `x * cos + cat(-x[..., R / 2 :], x[..., : R / 2]) * sin` of q and k, in the first R columns of a head.
 
-    The rotary embedding (RoFormer, arXiv 2104.09864) by halves. Products and sums are float32 and rounded once; what is
-    read and written is 2 T D (H + Hkv) values, 50 MB for 8,210 tokens of 12 + 12 heads of 64 in bfloat16. The result
-    is new memory: q and k may be views of a product that others read.
+    The rotary embedding (RoFormer, arXiv 2104.09864) by halves. Products and sums are float32 and rounded once. The op
+    reads and writes 2 T D (H + Hkv) values: 50 MB for 8,210 tokens of 12 + 12 heads of 64 in bfloat16. The result is
+    new memory, so q and k may be views of a product that others read.
 
     Args:
         q: (1, H, T, D) float32, float16 or bfloat16, any strides, D contiguous. k: (1, Hkv, T, D) in q's dtype.
         cos, sin: (1, T, R) in any of these dtypes, any stride between tokens; R is even and at most D.
 
-    Returns q and k turned, (1, H, T, D) and (1, Hkv, T, D) in their dtype; columns from R on as they were. Both are
-    views of one (T, H + Hkv, D): a token's heads lie together, as `ops.attention` reads them best.
+    Returns the rotated q and k, (1, H, T, D) and (1, Hkv, T, D) in their dtype; columns from R on are unchanged. Both
+    are views of one (T, H + Hkv, D): a token's heads lie together, which suits `ops.attention`.
 
     Takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1. Raises ValueError naming the argument.
 
@@ -77,10 +77,4 @@ def _fake(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return q.new_empty((q.shape[2], q.shape[1] + k.shape[1], q.shape[3]))
 
 
-# Under torch.compile the call is one opaque node; eager calls go to `_run`, without the dispatcher's cost.
-_library = torch.library.Library("fastrerank", "FRAGMENT")
-_library.define(
-    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,)
-)
-_library.impl("rotary", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrerank::rotary", _fake, lib=_library)
+register_op("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> Tensor", _run, _fake)

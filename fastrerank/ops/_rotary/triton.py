@@ -17,12 +17,12 @@ VALUES = 1024  # of one half of a head's columns that a program takes in one ste
 
 
 def tokens_of(rotated: int) -> int:
-    """Return how many tokens a program takes where `rotated` columns of a head turn."""
+    """Return how many tokens a program takes where `rotated` columns of a head are rotated."""
     return max(1, VALUES // int(triton.next_power_of_2(rotated // 2)))
 
 
 def heads_of(heads: int, kv_heads: int) -> int:
-    """Return how many heads a program takes: a number that divides both, so that every program is full."""
+    """Return how many heads a program takes: it divides both numbers, so that every program is full."""
     return math.gcd(HEADS, heads, kv_heads)
 
 
