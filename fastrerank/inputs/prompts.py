@@ -7,6 +7,7 @@ import string
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Message", "Template", "list_templates", "parse_format"]
+__all__ = ["Message", "Template", "list_templates", "parse_format", "published_names"]
 
 _FOLDER = Path(__file__).with_suffix("")
 
@@ -31,7 +32,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "document_unit": ("", "words", "tokens", "characters"),
     "special_tokens": ("auto", "bos", "none"),
     "content": ("text", "parts"),
-    "schedule": ("windows", "groups"),
 }
 # The last two are what sentence-transformers makes of a pair, for chat templates that know them.
 _ROLES = ("system", "user", "assistant", "query", "document")
@@ -74,9 +74,7 @@ class Template:
             text tokenised as a whole; raw texts tokenised separately and concatenated; a pair for the tokenizer.
         content: what a chat template gets as a turn's content: "text", or "parts", a list of one {"type": "text"}.
         suffix: text behind the prompt where logits or a head are read; `generation_suffix` where text is generated.
-        schedule: how a listwise template's documents are shown: "windows", or "groups" that are scored.
-        new_tokens: most tokens of a written answer; None for as many as name each document once.
-        stop: texts that end a written answer.
+        names: checkpoints that were trained with it, by their names without the owner, in small letters.
         source, paper: where the wording was published.
 
     Example:
@@ -118,9 +116,7 @@ class Template:
     special_tokens: str = "auto"
     content: str = "text"
     requires: tuple[str, ...] = ()
-    schedule: str = "windows"
-    new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
+    names: tuple[str, ...] = field(default=(), repr=False)
     chat_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __repr__(self) -> str:
@@ -225,6 +221,18 @@ def list_templates(kind: str | None = None) -> dict[str, str]:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     templates = [_read(file) for file in sorted(_FOLDER.glob("*.toml"))]
     return {template.name: template.source for template in templates if kind in (None, template.kind)}
+
+
+@lru_cache(maxsize=1)
+def published_names() -> Mapping[str, Template]:
+    """Name of a checkpoint in small letters -> the shipped template that lists it in its `names`.
+
+    Example:
+        >>> published_names()["mt5-base-mmarco-v2"].labels
+        ('▁yes', '▁no')
+    """
+    templates = [_read(file) for file in sorted(_FOLDER.glob("*.toml"))]
+    return MappingProxyType({name: template for template in templates for name in template.names})
 
 
 def parse_format(text: str) -> list[tuple[str, str | None]]:
@@ -447,11 +455,5 @@ class _Checker:
             raise self._error("special_tokens", f"is {template.special_tokens!r}", '"auto" with a pair')
         if template.decoder and template.model != "seq2seq":
             raise self._error("decoder", "is given", 'that with model = "seq2seq" only')
-        if template.schedule == "groups" and (template.kind, template.readout) != ("listwise", "generate"):
-            raise self._error("schedule", 'is "groups"', "that for listwise templates whose answers are written")
-        writes = template.readout == "generate" or template.score == "expectation"
-        if (template.stop or template.new_tokens) and not writes:
-            name = "stop" if template.stop else "new_tokens"
-            raise self._error(name, "is given", "that where answers are written")
         if template.suffix and template.pair:
             raise self._error("suffix", "is given", "none with a pair")

@@ -120,7 +120,7 @@ class LLMReranker(Reranker):
 
     def _template(self, checkpoint: Checkpoint, wanted: str | Path | None) -> Template:
         usual = self.default_seq2seq if _seq2seq(checkpoint) else self.default_template
-        template = (None if wanted else recognised_template(checkpoint, self.kind)) or Template.load(wanted or usual)
+        template = Template.load(wanted or recognised_template(checkpoint, self.kind) or usual)
         if template.kind != self.kind:
             known = ", ".join(sorted(list_templates(self.kind)))
             raise ValueError(

@@ -113,7 +113,7 @@ class PointwiseReranker(LLMReranker):
             self._generator = TransformersGenerator(
                 checkpoint.path,
                 max_new_tokens=self._new_tokens,
-                stop=self.template.stop,
+                stop=("</answer>",),
                 device=options["device"],
                 dtype=options["dtype"],
                 trust_remote_code=checkpoint.trust_remote_code,

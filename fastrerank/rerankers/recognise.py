@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.inputs.prompts import Template
-from fastrerank.rerankers.published import Published, find_published
+from fastrerank.inputs.prompts import published_names
 
 __all__ = [
     "is_classifier",
@@ -21,6 +21,29 @@ __all__ = [
 
 _LAYERWISE = "LayerWiseMiniCPMForCausalLM"
 
+# What a published checkpoint's name begins with -> (method, template). Weights and configs of most of these are those
+# of their base models: the name is all that tells them.
+_PUBLISHED = (
+    ("qwen3-reranker", "pointwise", "qwen3-reranker"),
+    ("mxbai-rerank-(base|large)-v2", "pointwise", "mxbai-rerank-v2"),
+    ("prorank", "pointwise", "prorank"),
+    ("bge-reranker-v2-gemma", "pointwise", "bge-gemma"),
+    ("bge-reranker-v2-minicpm", "pointwise", "bge-gemma"),
+    ("erank", "pointwise", "erank"),
+    ("monot5", "pointwise", "monot5"),
+    ("rankt5", "pointwise", "rankt5"),
+    ("rankllama", "pointwise", "rankllama"),
+    ("dear-[0-9]+b-reranker-listwise", "listwise", "dear-listwise"),
+    ("dear-[0-9]+b-reranker", "pointwise", "dear-stage1"),
+    ("duot5", "pairwise", "duot5"),
+    ("first_model", "listwise", "first"),
+    ("first_mistral", "listwise", "first-rank_llm"),
+    ("rank_(zephyr|vicuna)", "listwise", "rank_zephyr"),
+    ("reasonrank", "listwise", "reasonrank"),
+    ("coderankllm", "listwise", "coderankllm"),
+    ("(diver-)?grouprank", "listwise", "grouprank"),
+    ("rank-r1", "setwise", "rank-r1"),
+)
 _SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 
@@ -64,7 +87,7 @@ def is_yes_no(checkpoint: Checkpoint, given: bool) -> bool:
     if checkpoint.modules or is_layerwise(checkpoint) or not str(names[0]).endswith("ForCausalLM"):
         return False
     found = _published(checkpoint)
-    return given or (found is not None and found.scores_pairs)
+    return given or found == ("pointwise", "qwen3-reranker")
 
 
 def logit_score(checkpoint: Checkpoint) -> list[int] | None:
@@ -85,26 +108,36 @@ def logit_score(checkpoint: Checkpoint) -> list[int] | None:
     return None
 
 
-def recognised_template(checkpoint: Checkpoint, kind: str) -> Template | None:
+def recognised_template(checkpoint: Checkpoint, kind: str) -> str | None:
     """Return the template of this kind that the checkpoint was trained with; None where nothing tells."""
     if kind == "pointwise" and logit_score(checkpoint) is not None:
-        return Template.load(_SENTENCE_TRANSFORMERS)
+        return _SENTENCE_TRANSFORMERS
     found = _published(checkpoint)
     if found is not None:
-        return found.template if found.method == kind else None
-    return Template.load(_SENTENCE_TRANSFORMERS) if kind == "pointwise" and is_classifier(checkpoint) else None
+        return found[1] if found[0] == kind else None
+    return _SENTENCE_TRANSFORMERS if kind == "pointwise" and is_classifier(checkpoint) else None
 
 
 def method_of(checkpoint: Checkpoint) -> str | None:
     """Return the method of a language model checkpoint; None where it is none, or nothing tells."""
-    if logit_score(checkpoint) is not None:
+    if is_layerwise(checkpoint) or logit_score(checkpoint) is not None:
         return "pointwise"
     found = _published(checkpoint)
-    return None if found is None else found.method
+    return None if found is None else found[0]
 
 
-def _published(checkpoint: Checkpoint) -> Published | None:
-    return find_published(names_of(checkpoint), list(checkpoint.config.get("architectures") or []))
+def _published(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """(method, template) by the checkpoint's name: its folder's, its hub id's, or the one in its config.json."""
+    if is_layerwise(checkpoint):
+        return "pointwise", "bge-gemma"
+    for name in names_of(checkpoint):
+        for pattern, method, template in _PUBLISHED:
+            if re.match(pattern, name):
+                return method, template
+        listed = published_names().get(name)  # checkpoints that their template's file names
+        if listed is not None:
+            return listed.kind, listed.name
+    return None
 
 
 def names_of(checkpoint: Checkpoint) -> list[str]:

@@ -16,6 +16,7 @@ import transformers
 
 import fastrerank
 from fastrerank.checkpoints.checkpoint import open_checkpoint
+from fastrerank.inputs.prompts import Template, list_templates, published_names
 from fastrerank.rerankers.pointwise import PointwiseReranker
 from fastrerank.rerankers.recognise import method_of, recognised_template
 
@@ -98,8 +99,7 @@ def test_each_published_checkpoint_has_its_words(
     folder: Path, tmp_path: Path, name: str, positive: str, negative: str
 ) -> None:
     checkpoint = open_checkpoint(named(folder, tmp_path, name))
-    template = recognised_template(checkpoint, "pointwise")
-    assert template is not None
+    template = Template.load(recognised_template(checkpoint, "pointwise") or "")
     pieces = tuple(label if label.startswith("▁") else f"▁{label}" for label in template.labels)
     assert pieces == (positive, negative)
     assert method_of(checkpoint) == "pointwise"
@@ -154,3 +154,9 @@ def test_words_that_the_vocabulary_lacks_are_refused(tmp_path: Path) -> None:
     transformers.MT5ForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'▁sim' of template 'monot5-sim' is no piece of this tokenizer's vocabulary"):
         PointwiseReranker(tmp_path, template="monot5-sim")
+
+
+def test_a_checkpoint_is_listed_by_one_template() -> None:
+    listed = [name for template in list_templates() for name in Template.load(template).names]
+    assert len(listed) == len(set(listed)) == len(published_names())
+    assert all(name == name.lower() and "/" not in name for name in listed)

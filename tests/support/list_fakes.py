@@ -20,7 +20,6 @@ import pytest
 
 from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.usage import Cost
-from fastrerank.inputs import prompts
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.llm import LLMReranker
@@ -40,9 +39,6 @@ class Template:
     uses_notes: bool = False
     uses_instruction: bool = False
     max_length: int | None = None
-    schedule: str = "windows"
-    new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
 
 
 TEMPLATES = {
@@ -50,16 +46,9 @@ TEMPLATES = {
     for template in (
         Template("first", "listwise", identifiers="alphabetic"),
         Template("rankgpt", "listwise", identifiers="numeric", readout="generate"),
-        Template(
-            "reasonrank",
-            "listwise",
-            identifiers="numeric",
-            readout="generate",
-            new_tokens=prompts.Template.load("reasonrank").new_tokens,
-            stop=prompts.Template.load("reasonrank").stop,
-        ),
+        Template("reasonrank", "listwise", identifiers="numeric", readout="generate"),
         Template("insertrank", "listwise", identifiers="numeric", readout="generate", uses_notes=True),
-        Template("grouprank", "listwise", identifiers="numeric", readout="generate", schedule="groups"),
+        Template("grouprank", "listwise", identifiers="numeric", readout="generate"),
         Template("prp", "pairwise", labels=("A", "B")),
         Template("setwise", "setwise", identifiers="alphabetic", most_documents=23),
         Template("rank-r1", "setwise", identifiers="numeric", readout="generate"),
