@@ -402,7 +402,8 @@ class _Bench:
             if not rms <= allowed:  # false for NaN
                 row.state = "WRONG"
                 row.detail = f"rms error {rms:.2e} on {size} documents, at most {allowed:.2e} allowed"
-        graphs = getattr(getattr(getattr(getattr(engine, "encoder", None), "model", None), "runner", None), "graphs", None)
+        model = getattr(getattr(engine, "encoder", None), "model", None)
+        graphs = getattr(getattr(model, "runner", None), "graphs", None)
         if graphs is not None:
             row.graphs = sorted(graphs._graphs)
             if graphs.failed:
