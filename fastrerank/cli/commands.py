@@ -503,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         sys.stdout.flush()
     except BrokenPipeError:
-        # the reader of the output has gone; Python must not flush into the closed pipe again at exit
+        # the reader of the output has closed the pipe; Python must not flush into it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
@@ -521,7 +521,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     warn(str(message))
 
 
-# What the command line can do about an option that a checkpoint refuses, or lacks.
+# The command line's advice where a checkpoint refuses or lacks an option.
 _ADVICE = {
     "label": "--label takes a name or a number",
     "instruction": "leave out --instruction",

@@ -220,7 +220,7 @@ def _compare(
     listed: list[System], pools: dict[str, Path | list[JudgedQuery]], out: Path | None, as_json: bool, **options: Any
 ) -> None:
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     keep = None if out is None else out / "unfinished"
     if keep is None:
         ending = cli.resumable("nothing is kept without --out FOLDER", again="begin again")

@@ -80,7 +80,7 @@ def score(
         max_length=max_length,
         engine=engine,
     )
-    # Ray prints on standard output what workers print, and that one has died: here that is the result's.
+    # Ray prints workers' output and their deaths on standard output, which belongs to the result here.
     with (
         cli.resumable(f"the parts that are whole are in {output}"),
         redirect_stdout(sys.stderr),

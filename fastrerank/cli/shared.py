@@ -307,7 +307,7 @@ def print_table(
     table = Table(caption=caption)
     for number, (name, column) in enumerate(zip(columns, columns_of, strict=True)):
         side: Literal["left", "right"] = "right" if all(map(_NUMBER.fullmatch, column[1:])) else "left"
-        if number == len(columns) - 1:  # the only one that gives way on a narrow terminal
+        if number == len(columns) - 1:  # only this column shrinks on a narrow terminal
             table.add_column(name, justify=side, overflow="ellipsis" if crop else "fold")
         else:
             table.add_column(name, justify=side, min_width=widths[number], no_wrap=True)

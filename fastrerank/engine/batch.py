@@ -121,7 +121,7 @@ class Batch:
         rows = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths)
         prefix = None
         if self.prefix is not None:
-            place = np.full(len(self) + 1, -1, np.int64)  # the last one stands for no prefix
+            place = np.full(len(self) + 1, -1, np.int64)  # the last entry means no prefix
             place[chosen] = np.arange(len(chosen))
             prefix = place[self.prefix[chosen]]
         return Batch(

@@ -35,7 +35,7 @@ _HARMLESS = re.compile(
     r"|discriminator_predictions|lm_predictions|mask_predictions|vocab_transform|vocab_layer_norm|vocab_projector"
     r"|decoder|predictions|sop_classifier)\."
 )
-# What task heads are called. A tensor of such a name that nothing reads was trained to make other scores.
+# Names of task heads. A tensor of such a name that is not read belongs to a head that gives other scores.
 _HEAD = re.compile(
     r"(classifier|classification_head|pre_classifier|score|scores|head|heads|out_proj|output_proj|dense|linear|logits"
     r"|regressor|regression|ranking_head|rank_head|projection|projector|proj|qa_outputs|pruning_head|token_classifier"

@@ -311,7 +311,7 @@ def _modernbert_theta(config: Config) -> dict[str, float]:
     """The base of the rotary frequencies for each kind of layer."""
     theta = {
         "full_attention": number(config, "global_rope_theta", 160_000.0, high=1e12),
-        # null is how releases before rope_parameters wrote "as in the global layers"
+        # releases before rope_parameters wrote null for "as in the global layers"
         "sliding_attention": number(config, "local_rope_theta", 10_000.0, high=1e12)
         if config.get("local_rope_theta", 0) is not None
         else number(config, "global_rope_theta", 160_000.0, high=1e12),

@@ -259,7 +259,7 @@ def _load_native(
             head, missing = classification_head(checkpoint.transformer_path, family, tensors, prefix)
             if head is None:
                 raise untrained(checkpoint, missing)
-        # What is rounded in the last layers reaches every coordinate of a vector.
+        # Rounding in the last layers reaches every coordinate of a vector.
         vectors = bool(head.steps) and isinstance(head.steps[-1], NormalizeStep)
         return native_encoder.NativeEncoder(
             checkpoint,

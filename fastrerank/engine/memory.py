@@ -15,7 +15,7 @@ log = logging.getLogger("fastrerank")
 CPU_TOKENS = 4096
 # Decoders' rows are wider, and their rotary embeddings hold several copies of queries and keys.
 CPU_DECODER_TOKENS = 2048
-# On a GPU, from here on products are as fast as they get.
+# On a GPU, more tokens make products no faster.
 MOST_TOKENS = 65536
 _FRACTION = 0.9
 

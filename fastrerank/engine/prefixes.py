@@ -119,7 +119,7 @@ class _Interval:
     inner: list[_Interval] = field(default_factory=list)
     saved: int = 0
     groups: list[tuple[list[int], int]] = field(default_factory=list)
-    loose: list[int] = field(default_factory=list)  # members of no group: an outer interval may take them
+    loose: list[int] = field(default_factory=list)  # members of no group, which an outer interval may take
     size: int = 0
 
     def close(self, right: int, least: int) -> None:

@@ -342,7 +342,7 @@ def _outcome(
             else:
                 run = system.run if isinstance(system.run, Mapping) else read_trec_run(system.run or "")
                 outcome.runs[name] = dict(run), np.zeros(0)
-        except Exception as error:  # any reranker's: it is told by name, and the others go on
+        except Exception as error:  # any error of a reranker is reported with its name, and the others continue
             outcome.error, outcome.failed = " ".join(f"{type(error).__name__}: {error}".split()), name
             break
     return outcome

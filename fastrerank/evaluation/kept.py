@@ -61,7 +61,7 @@ class Kept:
             }
             return Outcome(runs, found["load_seconds"], found["peak"], found["peak_gpu"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # it is not there, or torn: the system runs again
+            return None  # the file is missing or incomplete: the system runs again
 
     def write(self, system: System, outcome: Outcome) -> None:
         """Keep the outcome of a system that did not fail: after this its file is whole."""

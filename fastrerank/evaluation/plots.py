@@ -126,7 +126,7 @@ def curves(series: Mapping[str, Mapping[int, float]], colours: Mapping[str, int]
 def forest(tests: Mapping[str, PairedTest], colours: Mapping[str, int], label: str) -> str:
     """Return each system's mean difference from the baseline with its 95 % interval."""
     width, top, bottom, right = _WIDTH, 12, 44, 18
-    row = max(30.0, 284 / len(tests))  # as high as the scatter beside it, unless there are many
+    row = max(30.0, 284 / len(tests))  # as high as the scatter plot beside it, or higher for many tests
     left = min(200, 22 + _CHARACTER * max(len(name) for name in tests))
     height = top + row * len(tests) + bottom
     edges = [0.0, *(edge for test in tests.values() for edge in (test.low, test.high))]

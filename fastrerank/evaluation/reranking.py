@@ -96,7 +96,7 @@ def evaluate(
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 (or None for all candidates), got {top_k}")
-    import_ir_measures()  # before the work, not after it
+    import_ir_measures()  # fails before the work, not after it
     queries = load_dataset(dataset) if isinstance(dataset, (str, os.PathLike)) else list(dataset)
     check_queries(queries)
     run, latencies = rerank(reranker, queries, top_k=top_k, warmup=warmup, progress=progress)

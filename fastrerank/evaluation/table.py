@@ -85,7 +85,7 @@ def _print_whole(console: Console, comparison: Comparison, table: Callable[[Mapp
         return
     numbers = {name: str(number) for number, name in enumerate(names, start=1)}
     made = table(numbers)
-    # figures are not cut either: a table of many measures is as wide as it must be
+    # numbers are not cut: a table of many measures may be wide
     console.print(made, width=max(console.width, _width(made)), crop=False)
     for name, number in numbers.items():
         console.print(Text(f"{number}  {name}"), soft_wrap=True)

@@ -29,7 +29,7 @@ RULES = {"ndcg": "qrhead", "gold": "qrhead", "contrast": "core"}
 # Heads that the methods keep.
 HEADS = {"qrhead": 16, "core": 8}
 _TEMPERATURE = 0.1
-_SHUFFLE_SEED = 42  # of the documents, so that no head is scored by a place in the prompt
+_SHUFFLE_SEED = 42  # documents are shuffled, so that no head is scored by a place in the prompt
 _CUTOFF = 10
 
 Matrix = npt.NDArray[np.float64]

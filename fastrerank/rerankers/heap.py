@@ -40,7 +40,7 @@ def heap_top(
     size, top_k = n, min(top_k, n)
     running = [_Sift(place, n) for place in range((n - 2) // arity, -1, -1)] if n > 1 else []
     top: list[int] = []
-    hollow = False  # the root was extracted and the last node has not taken its place yet
+    hollow = False  # the root is extracted, and the last node has not taken its place yet
     while len(top) < top_k:
         questions: dict[Q, None] = {}
         moved = False

@@ -136,7 +136,7 @@ class ModelView:
         self.engine, self.config, self.device, self.dtype = engine, config, device, dtype
 
     def __getattr__(self, name: str) -> Any:
-        if name == "engine":  # of an object that is being made
+        if name == "engine":  # the object is not complete yet
             raise AttributeError(name)
         return getattr(self.engine, name)
 

@@ -94,7 +94,7 @@ def parse_scores(text: str, n: int, scale: float = 10.0) -> tuple[list[float | N
     body = fence.group(1) if fence else answer[max(answer.find("{"), 0) : answer.rfind("}") + 1]
     try:
         found = json.loads(body)
-    except (ValueError, RecursionError):  # what a model wrote may be anything; the caller counts it
+    except (ValueError, RecursionError):  # a model may write anything; the caller counts it
         found = None
     if not isinstance(found, dict):
         return [0.0] * n, False

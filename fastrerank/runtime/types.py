@@ -49,7 +49,7 @@ ModelPath = str | PathLike[str]
 if TYPE_CHECKING:
     DtypeLike = DtypeName | torch.dtype
     DeviceLike = str | int | torch.device | Sequence[str | int | torch.device]
-else:  # names for those who look; checkers see the ones above
+else:  # names at run time; type checkers see those above
     DtypeLike = DeviceLike = Any
 
 

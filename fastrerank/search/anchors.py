@@ -79,7 +79,7 @@ def _greedy(items: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]
         best = int(np.argmax(np.where(alive, gain / np.maximum(length, floor), -np.inf)))
         done = units[: len(chosen)]
         left = items[best].copy()
-        for _ in range(2):  # once is not orthogonal enough where little is left
+        for _ in range(2):  # one pass is not orthogonal enough where the rest is small
             left -= (done @ left) @ done
         unit = left / max(float(np.linalg.norm(left)), np.finfo(float).tiny)
         image = moment @ unit

@@ -183,7 +183,7 @@ class Build:
         with (folder / _SCORES).open("rb") as scores, (folder / _JOURNAL).open("rb") as journal:
             for line in journal:
                 if not line.endswith(b"\n"):
-                    break  # torn by the interruption
+                    break  # the interruption left this line incomplete
                 entry = json.loads(line)
                 scores.seek(4 * done)
                 if zlib.crc32(scores.read(4 * (entry["end"] - done))) != entry["crc"]:

@@ -397,7 +397,7 @@ def _add_routes(app: FastAPI, server: _Server) -> None:
         503: {"description": "The server is shutting down."},
         504: {"description": "The request's time was over."},
     }
-    # Only the schema is told of the keys, so that the page of /docs asks for one: `Keys` checks them, for every route.
+    # The keys are in the schema only so that the page /docs asks for one; `Keys` checks them for every route.
     keyed = [Security(HTTPBearer(auto_error=False))] if server.settings.keys else []
     for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/"):
         app.add_api_route(

@@ -127,16 +127,16 @@ class AsyncReranker:
         self.batches = 0
         self.speed = Speed()
         self._waiting = Waiting()
-        self._taken: set[Piece] = set()  # what is being computed
+        self._taken: set[Piece] = set()  # pieces that are being computed
         self._flying = 0  # bytes of the batches that are being computed
-        self._flying_large = 0  # of them those of large requests
+        self._flying_large = 0  # bytes of those batches that belong to large requests
         self._slices = 0  # slices of large requests that are being computed
         self._large_next = False  # whether a slice is due before the next batch of small requests
         self._quiet = 0  # slices since the last small request came
         self._closing = False
-        self._failure: BaseException | None = None  # what ended a worker
+        self._failure: BaseException | None = None  # the error that ended a worker
         self._changed = threading.Condition()
-        # The threads own nothing of this object while they wait: one that nobody holds ends them, and frees its model.
+        # Waiting threads hold no reference to this object: when nobody else does, they end and the model is freed.
         gone = threading.Event()
         weakref.finalize(self, _wake, self._changed, gone).atexit = False
         self._threads = [
@@ -190,7 +190,7 @@ class AsyncReranker:
             await asyncio.wait_for(asyncio.wrap_future(request.future), timeout)
         except DeadlineExceeded:
             raise
-        except (asyncio.TimeoutError, TimeoutError):  # never the reranker's own: see `_for_callers`
+        except (asyncio.TimeoutError, TimeoutError):  # a timeout of the reranker itself is converted by `_for_callers`
             raise _late(request) from None
         return _scored(request)
 
@@ -467,7 +467,7 @@ class AsyncReranker:
             if len(pieces) == 1:
                 pieces[0].request.end(_for_callers(error))
             else:
-                for piece in pieces:  # one by one, so that only those fail whose own texts do
+                for piece in pieces:  # one by one, so that only pieces with failing texts fail
                     self._run([piece])
             return
         for piece in pieces:
@@ -587,7 +587,7 @@ def _at_exit() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    # A child has none of the threads, and a lock that one of them held stays locked there.
+    # A child process has none of the threads, and locks that they held stay locked in it.
     os.register_at_fork(after_in_child=_open.clear)
 
 

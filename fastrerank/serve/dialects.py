@@ -38,9 +38,9 @@ class Ask:
     version: str
 
 
-# Whether results carry their documents where the request does not say.
+# Whether results carry their documents by default.
 _RETURNS = frozenset({Flavor.jina, Flavor.vllm, Flavor.sglang})
-# Who takes `top_n: 0` for all; the others refuse it.
+# Dialects in which `top_n: 0` means all; the others refuse it.
 _ZERO_IS_ALL = frozenset({Flavor.auto, Flavor.tei, Flavor.vllm})
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 __all__ = ["Flavor", "Problem", "Source", "dialect", "error_body", "error_status", "schema_problem"]
 
 LONGEST_MESSAGE = 2000
-# Where an error comes from: a body that is no JSON, one that the schema refuses, a route or its middleware, or what
-# serves the request.
+# Where an error arises: a body that is no JSON, a body that the schema refuses, a route or its middleware, or the
+# reranker.
 Source = Literal["json", "schema", "route", "request"]
 
 
@@ -37,7 +37,7 @@ class Problem(Exception):
     def __init__(
         self, status: int, kind: str, message: str, headers: dict[str, str] | None = None, field: str | None = None
     ) -> None:
-        # A client's own text in a message may be megabytes.
+        # A message may quote megabytes of the client's text.
         super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
         self.status, self.kind, self.headers, self.field = status, kind, headers or {}, field
 
@@ -112,7 +112,7 @@ def _told(place: tuple[str | int, ...], messages: list[str]) -> str:
         name = place[0] + "".join(f"[{part}]" for part in place[1:])
     if all(message.startswith(begin) for message in messages):
         return f"{name} must be {' or '.join(message.removeprefix(begin) for message in messages)}"
-    if all(message.startswith("Value error, ") for message in messages):  # our own, which name what they are about
+    if all(message.startswith("Value error, ") for message in messages):  # our own messages name the field
         return ", or ".join(message.removeprefix("Value error, ") for message in messages)
     return f"{name}: {', or '.join(messages)}"
 

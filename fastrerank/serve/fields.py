@@ -28,11 +28,11 @@ _RERANK_ONLY = (
     "explain",
     "rank_fields",
 )
-# What Cohere's v2 cuts documents to where the request does not say.
+# Default document limit of Cohere's v2.
 COHERE_TOKENS_PER_DOC = 4096
-# A token count beyond this is as good as none.
+# A larger token limit has no effect.
 _MOST_TOKENS = 2**31 - 1
-# Names told of one request, and letters of one in a header.
+# Most names of one request that are reported, and most letters of a name in a header.
 _MOST_NAMES, _LONGEST_NAME = 16, 60
 
 
@@ -78,7 +78,7 @@ def call_options(
     given = _limits(body, flavor, served.max_length)
     can = reranker.honoured_options
     if given.get("truncation_side", ("", ""))[1] == "right" and "truncation_side" not in can:
-        del given["truncation_side"]  # as such a method cuts anyway; clients of TEI always send it
+        del given["truncation_side"]  # such a method cuts in its own way, and clients of TEI always send the field
     if body.label is not None:
         given["label"] = ("label", body.label)
     instruction = _instruction(body)
@@ -98,7 +98,7 @@ def call_options(
                 continue
             raise refuse(field, f"cannot be honoured: {error}") from None
         options[option] = value
-    # What a dialect does where the request does not say, as far as the method can.
+    # Defaults of the dialect, as far as the method can follow them.
     cut = {"max_length", "truncate", "max_tokens_per_doc", "max_tokens_per_query"} & options.keys()
     if flavor is Flavor.vllm and not cut and not _said_to_cut(body) and "truncate" in can:
         options["truncate"] = False

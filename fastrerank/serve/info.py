@@ -37,7 +37,7 @@ def tei_info(models: Mapping[str, AsyncReranker], aliases: Mapping[str, str], ma
         "model_sha": None,
         "model_dtype": _dtype(first),
         "model_type": {"reranker": kind},
-        # Tokens bound what waits, not a count of requests: as many as have a token each.
+        # The queue is bounded in tokens, not in requests: at most as many requests as tokens fit.
         "max_concurrent_requests": limit,
         "max_input_length": first.max_length or limit,
         "max_batch_tokens": first.max_batch_tokens,
@@ -78,7 +78,7 @@ def infinity_models(models: Mapping[str, AsyncReranker], begun: int) -> dict[str
             "results_pending": one.waiting(),
             "batch_size": one.max_batch_tokens,
         }
-        # Clients made from its schema take no other owner.
+        # Clients generated from the schema accept no other owner.
         rows.append(
             {
                 "id": name,

@@ -12,7 +12,7 @@ from fastrerank.serve.batcher import AsyncReranker, Scored
 
 __all__ = ["Metrics"]
 
-# Names of ignored fields that have a count of their own; what clients make up beyond is counted together.
+# Most names of ignored fields that have a counter of their own; all further names share one.
 _MOST_NAMES = 64
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

@@ -56,7 +56,7 @@ class AccessLog:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["fields"] = fields = {"request_id": name.decode()}
-        begin, status = time.perf_counter(), 499  # what stands if the client goes before an answer starts
+        begin, status = time.perf_counter(), 499  # the status if the client leaves before an answer starts
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -135,7 +135,7 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal received, whole
-            if whole:  # what comes after the body is the client's going away, which has all the time in the world
+            if whole:  # after the body the only message is that the client left, which may come at any time
                 return await receive()
             if declared.isdigit() and int(declared) > self.size:
                 raise self._too_large()

@@ -30,7 +30,7 @@ LEAST_TOKENS_PER_BYTE = 0.1
 # And what they do not rise above: a token has at least a byte. What a batch holds beyond it is no text of the request,
 # but of the prompt around it.
 MOST_TOKENS_PER_BYTE = 1.0
-# Text of so many bytes tells a rate. Batches of less teach less: a letter or two in each pair are no measure.
+# Bytes of text from which a batch determines the rate; smaller batches count less, as a few letters measure little.
 TELLING_BYTES = 8 << 10
 # Tokens of a pair beside its texts before the first batch: the special tokens of an encoder.
 PAIR_TOKENS = 3.0

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt
 __all__ = ["Common", "RerankBody", "ScoreBody"]
 
 Text = StrictStr | dict[str, Any]
-# Else a long list of what is no text would be an error of each element.
+# Otherwise a long list of values that are no text would give one error for each element.
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
 Count = Annotated[StrictInt, Field(ge=0)]

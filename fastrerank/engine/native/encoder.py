@@ -23,7 +23,7 @@ __all__ = ["DTYPES", "NativeEncoder", "body_prefix"]
 
 DTYPES = ("float32", "bfloat16", "int8")
 
-# A table of word embeddings of at most so many bytes is read whole; FASTRERANK_COPY_WEIGHTS=1 reads every table whole.
+# Largest table of word embeddings, in bytes, that is read whole. FASTRERANK_COPY_WEIGHTS=1 reads every table whole.
 _WHOLE_TABLE = 8 << 20
 
 # Attention works on whole vectors of head dimensions; narrower heads are padded with zero weights.

@@ -48,7 +48,7 @@ def column_factors(weights: Sequence[npt.NDArray[np.float32]], reach: Vector | N
     if reach is not None:
         factor = factor / np.sqrt(np.maximum(reach, np.float32(1e-3) * reach.mean() + np.float32(1e-30)))
     size = np.sqrt(np.mean(np.square(factor)))
-    if not np.isfinite(size) or size == 0:  # NaN is reported when the weights are packed
+    if not np.isfinite(size) or size == 0:  # packing the weights reports NaN
         return np.ones_like(factor, np.float32)
     return np.asarray(factor / size, np.float32)
 

@@ -252,7 +252,7 @@ def _probe(config: Any) -> Reading:
     random = np.random.default_rng(0)
     context, alike, tail, other = (random.choice(usable, n) for n in (size, 4, 7, 3))
     reading = Reading.of(context, np.concatenate([alike, tail]), np.concatenate([alike, other]), 1, size)
-    # All weights positive: what is left of a difference would be as small as half precision's rounding.
+    # All weights are positive: a difference of weights would be as small as the rounding of half precision.
     return Reading(reading.shared, reading.branches, reading.first, 1, size, np.abs(reading.weights) + np.float32(0.01))
 
 
@@ -312,7 +312,7 @@ def _narrow_if_equal(
     try:
         differs = _difference(runner, weights, probe, expected) > _AGREES[dtype]
         problem = "its keys depend on each other" if differs else ""
-    except RuntimeError as error:  # a model's own code that meets fewer heads than its config names; CannotPack too
+    except RuntimeError as error:  # the model's own code may fail on fewer heads than its config names; CannotPack too
         problem = f"{type(error).__name__}: {error}"
     if problem:
         log.info("%s projects all of its last layer: %s", type(runner.backbone).__name__, problem)

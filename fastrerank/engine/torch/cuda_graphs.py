@@ -69,11 +69,11 @@ def capture(
     outside.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        # thread_local: what other threads do on the GPU meanwhile does not spoil the capture.
+        # thread_local: work of other threads on the GPU does not break the capture.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             states = forward()
     except BaseException:
-        torch.cuda.set_stream(outside)  # a capture that cannot be ended leaves its own stream in force
+        torch.cuda.set_stream(outside)  # a failed capture leaves its own stream current
         raise
     return graph.replay, states
 
@@ -97,7 +97,7 @@ class CudaGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._lock = threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # Marks where the last reader of the buffers stands: the next caller may come on another stream.
+        # Marks the end of the last read of the buffers: the next caller may use another stream.
         self._read = torch.cuda.Event() if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.failed = False

@@ -131,7 +131,7 @@ def prune(layer: torch.nn.Module) -> None:
         try:
             whole(hidden_states, *args, **kwargs)
         except PassEnded:
-            if row.kept is None:  # nothing is read beyond the keys: it is the whole pass that ends
+            if row.kept is None:  # nothing is read beyond the keys, so the whole pass ends
                 raise
             row.keys_only = False
         return whole(take(hidden_states), *map(take, args), **{name: take(value) for name, value in kwargs.items()})

@@ -52,7 +52,7 @@ class TorchEncoder:
         config = model.runner.backbone.config.get_text_config()
         model.max_length = position_limit(checkpoint.config)
         self._types = int(getattr(config, "type_vocab_size", 0) or 0)
-        # XLNet's, for one, are no rows of a table, and zeros are not the same as none.
+        # XLNet's token types are no rows of a table: zeros differ from no types.
         takes_types = "token_type_ids" in inspect.signature(model.runner.backbone.forward).parameters
         self._undeclared_types = takes_types and not hasattr(config, "type_vocab_size")
 
@@ -149,7 +149,7 @@ class TorchEncoder:
             return Rows(np.maximum(np.maximum.reduceat(content, starts) - starts, 0))
         if self.readout in ("mean", "tokens"):
             return Mean() if self.readout == "mean" else Tokens()
-        return Rows.last(batch)  # a whole model's logits are its runner's answer to any row
+        return Rows.last(batch)  # the runner of a whole model returns its logits for any row
 
     def _check_types(self, types: npt.NDArray[np.integer] | None) -> None:
         if types is None or not len(types):

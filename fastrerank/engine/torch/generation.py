@@ -51,7 +51,7 @@ class CausalGenerator:
         if ends is None:
             ends = tokenizer.eos_token_id
         self.ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        # What the checkpoint suggests (temperatures, penalties) would mix with what the caller asks for.
+        # The checkpoint's own settings (temperature, penalties) would change what the caller asks for.
         model.generation_config = _GenerationConfig()
         self._tokenizer_lock = threading.Lock()
 

@@ -95,7 +95,7 @@ def _calling(forward: types.FunctionType, theirs: Callable[..., Any], place: tor
             return rotary(q, k, cos, sin)
         return theirs(q, k, cos, sin, *args, **kwargs)
 
-    # Without a module's name torch.compile looks names up in these globals, and not in the module of that name.
+    # Without a module name, torch.compile looks names up in these globals instead of in a module.
     scope = {**forward.__globals__, _ROTARY: apply}
     del scope["__name__"]
     copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -110,7 +110,7 @@ def _rotates_halves(function: Callable[..., Any], rotated: int, place: torch.dev
     q, k, cos, sin = (torch.randn(shape, generator=random).to(place) for shape in shapes)
     try:
         found = function(q, k, cos, sin)
-    except Exception:  # shapes or arguments that a function of this name does not take
+    except Exception:  # a function of this name may take other shapes or arguments
         return False
     if not isinstance(found, tuple) or len(found) != 2 or not all(torch.is_tensor(x) for x in found):
         return False
@@ -266,7 +266,7 @@ def fuse_gated_layers(model: torch.nn.Module) -> Undo:
                 if "forward" not in vars(layer) and _fuse_gated(layer, names, act, down):
                     changed.append(layer)
     if changed and next(model.parameters()).is_cuda:
-        torch.cuda.empty_cache()  # what held the weights before is in pieces that hardly anything fits into
+        torch.cuda.empty_cache()  # the freed memory of the old weights is in small pieces
 
     return functools.partial(_put_back, changed)
 
@@ -322,7 +322,7 @@ def _together(parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if tensors[0] is None:
             joined.append(None)
             continue
-        with torch.inference_mode(False), torch.no_grad():  # parameters cannot become tensors of inference mode
+        with torch.inference_mode(False), torch.no_grad():  # parameters cannot be tensors of inference mode
             whole = torch.cat([tensor.detach() for tensor in tensors])
             for tensor, rows in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
                 tensor.data = rows

@@ -40,7 +40,7 @@ class _Rows(torch.nn.Module):
     def pool(self, states: torch.Tensor) -> torch.Tensor | None:
         if self.pooler is None:
             return None
-        if isinstance(self.pooler, torch.nn.Linear):  # ALBERT's, which stands bare in the model
+        if isinstance(self.pooler, torch.nn.Linear):  # ALBERT's pooler is a bare layer in the model
             pooled: torch.Tensor = self.pooler(states[:, 0])
             return pooled if self.pooler_activation is None else self.pooler_activation(pooled)
         result: torch.Tensor = self.pooler(states)
@@ -181,7 +181,7 @@ def split_head(model: Any) -> tuple[Any, ClassificationHead | None, str]:
     task._modules = dict(model._modules)
     try:
         head = ClassificationHead(task)
-    except Exception as error:  # whatever a model's own code does when it meets rows that it did not make
+    except Exception as error:  # the model's own code may raise anything on rows that it did not compute
         return model, None, f"the head of {name} does not run on gathered rows ({type(error).__name__}: {error})"
     if head.readout is None:
         return (

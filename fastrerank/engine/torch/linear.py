@@ -14,7 +14,7 @@ from fastrerank.ops._linear import Linear, feed_forward
 
 __all__ = ["PackedLinear", "activation_of", "fuse_feed_forwards", "fuse_gated", "pack_linears", "packs"]
 
-# What a feed-forward layer's activation computes, told by trying.
+# Activations of feed-forward layers, found by trying.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,

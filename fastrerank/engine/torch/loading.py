@@ -30,7 +30,7 @@ __all__ = [
     "release_after_reading",
 ]
 
-# A model of at most so many bytes leaves its mapped files when it is loaded.
+# Largest model, in bytes, whose weights are copied out of their mapped files when it is loaded.
 _COPIED = 64 << 20
 _MAPS = Path("/proc/self/maps")
 _FACTORIES = {

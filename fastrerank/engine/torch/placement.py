@@ -30,7 +30,7 @@ class PinnedBuffers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By device, of which an event must be: (uint8 buffer, event behind its last copy) that nobody is filling.
+        # Free buffers by device, as an event belongs to one: (uint8 buffer, event after its last copy).
         self._idle: dict[torch.device, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
 
     def upload(self, array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

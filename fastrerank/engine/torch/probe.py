@@ -22,8 +22,8 @@ __all__ = ["AGREES", "choose_runner", "pack_when_equal", "probe_tokens", "relati
 
 log = logging.getLogger("fastrerank")
 
-# Relative difference between documents together and alone that passes when a model is loaded: far above rounding (1e-6,
-# 2e-2), far below what a wrong position or a glance at a neighbour does.
+# Largest relative difference between documents together and alone that passes when a model is loaded. It is far above
+# rounding (1e-6, 2e-2), and far below the effect of a wrong position or of attention to a neighbour.
 AGREES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 

@@ -26,10 +26,10 @@ from fastrerank.ops import attention, attention_mass
 __all__ = ["IMPLEMENTATION", "CannotPack", "Kept", "MassReader", "PassEnded", "Row", "answering", "running"]
 
 IMPLEMENTATION = "fastrerank"
-# Tensors that families pass to every attention function and that say nothing about who sees whom.
+# Tensors that families pass to every attention function and that do not say which rows see which keys.
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "token_type_ids"}
-# Rows without a prefix, at a batch's beginning, that get a launch of their own on a GPU. Their kernel is simpler; above
-# all, a tile of rows of which some see a prefix and some a long context before it finds no block of keys that all see.
+# From so many rows without a prefix at a batch's beginning, a GPU computes them in a launch of their own. Their kernel is
+# simpler. Above all, a tile that mixes rows with and without a prefix finds no block of keys that all of its rows see.
 _ALONE = 1024
 
 _running = threading.local()

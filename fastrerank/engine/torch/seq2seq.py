@@ -236,7 +236,7 @@ class _Probes:
         self.prompts = [generator.choice(usable, n).astype(np.int64) for n in (12, 5, 21)]
         self.labels = np.unique(np.linspace(0, vocabulary - 1, min(vocabulary, 16)).astype(np.int64))
         self._start = start
-        # The labels' rows for the whole head, which then need not be on the device.
+        # The labels' rows replace the whole head, which then need not be on the device.
         few = torch.nn.Linear(model.config.d_model, len(self.labels), bias=False)
         few.weight = torch.nn.Parameter(model.lm_head.weight.detach()[torch.from_numpy(self.labels)], False)
         model.lm_head = few
