@@ -19,8 +19,9 @@ from fastrerank.engine.torch.row import IMPLEMENTATION, CannotPack, MassReader, 
 
 __all__ = ["WHOLE", "PackedBackbone", "causality", "why_not_packed"]
 
-# On a CPU the number of rows is a multiple of this. torch computes the last elements of a tensor, which do not fill two
-# vectors, by other functions (exp, sin, cos) whose last bits differ. With whole vectors a row's bits depend on it alone.
+# On a CPU the number of rows is a multiple of this. torch computes the last elements of a tensor, which do not fill
+# two vectors, by other functions (exp, sin, cos) whose last bits differ. With whole vectors a row's bits depend on it
+# alone.
 WHOLE = 64
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 

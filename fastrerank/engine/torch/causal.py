@@ -306,7 +306,7 @@ class Probes:
     def __init__(self, config: Any, labels: int) -> None:
         usable = probe_tokens(config)
         generator = np.random.default_rng(0)
-        # There are more tokens than rows that are read, padding included, so that a layer that mixes them up does not pass.
+        # There are more tokens, padding included, than rows that are read: a layer that mixes them up does not pass.
         shared = generator.choice(usable, 30)
         self.prompts = [np.concatenate([shared, generator.choice(usable, n)]) for n in (20, 25, 1)]
         self.labels = np.unique(np.linspace(0, labels - 1, min(labels, 16)).astype(np.int64))
