@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from bench import data, llm_models
 from bench.icr_engines import IcrPrompt, TwoPass, document_scores, of_prompt
-from fastrerank.inputs.attention_policy import Policy, layout_of
-from fastrerank.inputs.attention_prompts import EMPTY_QUERY, AttentionPrompts
+from fastrerank.inputs.prompts.attention_policy import Policy, layout_of
+from fastrerank.inputs.prompts.attention_prompts import EMPTY_QUERY, AttentionPrompts
 from fastrerank.rerankers.attention import AttentionReranker
 from fastrerank.rerankers.base import Reranker
 

@@ -21,12 +21,11 @@ import prompt_tokenizers as styles
 import tokenizers
 from tokenizers import AddedToken
 
-from fastrerank.inputs import prompt_tokenizer
 from fastrerank.inputs.limits import TextLimits, TooLong
-from fastrerank.inputs.prompt_tokenizer import Prompt, PromptTokenizer
-from fastrerank.inputs.prompts import Template, list_templates
+from fastrerank.inputs.prompts import Template, list_templates, prompt_tokenizer
+from fastrerank.inputs.prompts.prompt_tokenizer import Prompt, PromptTokenizer
+from fastrerank.inputs.prompts.token_cache import TokenCache, Tokens
 from fastrerank.inputs.text_pieces import TextTokenizer
-from fastrerank.inputs.token_cache import TokenCache, Tokens
 
 RAW = ["gpt2", "t5"]
 CHAT = [style for style in styles.STYLES if style not in RAW]

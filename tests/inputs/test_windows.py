@@ -184,11 +184,10 @@ def test_prompts_of_long_texts_are_those_of_whole_texts(style: str, monkeypatch:
     """Documents and queries through templates, pairs through a chat template, and documents in one prompt."""
     import prompt_tokenizers
 
-    from fastrerank.inputs import prompt_tokenizer
     from fastrerank.inputs import text_pieces as runs
-    from fastrerank.inputs.attention_policy import Policy
-    from fastrerank.inputs.attention_prompts import AttentionPrompts
-    from fastrerank.inputs.prompts import Template
+    from fastrerank.inputs.prompts import Template, prompt_tokenizer
+    from fastrerank.inputs.prompts.attention_policy import Policy
+    from fastrerank.inputs.prompts.attention_prompts import AttentionPrompts
 
     texts = [
         "!" * 80_000,

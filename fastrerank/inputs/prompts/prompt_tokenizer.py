@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from fastrerank.checkpoints.checkpoint import max_length_of, position_limit, read_json
 from fastrerank.inputs.backend import encodable
-from fastrerank.inputs.chat_rendering import render
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
-from fastrerank.inputs.prompt_layout import (
+from fastrerank.inputs.prompts.chat_rendering import render
+from fastrerank.inputs.prompts.prompt_layout import (
     Part,
     Run,
     Shape,
@@ -28,11 +28,21 @@ from fastrerank.inputs.prompt_layout import (
     strip_sides,
     whole_run,
 )
-from fastrerank.inputs.prompts import Template
+from fastrerank.inputs.prompts.template import Template
+from fastrerank.inputs.prompts.template_layout import (
+    Piece,
+    Slot,
+    Turn,
+    Values,
+    contents,
+    expand,
+    fill,
+    options,
+    render_chat,
+)
+from fastrerank.inputs.prompts.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.inputs.screening import load_fast
-from fastrerank.inputs.template_layout import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
 from fastrerank.inputs.text_pieces import Marker, TextTokenizer, Unit, strip_left, strip_right, surely_within
-from fastrerank.inputs.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.inputs.tokenizer import _derive_template, check_texts
 from fastrerank.inputs.windows import most_whole
 from fastrerank.runtime.naming import shortened

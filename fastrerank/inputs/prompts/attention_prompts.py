@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.inputs.attention_policy import Layout, Policy, layout_of
 from fastrerank.inputs.backend import encodable
-from fastrerank.inputs.chat_rendering import render
-from fastrerank.inputs.prompt_layout import int32
+from fastrerank.inputs.prompts.attention_policy import Layout, Policy, layout_of
+from fastrerank.inputs.prompts.chat_rendering import render
+from fastrerank.inputs.prompts.prompt_layout import int32
+from fastrerank.inputs.prompts.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.inputs.text_pieces import Marker, TextTokenizer, Unit, strip_left, strip_right, surely_within
-from fastrerank.inputs.token_cache import CacheInfo, TokenCache, Tokens
 from fastrerank.inputs.tokenizer import _derive_template
 from fastrerank.runtime.naming import shortened
 

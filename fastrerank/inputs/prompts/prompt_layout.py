@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
-from fastrerank.inputs.template_layout import Piece, Slot, Turn, Values
+from fastrerank.inputs.prompts.template_layout import Piece, Slot, Turn, Values
 from fastrerank.inputs.text_pieces import Marker, TextTokenizer, Unit, strip_left, strip_right
 
 __all__ = ["Part", "Run", "Shape", "Span", "fit", "int32", "kind_of", "lay_runs", "strip_sides", "whole_run"]
