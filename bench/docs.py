@@ -19,7 +19,7 @@ import typer
 
 from fastrerank.cli import app
 from fastrerank.engine.families import FAMILIES
-from fastrerank.rerankers.published import read_published
+from fastrerank.rerankers.recognise import published_checkpoints
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -145,16 +145,15 @@ def soak() -> str:
 def models() -> str:
     """Checkpoints that are known by name, and the encoder families that the native engine runs."""
     rows = []
-    for path in sorted((ROOT / "fastrerank" / "rerankers" / "published").glob("*.toml")):
-        one = read_published(path)
-        names = ", ".join(f"`{name.rstrip('$')}`" for name in one.names).replace("|", "\\|")
-        rows.append([names, f"`{one.method}`", f"`{one.prompt}`", one.source])
+    for one in published_checkpoints():
+        names = ", ".join(f"`{name}`" for name in (*one.patterns, *one.names)).replace("|", "\\|")
+        rows.append([names, ", ".join(f"`{method}`" for method in one.methods), f"`{one.template}`", one.source])
     families = [[f"`{name}`", "native, torch", "float32, bfloat16, int8; float16 through torch"] for name in FAMILIES]
     return (
         "### Encoders by `model_type`\n\n"
         + _table(["model_type", "engine", "dtype"], families)
-        + "\n### Language models by name\n\nNames are matched at their beginning, in small letters, without the owner; "
-        "they are patterns.\n\n" + _table(["name begins with", "method", "template", "source"], rows)
+        + "\n### Language models by name\n\nNames are matched in small letters, without the owner; patterns at "
+        "their beginning.\n\n" + _table(["name", "methods", "template", "source"], rows)
     )
 
 

@@ -256,8 +256,8 @@ def workload(model: llm_models.LlmModel, folder: Path, context: int) -> IcrPromp
 def _prompts(model: llm_models.LlmModel) -> Any:
     from transformers import AutoTokenizer
 
-    from fastrerank.inputs.attention_policy import Policy
-    from fastrerank.inputs.attention_prompts import AttentionPrompts
+    from fastrerank.inputs.prompts.attention_policy import Policy
+    from fastrerank.inputs.prompts.attention_prompts import AttentionPrompts
 
     policy, tokenizer = Policy.load("icr"), AutoTokenizer.from_pretrained(str(model.path))
     return AttentionPrompts(

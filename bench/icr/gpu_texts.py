@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from bench.harness import data
 from bench.icr.engines import IcrPrompt, TwoPass, document_scores, of_prompt
 from bench.llm import models as llm_models
-from fastrerank.inputs.attention_policy import Policy, layout_of
-from fastrerank.inputs.attention_prompts import EMPTY_QUERY, AttentionPrompts
+from fastrerank.inputs.prompts.attention_policy import Policy, layout_of
+from fastrerank.inputs.prompts.attention_prompts import EMPTY_QUERY, AttentionPrompts
 from fastrerank.rerankers.attention import AttentionReranker
 from fastrerank.rerankers.base import Reranker
 

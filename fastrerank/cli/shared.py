@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastrerank
-from fastrerank.inputs.attention_policy import parse_heads
+from fastrerank.inputs.prompts.attention_policy import parse_heads
 from fastrerank.rerankers.registry import find_method, list_methods
 
 _NUMBER = re.compile(r"|-|[-+]?(\d[\d.,]*(e[-+]?\d+)?|nan|inf)( ?%)?")  # an empty cell too

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from fastrerank.data.datasets import Run
 from fastrerank.evaluation.reranking import Ranker
-from fastrerank.inputs.attention_policy import parse_heads
+from fastrerank.inputs.prompts.attention_policy import parse_heads
 from fastrerank.rerankers.options import load_keywords
 from fastrerank.rerankers.registry import list_methods
 

@@ -245,12 +245,20 @@ class TextTokenizer:
                 else:
                     yield None
 
-    def encode_between(self, left: str, text: str, right: str, anchored: bool) -> list[int] | None:
-        """Ids of `text` between two contexts whose borders are cuts; None where a token crosses one of them."""
+    def encode_between(
+        self, left: str, text: str, right: str, anchored: bool
+    ) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Ids of `text` between two contexts whose borders are cuts, and each token's start and end in `text`.
+
+        None where a token crosses one of the borders.
+        """
         ids, spans = self.encode_spans(f"{left}{text}{right}", anchored)
-        start = _tokens_until(spans, len(left))
-        end = _tokens_until(spans, len(left) + len(text)) if right else len(ids)
-        return None if start is None or end is None else ids[start:end]
+        size = len(left)
+        start = _tokens_until(spans, size)
+        end = _tokens_until(spans, size + len(text)) if right else len(ids)
+        if start is None or end is None:
+            return None
+        return ids[start:end], [(a - size, b - size) for a, b in spans[start:end]]
 
     def _find_cut(self, literal: str) -> Cut | None:
         size = len(literal)

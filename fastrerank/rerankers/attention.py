@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.loading import plan
-from fastrerank.inputs.attention_policy import Policy, read_preset
-from fastrerank.inputs.attention_prompts import AttentionPrompt, AttentionPrompts
 from fastrerank.inputs.limits import TextLimits, TooLong
+from fastrerank.inputs.prompts.attention_policy import Policy, read_preset
+from fastrerank.inputs.prompts.attention_prompts import AttentionPrompt, AttentionPrompts
 from fastrerank.inputs.screening import load_fast
 from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.attention_context import Context

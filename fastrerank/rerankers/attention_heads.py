@@ -15,8 +15,8 @@ import numpy.typing as npt
 from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.data.datasets import JudgedQuery
 from fastrerank.engine.loading import plan
-from fastrerank.inputs.attention_policy import Policy, write_preset
-from fastrerank.inputs.attention_prompts import AttentionPrompt
+from fastrerank.inputs.prompts.attention_policy import Policy, write_preset
+from fastrerank.inputs.prompts.attention_prompts import AttentionPrompt
 from fastrerank.rerankers.attention import filtered_sum, instruction_text, load_prompts, word_limit
 from fastrerank.runtime.types import DeviceLike, DtypeLike
 

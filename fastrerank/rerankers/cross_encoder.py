@@ -43,7 +43,7 @@ from fastrerank.rerankers.refusal import OptionRefused
 if TYPE_CHECKING:
     import torch
 
-    from fastrerank.inputs.chat_pairs import ChatPairs
+    from fastrerank.inputs.prompts.chat_pairs import ChatPairs
     from fastrerank.runtime.types import DeviceLike, DtypeLike, EngineName, Hit
 
 __all__ = ["CrossEncoder"]
@@ -645,7 +645,7 @@ def _chat_pairs(checkpoint: Checkpoint, chat_template: str | dict[str, str] | No
     """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
     if template_of_pairs(checkpoint, chat_template) is None:
         return None
-    from fastrerank.inputs.chat_pairs import ChatPairs
+    from fastrerank.inputs.prompts.chat_pairs import ChatPairs
 
     return ChatPairs.load(checkpoint, chat_template=chat_template)
 

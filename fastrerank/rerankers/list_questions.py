@@ -24,13 +24,6 @@ __all__ = ["ListReranker", "Request", "Texts"]
 BLOCK_PROMPTS = 4096
 # Identifiers that are single tokens, so that their logits can be read.
 _SINGLE_TOKENS = {"alphabetic": 26, "numeric": 9}
-# Tokens of an answer that reasons first, and what ends it; other answers name each document once.
-_REASONING = {
-    "reasonrank": (3172, ("</answer>",)),
-    "rank-r1": (2048, ("</answer>",)),
-    "grouprank": (8000, ("</answer>",)),
-    "dear": (1024, ()),
-}
 _RUNNING = {"num_threads", "memory_limit", "share_prefixes"}
 _HUB = ("revision", "cache_folder", "local_files_only", "token", "trust_remote_code")
 
@@ -99,9 +92,8 @@ class ListReranker(LLMReranker):
                 reason = "readout='generation' does not use" if writes else "generate= answers the prompts, without"
                 raise ValueError(f"{reason} {', '.join(unused)}")
         if writes:
-            usual, self._stop = next(
-                (known for name, known in _REASONING.items() if found.name.startswith(name)), (8 * count + 32, ())
-            )
+            usual = found.max_new_tokens or 8 * count + 32
+            self._stop = found.stop
             self._new_tokens = usual if max_new_tokens is None else max_new_tokens
             options["max_length"] = room_to_write(
                 checkpoint, found.max_length, options.get("max_length"), self._new_tokens

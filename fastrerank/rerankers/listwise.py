@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,9 +14,10 @@ from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.base import Scores, Usage, check_threshold, check_top_k, order
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate
+from fastrerank.rerankers.grouprank import Shuffles, score_groups
 from fastrerank.rerankers.list_questions import ListReranker, Request, Texts
-from fastrerank.rerankers.ranking_parser import answer_of, parse_permutation, parse_scores
-from fastrerank.rerankers.schedules import Ranking, check_windows, groups, run_together, sliding_windows, untouched
+from fastrerank.rerankers.ranking_parser import answer_of, parse_permutation
+from fastrerank.rerankers.schedules import check_windows, run_together, sliding_windows, untouched
 from fastrerank.runtime.types import Algorithm, Hit, Readout, WindowRule
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.call import Options
 
 __all__ = ["ListwiseReranker"]
-
-# Share of the group scores against first-stage scores, as published with GroupRank.
-GROUP_WEIGHT = 0.6
 
 log = logging.getLogger("fastrerank")
 
@@ -48,7 +45,7 @@ class ListwiseReranker(ListReranker):
             10 of 20. `window` is also the group size.
         window_rule: "rank_llm" reads every document; "rankgpt" stops at the last whole window from the tail and leaves
             the documents before it where they are: counted in `last_usage["untouched"]`, with a warning.
-        algorithm: "windows" or "groups"; None: groups for GroupRank's template, else windows.
+        algorithm: "windows" or "groups"; None: what the template says, groups for GroupRank's.
         epochs, seed: of the groups; each query's shuffles depend on the seed and its text alone.
         readout, generate, max_new_tokens: see `ListReranker`. Logits name at most 26 documents by letters, 9 by digits.
         options: instruction, device, dtype, max_length, num_threads, memory_limit, share_prefixes, trust_remote_code,
@@ -109,7 +106,7 @@ class ListwiseReranker(ListReranker):
             **options,
         )
         if algorithm is None:
-            algorithm = "groups" if self.template.name.startswith("grouprank") else "windows"
+            algorithm = "groups" if self.template.algorithm == "groups" else "windows"
         if algorithm == "groups" and self.readout == "logits":
             raise ValueError("algorithm 'groups' reads scores that a model writes: it needs readout='generation'")
         self.window, self.stride, self.window_rule = window, stride, window_rule
@@ -205,8 +202,8 @@ class ListwiseReranker(ListReranker):
             notes = [[f"{value:.3f}" for value in values] for values in first]
         texts = Texts(queries, documents, notes, call)
         if self.algorithm == "groups":
-            rankings = self._rank_groups(texts, first, usage)
-            results = [np.array(ranking.scores, np.float32) for ranking in rankings]
+            shuffles = Shuffles(self.window, self.epochs, self.seed)
+            results = score_groups(texts, first, shuffles, self._written, usage)
         else:
             results = self._rank_windows(texts, usage)
         self._report(usage)
@@ -277,32 +274,3 @@ class ListwiseReranker(ListReranker):
             usage.unparsed += not well_formed
             orders.append(read)
         return orders
-
-    def _rank_groups(self, texts: Texts, first: list[list[float]] | None, usage: Usage) -> list[Ranking]:
-        def ask(requests: list[Request]) -> list[list[float | None]]:
-            usage.comparisons += len(requests)
-            found = []
-            for (_, shown), answer in zip(requests, self._written(texts, requests, usage), strict=True):
-                scores, well_formed = parse_scores(answer, len(shown))
-                usage.unparsed += not well_formed
-                found.append(scores)
-            return found
-
-        schedules = [
-            groups(
-                len(texts.documents[i]),
-                self.window,
-                self.epochs,
-                _seed(self.seed, query),
-                None if first is None else first[i],
-                GROUP_WEIGHT,
-            )
-            for i, query in enumerate(texts.queries)
-        ]
-        rankings, usage.steps = run_together(schedules, ask)
-        return rankings
-
-
-def _seed(seed: int, query: str) -> int:
-    """A seed of its own for each query text, so that a result does not depend on the queries before it."""
-    return zlib.crc32(query.encode("utf-8", "surrogatepass"), seed & 0xFFFFFFFF)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastrerank.engine.loading import plan
 from fastrerank.engine.usage import Cost
-from fastrerank.inputs.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.inputs.prompts import Template, list_templates
+from fastrerank.inputs.prompts.prompt_tokenizer import Prompt, PromptTokenizer
 from fastrerank.rerankers.base import Reranker, Usage
 from fastrerank.rerankers.call import LIMITS, CallOptions
 from fastrerank.rerankers.recognise import recognised_template

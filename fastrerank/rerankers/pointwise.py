@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.inputs.chat_pairs import chat_tokenizer, joined_template, pair_template
-from fastrerank.inputs.prompt_tokenizer import Prompt
 from fastrerank.inputs.prompts import Template, list_templates
+from fastrerank.inputs.prompts.chat_pairs import chat_tokenizer, joined_template, pair_template
+from fastrerank.inputs.prompts.prompt_tokenizer import Prompt
 from fastrerank.rerankers.activations import sigmoid
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import string
 from collections.abc import Sequence
-from typing import Any
 
-__all__ = ["after_thinking", "answer_of", "parse_label", "parse_permutation", "parse_scores"]
+__all__ = ["after_thinking", "answer_of", "identified", "parse_label", "parse_permutation"]
 
 _SEPARATOR = re.compile(r"[,;>](?:\s*and\b)?|\band\b")
 _BRACKET = re.compile(r"([\[\]])")
@@ -26,7 +23,6 @@ _NAMED_ENTRY = {
     "alphabetic": re.compile(r"[\s\"'*]*([A-Za-z]+[ .:#]+)?([A-Z])[\s\"'*]*"),
 }
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_FENCE = re.compile(r"```[ \t]*(?:json)?(.*?)```", re.DOTALL | re.IGNORECASE)
 # More digits name no document, and int() refuses thousands of them.
 _MOST_DIGITS = 9
 
@@ -53,7 +49,7 @@ def parse_permutation(text: str, n: int, identifiers: str = "numeric") -> tuple[
         >>> parse_permutation("B] > [A]", 2, "alphabetic")
         ([1, 0], True)
     """
-    named = _identified(text, n, identifiers)
+    named = identified(text, n, identifiers)
     order = list(dict.fromkeys(i for i in named if 0 <= i < n))
     complete = len(order) == n == len(named)
     present = set(order)
@@ -73,42 +69,9 @@ def parse_label(text: str, n: int, identifiers: str = "numeric") -> tuple[int, b
         (0, False)
     """
     answer, tagged = answer_of(text)
-    named = _identified(answer, n, identifiers)
+    named = identified(answer, n, identifiers)
     known = [i for i in named if 0 <= i < n]
     return (known[0], tagged and len(named) == 1) if known else (0, False)
-
-
-def parse_scores(text: str, n: int, scale: float = 10.0) -> tuple[list[float | None], bool]:
-    """Read GroupRank's JSON {"[1]": 5, ...} as one score in [0, 1] per document, None for those it does not name.
-
-    The JSON stands in <answer> tags, in a ``` fence, or bare. Every document gets 0.0 if there is no JSON object;
-    values that are no number are left out, numbers outside 0..scale are cut to it. Well-formed: each document has one.
-    Source: GroupRank, arXiv 2511.11653.
-
-    Example:
-        >>> parse_scores('<answer>```json {"[1]": 5, "[2]": 10}```</answer>', 3)
-        ([0.5, 1.0, None], False)
-    """
-    answer, _ = answer_of(text)
-    fence = _FENCE.search(answer)
-    body = fence.group(1) if fence else answer[max(answer.find("{"), 0) : answer.rfind("}") + 1]
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):  # a model may write anything; the caller counts it
-        found = None
-    if not isinstance(found, dict):
-        return [0.0] * n, False
-    scores: list[float | None] = [None] * n
-    right = len(found) == n
-    for key, value in found.items():
-        named = _identified(key, n, "numeric")
-        number = _number(value)
-        if len(named) != 1 or not 0 <= named[0] < n or number is None:
-            right = False
-            continue
-        right &= scores[named[0]] is None and 0.0 <= number <= scale
-        scores[named[0]] = min(max(number, 0.0), scale) / scale
-    return scores, right and None not in scores
 
 
 def after_thinking(text: str) -> str:
@@ -143,7 +106,13 @@ def answer_of(text: str) -> tuple[str, bool]:
     return (text, False) if closed is None else (closed, True)
 
 
-def _identified(text: str, n: int, identifiers: str) -> list[int]:
+def identified(text: str, n: int, identifiers: str) -> list[int]:
+    """Return the numbers of the documents that a text names, in its order, from 0; -1 for a number beyond all bounds.
+
+    Example:
+        >>> identified("[2] > [1]", 2, "numeric")
+        [1, 0]
+    """
     if identifiers not in _BARE:
         raise ValueError(f"identifiers must be 'numeric' or 'alphabetic', got {identifiers!r}")
     if identifiers == "alphabetic" and n > 26:
@@ -182,13 +151,3 @@ def _listed(content: str, identifiers: str) -> list[str]:
         return [entry.group(2) for entry in entries if entry is not None]
     last = _LAST[identifiers].search(content)
     return [] if last is None else [last.group(1)]
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.inputs.prompts import published_names
+from fastrerank.inputs.prompts.toml_files import Table, read_toml
 
 __all__ = [
+    "Published",
     "is_classifier",
     "is_layerwise",
     "is_yes_no",
@@ -16,35 +20,86 @@ __all__ = [
     "method_of",
     "names_of",
     "other_training",
+    "published_checkpoints",
+    "read_published",
     "recognised_template",
 ]
 
 _LAYERWISE = "LayerWiseMiniCPMForCausalLM"
 
-# What a published checkpoint's name begins with -> (method, template). Weights and configs of most of these are those
-# of their base models: the name is all that tells them.
-_PUBLISHED = (
-    ("qwen3-reranker", "pointwise", "qwen3-reranker"),
-    ("mxbai-rerank-(base|large)-v2", "pointwise", "mxbai-rerank-v2"),
-    ("prorank", "pointwise", "prorank"),
-    ("bge-reranker-v2-gemma", "pointwise", "bge-gemma"),
-    ("bge-reranker-v2-minicpm", "pointwise", "bge-gemma"),
-    ("erank", "pointwise", "erank"),
-    ("monot5", "pointwise", "monot5"),
-    ("rankt5", "pointwise", "rankt5"),
-    ("rankllama", "pointwise", "rankllama"),
-    ("dear-[0-9]+b-reranker-listwise", "listwise", "dear-listwise"),
-    ("dear-[0-9]+b-reranker", "pointwise", "dear-stage1"),
-    ("duot5", "pairwise", "duot5"),
-    ("first_model", "listwise", "first"),
-    ("first_mistral", "listwise", "first-rank_llm"),
-    ("rank_(zephyr|vicuna)", "listwise", "rank_zephyr"),
-    ("reasonrank", "listwise", "reasonrank"),
-    ("coderankllm", "listwise", "coderankllm"),
-    ("(diver-)?grouprank", "listwise", "grouprank"),
-    ("rank-r1", "setwise", "rank-r1"),
-)
+_FOLDER = Path(__file__).with_name("published")
 _SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint, or a family of them: one file of `rerankers/published`.
+
+    Weights and configs of most are those of their base models, so that the name is all that tells them.
+
+    Attributes:
+        name: the file's stem. source: where the checkpoint or its code was published.
+        methods: what scores it; `load` takes the first one.
+        template: the prompt that it was trained with; it holds the labels, the stop words, the limits and the schedule.
+        names: what it goes by, without the owner, in small letters.
+        patterns: regular expressions that the beginning of such a name matches.
+        architectures: of its config.json, where these tell it whatever its name is.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    template: str
+    source: str
+    names: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+
+    def matches(self, name: str) -> bool:
+        """Whether a checkpoint of this name, in small letters and without its owner, is one of these."""
+        return name in self.names or any(re.match(pattern, name) for pattern in self.patterns)
+
+
+def read_published(files: Iterable[Path]) -> tuple[Published, ...]:
+    """Read files of published checkpoints.
+
+    Raises ValueError naming the file and the field for unknown fields, wrong types, no method, no way to tell the
+    checkpoint, and what another file has too: a name, a pattern or an architecture, or a name that its pattern matches.
+    """
+    found: list[Published] = []
+    for path in files:
+        table = Table(path, read_toml(path))
+        one = Published(**{"name": path.stem} | table.values(Published))
+        if not one.methods:
+            raise table.error("methods", "is empty", "at least one method")
+        if not one.names + one.patterns + one.architectures:
+            raise table.error("names", "is missing", "names, patterns or architectures")
+        for pattern in one.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise table.error("patterns", f"holds {pattern!r} ({error})", "regular expressions") from None
+        for wrong in (name for name in one.names if name != name.lower() or "/" in name):
+            raise table.error("names", f"holds {wrong!r}", "names without the owner, in small letters")
+        for other in found:
+            shared = {*one.names, *one.patterns, *one.architectures}
+            shared &= {*other.names, *other.patterns, *other.architectures}
+            shared |= {name for name in one.names if other.matches(name)}
+            shared |= {name for name in other.names if one.matches(name)}
+            if shared:
+                raise table.error("names", f"hold {sorted(shared)[0]!r}", f"what {other.name}.toml does not have")
+        found.append(one)
+    return tuple(found)
+
+
+@lru_cache(maxsize=1)
+def published_checkpoints() -> tuple[Published, ...]:
+    """Return the published checkpoints that ship as data, read once.
+
+    Example:
+        >>> [one.template for one in published_checkpoints() if one.matches("mt5-base-mmarco-v2")]
+        ['monot5-yes']
+    """
+    return read_published(sorted(_FOLDER.glob("*.toml")))
 
 
 def is_classifier(checkpoint: Checkpoint) -> bool:
@@ -87,7 +142,7 @@ def is_yes_no(checkpoint: Checkpoint, given: bool) -> bool:
     if checkpoint.modules or is_layerwise(checkpoint) or not str(names[0]).endswith("ForCausalLM"):
         return False
     found = _published(checkpoint)
-    return given or found == ("pointwise", "qwen3-reranker")
+    return given or (found is not None and "cross-encoder" in found.methods)
 
 
 def logit_score(checkpoint: Checkpoint) -> list[int] | None:
@@ -114,7 +169,7 @@ def recognised_template(checkpoint: Checkpoint, kind: str) -> str | None:
         return _SENTENCE_TRANSFORMERS
     found = _published(checkpoint)
     if found is not None:
-        return found[1] if found[0] == kind else None
+        return found.template if found.methods[0] == kind else None
     return _SENTENCE_TRANSFORMERS if kind == "pointwise" and is_classifier(checkpoint) else None
 
 
@@ -123,21 +178,17 @@ def method_of(checkpoint: Checkpoint) -> str | None:
     if is_layerwise(checkpoint) or logit_score(checkpoint) is not None:
         return "pointwise"
     found = _published(checkpoint)
-    return None if found is None else found[0]
+    return None if found is None else found.methods[0]
 
 
-def _published(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """(method, template) by the checkpoint's name: its folder's, its hub id's, or the one in its config.json."""
-    if is_layerwise(checkpoint):
-        return "pointwise", "bge-gemma"
-    for name in names_of(checkpoint):
-        for pattern, method, template in _PUBLISHED:
-            if re.match(pattern, name):
-                return method, template
-        listed = published_names().get(name)  # checkpoints that their template's file names
-        if listed is not None:
-            return listed.kind, listed.name
-    return None
+def _published(checkpoint: Checkpoint) -> Published | None:
+    """The published checkpoint that this one is, by its architecture or by its name."""
+    architectures = checkpoint.config.get("architectures") or []
+    for one in published_checkpoints():
+        if any(name in architectures for name in one.architectures):
+            return one
+    names = names_of(checkpoint)
+    return next((one for name in names for one in published_checkpoints() if one.matches(name)), None)
 
 
 def names_of(checkpoint: Checkpoint) -> list[str]:

@@ -7,7 +7,6 @@ question costs; `run_together` drives the schedules of many queries so that each
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple, TypeVar
@@ -20,7 +19,6 @@ __all__ = [
     "Schedule",
     "all_pairs",
     "check_windows",
-    "groups",
     "heapsort",
     "run_together",
     "setwise",
@@ -255,39 +253,6 @@ def sliding(n: int, passes: int = 10) -> Schedule[Pair, float]:
         if questions:
             known.update(zip(questions, (yield list(questions)), strict=True))
     return _by_rank(order)
-
-
-def groups(
-    n: int,
-    size: int = 20,
-    epochs: int = 2,
-    seed: int = 0,
-    first_stage: Sequence[float] | None = None,
-    weight: float = 0.6,
-) -> Schedule[Documents, Sequence[float | None]]:
-    """Shuffle, cut into groups, score each group; all groups of all epochs are one batch.
-
-    A question is the documents of a group; its answer holds a score for each, or None where it got none. A document's
-    score is the mean over the epochs that scored it, 0.0 without any; with `first_stage` scores it is
-    weight * mean + (1 - weight) * first_stage. Ties keep their order.
-    Source: GroupRank, arXiv 2511.11653.
-    """
-    shuffle = random.Random(seed).shuffle
-    asked: list[Documents] = []
-    for _ in range(epochs):
-        order = list(range(n))
-        shuffle(order)
-        asked += [tuple(order[begin : begin + size]) for begin in range(0, n, size)]
-    answers = (yield asked) if asked else []
-    found: list[list[float]] = [[] for _ in range(n)]
-    for group, values in zip(asked, answers, strict=True):
-        for document, value in zip(group, values, strict=True):
-            if value is not None:
-                found[document].append(value)
-    scores = [sum(values) / len(values) if values else 0.0 for values in found]
-    if first_stage is not None:
-        scores = [weight * score + (1.0 - weight) * first for score, first in zip(scores, first_stage, strict=True)]
-    return Ranking(sorted(range(n), key=lambda i: (-scores[i], i)), scores)
 
 
 def _remembered(

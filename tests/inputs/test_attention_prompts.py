@@ -8,8 +8,8 @@ import numpy as np
 import prompt_tokenizers
 import pytest
 
-from fastrerank.inputs.attention_policy import Policy, layout_of, parse_heads, read_preset, write_preset
-from fastrerank.inputs.attention_prompts import AttentionPrompts
+from fastrerank.inputs.prompts.attention_policy import Policy, layout_of, parse_heads, read_preset, write_preset
+from fastrerank.inputs.prompts.attention_prompts import AttentionPrompts
 
 TYPES = {
     "qwen": "qwen2",

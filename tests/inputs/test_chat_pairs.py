@@ -23,9 +23,9 @@ import transformers
 import fastrerank
 from fastrerank import CrossEncoder
 from fastrerank.checkpoints.checkpoint import open_checkpoint
-from fastrerank.inputs.chat_pairs import ChatPairs
 from fastrerank.inputs.files import chat_template_of
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
+from fastrerank.inputs.prompts.chat_pairs import ChatPairs
 from fastrerank.inputs.text_pieces import TextTokenizer
 from fastrerank.rerankers.pointwise import PointwiseReranker
 

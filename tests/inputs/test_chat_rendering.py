@@ -11,10 +11,9 @@ from typing import Any
 import prompt_tokenizers
 import pytest
 
-from fastrerank.inputs import chat_rendering
-from fastrerank.inputs.chat_rendering import TemplateBudgetError, render
-from fastrerank.inputs.prompt_tokenizer import PromptTokenizer
-from fastrerank.inputs.prompts import Template
+from fastrerank.inputs.prompts import Template, chat_rendering
+from fastrerank.inputs.prompts.chat_rendering import TemplateBudgetError, render
+from fastrerank.inputs.prompts.prompt_tokenizer import PromptTokenizer
 
 CONVERSATIONS = [
     [{"role": "user", "content": "hi {x} "}],

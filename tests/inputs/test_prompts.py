@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastrerank.inputs.prompts import Template, list_templates, parse_format
-from fastrerank.inputs.template_layout import Values, expand, fill
+from fastrerank.inputs.prompts.template_layout import Values, expand, fill
 
 NAMES = [
     "bge-gemma",
@@ -338,7 +338,7 @@ def test_wrong_files_are_told_what_is_wrong(tmp_path, change, message):
             'role = "tool"\ncontent = "{query} {document}"',
             r"messages\[0\]\.role is 'tool'; valid is one of system, user",
         ),
-        ('role = "user"', r"messages\[0\]\.content is None; valid is a string"),
+        ('role = "user"', r"messages\[0\]\.content is missing; valid is a string"),
         ('role = "user"\ncontent = "{query} {document}"\nrepet = true', r"messages\[0\]\.repet is unknown"),
         ('role = "user"\ncontent = "{query} {document}"\nrepeat = true', "repeat a turn per document"),
         ('role = "user"\ncontent = "{query} {document}"\nrepeat = 3', r"repeat is 3; valid is true or false"),

@@ -184,11 +184,10 @@ def test_prompts_of_long_texts_are_those_of_whole_texts(style: str, monkeypatch:
     """Documents and queries through templates, pairs through a chat template, and documents in one prompt."""
     import prompt_tokenizers
 
-    from fastrerank.inputs import prompt_tokenizer
     from fastrerank.inputs import text_pieces as runs
-    from fastrerank.inputs.attention_policy import Policy
-    from fastrerank.inputs.attention_prompts import AttentionPrompts
-    from fastrerank.inputs.prompts import Template
+    from fastrerank.inputs.prompts import Template, compiler, prompt_tokenizer
+    from fastrerank.inputs.prompts.attention_policy import Policy
+    from fastrerank.inputs.prompts.attention_prompts import AttentionPrompts
 
     texts = [
         "!" * 80_000,
@@ -203,7 +202,7 @@ def test_prompts_of_long_texts_are_those_of_whole_texts(style: str, monkeypatch:
     found = []
     for whole in (False, True):
         if whole:
-            for module in (windows, runs, prompt_tokenizer):
+            for module in (windows, runs, compiler):
                 monkeypatch.setattr(module, "most_whole", lambda _: 1 << 30)
         pointwise = prompt_tokenizer.PromptTokenizer(own, Template.load("prp"), max_length=400)
         prompts = pointwise.encode("who?", [[texts[i], texts[i - 1]] for i in range(len(texts))])

@@ -296,7 +296,7 @@ class TestRefusals:
 
     def test_published_lists(self, tmp_path: Path) -> None:
         """A checkpoint is told by its name and its number of layers."""
-        from fastrerank.inputs.attention_policy import Policy
+        from fastrerank.inputs.prompts.attention_policy import Policy
 
         lists = Policy.load("qrhead").known(["llama-3.1-8b-instruct"], 32)
         assert list(lists) == ["nq", "lme"]

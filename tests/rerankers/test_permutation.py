@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrerank.evaluation import load_dataset, measure
-from fastrerank.rerankers.ranking_parser import after_thinking, answer_of, parse_label, parse_permutation, parse_scores
+from fastrerank.rerankers.grouprank import parse_scores
+from fastrerank.rerankers.ranking_parser import after_thinking, answer_of, parse_label, parse_permutation
 from fastrerank.rerankers.schedules import run_together, sliding_windows, windows
 
 LIKELY = st.lists(

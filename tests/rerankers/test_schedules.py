@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastrerank.rerankers.grouprank import groups
 from fastrerank.rerankers.schedules import (
     Schedule,
     all_pairs,
-    groups,
     heapsort,
     run_together,
     setwise,

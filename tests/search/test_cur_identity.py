@@ -39,8 +39,8 @@ def test_an_edited_template_of_the_same_name_is_another_scorer(changes: dict[str
         same_scorer(of(edited), SimpleNamespace(template=replace(edited)))
 
 
-def test_names_of_checkpoints_do_not_matter() -> None:
-    assert of(replace(TEXT, names=("monot5",))) == of(TEXT)
+def test_limits_of_written_answers_do_not_matter() -> None:
+    assert of(replace(TEXT, max_new_tokens=100, stop=("</answer>",), algorithm="groups")) == of(TEXT)
 
 
 def test_saved_indexes_stay_valid() -> None:

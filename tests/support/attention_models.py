@@ -11,7 +11,7 @@ import prompt_tokenizers
 import torch
 import transformers
 
-from fastrerank.inputs.attention_prompts import AttentionPrompts
+from fastrerank.inputs.prompts.attention_prompts import AttentionPrompts
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 # family -> tokenizer style

@@ -39,6 +39,9 @@ class Template:
     uses_notes: bool = False
     uses_instruction: bool = False
     max_length: int | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    algorithm: str = ""
 
 
 TEMPLATES = {
@@ -46,9 +49,16 @@ TEMPLATES = {
     for template in (
         Template("first", "listwise", identifiers="alphabetic"),
         Template("rankgpt", "listwise", identifiers="numeric", readout="generate"),
-        Template("reasonrank", "listwise", identifiers="numeric", readout="generate"),
+        Template(
+            "reasonrank",
+            "listwise",
+            identifiers="numeric",
+            readout="generate",
+            max_new_tokens=3172,
+            stop=("</answer>",),
+        ),
         Template("insertrank", "listwise", identifiers="numeric", readout="generate", uses_notes=True),
-        Template("grouprank", "listwise", identifiers="numeric", readout="generate"),
+        Template("grouprank", "listwise", identifiers="numeric", readout="generate", algorithm="groups"),
         Template("prp", "pairwise", labels=("A", "B")),
         Template("setwise", "setwise", identifiers="alphabetic", most_documents=23),
         Template("rank-r1", "setwise", identifiers="numeric", readout="generate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -241,3 +242,23 @@ def save(style: str, folder: Path, answers: bool = False) -> Path:
     with mock.patch.object(sys.modules[__name__], "CORPUS", [*CORPUS, *(ANSWERS if answers else [])]):
         STYLES[style]().save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def tokenizer_of(style: str) -> Any:
+    """The tokenizer of a style, trained once."""
+    return STYLES[style]()
+
+
+@functools.cache
+def prompts_of(style: str, name: str, **options: Any) -> Any:
+    """The prompts of a template in a style's ids, made once."""
+    from fastrerank.inputs.prompts import Template
+    from fastrerank.inputs.prompts.prompt_tokenizer import PromptTokenizer
+
+    return PromptTokenizer(tokenizer_of(style), Template.load(name), **options)
+
+
+def count_of(template: Any, count: int = 3) -> int:
+    """How many documents a prompt of the template holds; `count` where it may be any number."""
+    return {"pointwise": 1, "pairwise": 2}.get(template.kind, count)

@@ -29,7 +29,7 @@ IMPLEMENTATION = "fastrerank"
 # Tensors that families pass to every attention function and that do not say which rows see which keys.
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings", "token_type_ids"}
 # From so many rows without a prefix at a batch's beginning, a GPU computes them in a launch of their own. Their kernel
-# is simpler. Above all, a tile that mixes rows with and without a prefix finds no block of keys that all of its rows see.
+# is simpler. Above all, a tile that mixes rows with and without a prefix finds no block of keys that all rows see.
 _ALONE = 1024
 
 _running = threading.local()

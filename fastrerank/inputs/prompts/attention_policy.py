@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fastrerank.inputs.prompts.toml_files import Table, read_toml
 
 __all__ = ["HeadList", "Layout", "Policy", "layout_of", "parse_heads", "read_preset", "write_preset"]
 
@@ -33,6 +28,10 @@ class HeadList:
     def fits(self, names: Sequence[str], layers: Any) -> bool:
         """Whether a checkpoint goes by one of `names` and has as many layers."""
         return layers == self.layers and any(re.match(self.model, name.lower()) for name in names)
+
+
+def _head_list(table: Table) -> HeadList:
+    return HeadList(**table.values(HeadList, heads=parse_heads))
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,12 @@ class Policy:
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        raw = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-        lists = tuple(
-            HeadList(one["name"], one["model"], one["layers"], parse_heads(one["heads"]))
-            for one in raw.pop("lists", ())
-        )
-        return cls(name=name, lists=lists, **(raw | {"instructions": MappingProxyType(raw["instructions"])}))
+        path = _FOLDER / f"{name}.toml"
+        table = Table(path, read_toml(path))
+        values = table.values(cls, lists=lambda value: tuple(map(_head_list, table.tables("lists", value))))
+        for field, valid in (("rows", ("all", "query")), ("order", ("given", "reversed")), ("heads", ("", "all"))):
+            table.choose(field, values.get(field, valid[0]), valid)
+        return cls(name=name, **values)
 
     def known(self, names: Sequence[str], layers: Any) -> dict[str, tuple[tuple[int, int], ...]]:
         """The published head lists of a checkpoint by their names, the default first."""
@@ -111,16 +110,30 @@ class Layout:
     extra_token: bool = True
 
 
+@dataclass(frozen=True)
+class _Family(Layout):
+    """A published layout and its conditions; one that is empty holds.
+
+    Attributes:
+        requires: tokens that the tokenizer has. model_types: of the checkpoint's config. chat: in its chat template.
+    """
+
+    requires: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    chat: str = ""
+
+
 def layout_of(model_type: str, tokens: Mapping[str, Any], chat_template: str | None) -> Layout | None:
     """The published layout of a family, by its config's model_type, its tokens and its chat template; None without."""
-    raw = tomllib.loads((_FOLDER / "layouts.toml").read_text(encoding="utf-8"))
-    names = {one.name for one in fields(Layout)}
-    for one in raw["layouts"]:
-        if any(token not in tokens for token in one.get("requires", ())):
-            continue
-        if model_type not in one.get("model_types", [model_type]) or one.get("chat", "") not in (chat_template or ""):
-            continue
-        return Layout(**{key: value for key, value in one.items() if key in names})
+    path = _FOLDER / "layouts.toml"
+    for table in Table(path, {}).tables("layouts", read_toml(path).get("layouts")):
+        one = _Family(**table.values(_Family))
+        if (
+            all(token in tokens for token in one.requires)
+            and (not one.model_types or model_type in one.model_types)
+            and one.chat in (chat_template or "")
+        ):
+            return Layout(*(getattr(one, field.name) for field in fields(Layout)))
     return None
 
 
@@ -149,11 +162,11 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"heads: there is no preset file {path}")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = read_toml(path)
         if not isinstance(raw.get("heads"), str):
             raise ValueError('it needs a line such as heads = "13-18,14-31"')
         heads = parse_heads(raw["heads"])
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no preset file: {error}") from error
     return {**raw, "heads": heads}
 

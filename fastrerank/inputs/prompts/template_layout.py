@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastrerank.inputs.chat_rendering import TemplateBudgetError
-from fastrerank.inputs.prompts import Template, parse_format
+from fastrerank.inputs.prompts.chat_rendering import TemplateBudgetError
+from fastrerank.inputs.prompts.template import Template, parse_format
 
 __all__ = ["Piece", "Slot", "Turn", "Values", "contents", "expand", "fill", "options", "render_chat"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,47 +13,32 @@ import numpy.typing as npt
 
 from fastrerank.checkpoints.checkpoint import max_length_of, position_limit, read_json
 from fastrerank.inputs.backend import encodable
-from fastrerank.inputs.chat_rendering import render
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
-from fastrerank.inputs.prompt_layout import (
-    Part,
-    Run,
-    Shape,
-    Span,
-    fit,
-    int32,
-    kind_of,
-    lay_runs,
-    strip_sides,
-    whole_run,
-)
-from fastrerank.inputs.prompts import Template
+from fastrerank.inputs.prompts.chat_rendering import render
+from fastrerank.inputs.prompts.compiler import PROBES, Batch, Compiler, Item, Kept, check_same, whole_tokenizer
+from fastrerank.inputs.prompts.fitting import fit, int32
+from fastrerank.inputs.prompts.labels import label_ids
+from fastrerank.inputs.prompts.template import Template
+from fastrerank.inputs.prompts.template_layout import Piece, Turn, Values, contents, expand, fill, options, render_chat
+from fastrerank.inputs.prompts.token_cache import CacheInfo
 from fastrerank.inputs.screening import load_fast
-from fastrerank.inputs.template_layout import Piece, Slot, Turn, Values, contents, expand, fill, options, render_chat
-from fastrerank.inputs.text_pieces import Marker, TextTokenizer, Unit, strip_left, strip_right, surely_within
-from fastrerank.inputs.token_cache import CacheInfo, TokenCache, Tokens
+from fastrerank.inputs.text_pieces import Marker
 from fastrerank.inputs.tokenizer import _derive_template, check_texts
-from fastrerank.inputs.windows import most_whole
 from fastrerank.runtime.naming import shortened
 
 __all__ = ["Prompt", "PromptTokenizer"]
 
-_PROBES = (
-    "The owl sleeps.",
-    "7 mice, 12 owls",
-    "\nsecond line",
-    "- one (two)",
-    "東京は大きい",
-    "ends here.\n",
-    "",
-    " x ",
-)
-
-# How SentencePiece writes the blank before a word; a label that begins with it is a piece by its own name.
-_BLANK = "▁"
-
 # Instructions of single calls whose layout is kept.
 _KEPT_INSTRUCTIONS = 16
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The turns of a prompt with a number of documents, its texts, and these as ids and runs."""
+
+    turns: list[Turn]
+    texts: list[list[Piece]]
+    items: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +111,7 @@ class PromptTokenizer:
         Raises ValueError where the checkpoint cannot serve the template: no chat template, or one that drops a turn or
         a text; required tokens missing; ids that differ from those of the whole prompt.
         """
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ValueError(f"prompts need a fast tokenizer (a tokenizer.json), got {type(tokenizer).__name__}")
+        whole = whole_tokenizer(tokenizer)
         if readout not in (None, "logits", "generate", "head"):
             raise ValueError(f"readout must be logits, generate or head, got {readout!r}")
         if instruction is not None:
@@ -140,30 +122,22 @@ class PromptTokenizer:
         self._instruction = template.instruction if instruction is None else encodable(instruction)
         self._readout = readout or template.readout
         self._suffix = template.generation_suffix if self._readout == "generate" else template.suffix
-        self._whole = backend
-        if backend.truncation is not None or backend.padding is not None:
-            self._whole = type(backend).from_str(backend.to_str())
-            self._whole.no_truncation()
-            self._whole.no_padding()
+        self._whole = whole
         several = template.kind in ("setwise", "listwise")
         self._counts = (1, 2, 3) if several else ((2,) if template.kind == "pairwise" else (1,))
         layouts = {count: self._lay_out(count) for count in self._counts}
-        literals = [
-            piece for _, texts in layouts.values() for text in texts for piece in text if isinstance(piece, str)
-        ]
-        self._text = TextTokenizer(self._whole, [*literals, self._suffix])
-        missing = [token for token in template.requires if token not in self._text.markers]
+        literals = [piece for one in layouts.values() for text in one.texts for piece in text if isinstance(piece, str)]
+        self._compiler = Compiler(self._whole, [*literals, self._suffix], cache_bytes)
+        missing = [token for token in template.requires if token not in self._compiler.text.markers]
         if missing:
             raise ValueError(
                 f"template {template.name!r} is made of the special tokens {', '.join(missing)}, which the "
                 "checkpoint's tokenizer does not have; take a template with messages, for its chat template"
             )
-        self._specials = self._special_tokens(layouts[self._counts[0]][1][0])
-        self._cache: TokenCache[tuple[Any, ...]] = TokenCache(cache_bytes)
-        self._shapes = {count: self._shape(*layout) for count, layout in layouts.items()}
+        self._specials = self._special_tokens(layouts[self._counts[0]].texts[0])
+        self._layouts = {count: self._compiled(layout) for count, layout in layouts.items()}
         self._cache_bytes = cache_bytes
-        self._others: dict[str, PromptTokenizer] = {}  # by the instruction of a call
-        self._lock = threading.Lock()
+        self._others: Kept[PromptTokenizer] = Kept(_KEPT_INSTRUCTIONS)  # by the instruction of a call
         self._check_exact()
 
     def __repr__(self) -> str:
@@ -207,7 +181,7 @@ class PromptTokenizer:
     @property
     def cache_info(self) -> CacheInfo:
         """Hits, misses, entries and bytes of the cache of documents' ids."""
-        return self._cache.info()
+        return self._compiler.cache.info()
 
     def encode(
         self,
@@ -273,14 +247,7 @@ class PromptTokenizer:
         if instruction is None or encodable(instruction) == self._instruction:
             return self
         _check_instruction(self.template, instruction)
-        with self._lock:
-            found = self._others.get(instruction)
-            if found is None:
-                found = self._other(encodable(instruction))
-                while len(self._others) >= _KEPT_INSTRUCTIONS:
-                    self._others.pop(next(iter(self._others)))
-                self._others[instruction] = found
-            return found
+        return self._others.get(instruction, lambda text: self._other(encodable(text)))
 
     def _other(self, instruction: str) -> PromptTokenizer:
         if bool(instruction) != bool(self._instruction):  # the layout's literals differ
@@ -293,7 +260,7 @@ class PromptTokenizer:
                 cache_bytes=self._cache_bytes,
             )
         other = copy.copy(self)  # the instruction is a value between the same literals; documents' ids are shared
-        other._instruction, other._others, other._lock = instruction, {}, threading.Lock()
+        other._instruction, other._others = instruction, Kept(_KEPT_INSTRUCTIONS)
         return other
 
     def within(
@@ -303,24 +270,18 @@ class PromptTokenizer:
 
         Raises TooLong naming `what` where something would be, and `limits.truncate` is False.
         """
-        if most is None or surely_within(text, most):
-            return text, False
-        _, spans = self._text.encode_spans(text if left else self._text.bounded(text, most), False)
-        if len(spans) <= most:
-            return text, False
-        if not limits.truncate:
-            raise TooLong(what, len(spans), most)
-        return (text[spans[-most][0] :] if left else text[: spans[most - 1][1]]), True
+        kept, tokens = self._compiler.cut(text, most, left)
+        if tokens and not limits.truncate:
+            raise TooLong(what, tokens, most or 0)
+        return kept, tokens > 0
 
     def shorten(self, text: str, count: int) -> str:
         """The beginning of `text` that its first `count` tokens stand for, when it is tokenised on its own."""
-        text = self._text.bounded(text, count)
-        _, spans = self._text.encode_spans(text, False)
-        return text if count >= len(spans) else text[: spans[count - 1][1] if count else 0]
+        return self._compiler.cut(text, count)[0]
 
     def bounded(self, text: str, count: int) -> str:
         """`text`, or where it is very long a shorter one, with the same first `count` tokens and more than those."""
-        return self._text.bounded(encodable(text), count)
+        return self._compiler.text.bounded(encodable(text), count)
 
     def label_ids(self, count: int | None = None) -> npt.NDArray[np.int64]:
         """Ids of the template's labels (K,), or of the first `count` identifiers, as they stand behind the prompt.
@@ -330,29 +291,20 @@ class PromptTokenizer:
         """
         if self._readout != "logits":
             raise ValueError(f"template {self.template.name!r} is read by {self._readout}, not by logits of labels")
-        if self.template.identifiers:
-            if count is None:
-                raise ValueError(f"template {self.template.name!r} reads identifiers: say of how many documents")
-            labels = self.template.identifier_labels(count)
-        else:
-            if count is not None:
-                raise ValueError(
-                    f"template {self.template.name!r} has the labels {self.template.labels}, not identifiers"
-                )
-            labels = self.template.labels
-        return np.array([self._label_id(label) for label in labels], np.int64)
+        last = self._lay_out(self._counts[0]).texts[-1]
+        return label_ids(self._compiler, self.template, last, self._instruction, count)
 
     @property
     def decoder_ids(self) -> npt.NDArray[np.int64]:
         """Ids that the decoder of a "seq2seq" template is made to begin with, behind its start token; often none."""
-        return np.array(next(iter(self._text.encode([self.template.decoder], False))), np.int64)
+        return np.array(next(iter(self._compiler.text.encode([self.template.decoder], False))), np.int64)
 
     # ---- laying out
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return render(self._tokenizer, contents(self.template, messages), **options(self.template))
 
-    def _lay_out(self, count: int) -> tuple[list[Turn], list[list[Piece]]]:
+    def _lay_out(self, count: int) -> _Layout:
         turns = expand(self.template, count, self._instruction)
         if self.template.chat:
             if not getattr(self._tokenizer, "chat_template", None):
@@ -361,11 +313,11 @@ class PromptTokenizer:
                     "take a raw template or an instruction-tuned checkpoint"
                 )
             turns, prompt = render_chat(self.template, turns, self._render)
-            return turns, [[*prompt, self._suffix]]
+            return _Layout(turns, [[*prompt, self._suffix]])
         texts = [list(turn.pieces) for turn in turns]
         if self._suffix:
             texts = [*texts, [self._suffix]] if self.template.segments else [[*texts[0], self._suffix]]
-        return turns, texts
+        return _Layout(turns, texts)
 
     def _special_tokens(self, first: Sequence[Piece]) -> list[list[int]]:
         """Ids before, between and behind the texts of a prompt."""
@@ -385,17 +337,18 @@ class PromptTokenizer:
             if template.chat:
                 tail = []
                 # What the chat template already prints is not printed twice.
-                shown = self._text.split(first[0]) if first and isinstance(first[0], str) else []
+                shown = self._compiler.text.split(first[0]) if first and isinstance(first[0], str) else []
                 if [part.id for part in shown[: len(head)] if isinstance(part, Marker)] == head:
                     head = []
         return [head, *between, tail]
 
-    def _shape(self, turns: list[Turn], texts: list[list[Piece]]) -> Shape:
-        parts: list[npt.NDArray[np.int32] | Run] = []
-        for text, specials in zip(texts, self._specials, strict=False):
-            parts += [int32(specials), *lay_runs(self._text, text)]
-        parts.append(int32(self._specials[-1]))
-        return Shape(tuple(turns), tuple(part for part in parts if isinstance(part, Run) or len(part)))
+    def _compiled(self, layout: _Layout) -> _Layout:
+        items: list[Item] = []
+        for text, specials in zip(layout.texts, self._specials, strict=False):
+            items += [int32(specials), *self._compiler.lay_out(text)]
+        items.append(int32(self._specials[-1]))
+        kept = tuple(item for item in items if not isinstance(item, np.ndarray) or len(item))
+        return replace(layout, items=kept)
 
     # ---- encoding
 
@@ -408,169 +361,42 @@ class PromptTokenizer:
         limits: TextLimits = NO_LIMITS,
     ) -> Iterator[Prompt]:
         query = self._checked_query(self.template.prepare_query(query), limit)
-        shapes = {count: self._shape_of(count) for count in {len(documents) for documents in lists}}
-        found = self._documents(lists, shapes, limit, limits.cut_left())
+        layouts = [self._layout_of(len(documents)) for documents in lists]
+        given = ((documents, layout.items) for documents, layout in zip(lists, layouts, strict=True))
+        batch = Batch(self._compiler, given, self._prepare, limit, limits.cut_left())
         prepared: dict[str, tuple[str, bool]] = {}
-        spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None] = {}
-        for documents, texts in zip(lists, notes, strict=True):
-            shape = shapes[len(documents)]
+        for documents, texts, layout in zip(lists, notes, layouts, strict=True):
             values = Values(query, self._instruction, _Prepared(self, documents, prepared), texts)
             shown = values
             if limit is not None and not limits.cut_left():
-                shown = replace(values, documents=_Bounded(self._text, values.documents, limit))
-            parts = [part for item in shape.parts for part in self._parts(item, shown, documents, found, spans)]
+                shown = replace(values, documents=_Bounded(self._compiler, values.documents, limit))
+            parts = batch.parts(layout.items, documents, shown)
             ids, truncated = fit(parts, len(documents), limit, self.template.name, limits)
-            yield Prompt(ids, truncated, shape.turns, values)
+            yield Prompt(ids, truncated, layout.turns, values)
 
     def _checked_query(self, query: str, limit: int | None) -> str:
         """The query; ValueError where it alone has more tokens than a prompt may have, before they are all made."""
-        if limit is not None and self._text.bounded(query, limit) is not query:
+        if limit is not None and self._compiler.text.bounded(query, limit) is not query:
             raise ValueError(
                 f"the query and the fixed text of template {self.template.name!r} leave no room for the documents: the "
                 f"query alone, of {len(query):,} characters, exceeds the limit of {limit} tokens of a prompt"
             )
         return query
 
-    def _shape_of(self, count: int) -> Shape:
-        shape = self._shapes.get(count)
-        if shape is None:
-            shape = self._shapes[count] = self._shape(*self._lay_out(count))
-        return shape
-
-    def _documents(
-        self, lists: list[list[str]], shapes: dict[int, Shape], limit: int | None, left: bool
-    ) -> dict[tuple[Any, ...], Tokens]:
-        """Ids of every document of the lists in its unit: from the cache, or tokenised now, each content once.
-
-        Of a document with more than `limit` tokens there are its first ones, or with `left` its last ones, more than
-        `limit` of them, and those of what stands around it.
-        """
-        found: dict[tuple[Any, ...], Tokens] = {}
-        missing: dict[tuple[Any, ...], tuple[Unit, dict[str, None]]] = {}
-        for documents in lists:
-            for run in shapes[len(documents)].parts:
-                if not isinstance(run, Run):
-                    continue
-                for step in run.steps or ():
-                    if isinstance(step, Span):
-                        continue
-                    slot, unit = step
-                    kind, text = kind_of(slot, unit, run), documents[slot.index]
-                    if (kind, text) in found or (kind in missing and text in missing[kind][1]):
-                        continue
-                    tokens = self._cache.get(self._cache_key(kind, text, limit, left), text)
-                    if tokens is None:
-                        missing.setdefault(kind, (unit, {}))[1][text] = None
-                    else:
-                        found[kind, text] = tokens
-        for kind, (unit, texts) in missing.items():
-            prepared = [self._prepare(text) for text in texts]
-            bodies = [strip_sides(text, kind) for text, _ in prepared]
-            if left:
-                encoded = self._text.encode_unit(unit, bodies, limit)
-            else:
-                encoded = self._text.encode_unit(unit, [self._text.bounded(body, limit) for body in bodies])
-            for text, (_, cut), ids in zip(texts, prepared, encoded, strict=True):
-                if ids is not None:
-                    tokens = Tokens(int32(ids), unit.head, max(unit.head, len(ids) - unit.tail), cut)
-                    found[kind, text] = tokens
-                    self._cache.put(self._cache_key(kind, text, limit, left), text, tokens)
-        return found
-
-    @staticmethod
-    def _cache_key(kind: tuple[Any, ...], text: str, limit: int | None, left: bool) -> tuple[Any, ...]:
-        """What cached ids depend on beside the text: the limit and the side only where they may have cut them."""
-        # A text with fewer characters than this keeps all its tokens on either side: its unit's literals are short.
-        return kind if len(text) <= most_whole(limit) // (2 if left else 1) else (*kind, limit, left)
+    def _layout_of(self, count: int) -> _Layout:
+        layout = self._layouts.get(count)
+        if layout is None:
+            layout = self._layouts[count] = self._compiled(self._lay_out(count))
+        return layout
 
     def _prepare(self, document: str) -> tuple[str, bool]:
         template = self.template
         if template.document_unit != "tokens" or template.document_limit is None:
             return template.prepare_document(document)
-        text = template.clean_document(document)
-        if surely_within(text, template.document_limit):
-            return template.rewrite_document(text), False
-        _, spans = self._text.encode_spans(self._text.bounded(text, template.document_limit), False)
-        cut = len(spans) > template.document_limit
-        return template.rewrite_document(text[: spans[template.document_limit - 1][1]] if cut else text), cut
+        text, tokens = self._compiler.cut(template.clean_document(document), template.document_limit)
+        return template.rewrite_document(text), tokens > 0
 
-    def _parts(
-        self,
-        item: npt.NDArray[np.int32] | Run,
-        values: Values,
-        documents: list[str],
-        found: dict[tuple[Any, ...], Tokens],
-        spans: dict[tuple[str, str, str, bool], npt.NDArray[np.int32] | None],
-    ) -> list[Part]:
-        if not isinstance(item, Run):
-            return [Part(item)]
-        parts: list[Part] = []
-        for step in item.steps or ():
-            if isinstance(step, Span):
-                text = fill(step.pieces, values)
-                if item.lstrip and isinstance(step.pieces[0], Slot) and step.pieces[0] is item.pieces[0]:
-                    text = strip_left(text)
-                if item.rstrip and isinstance(step.pieces[-1], Slot) and step.pieces[-1] is item.pieces[-1]:
-                    text = strip_right(text)
-                key = (step.left, text, step.right, step.anchored)
-                if key not in spans:
-                    ids = self._text.encode_between(*key)
-                    spans[key] = None if ids is None else int32(ids)
-                fixed = spans[key]
-                if fixed is None:
-                    break
-                parts.append(Part(fixed))
-            else:
-                slot, unit = step
-                tokens = found.get((kind_of(slot, unit, item), documents[slot.index]))
-                if tokens is None:
-                    break
-                parts.append(Part(tokens.ids, slot.index, tokens.start, tokens.end, tokens.cut))
-        if item.steps is None or len(parts) < len(item.steps) or not item.plain(values):
-            return whole_run(self._text, item, values, lambda index: self._prepare(documents[index])[1])
-        return parts
-
-    # ---- labels and checks
-
-    def _label_id(self, label: str) -> int:
-        marker = self._text.markers.get(label)
-        if marker is not None:
-            return marker.id
-        if label.startswith(_BLANK):
-            piece: int | None = self._text.tokenizer.token_to_id(label)
-            if piece is None:
-                raise ValueError(
-                    f"the label {label!r} of template {self.template.name!r} is no piece of this tokenizer's "
-                    "vocabulary: the checkpoint answers with other words; take the template that it was trained with"
-                )
-            return piece
-        if self.template.model == "seq2seq":
-            before, anchored = self.template.decoder, False
-        else:
-            before, anchored = self._last_text()
-        alone, behind = self._text.encode([before, before + label], anchored)
-        if behind[:-1] != alone:
-            new = [self._text.tokenizer.id_to_token(token) for token in behind]
-            raise ValueError(
-                f"the label {label!r} of template {self.template.name!r} is not a single token of this tokenizer "
-                f"behind {before[-20:]!r}: the tokens there are {new[-max(4, len(behind) - len(alone)) :]}"
-            )
-        return behind[-1]
-
-    def _last_text(self) -> tuple[str, bool]:
-        """The text between the last marker and the readout position, and whether a marker stands before it."""
-        if self.template.segments:  # a label is a segment of its own
-            return "", False
-        _, texts = self._lay_out(self._counts[0])
-        values = Values("a", self._instruction, ["a", "a"], ["a", "a"])
-        flat: list[Piece | Marker] = []
-        for piece in texts[-1]:
-            flat += self._text.split(piece) if isinstance(piece, str) else [piece]
-        places = [i for i, item in enumerate(flat) if isinstance(item, Marker)]
-        run = flat[places[-1] + 1 :] if places else flat
-        text = fill([item for item in run if not isinstance(item, Marker)], values)
-        last = flat[places[-1]] if places else None
-        return strip_left(text) if isinstance(last, Marker) and last.rstrip else text, bool(places)
+    # ---- checks
 
     def _check_count(self, count: int, place: str) -> None:
         kind, most = self.template.kind, self.template.most_documents
@@ -599,19 +425,15 @@ class PromptTokenizer:
     def _check_exact(self) -> None:
         """Probe texts through the segments and through the whole prompt: a difference is an error that shows both."""
         for count in self._counts:
-            for i, query in enumerate(_PROBES):
-                documents = [_PROBES[(i + k + 1) % len(_PROBES)] for k in range(count)]
+            for i, query in enumerate(PROBES):
+                documents = [PROBES[(i + k + 1) % len(PROBES)] for k in range(count)]
                 notes = [str(k) for k in range(count)] if self.template.uses_notes else []
                 (prompt,) = self._encode(query, [documents], [notes], None)
-                expected = self.whole_ids(query, documents, notes)
-                if prompt.ids.tolist() != expected:
-                    place = next((k for k, (a, b) in enumerate(zip(prompt.ids, expected, strict=False)) if a != b), -1)
-                    raise ValueError(
-                        f"template {self.template.name!r} cannot be tokenised exactly by this tokenizer: for the query "
-                        f"{query!r} and the documents {documents!r} the ids differ from position {place} on: "
-                        f"{prompt.ids[max(0, place - 2) :][:12].tolist()} by segments, "
-                        f"{expected[max(0, place - 2) :][:12]} as a whole"
-                    )
+                what = (
+                    f"template {self.template.name!r} cannot be tokenised exactly by this tokenizer: for the query "
+                    f"{query!r} and the documents {documents!r}"
+                )
+                check_same(what, prompt.ids.tolist(), self.whole_ids(query, documents, notes))
 
     def whole_ids(self, query: str, documents: Sequence[str], notes: Sequence[str] = ()) -> list[int]:
         """The prompt rendered with its texts and tokenised as a whole by the checkpoint's own tokenizer: the reference.
@@ -620,7 +442,7 @@ class PromptTokenizer:
         """
         texts = [self._prepare(document)[0] for document in documents]
         values = Values(self.template.prepare_query(query), self._instruction, texts, notes)
-        turns, _ = self._lay_out(len(texts))
+        turns = self._lay_out(len(texts)).turns
         filled = [fill(turn.pieces, values) for turn in turns]
         if self.template.chat:
             messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, filled, strict=True)]
@@ -636,14 +458,14 @@ class PromptTokenizer:
 class _Bounded(Sequence[str]):
     """Documents without the middle that is cut off anyway."""
 
-    def __init__(self, text: TextTokenizer, documents: Sequence[str], limit: int) -> None:
-        self._text, self._documents, self._limit = text, documents, limit
+    def __init__(self, compiler: Compiler, documents: Sequence[str], limit: int) -> None:
+        self._compiler, self._documents, self._limit = compiler, documents, limit
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._text.bounded(self._documents[index], self._limit)
+        return self._compiler.text.bounded(self._documents[index], self._limit)
 
 
 class _Prepared(Sequence[str]):

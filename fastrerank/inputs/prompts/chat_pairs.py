@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from fastrerank.checkpoints.checkpoint import Checkpoint
-from fastrerank.inputs.chat_rendering import TemplateBudgetError, render
 from fastrerank.inputs.files import ChatTemplate, template_of_pairs
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
-from fastrerank.inputs.prompt_tokenizer import PromptTokenizer
-from fastrerank.inputs.prompts import Message, Template
+from fastrerank.inputs.prompts.chat_rendering import TemplateBudgetError, render
+from fastrerank.inputs.prompts.prompt_tokenizer import PromptTokenizer
+from fastrerank.inputs.prompts.template import Message, Template
+from fastrerank.inputs.prompts.template_layout import contents, options
 from fastrerank.inputs.screening import load_fast
-from fastrerank.inputs.template_layout import contents, options
 from fastrerank.inputs.tokenizer import TokenBatch
 from fastrerank.runtime.naming import model_name
 

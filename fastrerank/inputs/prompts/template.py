@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import re
 import string
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fastrerank.inputs.prompts.toml_files import Table, read_toml
 
-__all__ = ["Message", "Template", "list_templates", "parse_format", "published_names"]
+__all__ = ["Message", "Template", "list_templates", "parse_format"]
 
-_FOLDER = Path(__file__).with_suffix("")
+_FOLDER = Path(__file__).with_name("templates")
 
 _KINDS = ("pointwise", "pairwise", "setwise", "listwise")
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -32,6 +27,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "document_unit": ("", "words", "tokens", "characters"),
     "special_tokens": ("auto", "bos", "none"),
     "content": ("text", "parts"),
+    "algorithm": ("", "windows", "groups"),
 }
 # The last two are what sentence-transformers makes of a pair, for chat templates that know them.
 _ROLES = ("system", "user", "assistant", "query", "document")
@@ -74,7 +70,8 @@ class Template:
             text tokenised as a whole; raw texts tokenised separately and concatenated; a pair for the tokenizer.
         content: what a chat template gets as a turn's content: "text", or "parts", a list of one {"type": "text"}.
         suffix: text behind the prompt where logits or a head are read; `generation_suffix` where text is generated.
-        names: checkpoints that were trained with it, by their names without the owner, in small letters.
+        max_new_tokens, stop: most tokens of a written answer, None for what names each document once; what ends it.
+        algorithm: of a listwise template "windows" or "groups" (scores that are written as JSON); "" for windows.
         source, paper: where the wording was published.
 
     Example:
@@ -116,8 +113,11 @@ class Template:
     special_tokens: str = "auto"
     content: str = "text"
     requires: tuple[str, ...] = ()
-    names: tuple[str, ...] = field(default=(), repr=False)
     chat_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Not part of a prompt's text, and so not of a fingerprint, which takes the fields of the default repr.
+    max_new_tokens: int | None = field(default=None, repr=False)
+    stop: tuple[str, ...] = field(default=(), repr=False)
+    algorithm: str = field(default="", repr=False)
 
     def __repr__(self) -> str:
         return f"Template({self.name!r}, kind={self.kind!r}, readout={self.readout!r})"
@@ -223,18 +223,6 @@ def list_templates(kind: str | None = None) -> dict[str, str]:
     return {template.name: template.source for template in templates if kind in (None, template.kind)}
 
 
-@lru_cache(maxsize=1)
-def published_names() -> Mapping[str, Template]:
-    """Name of a checkpoint in small letters -> the shipped template that lists it in its `names`.
-
-    Example:
-        >>> published_names()["mt5-base-mmarco-v2"].labels
-        ('▁yes', '▁no')
-    """
-    templates = [_read(file) for file in sorted(_FOLDER.glob("*.toml"))]
-    return MappingProxyType({name: template for template in templates for name in template.names})
-
-
 def parse_format(text: str) -> list[tuple[str, str | None]]:
     """`text` as (literal, placeholder behind it or None); `{{` and `}}` are braces. ValueError if it is malformed.
 
@@ -293,81 +281,35 @@ def _too_many(template: Template, count: int) -> str:
 
 
 def _read(path: Path) -> Template:
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable TOML file ({error})") from error
-    return _Checker(path, raw).template()
+    return _Checker(path, read_toml(path)).template()
 
 
-class _Checker:
+class _Checker(Table):
     """Every field of a template file against its type, its values and the other fields."""
 
-    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
-        self.path, self.raw = path, raw
-
     def template(self) -> Template:
-        known = {item.name: item for item in fields(Template)}
-        for name in self.raw:
-            if name not in known:
-                raise self._error(name, "is unknown", f"one of {', '.join(sorted(known))}")
-        values: dict[str, Any] = {"name": self.path.stem}
-        for name, value in self.raw.items():
-            values[name] = self._value(name, str(known[name].type), value)
-        for name in ("kind", "source"):
-            if not values.get(name):
-                raise self._error(name, "is missing", "a non-empty string")
+        values = {"name": self.path.stem} | self.values(Template, messages=self._messages)
+        for name, valid in _CHOICES.items():
+            if name in values:
+                self.choose(name, values[name], valid)
+        for name in ("preprocess", "preprocess_query"):
+            for rule in values.get(name, ()):
+                if rule not in _RULES and rule not in _REWRITES:
+                    raise self.error(name, f"holds {rule!r}", f"any of {', '.join([*_RULES, *_REWRITES])}")
         template = Template(**values)
         self._check_body(template)
         self._check_fields(template)
         return template
 
-    def _error(self, name: str, problem: str, valid: str) -> ValueError:
-        return ValueError(f"{self.path}: {name} {problem}; valid is {valid}")
-
-    def _value(self, name: str, kind: str, value: Any) -> Any:
-        if name == "messages":
-            return self._messages(value)
-        if name == "chat_options":
-            if not isinstance(value, dict):
-                raise self._error(name, f"is {value!r}", "a table")
-            return MappingProxyType(value)
-        if kind.startswith("tuple"):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise self._error(name, f"is {value!r}", "a list of strings")
-            value = tuple(value)
-        elif kind.startswith("int"):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self._error(name, f"is {value!r}", "an integer of at least 1")
-        elif not isinstance(value, str):
-            raise self._error(name, f"is {value!r}", "a string")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise self._error(name, f"is {value!r}", f"one of {', '.join(map(repr, _CHOICES[name]))}")
-        if name in ("preprocess", "preprocess_query"):
-            for rule in value:
-                if rule not in _RULES and rule not in _REWRITES:
-                    raise self._error(name, f"holds {rule!r}", f"any of {', '.join([*_RULES, *_REWRITES])}")
-        return value
-
     def _messages(self, value: Any) -> tuple[Message, ...]:
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self._error("messages", f"is {value!r}", "a list of [[messages]] tables")
         messages: list[Message] = []
-        for position, item in enumerate(value):
-            place = f"messages[{position}]"
-            for name in item:
-                if name not in ("role", "content", "repeat"):
-                    raise self._error(f"{place}.{name}", "is unknown", "role, content or repeat")
-            for name in ("role", "content"):
-                if not isinstance(item.get(name), str):
-                    raise self._error(f"{place}.{name}", f"is {item.get(name)!r}", "a string")
-            if item["role"] not in _ROLES:
-                raise self._error(f"{place}.role", f"is {item['role']!r}", f"one of {', '.join(_ROLES)}")
-            if item["role"] == "system" and position:
-                raise self._error(f"{place}.role", "is a second or late system turn", "one system turn, the first")
-            if not isinstance(item.get("repeat", False), bool):
-                raise self._error(f"{place}.repeat", f"is {item['repeat']!r}", "true or false")
-            messages.append(Message(**item))
+        for position, table in enumerate(self.tables("messages", value)):
+            message = Message(**table.values(Message))
+            if message.role not in _ROLES:
+                raise table.error("role", f"is {message.role!r}", f"one of {', '.join(_ROLES)}")
+            if message.role == "system" and position:
+                raise table.error("role", "is a second or late system turn", "one system turn, the first")
+            messages.append(message)
         return tuple(messages)
 
     def _check_body(self, template: Template) -> None:
@@ -376,14 +318,14 @@ class _Checker:
             came = "none" if not given else " and ".join(given)
             raise ValueError(f"{self.path}: exactly one of {', '.join(_BODIES)} must be given, got {came}")
         if template.pair and len(template.pair) != 2:
-            raise self._error("pair", f"has {len(template.pair)} texts", "two: the query's, the document's")
+            raise self.error("pair", f"has {len(template.pair)} texts", "two: the query's, the document's")
         several = template.kind in ("setwise", "listwise")
         whole = {"pointwise": {"document"}, "pairwise": {"document_a", "document_b"}}.get(template.kind, {"documents"})
         block = {"document", "identifier", "note"}
         seen: list[str] = []
         repeats = any(message.repeat for message in template.messages)
         if repeats and not several:
-            raise self._error("messages", "repeat a turn per document", "that in a setwise or listwise template only")
+            raise self.error("messages", "repeat a turn per document", "that in a setwise or listwise template only")
         allowed = _TEXTS | (set() if repeats else whole) | ({"note"} if template.kind == "pointwise" else set())
         for place, text, names in [
             *(
@@ -404,11 +346,11 @@ class _Checker:
                 )
         printed = self._check_names("document", template.document, block)
         if "document" in self.raw and (not several or repeats):
-            raise self._error("document", "is given", "only where {documents} stands for a list")
+            raise self.error("document", "is given", "only where {documents} stands for a list")
         if printed.count("document") != 1:
-            raise self._error("document", f"is {template.document!r}", "a text with {document} once")
+            raise self.error("document", f"is {template.document!r}", "a text with {document} once")
         if self._check_names("identifier_label", template.identifier_label, {"identifier"}) != ["identifier"]:
-            raise self._error("identifier_label", f"is {template.identifier_label!r}", "a text with {identifier} once")
+            raise self.error("identifier_label", f"is {template.identifier_label!r}", "a text with {identifier} once")
         self._check_names("instruction_format", template.instruction_format, {"instruction"})
 
     def _check_names(self, place: str, text: str, allowed: set[str] | frozenset[str]) -> list[str]:
@@ -418,42 +360,44 @@ class _Checker:
             raise ValueError(f"{self.path}: {place}: {error}") from error
         for name in names:
             if name not in allowed:
-                raise self._error(
+                raise self.error(
                     place, f"has the placeholder {{{name}}}", ", ".join(f"{{{n}}}" for n in sorted(allowed))
                 )
         return names
 
     def _check_fields(self, template: Template) -> None:
         if (template.document_limit is None) != (not template.document_unit):
-            raise self._error("document_unit", f"is {template.document_unit!r}", "given together with document_limit")
+            raise self.error("document_unit", f"is {template.document_unit!r}", "given together with document_limit")
         several = template.kind in ("setwise", "listwise")
         if several != bool(template.identifiers):
             valid = "alphabetic or numeric" if several else "absent"
-            raise self._error("identifiers", f"is {template.identifiers!r} in a {template.kind} template", valid)
+            raise self.error("identifiers", f"is {template.identifiers!r} in a {template.kind} template", valid)
         if several and template.labels:
-            raise self._error("labels", "is given", "identifiers only, for a list of documents")
+            raise self.error("labels", "is given", "identifiers only, for a list of documents")
         if not several and template.readout == "logits" and not template.labels:
-            raise self._error("labels", "is missing", "the label strings whose logits are read")
+            raise self.error("labels", "is missing", "the label strings whose logits are read")
         if template.readout == "head" and (template.labels or several):
-            raise self._error("readout", 'is "head"', "that for one document and without labels")
+            raise self.error("readout", 'is "head"', "that for one document and without labels")
         if len(set(template.labels)) != len(template.labels) or "" in template.labels:
-            raise self._error("labels", f"is {list(template.labels)!r}", "different, non-empty strings")
+            raise self.error("labels", f"is {list(template.labels)!r}", "different, non-empty strings")
         least = {"difference": 2, "logit": 1}.get(template.score)
         if least is not None and len(template.labels) != least:
-            raise self._error("score", f"is {template.score!r} of {len(template.labels)} labels", f"{least} labels")
+            raise self.error("score", f"is {template.score!r} of {len(template.labels)} labels", f"{least} labels")
         if template.score == "expectation" and not all(label.strip().isdecimal() for label in template.labels):
-            raise self._error("score", 'is "expectation"', "labels that are numbers")
+            raise self.error("score", 'is "expectation"', "labels that are numbers")
         if template.system_joiner is not None and not (template.messages and template.messages[0].role == "system"):
-            raise self._error("system_joiner", "is given", "that with a system turn only")
+            raise self.error("system_joiner", "is given", "that with a system turn only")
         if template.chat_options and not template.messages:
-            raise self._error("chat_options", "is given", "that with messages only")
+            raise self.error("chat_options", "is given", "that with messages only")
         if template.content != "text" and not template.messages:
-            raise self._error("content", f"is {template.content!r}", '"text" without messages')
+            raise self.error("content", f"is {template.content!r}", '"text" without messages')
         if template.messages and template.special_tokens == "bos":
-            raise self._error("special_tokens", 'is "bos"', '"auto" or "none" with messages')
+            raise self.error("special_tokens", 'is "bos"', '"auto" or "none" with messages')
         if template.pair and template.special_tokens != "auto":
-            raise self._error("special_tokens", f"is {template.special_tokens!r}", '"auto" with a pair')
+            raise self.error("special_tokens", f"is {template.special_tokens!r}", '"auto" with a pair')
         if template.decoder and template.model != "seq2seq":
-            raise self._error("decoder", "is given", 'that with model = "seq2seq" only')
+            raise self.error("decoder", "is given", 'that with model = "seq2seq" only')
+        if template.algorithm and template.kind != "listwise":
+            raise self.error("algorithm", f"is {template.algorithm!r}", "that in a listwise template only")
         if template.suffix and template.pair:
-            raise self._error("suffix", "is given", "none with a pair")
+            raise self.error("suffix", "is given", "none with a pair")
