@@ -49,4 +49,4 @@ def test_rank_reaches_its_kernels_through_few_files(method: str, most: int, tmp_
     path = longest_path(lambda: reranker.rank("who sleeps?", DOCUMENTS))
     assert len(path) <= most, path
     assert path[0].startswith("rerankers/")
-    assert path[-1].startswith("ops/")
+    assert any(file.startswith("ops/_") for file in path)
