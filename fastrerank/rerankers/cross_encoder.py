@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint, untrained
+from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.dtype import Dtype
-from fastrerank.engine.heads import Head, module_head
-from fastrerank.engine.loading import Encoder, Plan, load_encoder, load_label_encoder, plan, warm_up
-from fastrerank.inputs.columns import pairs_of_columns
-from fastrerank.inputs.files import template_of_pairs
+from fastrerank.engine.heads import module_head
+from fastrerank.engine.loading import plan, warm_up
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits
 from fastrerank.inputs.tokenizer import TokenBatch, Tokenizer, check_texts
 from fastrerank.rerankers import activations
@@ -34,24 +29,18 @@ from fastrerank.rerankers.compat import (
     predict_options,
     processing_options,
 )
-from fastrerank.rerankers.conversations import as_conversation, is_message
+from fastrerank.rerankers.conversations import as_pairs
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
+from fastrerank.rerankers.pair_engine import chat_pairs, forward_blocks, load_pair_engine
 from fastrerank.rerankers.peer_interface import ModelCardData, PeerInterface
-from fastrerank.rerankers.recognise import is_classifier, is_yes_no, logit_score
 from fastrerank.rerankers.refusal import OptionRefused
 
 if TYPE_CHECKING:
     import torch
 
-    from fastrerank.inputs.prompts.chat_pairs import ChatPairs
     from fastrerank.runtime.types import DeviceLike, DtypeLike, EngineName, Hit
 
 __all__ = ["CrossEncoder"]
-
-log = logging.getLogger("fastrerank")
-
-# Pairs tokenised and scored in one forward: bounds the memory of token ids and is the progress bar's step.
-BLOCK_PAIRS = 1024
 
 
 class CrossEncoder(PeerInterface, Reranker):
@@ -158,8 +147,8 @@ class CrossEncoder(PeerInterface, Reranker):
         self.dtype = chosen.dtype
         modular = any(module.type == "Dense" for module in checkpoint.modules)
         head = module_head(checkpoint.modules) if modular else None
-        self._chat = _chat_pairs(checkpoint, given["chat_template"])
-        self.engine = _load_engine(
+        self._chat = chat_pairs(checkpoint, given["chat_template"])
+        self.engine = load_pair_engine(
             checkpoint,
             head,
             chosen,
@@ -407,7 +396,7 @@ class CrossEncoder(PeerInterface, Reranker):
         limits, chat_options = self._processing(options)
         inputs, activation_fn = predict_options(inputs, activation_fn, options, "predict", self.device)
         _check_batch_size(batch_size)
-        pairs, systems, single = _as_pairs(inputs)
+        pairs, systems, single = as_pairs(inputs)
         function = activations.resolve(self.activation_fn if activation_fn is None else activation_fn)
         column = None if label is None else resolve_label(label, self.labels)
         prefix = self._prompt(prompt, prompt_name, limits)
@@ -417,7 +406,7 @@ class CrossEncoder(PeerInterface, Reranker):
             for text, members in groups.items():
                 tokenize = self._pair_list(text, limits.limits, chat_options)
                 own = [pairs[i] for i in members] if systems else pairs
-                logits[members] = self._forward(tokenize, own, usage, bool(show_progress_bar))
+                logits[members] = forward_blocks(self.engine, tokenize, own, usage, bool(show_progress_bar))
             self._finite([logits])
         scores = self._activate(logits, function)
         if apply_softmax and scores.ndim > 1:
@@ -477,7 +466,7 @@ class CrossEncoder(PeerInterface, Reranker):
         with self._call() as usage:
             pairs = [(checked, text) for text in texts]
             tokenize = self._pair_list(prefix, limits.limits, chat_options)
-            logits = self._forward(tokenize, pairs, usage, bool(show_progress_bar))
+            logits = forward_blocks(self.engine, tokenize, pairs, usage, bool(show_progress_bar))
             self._finite([logits])
         scores = label_scores(logits, column, self._multi_label)
         if function is None or raw:
@@ -496,7 +485,8 @@ class CrossEncoder(PeerInterface, Reranker):
         pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
         lengths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
         tokenize = self._pair_list(self._prompt(None, None, call), call.limits)
-        flat = label_scores(self._forward(tokenize, pairs, usage, lengths=lengths), column, self._multi_label)
+        logits = forward_blocks(self.engine, tokenize, pairs, usage, lengths=lengths)
+        flat = label_scores(logits, column, self._multi_label)
         bounds = np.cumsum([0, *map(len, documents)])
         total = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         usage.query_tokens = [int(total[end] - total[begin]) for begin, end in pairwise(bounds)]
@@ -556,33 +546,6 @@ class CrossEncoder(PeerInterface, Reranker):
             return partial(self._tokenizer.pair_list, max_length=limit, limits=limits)
         return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit, limits)
 
-    def _forward(
-        self,
-        tokenize: Callable[[list[Any]], TokenBatch],
-        items: list[Any],
-        usage: Usage,
-        progress: bool = False,
-        lengths: list[npt.NDArray[np.int64]] | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Logits (N, num_labels) of all items; a block is tokenised while the engine computes the one before it.
-
-        The items' numbers of tokens are appended to `lengths`.
-        """
-        blocks = [np.zeros((0, self.num_labels), np.float32)]
-        batches = _ahead([partial(tokenize, items[i : i + BLOCK_PAIRS]) for i in range(0, len(items), BLOCK_PAIRS)])
-        for _ in _steps(len(items), progress):
-            with usage.stage("tokenize"):  # where there are several blocks, the time that compute waits for tokens
-                batch = next(batches)
-            if lengths is not None:
-                lengths.append(np.diff(batch.offsets))
-            with usage.stage("compute"):
-                given = batch.ids, batch.type_ids, batch.offsets
-                counted = getattr(self.engine, "counted", None)  # of engines that compute common beginnings once
-                values, cost = (self.engine.forward(*given), None) if counted is None else counted(*given)
-            usage.count(batch, cost)
-            blocks.append(values)
-        return np.concatenate(blocks)
-
     def _activate(self, logits: npt.NDArray[np.float32], function: activations.Activation) -> Scores:
         """Activated scores of (N, num_labels) logits: (N,) for one label."""
         scores = np.asarray(function(logits), np.float32)
@@ -619,102 +582,9 @@ class CrossEncoder(PeerInterface, Reranker):
         return self.prompts[name]
 
 
-def _load_engine(
-    checkpoint: Checkpoint, head: Head | None, chosen: Plan, chat: ChatPairs | None, given: bool, **options: Any
-) -> Encoder:
-    """The engine of a plan: where prompts begin alike and a decoder reads them, one that computes that once."""
-    labels = logit_score(checkpoint)
-    if labels is None and is_yes_no(checkpoint, given):
-        if chat is None:
-            raise ValueError(
-                f"{untrained(checkpoint)}. CrossEncoder reads its logits of 'yes' and 'no' where a chat template takes "
-                "the roles query and document, which this checkpoint's does not: give one as chat_template="
-            )
-        labels = chat.token_ids("yes", "no")
-    if labels is not None:
-        return load_label_encoder(checkpoint, labels, chosen, **options)
-    if chat is not None and head is None and chosen.engine is None and is_classifier(checkpoint):
-        try:
-            return load_label_encoder(checkpoint, None, chosen, **options)
-        except ValueError as error:  # what is wrong with the checkpoint itself is said again below
-            log.info("%s: prompts share no prefixes: %s", checkpoint.path, error)
-    return load_encoder(checkpoint, head, chosen, **options)
-
-
-def _chat_pairs(checkpoint: Checkpoint, chat_template: str | dict[str, str] | None) -> ChatPairs | None:
-    """What renders the checkpoint's pairs, None where its tokenizer joins them. Only the former needs transformers."""
-    if template_of_pairs(checkpoint, chat_template) is None:
-        return None
-    from fastrerank.inputs.prompts.chat_pairs import ChatPairs
-
-    return ChatPairs.load(checkpoint, chat_template=chat_template)
-
-
 def _check_batch_size(batch_size: int) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-
-
-def _as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], list[str] | None, bool]:
-    """Return (checked pairs, their system texts or None where none came as messages, whether it was one pair)."""
-    inputs = pairs_of_columns(inputs, "inputs")
-    if isinstance(inputs, np.ndarray):
-        if inputs.ndim not in (1, 2):
-            raise TypeError(f"inputs must be one pair (1-D) or pairs (2-D), got an array of {inputs.ndim} dimensions")
-        inputs = inputs.tolist()
-    elif isinstance(inputs, (str, bytes, dict, set)) or not hasattr(inputs, "__iter__"):
-        raise TypeError(f"inputs must be a sequence of (query, document) pairs, got {type(inputs).__name__}")
-    pairs = list(inputs)
-    if pairs and is_message(pairs[0]):
-        pair, system = as_conversation(pairs, "inputs")
-        return [pair], [system], True
-    if pairs and isinstance(pairs[0], str):
-        return [_as_pair(pairs, "inputs")], None, True
-    if not any(isinstance(pair, list) and pair and is_message(pair[0]) for pair in pairs):
-        return [_as_pair(pair, f"inputs[{position}]") for position, pair in enumerate(pairs)], None, False
-    found = []
-    for position, pair in enumerate(pairs):
-        name, messages = f"inputs[{position}]", isinstance(pair, list) and pair and is_message(pair[0])
-        found.append(as_conversation(pair, name) if messages else (_as_pair(pair, name), ""))
-    return [pair for pair, _ in found], [system for _, system in found], False
-
-
-def _as_pair(pair: Any, name: str) -> tuple[str, str]:
-    if not isinstance(pair, (list, tuple, np.ndarray)):
-        raise TypeError(f"{name} must be a (query, document) pair, got {type(pair).__name__}")
-    if len(pair) != 2:
-        raise TypeError(f"{name} must be a (query, document) pair, got {len(pair)} items")
-    query, text = check_texts(pair, name)
-    return query, text
-
-
-def _ahead(jobs: list[Callable[[], TokenBatch]]) -> Iterator[TokenBatch]:
-    """Results of jobs in order; while one is used, the next is made in another thread."""
-    if len(jobs) < 2:
-        yield from (job() for job in jobs)
-        return
-    pool = ThreadPoolExecutor(1)
-    try:
-        following = pool.submit(jobs[0])
-        for job in jobs[1:]:
-            batch = following.result()
-            following = pool.submit(job)
-            yield batch
-        yield following.result()
-    finally:
-        # Ctrl-C and errors do not wait for a block that nobody will read.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _steps(pairs: int, progress: bool) -> Iterator[int]:
-    steps = range(0, pairs, BLOCK_PAIRS)
-    if not progress:
-        yield from steps
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(steps, description="Scoring", console=Console(file=sys.stderr), total=len(steps))
 
 
 def _converted(scores: Any, to_numpy: bool, to_tensor: bool, single: bool) -> Any:

@@ -26,6 +26,7 @@ import torch
 import fastrerank
 from fastrerank import CrossEncoder, EmbeddingReranker, LateInteractionReranker, ops
 from fastrerank.engine.native.encoder import DTYPES
+from fastrerank.rerankers import pair_engine
 
 Tiny = Callable[..., Path]
 METHODS = {"cross-encoder": CrossEncoder, "late-interaction": LateInteractionReranker, "embedding": EmbeddingReranker}
@@ -217,12 +218,14 @@ def test_duplicates_tie_and_keep_their_order(reranker: Any) -> None:
 def test_work_split_into_blocks_gives_the_same(reranker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = reranker.score(QUERY, TEXTS)
     rows = reranker.rank(QUERY, TEXTS)
-    module = sys.modules[type(reranker).__module__]
+    modules = [sys.modules[type(reranker).__module__]]
+    if isinstance(reranker, CrossEncoder):
+        modules.append(pair_engine)
     sizes = {"BLOCK_PAIRS": 3, "BLOCK_TEXTS": 3, "BLOCK_TOKENS": 50}  # 20 texts of 3 to 42 tokens
-    assert any(hasattr(module, name) for name in sizes)
-    for name, size in sizes.items():
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, size)
+    found = [(module, name) for module in modules for name in sizes if hasattr(module, name)]
+    assert found
+    for module, name in found:
+        monkeypatch.setattr(module, name, sizes[name])
     np.testing.assert_array_equal(reranker.score(QUERY, TEXTS), expected)
     assert reranker.last_usage["forwards"] > 5
     assert reranker.rank(QUERY, TEXTS) == rows
