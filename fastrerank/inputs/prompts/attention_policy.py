@@ -1,4 +1,4 @@
-"""What the methods that read attention differ in, as data: texts, order, which tokens and rows count, which heads."""
+"""Policies of the methods that read attention, as data: texts, order, the tokens, rows and heads that count."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Policy:
         words: documents are cut to so many words; None for no limit.
         strip_query: whether white space around the query is taken off.
         separator: what stands between paragraphs; "" for the layout's.
-        instruction: the name of the usual one in `instructions`.
+        instruction: the name of the default in `instructions`.
         heads: "all", or "" where the method needs a list. lists: the published ones.
     """
 
@@ -172,7 +172,7 @@ def read_preset(path: str | Path) -> dict[str, Any]:
 
 
 def write_preset(path: Path, heads: Sequence[tuple[int, int]], about: Mapping[str, str | int | float]) -> None:
-    """Write a preset file: the heads, best first, and what is to be known about them."""
+    """Write a preset file: `heads`, best first, and the fields of `about`."""
     lines = [f"{name} = {_toml(value)}" for name, value in about.items()]
     lines.append(f'heads = "{",".join(f"{layer}-{head}" for layer, head in heads)}"')
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
