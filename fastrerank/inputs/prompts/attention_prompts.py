@@ -21,6 +21,7 @@ from fastrerank.inputs.prompts.attention_policy import Layout, Policy, layout_of
 from fastrerank.inputs.prompts.chat_rendering import render
 from fastrerank.inputs.prompts.compiler import Batch, Compiler, Kept, Run, check_same, whole_tokenizer
 from fastrerank.inputs.prompts.fitting import Part, Places, int32
+from fastrerank.inputs.prompts.template import apply_rules
 from fastrerank.inputs.prompts.template_layout import Piece, Slot, Values
 from fastrerank.inputs.prompts.token_cache import CacheInfo
 from fastrerank.inputs.tokenizer import _derive_template
@@ -243,8 +244,8 @@ class AttentionPrompts:
 
     def prepare_query(self, query: str) -> str:
         """The query as it is printed."""
-        query = encodable(query)
-        query = query.strip() if self.policy.strip_query or self.layout.strips else query
+        query = apply_rules(encodable(query), self.policy.preprocess_query)
+        query = query.strip() if self.layout.strips else query
         return self._compiler.text.bounded(query, self.room)
 
     def prepare(self, document: str) -> tuple[str, bool]:

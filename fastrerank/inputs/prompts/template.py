@@ -180,7 +180,7 @@ class Template:
 
     def prepare_query(self, query: str) -> str:
         """The query after the published rewriting."""
-        return _rewrite(_clean(query, self.preprocess_query), self.preprocess_query)
+        return apply_rules(query, self.preprocess_query)
 
     def prepare_document(self, text: str) -> tuple[str, bool]:
         """The document after the published rules and its limit in words or characters, and whether that cut it.
@@ -239,6 +239,23 @@ def parse_format(text: str) -> list[tuple[str, str | None]]:
     return parts
 
 
+def apply_rules(text: str, rules: tuple[str, ...]) -> str:
+    """Return a text after all rules of `preprocess` or `preprocess_query`.
+
+    Example:
+        >>> apply_rules(" [3] x ", ("strip", "brackets-of-digits"))
+        '(3) x'
+    """
+    return _rewrite(_clean(text, rules), rules)
+
+
+def check_rules(table: Table, name: str, rules: tuple[str, ...]) -> None:
+    """Raise ValueError naming the file and the rule unless every rule is known."""
+    for rule in rules:
+        if rule not in _RULES and rule not in _REWRITES:
+            raise table.error(name, f"holds {rule!r}", f"any of {', '.join([*_RULES, *_REWRITES])}")
+
+
 def _placeholders(text: str) -> list[str]:
     return [name for _, name in parse_format(text) if name is not None]
 
@@ -294,9 +311,7 @@ class _Checker(Table):
             if name in values:
                 self.choose(name, values[name], valid)
         for name in ("preprocess", "preprocess_query"):
-            for rule in values.get(name, ()):
-                if rule not in _RULES and rule not in _REWRITES:
-                    raise self.error(name, f"holds {rule!r}", f"any of {', '.join([*_RULES, *_REWRITES])}")
+            check_rules(self, name, values.get(name, ()))
         template = Template(**values)
         self._check_body(template)
         self._check_fields(template)
