@@ -181,8 +181,8 @@ def heapsort(n: int, top_k: int = 10) -> Schedule[Pair, float]:
     No pair is asked twice. Decisions are those of the sequential algorithm for any comparator. There are few steps
     because a sift-down waits only for its two children: all nodes of a level are asked together, and the next
     extraction follows the last one down the heap. A sift-down that the next extraction waits for asks its three
-    comparisons at once. 100 documents with top_k 10 take about 40 steps; one comparison at a time would take 260. A search for bad
-    comparators found none that needs more than 61.
+    comparisons at once. 100 documents with top_k 10 take about 40 steps; one comparison at a time would take 260. A
+    search for bad comparators found none that needs more than 61.
 
     Source: PRP, Qin et al. 2023, arXiv 2306.17563.
     """
