@@ -264,8 +264,6 @@ class AttentionPrompts:
         run = "".join(self._before(i) + text for i, text in enumerate(texts))
         return f"{run}{self._end}{self.prepare_query(query)}{self.layout.suffix}"
 
-    # ---- laying out
-
     def _before(self, number: int) -> str:
         """What stands before the document at a place of the prompt."""
         start = f"{self.layout.prefix}{_INTRODUCTION}" if number == 0 else ""
@@ -305,8 +303,6 @@ class AttentionPrompts:
             stop = place + len(self._end) + len(query)
             last = min(last, int(np.searchsorted(places[0], stop, "left")) + self._extra)
         return first, last
-
-    # ---- checks
 
     def _check_exact(self) -> None:
         """Compare the ids of probe texts with those of the whole prompt; an error shows both where they differ."""

@@ -299,8 +299,6 @@ class PromptTokenizer:
         """Ids that a "seq2seq" template forces the decoder to begin with, behind its start token; often none."""
         return np.array(next(iter(self._compiler.text.encode([self.template.decoder], False))), np.int64)
 
-    # ---- laying out
-
     def _render(self, messages: list[dict[str, str]]) -> str:
         return render(self._tokenizer, contents(self.template, messages), **options(self.template))
 
@@ -350,8 +348,6 @@ class PromptTokenizer:
         kept = tuple(item for item in items if not isinstance(item, np.ndarray) or len(item))
         return replace(layout, items=kept)
 
-    # ---- encoding
-
     def _encode(
         self,
         query: str,
@@ -395,8 +391,6 @@ class PromptTokenizer:
             return template.prepare_document(document)
         text, tokens = self._compiler.cut(template.clean_document(document), template.document_limit)
         return template.rewrite_document(text), tokens > 0
-
-    # ---- checks
 
     def _check_count(self, count: int, place: str) -> None:
         kind, most = self.template.kind, self.template.most_documents
