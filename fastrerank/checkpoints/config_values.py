@@ -10,13 +10,13 @@ __all__ = ["MAX_POSITIONS", "MAX_SIZE", "InvalidConfig", "check_sizes", "flag", 
 
 Config = Mapping[str, Any]
 
-# No published model comes near these; what lies above them is a damaged file, or one made to fill the memory.
+# Published models are far below these bounds; a larger value is from a damaged file or one that is made to fill memory.
 MAX_SIZE = 1 << 24
 MAX_POSITIONS = 1 << 24
 MAX_LAYERS = 1 << 12
 MAX_HEADS = 1 << 16
 
-# What transformers' families call their sizes. 0 and negative values mean nothing in any of them.
+# The names of sizes in transformers' families. None of them may be 0 or negative.
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"), MAX_LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), MAX_HEADS),
@@ -47,7 +47,7 @@ class InvalidConfig(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return what a message says of a value: its repr, cut to 100 characters.
+    """Return a value as a message shows it: its repr, cut to 100 characters.
 
     Example:
         >>> shown("x" * 200)[-3:]

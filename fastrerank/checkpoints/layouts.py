@@ -1,7 +1,7 @@
-"""Layouts that mark a checkpoint as of a family that fastrerank does not compute: refused by name, whatever the method.
+"""Checkpoint layouts of model families that fastrerank does not compute: every method refuses them by name.
 
-Token vectors of a ColBERT model without its projection, its markers or its query padding look sane and rank wrongly, so
-none of them may be loaded as something else.
+Without its projection, its markers or its query padding, a ColBERT model's token vectors look right but rank wrongly.
+Such a checkpoint is therefore not loaded as another kind of model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["TOKEN_PROJECTION", "marked_layout", "refuse_marked_layout", "refuse_token_projection"]
 
-# BGE-M3's projection of token vectors. Its other vectors do not need it.
+# BGE-M3's projection of token vectors. Its dense and sparse vectors do not use it.
 TOKEN_PROJECTION = "colbert_linear.pt"
 
 _SERVED_BY = {

@@ -1,6 +1,6 @@
 """Weight files as read-only arrays: safetensors, or PyTorch pickles through torch.
 
-What an engine packs or keeps is read into memory of its own, see `weight_files`; only who asks for `Tensor.raw` maps.
+Engines read what they pack or keep into their own memory, see `weight_files`. Only `Tensor.raw` maps a file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DTYPES: dict[str, str] = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
-# Types that numpy lacks, by their bits.
+# Types that numpy does not have, by their size in bits.
 _OTHER_BITS = {
     "F4": 4,
     "F6_E2M3": 6,
@@ -120,11 +120,11 @@ class Tensor:
             bits = values.astype(np.uint32)
             bits <<= np.uint32(16)
             return bits.view(np.float32)
-        with np.errstate(over="ignore"):  # float64 beyond float32's range is infinite: who packs it says so
+        with np.errstate(over="ignore"):  # float64 beyond the range of float32 becomes infinite; packing it raises
             return np.require(values, np.float32, ["C", "A"])
 
     def _layout(self, span: Span) -> tuple[int, np.dtype[Any]]:
-        # Types that numpy lacks (8-bit floats and smaller) are handed out as their bytes, flat if they are packed.
+        # Types that numpy does not have (8-bit floats and smaller) are returned as bytes, flat if they are packed.
         dtype = np.dtype(_DTYPES.get(self.dtype, "|u1"))
         return (math.prod(self.shape) if self.dtype in _DTYPES else span.end - span.start), dtype
 
@@ -222,13 +222,13 @@ class Tensors(Mapping[str, Tensor]):
     def check(self) -> None:
         """Raise ValueError naming a file that was changed or replaced since it was opened.
 
-        To be called when everything is read: what came before the change and what came after are two models' weights.
+        Call it when everything is read: values from before and after a change belong to two different models.
         """
         for file in self._files:
             file.check(place=True)
 
     def close(self) -> None:
-        """Let go of the files. A mapping ends when the last array that views it is gone."""
+        """Close the files. A mapping is freed with the last array that views it."""
         self._tensors = None
         for file in self._files:
             file.close()

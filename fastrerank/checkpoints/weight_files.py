@@ -1,6 +1,7 @@
-"""Files of weights as they are read: with pread into memory of its own, and noticed when somebody changes them.
+"""Reading of weight files: with pread into the process's own memory, and with an error if a file changes meanwhile.
 
-A page of a *mapped* file that is truncated meanwhile is SIGBUS, and one that is rewritten is another model's weights.
+Reading a *mapped* page would raise SIGBUS if the file is truncated meanwhile, and would give another model's weights if
+it is rewritten.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def copies_weights() -> bool:
 
 
 class Arena:
-    """Memory that is read into again and again: fresh pages for every tensor would cost more than reading it.
+    """A buffer that is read into again and again: new pages for every tensor would cost more than reading it.
 
     Example:
         >>> arena = Arena(100)
@@ -46,7 +47,7 @@ class Arena:
         self._used = 0
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
-        """Return `size` bytes, valid until `reset`; what does not fit gets memory of its own."""
+        """Return `size` bytes, valid until `reset`; a request that does not fit gets new memory."""
         begin, end = self._used, self._used + size
         if end > len(self._memory):
             return np.empty(size, np.uint8)
@@ -72,7 +73,7 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         """Open a regular file. Raises FileNotFoundError, another OSError, or ValueError for a device, a pipe, ..."""
         self.path = path
-        # A pipe would wait for a writer; a regular file does not know the flag.
+        # Without the flag, opening a pipe would wait for a writer; it changes nothing for a regular file.
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
         self._mapping: mmap.mmap | None = None
         status = os.fstat(self._fd)

@@ -1,4 +1,4 @@
-"""Judged ranking data: JSONL rows, TREC runs with judgements, and BEIR folders, read into one form; runs written."""
+"""Judged ranking data: reads JSONL rows, TREC runs with judgements and BEIR folders; writes runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Candidate:
 class JudgedQuery:
     """One query, its candidates in first-stage order, and every relevance judgement that is known of it.
 
-    `judgements` maps document ids to grades. Documents that are judged but are no candidates belong in it too: they are
-    what makes nDCG and recall those of trec_eval. A query without any judgement is reranked but enters no mean.
+    `judgements` maps document ids to grades. It also holds judged documents that are not candidates: with them, nDCG
+    and recall equal trec_eval's. A query without any judgement is reranked but enters no mean.
     """
 
     qid: str
@@ -98,9 +98,9 @@ def load_dataset(
 def judged_query(row: Mapping[str, Any]) -> JudgedQuery:
     """One row of the JSONL format as a `JudgedQuery`.
 
-    `ideal_rels` holds the grades of all relevant documents of the query. Those that no candidate accounts for become
-    judgements of documents that are not candidates, so that the ideal ranking, and with it nDCG, is the complete one.
-    (nDCG@10 needs the ten highest only; Recall counts those that are listed.)
+    `ideal_rels` holds the grades of all relevant documents of the query. Grades beyond the candidates' become
+    judgements of other documents, so that the ideal ranking of nDCG is complete. nDCG@10 needs only the ten highest;
+    Recall counts those that are listed.
 
     Raises:
         ValueError: a missing or wrongly typed field, or a document that is twice among the candidates.

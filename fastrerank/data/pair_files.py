@@ -1,7 +1,7 @@
 """(query, document) pairs in Parquet and JSONL files: cut into numbered parts, read part by part, written with scores.
 
-A part's output file is complete or absent: it is written beside its place and then moved there. So work that ended at
-any point goes on with the parts that are missing.
+A part's output file is complete or absent: it is written under another name and then renamed. Work that was stopped at
+any point can therefore go on with the missing parts.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class PairFiles(ABC):
 
     def save(self, folder: str, part: Part, rows: Any, scores: Scores) -> None:
         """Write a part's output: after this it is whole, before it is not there."""
-        # A name of its own: a part may be scored twice at once where a worker was taken for dead.
+        # A unique name: a part may be scored twice at once if a worker that still runs was taken for dead.
         beside = f"{folder}/.part-{part.number:06d}-{uuid.uuid4().hex}.tmp"
         with self.system.open_output_stream(beside) as sink:
             self.write(rows, scores, sink)
@@ -342,7 +342,7 @@ def _kind(path: str) -> type[PairFiles] | None:
 
 
 def _hidden(path: str, folder: str) -> bool:
-    """Whether a part of the path below `folder` begins with . or _, which data sets use for what is no data."""
+    """Whether a part of the path below `folder` begins with . or _: data sets name files so that hold no data."""
     parts: Iterable[str] = Path(path).relative_to(folder).parts
     return any(part[0] in "._" for part in parts)
 

@@ -31,7 +31,7 @@ def guarded(call: Callable[[], T], what: Callable[[], str]) -> T:
     try:
         return call()
     except BaseException as error:
-        # TypeError tells of arguments that are no texts; the library raises a bare Exception for everything else.
+        # TypeError is for arguments that are not texts; the library raises a plain Exception for everything else.
         if is_panic(error) or type(error) is Exception:
             raise TokenizingError(f"{what()}: {str(error)[:200]}") from None
         raise
@@ -61,7 +61,7 @@ def encode_batch(
     except BaseException as error:
         if not (is_panic(error) or type(error) is Exception):
             raise
-        if len(texts) > 1:  # one after the other, to tell which it is
+        if len(texts) > 1:  # one after the other, to find the one that fails
             return [encode_batch(tokenizer, [text], spans=spans)[0] for text in texts]
         raise TokenizingError(_failure(texts[0], error)) from None
 

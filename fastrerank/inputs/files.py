@@ -97,7 +97,7 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
         return tokenizer
     normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
     if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
-        # What the settings leave out is the class's default, whatever tokenizer.json says.
+        # A setting that is left out has the class's default value, whatever tokenizer.json says.
         normalizer.lowercase = settings.get("do_lower_case", True)
         normalizer.strip_accents = settings.get("strip_accents")
         normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", True)

@@ -1,4 +1,4 @@
-"""What one call says about the length of its texts: how many tokens they may have, and which end of a document goes."""
+"""Limits of one call: how many tokens its texts may have, and at which end a document is cut."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TooLong(ValueError):
     """A text does not fit, and the call said `truncate=False`.
 
     Attributes:
-        tokens: tokens that the input has, or at least has: a long text is not tokenised to its end.
-        limit: tokens that it may have. Both count what `unit` says, where it is not tokens.
+        tokens: tokens of the input; it may have more, as a long text is not tokenised to its end.
+        limit: tokens that it may have. Both count in the error's `unit`, which may be words or characters.
     """
 
     def __init__(self, what: str, tokens: int, limit: int, unit: str = "tokens") -> None:
@@ -29,7 +29,7 @@ class TooLong(ValueError):
         self._given = (what, tokens, limit, unit)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._given, self.__dict__  # by default an error is made again from its message alone
+        return type(self), self._given, self.__dict__  # by default unpickling would pass the message alone
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a tokenizer.json may hold: parts that would end the process, or never end, are refused before they can."""
+"""Checks of tokenizer.json: parts that would crash the process or never finish are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_parts", "check_strings", "load_fast", "loaded"]
 
 # The Rust library frees a vocabulary's trie recursively: a piece of some 100,000 bytes overflows the stack.
 _LONGEST = 8192
-# How often a normalizer may multiply a text, and what it may put before one.
+# By how much a normalizer may multiply a text's length, and how many characters it may put before one.
 _MOST_GROWTH, _MOST_PREPENDED = 256, 64
 _PROBES = ("", "a", "The owl, 7 mice.", "東京 é\u0301", "\n\t x\0")
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def check_strings(file: Path) -> None:
-    """Raise ValueError where a string of a tokenizer.json is longer than any token, regular expression or name is."""
+    """Raise ValueError if a string in tokenizer.json is too long for a token, a regular expression or a name."""
     data = np.fromfile(file, np.uint8)
     quotes = np.flatnonzero(data == ord('"'))
     quotes = quotes[(quotes > 0) & (data[quotes - 1] != ord("\\"))]
@@ -40,7 +40,7 @@ def check_strings(file: Path) -> None:
 
 
 def check_parts(tokenizer: tokenizers.Tokenizer, file: Path) -> None:
-    """Raise ValueError where a part of a loaded tokenizer cannot be used with safety, or fails on texts."""
+    """Raise ValueError if a part of a loaded tokenizer is not safe to use, or fails on texts."""
     for name in ("normalizer", "pre_tokenizer"):
         part = getattr(tokenizer, name)
         if part is None:
@@ -66,7 +66,7 @@ def loaded(call: Callable[[], T], file: Path) -> T:
     try:
         return call()
     except BaseException as error:
-        # The library raises a bare Exception for everything that is wrong with a file.
+        # The library raises a plain Exception for every kind of damaged file.
         if is_panic(error) or type(error) is Exception:
             raise ValueError(f"{file}: not a readable tokenizer ({str(error)[:300]})") from None
         raise

@@ -1,4 +1,4 @@
-"""Runs: text between two added tokens, tokenised so that user text is never parsed as an added token."""
+"""Text tokenised so that user text is never parsed as an added token, and the places where it can be cut."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ __all__ = ["Cut", "Marker", "TextTokenizer", "Unit", "encodable", "strip_left", 
 # White space as the Rust library's lstrip and rstrip of added tokens see it (str.strip also takes U+001C..U+001F).
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _SPACE_LEFT, _SPACE_RIGHT = re.compile(f"^[{_SPACE}]+"), re.compile(f"[{_SPACE}]+$")
-# Texts on both sides of a literal, to see whether a cut in it depends on them. The first ones are the neutral ones.
+# Texts that are put beside a literal to see whether a cut in it depends on them. The first ones are neutral.
 _LEFTS = ("a", "", "7", ".", " ", "\n", "'", '"', "東京", "x\n\n", "é (", "[")
 _RIGHTS = ("a", "", "7", ".", "  b", "\n\n", "'s", '"', "東京", "\r\nc", "-", "]")
-# Cuts are looked for this close to the ends of a literal; a unit takes this much of the literal as context.
+# Characters: how close to the ends of a literal cuts are looked for; how much of a long literal is looked at; how much
+# of a literal is the context of a unit.
 _REACH, _WINDOW, _CONTEXT = 24, 64, 6
 # NFKC turns one character into up to 18 (U+FDFA), with eleven times as many bytes in UTF-8.
 _LONGEST_FORM = 18
@@ -34,7 +35,7 @@ _FORMS = {" ": " Ġ▁", "\n": "\nĊ", "\t": "\tĉ", "\r": "\rč"}
 
 
 def surely_within(text: str, most: int) -> bool:
-    """Whether `text` has at most `most` tokens, as its size alone tells.
+    """Whether the size of `text` alone tells that it has at most `most` tokens.
 
     No token is shorter than a byte of the normalized text; a dummy prefix may be one more. A normalizer leaves ASCII as
     long as it is, and makes at most 18 characters, and fewer than 18 bytes for each byte, of another character.
@@ -148,7 +149,7 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str], anchored: bool, ends: tuple[int, int] | None = None) -> Iterator[list[int]]:
         """Token ids of each text; `anchored`: it stands behind other text of its prompt.
 
-        `ends`: of a long text at least so many first and so many last ids are given, and no more than memory allows.
+        `ends`: a long text gives at least this many of its first and of its last ids, and may leave out some between.
         """
         prefix = self._sentinel if anchored else ""
         whole = most_whole(None)
@@ -301,7 +302,7 @@ class TextTokenizer:
         return any(first + second in self._vocabulary for first in self._forms(x) for second in self._forms(y))
 
     def _forms(self, char: str) -> Iterable[str]:
-        """What a character may be in the vocabulary; "" (part of every token) if it has no form of its own."""
+        """The forms of a character in the vocabulary; "" (which every token holds) if it has none of its own."""
         if self.tokenizer.normalizer is not None:
             normal = self.tokenizer.normalizer.normalize_str(f"0{char}0")
             char = normal[normal.find("0") + 1 : normal.rfind("0")] if normal.count("0") > 1 else ""
@@ -325,7 +326,7 @@ def _alternatives(contents: Iterable[str]) -> re.Pattern[str]:
 
 
 def _looks_like_marker(content: str) -> bool:
-    """Neither white space nor a plain word, which are ordinary text wherever they stand."""
+    """Whether an added token is neither white space nor a plain word: those are ordinary text everywhere."""
     return not content.isspace() and not content.replace(" ", "").isalnum()
 
 

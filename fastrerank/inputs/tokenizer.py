@@ -30,7 +30,7 @@ _BLOCK_TEXTS = 256
 _BLOCK_CHARS = 1 << 20
 _WORD_END, _LONGEST_WORD = re.compile(r"\w(?= )"), 4096
 _PROBES = ("a", "the", "hello", "1", ".")
-# The tokenizer classes of transformers that hand token types to the model where tokenizer_config.json names no inputs.
+# Tokenizer classes of transformers that give token types to the model if tokenizer_config.json names no inputs.
 _TYPED_CLASSES = {
     "BertTokenizer",
     "ConvBertTokenizer",
@@ -228,7 +228,7 @@ class Tokenizer:
         heads: dict[str, list[int]] = {}  # query -> everything before the document
         query_truncated = False
         distinct = list(dict.fromkeys(queries))
-        # A single token of room is the documents'.
+        # Where there is room for one token only, the document gets it.
         most = _smaller(0 if room == 1 else room, limits.max_tokens_per_query)
         for query, tokens in zip(distinct, self._encode(distinct, most, self._cut_left), strict=True):
             if most is not None and len(tokens) > most:
@@ -265,9 +265,9 @@ class Tokenizer:
         return TokenBatch(np.array(ids, np.int32), types, ends, truncated, query_truncated)
 
     def _encode(self, texts: list[str], room: int | None, left: bool) -> Iterator[Sequence[int]]:
-        """Token ids of each text without special tokens: all of them, or (of a long text) more than `room`.
+        """Token ids of each text without special tokens.
 
-        Those of a long text are its first ones, or its last ones with `left`.
+        A long text gives more than `room` of its ids, the first ones, or with `left` the last ones; others give all.
         """
         whole = most_whole(None if left else room)
         for block in _blocks(texts):
@@ -297,7 +297,7 @@ class Tokenizer:
         limit = self.max_length if max_length is None else self.checked_max_length(max_length)
         if limit is None:
             return None
-        # One token of text: of a pair it is the document's, where the query has to be cut.
+        # At least one token of text. In a pair it is the document's if the query has to be cut.
         least = template.size + 1
         if limit < least:
             raise ValueError(f"max_length={limit} leaves no room for text: it must be at least {least}")
@@ -316,7 +316,7 @@ class Tokenizer:
 
 
 def check_texts(texts: Any, name: str, *, scalar: bool = False) -> list[str]:
-    """`texts` as a list of str, or a TypeError that names the argument, the position and what came.
+    """Return `texts` as a list of str; TypeError naming the argument, the position and what came.
 
     Args:
         texts: a list, tuple, 1-D numpy array of str (or objects that are str), a column of pandas, polars or pyarrow,
@@ -425,7 +425,7 @@ def _derive_template(tokenizer: tokenizers.Tokenizer, use_type_ids: bool, *, seg
 
 
 def _is_word_local(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether the tokens of a text's start, up to a word's end before a space, are known not to depend on the rest."""
+    """Whether tokens up to the end of a word before a space are known not to depend on the text behind it."""
     from tokenizers import pre_tokenizers
 
     if any(" " in token.content for token in tokenizer.get_added_tokens_decoder().values()):

@@ -1,9 +1,8 @@
 """Long texts tokenised window by window, so that memory follows the tokens that count and not the characters.
 
-A window is joined to the next one at a place between two tokens. The next window begins there, and the join holds where
-both windows, one of which sees what stands before the place and one what stands far behind it, give the same tokens
-over thousands of characters. Why the ids then equal those of the whole text, kind by kind, is in
-docs/explanation/numerics.md.
+A window is joined to the next one at a place between two tokens, where the next window begins. One window sees the text
+before that place, the other the text far behind it. The join holds if both give the same tokens over thousands of
+characters. docs/explanation/numerics.md says for each kind of tokenizer why the ids then equal those of the whole text.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["CHARS_PER_TOKEN", "Windows", "most_whole"]
 
 CHARS_PER_TOKEN = 8
-# Characters of a window (a multiple of every small number, so that repetitions fill it), of the stretch that two
-# windows must agree on, and of its end that the cut may change.
+# Characters: of a window (a multiple of every small number, so that repetitions fill it); of the overlap on which two
+# windows must agree; of the window's end, where its cut may change tokens.
 _WINDOW, _OVERLAP, _MARGIN = 15120, 1 << 11, 1 << 8
 # A token or a gap that is longer than a window is represented by this many of its first characters.
 _KEPT = 1 << 11
 _TRIES = 12
 _SPARE = 64
-# Zero width joiners and halfwidth voice marks, which join what stands before them.
+# Zero width joiners and halfwidth voice marks: they join to the character before them.
 _JOINING = "\u200c\u200d\uff9e\uff9f"
 _WHOLE = 1 << 16
 # White space as `tokenizers` defines it. Python's `\s` has four separators more.
@@ -41,7 +40,7 @@ _GAP = re.compile(r"[^\S\x1c-\x1f]{64,}")
 
 
 def most_whole(room: int | None) -> int:
-    """Characters up to which a text is tokenised whole where `room` tokens of it count."""
+    """Up to how many characters a text is tokenised whole if its first `room` tokens are wanted."""
     return _WHOLE if room is None else min(_WHOLE, 2 * CHARS_PER_TOKEN * room + 4 * _OVERLAP)
 
 
@@ -124,7 +123,7 @@ class Windows:
             text: the text.
             room: how many tokens count; None for all.
             left: the ids are the text's last ones, in place of its first ones.
-            first: with `left`, so many of the text's first ids stand before its last ones.
+            first: with `left`, this many of the text's first ids stand before its last ones.
         """
         found = array("i")
         for piece in self._stream(self._tokenizers().stripped(encodable(text)).text, None if left else room):
@@ -177,7 +176,7 @@ class Windows:
         made = self._tokenizers()
         taken = 0
 
-        def size() -> int:  # of the next window, so that little is tokenised behind the tokens that are taken
+        def size() -> int:  # size of the next window: little is tokenised behind the tokens that are taken
             return _OVERLAP + (
                 _WINDOW if room is None else min(_WINDOW, CHARS_PER_TOKEN * max(0, room - taken) + _OVERLAP)
             )
@@ -353,7 +352,7 @@ def _joined_in_characters(made: _Tokenizers, text: str, window: _Window, size: i
 
 
 def _beginning(text: str, begin: int, end: int, place: int) -> str:
-    """The text from `begin` to near `end`, where it ends as the text before `place` does: nothing new meets there."""
+    """The text from `begin` to near `end`, cut where it ends as the text before `place` does: no new pair is formed."""
     for size in (16, 4, 2, 1):
         found = text.rfind(text[place - size : place], end - _KEPT // 2, end)
         if found >= 0:
@@ -362,7 +361,7 @@ def _beginning(text: str, begin: int, end: int, place: int) -> str:
 
 
 def _behind_repeats(text: str, place: int) -> int:
-    """`place`, or a later one, before which there are nothing but windows that equal the one before `place`."""
+    """`place`, or the end of the windows behind it that equal the window before it."""
     same = text[place - _WINDOW : place]
     while len(same) == _WINDOW and text[place : place + _WINDOW] == same:
         place += _WINDOW
@@ -401,7 +400,7 @@ def _long_token(window: _Window) -> int | None:
 
 
 def _agreement(window: _Window, count: int, following: _Window) -> tuple[int, int]:
-    """Of the tokens behind the first `count` and before the window's end, how many the next window shares; and all."""
+    """How many tokens behind the first `count`, up to the window's end, the next window has too, and of how many."""
     shift = following.origin - window.origin
     asked = max(1, bisect_right(window.ends, window.size - _MARGIN) - count)
     for i in range(asked):
@@ -413,7 +412,7 @@ def _agreement(window: _Window, count: int, following: _Window) -> tuple[int, in
 
 
 def _without_start(data: dict[str, Any]) -> bool:
-    """Switch off what happens at the beginning of a text only; whether there was something."""
+    """Switch off what a tokenizer does only at the beginning of a text; return whether it did anything there."""
     changed = False
 
     def visit(node: Any) -> Any:

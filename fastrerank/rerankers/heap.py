@@ -1,4 +1,4 @@
-"""A heap whose comparisons are asked in batches: every sift-down that can go on does so in the same step."""
+"""A heap that asks its comparisons in batches: all sift-downs that can proceed do so in the same step."""
 
 from __future__ import annotations
 

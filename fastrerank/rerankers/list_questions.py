@@ -1,4 +1,4 @@
-"""What rerankers that show several documents in a prompt share: questions asked in batches, by logits or by text."""
+"""The base of rerankers that show several documents in a prompt: questions in batches, answered by logits or text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastrerank.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastrerank.inputs.prompts.template import MOST_IDENTIFIERS
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.rerankers.generation import Generate, TransformersGenerator, room_to_write
@@ -20,10 +21,8 @@ from fastrerank.runtime.types import Readout
 
 __all__ = ["ListReranker", "Request", "Texts"]
 
-# Prompts that are tokenised and scored at once: bounds memory when all pairs of many documents are asked.
+# Prompts that are tokenised and scored at once. This bounds memory when all pairs of many documents are compared.
 BLOCK_PROMPTS = 4096
-# Identifiers that are single tokens, so that their logits can be read.
-_SINGLE_TOKENS = {"alphabetic": 26, "numeric": 9}
 _RUNNING = {"num_threads", "memory_limit", "share_prefixes"}
 _HUB = ("revision", "cache_folder", "local_files_only", "token", "trust_remote_code")
 
@@ -56,7 +55,7 @@ class ListReranker(LLMReranker):
         generate: answers prompts with texts, see `fastrerank.rerankers.generation.Generate`; None: the checkpoint
             itself does, greedily.
         max_new_tokens: most tokens of a text that the checkpoint writes; None for what the template needs.
-        options: of `LLMReranker`. Those that say how weights run are refused where no weights are loaded.
+        options: as for `LLMReranker`. Options about running weights are refused where no weights are loaded.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class ListReranker(LLMReranker):
         template = super()._template(checkpoint, wanted)
         if self.readout is None:
             self.readout = "generation" if template.readout == "generate" else "logits"
-        single = _SINGLE_TOKENS.get(template.identifiers, self._count)
+        single = MOST_IDENTIFIERS.get(template.identifiers, self._count)
         if self._count > single and (self.readout == "logits" or template.identifiers == "alphabetic"):
             only = "there are 26 letters" if single == 26 else "from 10 on, numbers are several tokens"
             raise ValueError(
@@ -149,7 +148,7 @@ class ListReranker(LLMReranker):
         return prompts
 
     def _label_logits(self, texts: Texts, requests: Sequence[Request], usage: Usage) -> list[Scores]:
-        """The logits of each prompt's labels, one array per request: of a list's identifiers, or of all labels."""
+        """The logits of each prompt's labels (a list's identifiers, or all labels), one array per request."""
         found: list[Scores] = []
         for begin in range(0, len(requests), BLOCK_PROMPTS):
             block = requests[begin : begin + BLOCK_PROMPTS]

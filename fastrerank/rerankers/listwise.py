@@ -51,8 +51,9 @@ class ListwiseReranker(ListReranker):
         options: instruction, device, dtype, max_length, num_threads, memory_limit, share_prefixes, trust_remote_code,
             revision, cache_folder, local_files_only, token.
 
-    `score` is the identifiers' logits where all documents fit one window of FIRST, N - rank (N for the best) where
-    they do not or the ranking is written, and GroupRank's score, in [0, 1] unless `first_stage` is mixed in.
+    `score` is the identifiers' logits if FIRST sees all documents in one window. With several windows, or a written
+    ranking, it is N - rank (N for the best). With groups it is GroupRank's score, in [0, 1] unless `first_stage` is
+    mixed in.
 
     Papers: FIRST, Reddy et al. 2024, arXiv 2406.15657; RankGPT, Sun et al. 2023, arXiv 2304.09542; RankZephyr, Pradeep
     et al. 2023, arXiv 2312.02724; ReasonRank, arXiv 2508.07050; DeAR, arXiv 2508.16998; CodeRankLLM (CoRNStack), arXiv

@@ -26,18 +26,18 @@ class PairwiseReranker(ListReranker):
 
     Args:
         model: hub id or local folder.
-        template: "prp", ..., or a template file of kind "pairwise"; None for what the
-            checkpoint was trained with, where it can be recognised, else "prp".
+        template: "prp", ..., or a template file of kind "pairwise"; None for what the checkpoint was trained with,
+            where it can be recognised, else "prp".
         algorithm: "heapsort": a max-heap whose top_k are extracted, ties as the heap gives them; "allpair": all
             N(N-1)/2 pairs, a win is 1, a tie 1/2, or p with `soft`; "sliding": `passes` bubble passes from the bottom.
-        top_k: how many places heapsort decides; documents after them keep their order. Of no meaning to the others,
-            but as the default of `passes`.
+        top_k: how many places heapsort decides; documents after them keep their order. The other algorithms use it
+            only as the default of `passes`.
         passes: bubble passes of "sliding", each decides one place; None for top_k.
         soft: compare by p instead of by agreement of both orders.
         options: instruction, device, dtype, max_length, num_threads, memory_limit, share_prefixes, trust_remote_code,
             revision, cache_folder, local_files_only, token.
 
-    `score` of allpair is what a document won, ties in their order; of the others N - rank (N for the best).
+    `score` is what a document won with allpair, ties in their order, and N - rank (N for the best) with the others.
     `last_usage` counts pairs as "comparisons" (two prompts each) and batches that wait for each other as "steps".
 
     Paper: Qin et al. 2023, arXiv 2306.17563.
@@ -91,7 +91,7 @@ class PairwiseReranker(ListReranker):
         return heapsort(n, self.top_k) if self.algorithm == "heapsort" else sliding(n, self.passes)
 
     def _compare(self, texts: Texts, pairs: list[tuple[int, tuple[int, int]]], usage: Usage) -> list[float]:
-        """How far the first of each pair wins: 1, 0 or 1/2, or p. Prompts with one left document stand together."""
+        """What the first of each pair wins: 1, 0 or 1/2, or p. Prompts with the same left document stand together."""
         usage.comparisons += len(pairs)
         both = sorted((query, shown) for query, (i, j) in pairs for shown in ((i, j), (j, i)))
         logits = dict(zip(both, self._label_logits(texts, both, usage), strict=True))

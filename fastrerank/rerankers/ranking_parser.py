@@ -1,4 +1,4 @@
-"""Reads what a model wrote as a ranking: whatever the text, every document gets its place, and repairs are told."""
+"""Parsers of written rankings: any text gives every document a place, and tells whether it was well-formed."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _whole_list(text: str, identifiers: str) -> list[str]:
 def _bracketed(text: str, identifiers: str) -> list[str]:
     """The identifiers within brackets: one before each closing bracket, or all of a list.
 
-    What opens a bracket may lie in the prompt: one that ends in "[" is answered with "B] > [A]".
+    The opening bracket may stand in the prompt: a prompt that ends in "[" is answered with "B] > [A]".
     """
     found: list[str] = []
     pieces = _BRACKET.split(text)  # texts and brackets in turn

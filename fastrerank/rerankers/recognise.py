@@ -1,4 +1,4 @@
-"""Which method and which prompt a checkpoint was trained for, read off its configuration files and its name."""
+"""Which method and prompt a checkpoint was trained for: by its configuration files and its name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SENTENCE_TRANSFORMERS = "sentence-transformers"
 class Published:
     """A published checkpoint, or a family of them: one file of `rerankers/published`.
 
-    Weights and configs of most are those of their base models, so that the name is all that tells them.
+    Most have the configuration of their base model, so that only the name tells them apart.
 
     Attributes:
         name: the file's stem. source: where the checkpoint or its code was published.
@@ -43,7 +43,7 @@ class Published:
         template: the prompt that it was trained with; it holds the labels, the stop words, the limits and the schedule.
         names: what it goes by, without the owner, in small letters.
         patterns: regular expressions that the beginning of such a name matches.
-        architectures: of its config.json, where these tell it whatever its name is.
+        architectures: in its config.json, where these identify it under any name.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Published:
 def read_published(files: Iterable[Path]) -> tuple[Published, ...]:
     """Read files of published checkpoints.
 
-    Raises ValueError naming the file and the field for unknown fields, wrong types, no method, no way to tell the
-    checkpoint, and what another file has too: a name, a pattern or an architecture, or a name that its pattern matches.
+    Raises ValueError naming the file and the field: unknown fields, wrong types, no method, nothing that identifies the
+    checkpoint, or a name, a pattern or an architecture that another file has or matches.
     """
     found: list[Published] = []
     for path in files:
@@ -113,9 +113,9 @@ def is_layerwise(checkpoint: Checkpoint) -> bool:
 
 
 def other_training(checkpoint: Checkpoint) -> str | None:
-    """Return what a checkpoint was trained as, where its files tell that it is no model of vectors; None otherwise.
+    """Return what a checkpoint was trained as if its files show that it is no embedding model; None otherwise.
 
-    Modules behind the Transformer, such as Pooling and Dense, are those of a model of vectors.
+    An embedding model has modules behind the Transformer, such as Pooling and Dense.
 
     Example:
         >>> other_training(open_checkpoint("path/to/bge-reranker-base"))                 # doctest: +SKIP
@@ -136,7 +136,7 @@ def other_training(checkpoint: Checkpoint) -> str | None:
 def is_yes_no(checkpoint: Checkpoint, given: bool) -> bool:
     """Whether the checkpoint is a plain language model whose logits of "yes" and "no" score pairs.
 
-    That is a published reranker which answers so, or any where a chat template for pairs was `given`.
+    That is a published reranker that CrossEncoder takes too, or any model for which a chat template was `given`.
     """
     names = checkpoint.config.get("architectures") or [""]
     if checkpoint.modules or is_layerwise(checkpoint) or not str(names[0]).endswith("ForCausalLM"):
@@ -192,7 +192,7 @@ def _published(checkpoint: Checkpoint) -> Published | None:
 
 
 def names_of(checkpoint: Checkpoint) -> list[str]:
-    """Return what the checkpoint goes by, in small letters: its hub id's name, its folder's, the one in config.json."""
+    """Return the checkpoint's names in small letters: those of its hub id, of its folder and in config.json."""
     names = [checkpoint.path.name, str(checkpoint.config.get("_name_or_path") or "")]
     if checkpoint.path.parent.name == "snapshots":  # .../models--owner--name/snapshots/revision
         names.insert(0, checkpoint.path.parents[1].name.split("--")[-1])

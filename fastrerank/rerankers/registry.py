@@ -1,4 +1,4 @@
-"""Which methods there are: those that ship, found by name without importing them, and those that others register."""
+"""The methods by name: those that ship, which are imported only when they are used, and those that others register."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Entry(NamedTuple):
     """A method: where its class is, and the papers that it comes from.
 
     Attributes:
-        module, name: of a class, or of a function that returns a reranker, that takes a checkpoint and keywords.
+        module, name: of the class, or the function that returns a reranker; it takes a checkpoint and keywords.
         papers: as `list_methods` shows them.
-        registered: the class itself, of methods that do not ship.
+        registered: the class itself, for methods that do not ship.
     """
 
     module: str
@@ -93,7 +93,7 @@ def register(name: str, *, papers: str) -> Callable[[_Kind], _Kind]:
     """Make a class known as a method: `fastrerank.load(model, method=name)`, the command line and the server find it.
 
     Args:
-        name: what `method=` says; one that is not taken.
+        name: the value of `method=`; it must not be taken.
         papers: where the method comes from, for `list_methods`.
 
     A package that brings methods names its module in the entry points of the group "fastrerank.methods": the module is
@@ -109,7 +109,7 @@ def register(name: str, *, papers: str) -> Callable[[_Kind], _Kind]:
     def add(kind: _Kind) -> _Kind:
         held = METHODS.get(name)
         where = (kind.__module__, kind.__qualname__)
-        if held is not None and (held.module, held.name) != where:  # a module that is run again may say it again
+        if held is not None and (held.module, held.name) != where:  # a module that is run again may register again
             raise ValueError(f"method {name!r} is taken by {held.module}.{held.name}")
         METHODS[name] = Entry(*where, papers, kind)
         return kind

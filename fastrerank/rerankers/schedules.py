@@ -178,11 +178,11 @@ def heapsort(n: int, top_k: int = 10) -> Schedule[Pair, float]:
     Ties among the top_k come as the heap gives them, as published, not in first-stage order.
 
     A question (i, j), i < j, has an answer as in `all_pairs`; i beats j if it is above 0.5, j beats i if it is below.
-    No pair is asked twice. Decisions are those of the sequential algorithm for any comparator; what makes the steps
-    few is that a sift-down only waits for its two children: all nodes of a level are asked together, and the next
+    No pair is asked twice. Decisions are those of the sequential algorithm for any comparator. There are few steps
+    because a sift-down waits only for its two children: all nodes of a level are asked together, and the next
     extraction follows the last one down the heap. A sift-down that the next extraction waits for asks its three
-    comparisons at once. For 100 documents and top_k 10 that is about 40 steps, where one comparison at a time is 260;
-    no comparator that a search tried needed more than 61.
+    comparisons at once. 100 documents with top_k 10 take about 40 steps; one comparison at a time would take 260. A
+    search for bad comparators found none that needs more than 61.
 
     Source: PRP, Qin et al. 2023, arXiv 2306.17563.
     """

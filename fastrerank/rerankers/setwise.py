@@ -27,8 +27,8 @@ class SetwiseReranker(ListReranker):
 
     Args:
         model: hub id or local folder. With `generate`, only its tokenizer and chat template are used.
-        template: "setwise", "rank-r1", ..., or a template file of kind "setwise"; None for what the
-            checkpoint was trained with, where it can be recognised, else "setwise".
+        template: "setwise", "rank-r1", ..., or a template file of kind "setwise"; None for what the checkpoint was
+            trained with, where it can be recognised, else "setwise".
         set_size: documents in a prompt, from 2; at most 26 with letters and 9 with digits where logits are read.
         top_k: how many places are decided; documents after them keep their order.
         readout, generate, max_new_tokens: see `ListReranker`.

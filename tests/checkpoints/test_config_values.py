@@ -183,8 +183,6 @@ def test_nested_sizes_are_checked_and_lists_are_left_to_the_family() -> None:
         check_sizes({"text_config": {"model_type": "qwen3", "num_key_value_heads": 0}})
 
 
-# ---- the constructor in C++, whatever it is given
-
 RIGHT: dict[str, Any] = {
     "hidden": 32,
     "layers": 2,

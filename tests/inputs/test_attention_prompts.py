@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import prompt_tokenizers
 import pytest
 
+from fastrerank.inputs.prompts import attention_policy
 from fastrerank.inputs.prompts.attention_policy import Policy, layout_of, parse_heads, read_preset, write_preset
 from fastrerank.inputs.prompts.attention_prompts import AttentionPrompts
 
@@ -187,6 +189,28 @@ def test_a_chat_template_that_changes_texts_is_refused() -> None:
     style.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(ValueError, match="drops the user's text, prints it twice or changes it"):
         prompts({"gemma": style}, "gemma", "icr")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("words", "pages", "document_unit is 'pages'; valid is one of 'words'"),
+        ('rows = "all"', "rows = 3", "rows is 3; valid is a string"),
+        ('"reversed"', '"random"', "order is 'random'; valid is one of 'given', 'reversed'"),
+        ('["strip"]', '["shout"]', "preprocess_query holds 'shout'; valid is any of"),
+        ("extra_token", "more_token", "more_token is unknown; valid is one of document_limit, "),
+        ("label_in_span = true\n", "", "label_in_span is missing; valid is true or false"),
+    ],
+)
+def test_wrong_policies_are_told_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    text = (attention_policy._FOLDER / "icr.toml").read_text("utf-8")
+    assert old in text
+    (tmp_path / "icr.toml").write_text(text.replace(old, new))
+    monkeypatch.setattr(attention_policy, "_FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=rf"icr\.toml: {message}"):
+        Policy.load("icr")
 
 
 def test_preset_files(tmp_path: Any) -> None:

@@ -24,9 +24,6 @@ from fastrerank.inputs.prompts.prompt_tokenizer import PromptTokenizer
 QUERY = "where do owls sleep?"
 
 
-# ---- labels
-
-
 def test_labels_of_the_last_position():
     qwen = tokenizer_of("qwen")
     vocabulary = qwen.get_vocab()
@@ -80,9 +77,6 @@ def test_label_counts():
         prompts_of("qwen", "rank_zephyr", readout="logits").label_ids(10)
     with pytest.raises(ValueError, match="at most 23"):
         prompts_of("qwen", "setwise").encode("q", [["d"] * 24])
-
-
-# ---- truncation
 
 
 def limited(style: str, name: str, room: int, count: int, query: str = QUERY) -> tuple[PromptTokenizer, int]:
@@ -213,9 +207,6 @@ def test_the_smaller_limit_holds(tmp_path):
     for wrong, kind in [(0, ValueError), (True, TypeError), ("9", TypeError)]:
         with pytest.raises(kind, match="max_length"):
             PromptTokenizer.load(folder, Template.load("monot5"), max_length=wrong)
-
-
-# ---- arguments
 
 
 def test_wrong_types_name_their_position():

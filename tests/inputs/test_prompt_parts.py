@@ -22,9 +22,6 @@ from fastrerank.inputs.text_pieces import TextTokenizer
 QUERY = "where do owls sleep?"
 
 
-# ---- cache and threads
-
-
 def test_documents_are_tokenised_once_per_content():
     prompts = PromptTokenizer(tokenizer_of("qwen"), Template.load("first"))
     start = prompts.cache_info
@@ -71,9 +68,6 @@ def test_one_object_serves_many_threads(style):
         results = list(pool.map(encode, work))
     assert [prompt.ids.tolist() for (prompt,) in results[:60]] == expected
     assert prompts.cache_info.bytes <= 20_000
-
-
-# ---- parts
 
 
 def test_splitting_at_markers_is_leftmost_longest():

@@ -321,6 +321,10 @@ def test_ones_own_file(tmp_path):
         ('special_tokens = "both"', "special_tokens is 'both'"),
         ('document = "x {document}"', "document is given"),
         ("order = 3", "order is 3; valid is a string"),
+        ('algorithm = "groups"', "algorithm is 'groups'; valid is that in a listwise template only"),
+        ('algorithm = "pairs"', "algorithm is 'pairs'; valid is one of '', 'windows', 'groups'"),
+        ('stop = "</answer>"', "stop is '</answer>'; valid is a list of strings"),
+        ("max_new_tokens = 0", "max_new_tokens is 0; valid is an integer of at least 1"),
     ],
 )
 def test_wrong_files_are_told_what_is_wrong(tmp_path, change, message):

@@ -76,7 +76,7 @@ class Eager:
 
     def by_head(self, query: str, documents: Sequence[str], extra: int | None = None) -> list[np.ndarray]:
         """Mean over the rows of each span's tokens, by layer and head: one float64 (layers, heads, tokens) per span."""
-        query = query.strip() if self.policy.strip_query or self.layout.strips else query
+        query = query.strip() if "strip" in self.policy.preprocess_query or self.layout.strips else query
         text, spans, begin, end = self.text(query, documents)
         encoding = self.tokenizer(
             text, return_offsets_mapping=True, return_tensors="pt", add_special_tokens=self.layout.bos

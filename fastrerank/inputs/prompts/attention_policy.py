@@ -1,4 +1,4 @@
-"""What the methods that read attention differ in, as data: texts, order, which tokens and rows count, which heads."""
+"""Policies of the methods that read attention, as data: texts, order, the tokens, rows and heads that count."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastrerank.inputs.prompts.template import check_rules
 from fastrerank.inputs.prompts.toml_files import Table, read_toml
 
 __all__ = ["HeadList", "Layout", "Policy", "layout_of", "parse_heads", "read_preset", "write_preset"]
 
 _FOLDER = Path(__file__).parent / "attention"
 PRESETS = ("icr", "qrhead", "core")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "rows": ("all", "query"),
+    "order": ("given", "reversed"),
+    "heads": ("", "all"),
+    "document_unit": ("words",),
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,9 @@ class Policy:
         extra_token: whether the token behind a document counts for it, and the row behind the query is read.
         rows: "all" from the instruction to the end of the prompt, or "query": to the end of the query.
         order: "given", or "reversed": the first document stands last, next to the query.
-        words: documents are cut to so many words; None for no limit.
-        strip_query: whether white space around the query is taken off.
+        document_limit, document_unit, preprocess_query: as in `Template`; the unit is words.
         separator: what stands between paragraphs; "" for the layout's.
-        instruction: the name of the usual one in `instructions`.
+        instruction: the name of the default in `instructions`.
         heads: "all", or "" where the method needs a list. lists: the published ones.
     """
 
@@ -60,10 +66,11 @@ class Policy:
     extra_token: bool
     rows: str
     order: str
-    words: int | None
-    strip_query: bool
+    document_limit: int
+    document_unit: str
     instruction: str
     instructions: Mapping[str, str]
+    preprocess_query: tuple[str, ...] = ()
     separator: str = ""
     heads: str = ""
     lists: tuple[HeadList, ...] = ()
@@ -81,9 +88,15 @@ class Policy:
         path = _FOLDER / f"{name}.toml"
         table = Table(path, read_toml(path))
         values = table.values(cls, lists=lambda value: tuple(map(_head_list, table.tables("lists", value))))
-        for field, valid in (("rows", ("all", "query")), ("order", ("given", "reversed")), ("heads", ("", "all"))):
+        for field, valid in _CHOICES.items():
             table.choose(field, values.get(field, valid[0]), valid)
+        check_rules(table, "preprocess_query", values.get("preprocess_query", ()))
         return cls(name=name, **values)
+
+    @property
+    def words(self) -> int:
+        """Words of a document that are read."""
+        return self.document_limit
 
     def known(self, names: Sequence[str], layers: Any) -> dict[str, tuple[tuple[int, int], ...]]:
         """The published head lists of a checkpoint by their names, the default first."""
@@ -172,7 +185,7 @@ def read_preset(path: str | Path) -> dict[str, Any]:
 
 
 def write_preset(path: Path, heads: Sequence[tuple[int, int]], about: Mapping[str, str | int | float]) -> None:
-    """Write a preset file: the heads, best first, and what is to be known about them."""
+    """Write a preset file: `heads`, best first, and the fields of `about`."""
     lines = [f"{name} = {_toml(value)}" for name, value in about.items()]
     lines.append(f'heads = "{",".join(f"{layer}-{head}" for layer, head in heads)}"')
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

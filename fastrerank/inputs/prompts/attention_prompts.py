@@ -3,8 +3,8 @@
     {prefix} Here are some paragraphs:{separator}[1] ...{separator}[2] ...{separator}
     {instruction}{separator}Query: ...{suffix}
 
-Spans are counted where the prompt is put together, never searched for in its text. A token belongs to a document if it
-holds one of the document's characters: one that merges the document's end with what follows still belongs to it.
+Spans are counted while the prompt is put together; they are never searched for in its text. A token belongs to a
+document if it holds one of the document's characters, also where it holds characters behind the document too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastrerank.inputs.prompts.attention_policy import Layout, Policy, layout_of
 from fastrerank.inputs.prompts.chat_rendering import render
 from fastrerank.inputs.prompts.compiler import Batch, Compiler, Kept, Run, check_same, whole_tokenizer
 from fastrerank.inputs.prompts.fitting import Part, Places, int32
+from fastrerank.inputs.prompts.template import apply_rules
 from fastrerank.inputs.prompts.template_layout import Piece, Slot, Values
 from fastrerank.inputs.prompts.token_cache import CacheInfo
 from fastrerank.inputs.tokenizer import _derive_template
@@ -28,10 +29,10 @@ from fastrerank.runtime.naming import shortened
 
 __all__ = ["EMPTY_QUERY", "AttentionPrompt", "AttentionPrompts"]
 
-# The content-free query: what attention a document gets behind it is not about the query.
+# The content-free query. The attention that a document gets from it has nothing to do with the user's query.
 EMPTY_QUERY = "N/A"
 _INTRODUCTION, _QUERY = " Here are some paragraphs:", "Query: "
-# Instructions of single calls whose layout is kept.
+# Layouts that are kept for instructions of single calls.
 _KEPT_INSTRUCTIONS = 4
 _PROBES = (
     "The owl sleeps.",
@@ -53,7 +54,8 @@ class AttentionPrompt:
 
     Attributes:
         context: int32 (C,), everything before the instruction.
-        tail: int32 (n,), instruction and query, as far as rows are read. empty_tail: the same of `EMPTY_QUERY`.
+        tail: int32 (n,), instruction and query, up to the last row that is read.
+        empty_tail: the same with `EMPTY_QUERY`.
         spans: int64 (N, 2), the tokens [start, end) of each document in `context`, in the order they were given.
         own: int64 (N, 2), the same without the token behind the document, where the policy counts one.
         truncated: bool (N,), which documents lost text.
@@ -114,10 +116,10 @@ class AttentionPrompts:
     Args:
         tokenizer: a fast tokenizer of transformers.
         policy: the method.
-        model_type: of the checkpoint's config, which some layouts are told by.
-        instruction: a name in `policy.instructions`, or a text of one's own.
-        words: documents are cut to so many words; None for no limit.
-        max_length: tokens that a prompt can have; of a document with more, only as many and its end are tokenised.
+        model_type: the checkpoint's, from its config.json; some layouts depend on it.
+        instruction: the text that stands before the query.
+        words: documents are cut to this many words; None for no limit.
+        max_length: tokens that a prompt can have; a longer document is tokenised only at its beginning and its end.
         cache_bytes: bound of the cache of documents' ids.
 
     Raises ValueError for a tokenizer that is not fast, and where the ids or spans would differ from those of the whole
@@ -236,14 +238,14 @@ class AttentionPrompts:
         )
 
     def shorten(self, text: str, most: int | None) -> tuple[str, bool]:
-        """The beginning of a text that its first `most` tokens stand for, and whether anything is left out."""
+        """The text of the first `most` tokens, and whether anything is left out."""
         kept, tokens = self._compiler.cut(encodable(text), most)
         return kept, tokens > 0
 
     def prepare_query(self, query: str) -> str:
         """The query as it is printed."""
-        query = encodable(query)
-        query = query.strip() if self.policy.strip_query or self.layout.strips else query
+        query = apply_rules(encodable(query), self.policy.preprocess_query)
+        query = query.strip() if self.layout.strips else query
         return self._compiler.text.bounded(query, self.room)
 
     def prepare(self, document: str) -> tuple[str, bool]:
@@ -262,8 +264,6 @@ class AttentionPrompts:
         run = "".join(self._before(i) + text for i, text in enumerate(texts))
         return f"{run}{self._end}{self.prepare_query(query)}{self.layout.suffix}"
 
-    # ---- laying out
-
     def _before(self, number: int) -> str:
         """What stands before the document at a place of the prompt."""
         start = f"{self.layout.prefix}{_INTRODUCTION}" if number == 0 else ""
@@ -281,7 +281,7 @@ class AttentionPrompts:
         return _Compiled(_joined([int32(bos), *ids[:place]]), run, _joined(ids[place:]))
 
     def _run(self, run: Run, texts: Sequence[str]) -> tuple[list[tuple[int, int]], str]:
-        """Of each document the characters that count for it, and the run's text as far as the documents go."""
+        """The characters that count for each document, and the run's text up to the end of the last document."""
         spans: list[tuple[int, int]] = []
         pieces: list[str] = []
         place = 0
@@ -295,7 +295,7 @@ class AttentionPrompts:
         return spans, "".join(pieces)
 
     def _rows(self, parts: Sequence[Part], foot: int, query: str, place: int) -> tuple[int, int]:
-        """The rows that are read: from the instruction's first token to the end, or as far as the query goes."""
+        """The rows that are read: from the instruction's first token to the end of the prompt, or of the query."""
         ids, places = _join(parts)
         first = int(np.searchsorted(places[1], place + len(self.layout.separator), "right"))
         last = len(ids) + foot
@@ -304,10 +304,8 @@ class AttentionPrompts:
             last = min(last, int(np.searchsorted(places[0], stop, "left")) + self._extra)
         return first, last
 
-    # ---- checks
-
     def _check_exact(self) -> None:
-        """Probe texts by segments and as a whole: a difference is an error that shows both."""
+        """Compare the ids of probe texts with those of the whole prompt; an error shows both where they differ."""
         for query, documents in ((_PROBES[0], _PROBES), (_PROBES[-1], _PROBES[1:2]), ("", _PROBES[::-1])):
             prompt = self.encode(query, documents)
             text = self.whole_text(query, documents)

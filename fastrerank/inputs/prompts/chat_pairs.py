@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from fastrerank.checkpoints.checkpoint import Checkpoint
 from fastrerank.inputs.files import ChatTemplate, template_of_pairs
 from fastrerank.inputs.limits import NO_LIMITS, TextLimits, TooLong
 from fastrerank.inputs.prompts.chat_rendering import TemplateBudgetError, render
+from fastrerank.inputs.prompts.compiler import Kept
 from fastrerank.inputs.prompts.prompt_tokenizer import PromptTokenizer
 from fastrerank.inputs.prompts.template import Message, Template
 from fastrerank.inputs.prompts.template_layout import contents, options
@@ -27,15 +27,15 @@ __all__ = ["ChatPairs", "chat_tokenizer", "joined_template", "pair_template"]
 
 log = logging.getLogger("fastrerank")
 
-# Model types whose chat templates take plain text although their source looks otherwise, and what a source looks like
-# that takes lists of parts.
+# Model types whose chat templates take plain text although their source looks as if it takes lists of parts, and the
+# pattern of such a source.
 _PLAIN_TEXT = ("apertus", "deepseek_v3", "gpt_oss", "seed_oss")
 _PARTS = ("content[0]", ".type", "'type'", '"type"', "message.content[")
-# A pair, and each of its sides replaced: what a chat template prints must change with both.
+# A pair, and the same with one side replaced: a template that prints both sides prints three different texts.
 _PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
 # Two pairs whose texts end differently.
 _ENDS = (("alpha", "bravo"), ("charlie 7", "foxtrot 9"))
-# Prompts are laid out once per system text; calls that name ever new ones must not hold on to them all.
+# Layouts that are kept, one per system text and options. The bound is for calls that always bring new ones.
 _KEPT_PROMPTS = 4
 _CACHE_BYTES = 16 << 20
 
@@ -95,8 +95,8 @@ def chat_tokenizer(checkpoint: Checkpoint, chat_template: ChatTemplate | None = 
     Args: as in `ChatPairs.load`.
 
     A checkpoint's template that drops the query or the document, or refuses their roles, is not used, which the log
-    says at WARNING; a given one raises ValueError. Of several templates by their names one that takes them is enough:
-    a call names it. Raises ImportError without transformers.
+    says at WARNING; a given one raises ValueError. Where there are several templates by their names, one that takes the
+    roles is enough: a call names it. Raises ImportError without transformers.
     """
     source = template_of_pairs(checkpoint, chat_template)
     if source is None:
@@ -136,10 +136,9 @@ class ChatPairs:
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
         self._checkpoint, self._tokenizer = checkpoint, tokenizer
-        self._prompts: dict[str, PromptTokenizer] = {}
-        self._lock = threading.Lock()
+        self._prompts: Kept[PromptTokenizer] = Kept(_KEPT_PROMPTS)  # by prompt and options
         self._warned = False
-        # Several templates: the default one may be none for pairs, and then every call names another.
+        # With several templates, the default one may not take pairs; every call then names another one.
         self._names = _working_names(checkpoint, tokenizer) if isinstance(tokenizer.chat_template, dict) else []
         if not self._names or "default" in self._names:
             self._laid_out("", {})
@@ -276,17 +275,13 @@ class ChatPairs:
         return found
 
     def _laid_out(self, prompt: str, chat_options: Mapping[str, Any]) -> PromptTokenizer:
-        key = repr((prompt, sorted(chat_options.items())))
-        with self._lock:
-            if key not in self._prompts:
-                source = self._tokenizer.chat_template
-                self._check_name(chat_options)
-                template = pair_template(self._checkpoint, source, prompt=prompt, chat_options=chat_options)
-                made = PromptTokenizer(self._tokenizer, template, readout="head", cache_bytes=_CACHE_BYTES)
-                while len(self._prompts) >= _KEPT_PROMPTS:
-                    self._prompts.pop(next(iter(self._prompts)))
-                self._prompts[key] = made
-            return self._prompts[key]
+        def make(_: str) -> PromptTokenizer:
+            self._check_name(chat_options)
+            source = self._tokenizer.chat_template
+            template = pair_template(self._checkpoint, source, prompt=prompt, chat_options=chat_options)
+            return PromptTokenizer(self._tokenizer, template, readout="head", cache_bytes=_CACHE_BYTES)
+
+        return self._prompts.get(repr((prompt, sorted(chat_options.items()))), make)
 
 
 def _working_names(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:

@@ -11,11 +11,11 @@ from typing import Any
 
 __all__ = ["MOST_CHARS", "MOST_SECONDS", "MOST_STEPS", "TemplateBudgetError", "render"]
 
-# Of one rendering: turns of loops, calls and filters; characters of all texts that it makes; seconds. Templates that
-# are published take some hundred steps and milliseconds.
+# The budget of one rendering: steps (turns of loops, calls, filters), characters of all texts that it makes, seconds.
+# Published templates take some hundred steps and a few milliseconds.
 MOST_STEPS, MOST_CHARS, MOST_SECONDS = 100_000, 4_000_000, 5.0
 _MOST_SOURCE = 150_000
-# The largest number that an operand or argument may be where a text or list grows with it, and the bits of a product.
+# The largest operand or argument that makes a text or list grow, and the most bits of a product.
 _MOST_ARGUMENT, _MOST_BITS = 100_000, 4096
 _NUMBERS = re.compile(r"\d+")
 _KEPT_TEMPLATES = 16
@@ -72,7 +72,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **arguments: Any) -> 
     from transformers import PreTrainedTokenizerBase
 
     own = type(tokenizer).apply_chat_template
-    if own is not PreTrainedTokenizerBase.apply_chat_template:  # the checkpoint's own code, which was trusted
+    if own is not PreTrainedTokenizerBase.apply_chat_template:  # the checkpoint's own code, which the user trusted
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
     source = arguments.pop("chat_template", None)
     source = tokenizer.get_chat_template(source, arguments.get("tools"))
@@ -193,7 +193,7 @@ def _environment() -> Any:
 
 
 def sized(value: Any) -> Any:
-    """`value`, once everything in it, which its printed form and comparisons go through, is counted."""
+    """Return `value` after counting everything in it: printing and comparing it visits all of that."""
     if isinstance(value, str):
         _budget.make(len(value))
     elif isinstance(value, (list, tuple, dict)) or type(value).__name__ == "TemplateNamespace":
@@ -266,7 +266,7 @@ def _check_call(name: str, owner: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _check_format(text: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """A bound of what a format makes: its widths, and its fields times its arguments."""
+    """An upper bound of the characters that a format makes: its widths, plus its fields times its arguments."""
     values = list(args.values()) if isinstance(args, dict) else list(args)
     sizes = 32
     for value in (*values, *kwargs.values()):

@@ -23,7 +23,7 @@ from fastrerank.inputs.windows import most_whole
 
 __all__ = ["PROBES", "Batch", "Compiler", "Item", "Kept", "Run", "Span", "check_same", "whole_tokenizer"]
 
-# Texts that show whether the compiled prompt and the whole one have the same ids.
+# Texts for the check that the compiled prompt has the ids of the whole one.
 PROBES = (
     "The owl sleeps.",
     "7 mice, 12 owls",
@@ -34,7 +34,7 @@ PROBES = (
     "",
     " x ",
 )
-# The context of a text, behind a place where tokens on both sides do not depend on each other.
+# Characters of context around a text. Between the two, tokens on one side do not depend on the other side.
 _CONTEXT = 6
 
 T = TypeVar("T")

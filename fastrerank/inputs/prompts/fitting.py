@@ -34,9 +34,10 @@ class Part:
 def fit(
     parts: list[Part], count: int, limit: int | None, name: str, limits: TextLimits = NO_LIMITS
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Join the parts, the longest documents cut evenly to `limit` tokens in all; (T,) and (count,) which were cut.
+    """Join the parts, with the longest documents cut evenly so that the prompt has `limit` tokens.
 
-    `limits` says from which end (the last, unless it does) and whether documents may be cut at all: TooLong if not.
+    Returns the ids (T,), and (count,) which documents were cut. `limits` says at which end documents are cut (the last
+    one by default). Raises TooLong where it says that none may be cut.
     """
     truncated = np.zeros(count, np.bool_)
     sizes: dict[int, int] = {}
@@ -70,7 +71,7 @@ def fit(
 
 
 def _share(sizes: dict[int, int], room: int) -> dict[int, int]:
-    """How many tokens each document keeps: all of a short one, an equal share for the others, `room` in all."""
+    """How many tokens each document keeps, `room` in all: short ones keep all, the others get equal shares."""
     keep: dict[int, int] = {}
     waiting = sorted(sizes, key=lambda document: sizes[document])
     while waiting:

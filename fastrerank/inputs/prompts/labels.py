@@ -14,7 +14,7 @@ from fastrerank.inputs.text_pieces import Marker, strip_left
 
 __all__ = ["label_ids"]
 
-# How SentencePiece writes the blank before a word; a label that begins with it is a piece by its own name.
+# How SentencePiece writes the blank before a word. A label that begins with it is looked up in the vocabulary as it is.
 _BLANK = "▁"
 
 

@@ -28,7 +28,7 @@ from fastrerank.runtime.naming import shortened
 
 __all__ = ["Prompt", "PromptTokenizer"]
 
-# Instructions of single calls whose layout is kept.
+# Layouts that are kept for instructions of single calls.
 _KEPT_INSTRUCTIONS = 16
 
 
@@ -266,9 +266,9 @@ class PromptTokenizer:
     def within(
         self, what: str, text: str, most: int | None, limits: TextLimits, left: bool = False
     ) -> tuple[str, bool]:
-        """The part of a text that its first (or last) `most` tokens stand for, and whether anything is left out.
+        """The text of the first (or with `left` the last) `most` tokens, and whether anything is left out.
 
-        Raises TooLong naming `what` where something would be, and `limits.truncate` is False.
+        Raises TooLong naming `what` where something would be left out and `limits.truncate` is False.
         """
         kept, tokens = self._compiler.cut(text, most, left)
         if tokens and not limits.truncate:
@@ -276,11 +276,11 @@ class PromptTokenizer:
         return kept, tokens > 0
 
     def shorten(self, text: str, count: int) -> str:
-        """The beginning of `text` that its first `count` tokens stand for, when it is tokenised on its own."""
+        """The beginning of `text` that makes its first `count` tokens when it is tokenised on its own."""
         return self._compiler.cut(text, count)[0]
 
     def bounded(self, text: str, count: int) -> str:
-        """`text`, or where it is very long a shorter one, with the same first `count` tokens and more than those."""
+        """`text`, or a shorter one where it is very long: it has the same first `count` tokens, and more than those."""
         return self._compiler.text.bounded(encodable(text), count)
 
     def label_ids(self, count: int | None = None) -> npt.NDArray[np.int64]:
@@ -296,10 +296,8 @@ class PromptTokenizer:
 
     @property
     def decoder_ids(self) -> npt.NDArray[np.int64]:
-        """Ids that the decoder of a "seq2seq" template is made to begin with, behind its start token; often none."""
+        """Ids that a "seq2seq" template forces the decoder to begin with, behind its start token; often none."""
         return np.array(next(iter(self._compiler.text.encode([self.template.decoder], False))), np.int64)
-
-    # ---- laying out
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return render(self._tokenizer, contents(self.template, messages), **options(self.template))
@@ -336,7 +334,7 @@ class PromptTokenizer:
             head, tail = (list(ids) for ids in _derive_template(self._whole, False, segments=1).specials)
             if template.chat:
                 tail = []
-                # What the chat template already prints is not printed twice.
+                # Special tokens that the chat template prints are not added again.
                 shown = self._compiler.text.split(first[0]) if first and isinstance(first[0], str) else []
                 if [part.id for part in shown[: len(head)] if isinstance(part, Marker)] == head:
                     head = []
@@ -349,8 +347,6 @@ class PromptTokenizer:
         items.append(int32(self._specials[-1]))
         kept = tuple(item for item in items if not isinstance(item, np.ndarray) or len(item))
         return replace(layout, items=kept)
-
-    # ---- encoding
 
     def _encode(
         self,
@@ -375,7 +371,7 @@ class PromptTokenizer:
             yield Prompt(ids, truncated, layout.turns, values)
 
     def _checked_query(self, query: str, limit: int | None) -> str:
-        """The query; ValueError where it alone has more tokens than a prompt may have, before they are all made."""
+        """The query; ValueError if it alone has more tokens than a prompt may have (it is not tokenised whole then)."""
         if limit is not None and self._compiler.text.bounded(query, limit) is not query:
             raise ValueError(
                 f"the query and the fixed text of template {self.template.name!r} leave no room for the documents: the "
@@ -395,8 +391,6 @@ class PromptTokenizer:
             return template.prepare_document(document)
         text, tokens = self._compiler.cut(template.clean_document(document), template.document_limit)
         return template.rewrite_document(text), tokens > 0
-
-    # ---- checks
 
     def _check_count(self, count: int, place: str) -> None:
         kind, most = self.template.kind, self.template.most_documents
@@ -423,7 +417,7 @@ class PromptTokenizer:
         return checked
 
     def _check_exact(self) -> None:
-        """Probe texts through the segments and through the whole prompt: a difference is an error that shows both."""
+        """Compare the ids of probe texts with those of the whole prompt; an error shows both where they differ."""
         for count in self._counts:
             for i, query in enumerate(PROBES):
                 documents = [PROBES[(i + k + 1) % len(PROBES)] for k in range(count)]
@@ -456,7 +450,7 @@ class PromptTokenizer:
 
 
 class _Bounded(Sequence[str]):
-    """Documents without the middle that is cut off anyway."""
+    """Documents without the middle part that the limit cuts off in any case."""
 
     def __init__(self, compiler: Compiler, documents: Sequence[str], limit: int) -> None:
         self._compiler, self._documents, self._limit = compiler, documents, limit

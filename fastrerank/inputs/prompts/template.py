@@ -29,11 +29,11 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "content": ("text", "parts"),
     "algorithm": ("", "windows", "groups"),
 }
-# The last two are what sentence-transformers makes of a pair, for chat templates that know them.
+# The last two are the roles that sentence-transformers gives to a pair, for chat templates that know them.
 _ROLES = ("system", "user", "assistant", "query", "document")
 _BODIES = ("messages", "text", "segments", "pair")
 _TEXTS = frozenset({"query", "instruction", "count"})
-# The rules come before the limit of a document, the rewriting of identifiers behind it, as in the published code.
+# As in the published code: these rules run before a document is cut to its limit, the rewriting of identifiers after.
 _RULES = ("fix-text", "drop-empty-title", "strip", "collapse-newlines")
 _REWRITES: Mapping[str, re.Pattern[str]] = {
     "brackets-of-letters": re.compile(r"\[([A-z]+)\]"),  # A-z as published: it also holds [ \ ] ^ _ and `
@@ -41,7 +41,7 @@ _REWRITES: Mapping[str, re.Pattern[str]] = {
 }
 _NEWLINES = re.compile("\n+")
 # Single-token identifiers that exist: 26 letters, nine digits (10 is two tokens in most vocabularies).
-_MOST_IDENTIFIERS = {"alphabetic": 26, "numeric": 9}
+MOST_IDENTIFIERS = {"alphabetic": 26, "numeric": 9}
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Template:
             text tokenised as a whole; raw texts tokenised separately and concatenated; a pair for the tokenizer.
         content: what a chat template gets as a turn's content: "text", or "parts", a list of one {"type": "text"}.
         suffix: text behind the prompt where logits or a head are read; `generation_suffix` where text is generated.
-        max_new_tokens, stop: most tokens of a written answer, None for what names each document once; what ends it.
-        algorithm: of a listwise template "windows" or "groups" (scores that are written as JSON); "" for windows.
+        max_new_tokens, stop: most tokens of a written answer (None: enough to name each document), and what ends it.
+        algorithm: how a listwise template is asked: "windows", or "groups" whose scores are written as JSON; "" for
+            windows.
         source, paper: where the wording was published.
 
     Example:
@@ -114,7 +115,7 @@ class Template:
     content: str = "text"
     requires: tuple[str, ...] = ()
     chat_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    # Not part of a prompt's text, and so not of a fingerprint, which takes the fields of the default repr.
+    # These change no prompt. repr=False keeps them out of fingerprints, so that saved indexes stay valid.
     max_new_tokens: int | None = field(default=None, repr=False)
     stop: tuple[str, ...] = field(default=(), repr=False)
     algorithm: str = field(default="", repr=False)
@@ -170,7 +171,7 @@ class Template:
         """The first `count` identifiers as labels; ValueError with the reason where they are no single tokens."""
         if not self.identifiers:
             raise ValueError(f"template {self.name!r} names its documents by no identifiers")
-        most = _MOST_IDENTIFIERS[self.identifiers]
+        most = MOST_IDENTIFIERS[self.identifiers]
         if self.most_documents is not None:
             most = min(most, self.most_documents)
         if not 1 <= count <= most:
@@ -179,7 +180,7 @@ class Template:
 
     def prepare_query(self, query: str) -> str:
         """The query after the published rewriting."""
-        return _rewrite(_clean(query, self.preprocess_query), self.preprocess_query)
+        return apply_rules(query, self.preprocess_query)
 
     def prepare_document(self, text: str) -> tuple[str, bool]:
         """The document after the published rules and its limit in words or characters, and whether that cut it.
@@ -238,6 +239,23 @@ def parse_format(text: str) -> list[tuple[str, str | None]]:
     return parts
 
 
+def apply_rules(text: str, rules: tuple[str, ...]) -> str:
+    """Return a text after all rules of `preprocess` or `preprocess_query`.
+
+    Example:
+        >>> apply_rules(" [3] x ", ("strip", "brackets-of-digits"))
+        '(3) x'
+    """
+    return _rewrite(_clean(text, rules), rules)
+
+
+def check_rules(table: Table, name: str, rules: tuple[str, ...]) -> None:
+    """Raise ValueError naming the file and the rule unless every rule is known."""
+    for rule in rules:
+        if rule not in _RULES and rule not in _REWRITES:
+            raise table.error(name, f"holds {rule!r}", f"any of {', '.join([*_RULES, *_REWRITES])}")
+
+
 def _placeholders(text: str) -> list[str]:
     return [name for _, name in parse_format(text) if name is not None]
 
@@ -275,7 +293,7 @@ def _too_many(template: Template, count: int) -> str:
         "alphabetic": "there are 26 letters, and only a single letter is a single token",
         "numeric": "only the digits 1 to 9 are single tokens",
     }[template.identifiers]
-    if template.most_documents is not None and template.most_documents < _MOST_IDENTIFIERS[template.identifiers]:
+    if template.most_documents is not None and template.most_documents < MOST_IDENTIFIERS[template.identifiers]:
         return f"template {template.name!r} names at most {template.most_documents} documents, got {count}"
     return f"template {template.name!r} cannot name {count} documents by logits: {reason}; use smaller windows"
 
@@ -285,7 +303,7 @@ def _read(path: Path) -> Template:
 
 
 class _Checker(Table):
-    """Every field of a template file against its type, its values and the other fields."""
+    """Checks every field of a template file: its type, its values, and that it fits the other fields."""
 
     def template(self) -> Template:
         values = {"name": self.path.stem} | self.values(Template, messages=self._messages)
@@ -293,9 +311,7 @@ class _Checker(Table):
             if name in values:
                 self.choose(name, values[name], valid)
         for name in ("preprocess", "preprocess_query"):
-            for rule in values.get(name, ()):
-                if rule not in _RULES and rule not in _REWRITES:
-                    raise self.error(name, f"holds {rule!r}", f"any of {', '.join([*_RULES, *_REWRITES])}")
+            check_rules(self, name, values.get(name, ()))
         template = Template(**values)
         self._check_body(template)
         self._check_fields(template)

@@ -1,4 +1,4 @@
-"""Shapes: a template laid out for a number of documents, as literals and slots for user texts."""
+"""A template laid out for a number of documents: literals, and slots for user texts."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def fill(pieces: Sequence[Piece], values: Values) -> str:
 
 
 def render_chat(template: Template, turns: list[Turn], render: Render) -> tuple[list[Turn], list[Piece]]:
-    """Lay the turns out by a chat template: the turns as it takes them, and the whole prompt.
+    """Return the turns as a chat template takes them, and the whole prompt that it makes of them.
 
     The template sees a neutral word in place of each user text, so nothing in a text can change the layout. Where it
     has no system role, the system turn moves into the first user turn if `template` says how.
@@ -230,7 +230,7 @@ def _fit_system(template: Template, turns: list[Turn], render: Render) -> list[T
     except TemplateBudgetError:
         raise
     except ValueError as error:
-        _call(render, _plain(turns[1:]), template)  # an error that has nothing to do with the system turn
+        _call(render, _plain(turns[1:]), template)  # raises, where the system turn is not the cause
         reason = error
     if template.system_joiner is None:
         raise ValueError(
