@@ -35,10 +35,7 @@ const Part part([](py::module_& m) {
         .def("run_feed_forward", &feed_forward, py::arg("down"), py::arg("up").none(true), py::arg("activation"),
              py::arg("x"), py::arg("ldx"), py::arg("rows"), py::arg("y"), py::arg("ldy"), py::arg("threads"))
         .def("run", &run, py::arg("x"), py::arg("ldx"), py::arg("rows"), py::arg("y"), py::arg("ldy"),
-             py::arg("threads"))
-        .def_property_readonly(
-            "element", [](const PackedLinear& linear) { return static_cast<int>(bytes_of(linear.stored())); },
-            "Bytes of a value that run reads and writes.");
+             py::arg("threads"));
 });
 
 }  // namespace
