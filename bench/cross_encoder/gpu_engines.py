@@ -207,7 +207,7 @@ class _Bounds:
 
 def use_varlen(encoder: TorchEncoder, varlen: Callable[..., torch.Tensor]) -> None:
     """Exchanges the attention of a packed encoder without graphs: document ends go to the device once per batch."""
-    from fastrerank.engine.torch.upload import upload
+    from fastrerank.engine.torch.placement import upload
     from transformers import AttentionInterface
 
     runner, bounds = encoder.model.runner, _Bounds()
