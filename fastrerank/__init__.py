@@ -9,10 +9,8 @@ Importing this module imports neither torch nor transformers, and starts no thre
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
-
-import fastrerank._moved  # noqa: F401  (earlier names of modules)
-from fastrerank.runtime.version import VERSION as __version__
 
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
@@ -61,11 +59,16 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.pointwise import PointwiseReranker
     from fastrerank.rerankers.registry import list_methods, register
     from fastrerank.rerankers.setwise import SetwiseReranker
+    from fastrerank.runtime.version import VERSION as __version__
     from fastrerank.search import CURIndex
     from fastrerank.serve.batcher import AsyncReranker
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from fastrerank.runtime.version import VERSION
+
+        return VERSION
     if name not in _NAMES:
         raise AttributeError(f"module 'fastrerank' has no attribute {name!r}")
     import importlib
@@ -75,5 +78,20 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+class _EarlierNames:
+    """A finder of modules' earlier names; their table is imported with the first module of the package."""
+
+    def find_spec(self, name: str, _path: Any = None, _target: Any = None) -> Any:
+        if not name.startswith("fastrerank.") or name == "fastrerank._moved":
+            return None
+        from fastrerank._moved import find_spec
+
+        return find_spec(name)
+
+
+# Inserted before Python's own finders: they would import the modules of a moved package a second time.
+sys.meta_path.insert(0, _EarlierNames())
+
+
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_NAMES))
+    return sorted({*globals(), *_NAMES, "__version__"})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-__all__ = ["MOVED"]
+__all__ = ["MOVED", "find_spec"]
 
 _ROOT = "fastrerank."
 # Earlier name -> present name, without `fastrerank.`.
@@ -106,13 +104,8 @@ MOVED = {
 }
 
 
-class _Moved:
-    """A finder of earlier names. It returns the present module itself, never a copy."""
-
-    def find_spec(self, name: str, _path: Sequence[str] | None = None, _target: object = None) -> ModuleSpec | None:
-        if not name.startswith(_ROOT) or name[len(_ROOT) :] not in MOVED:
-            return None
-        return ModuleSpec(name, self)  # type: ignore[arg-type]
+class _Loader:
+    """Returns the present module itself, never a copy."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         import importlib
@@ -129,5 +122,10 @@ class _Moved:
         module.__spec__, module.__loader__ = module.__spec__.loader_state
 
 
-# Inserted before Python's own finders: they would import the modules of a moved package a second time.
-sys.meta_path.insert(0, _Moved())
+def find_spec(name: str) -> ModuleSpec | None:
+    """Return how an earlier name is loaded; None for every other name."""
+    if name[len(_ROOT) :] not in MOVED:
+        return None
+    from importlib.machinery import ModuleSpec
+
+    return ModuleSpec(name, _Loader())  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, NamedTuple, TypeVar
 
 __all__ = ["METHODS", "Entry", "find_method", "list_methods", "register"]
@@ -127,6 +126,8 @@ def find_method(name: str) -> Entry:
         'icr'
     """
     if name not in METHODS:
+        from importlib.metadata import entry_points  # takes some milliseconds and MiB that shipped methods do not need
+
         for package in entry_points(group=_GROUP):
             package.load()
     if name not in METHODS:
