@@ -141,15 +141,15 @@ def rank(
     max_length: MaxLength = None,
     format: Annotated[
         Format,
-        typer.Option(
-            metavar="FORMAT",
-            rich_help_panel=DATA,
-            help="How files hold documents: lines, paragraphs, jsonl; auto: jsonl by file name or content, else lines.",
+        option(
+            DATA,
+            "FORMAT",
+            "How files hold documents: lines, paragraphs, jsonl; auto: jsonl by file name or content, else lines.",
         ),
     ] = Format.auto,
     text_field: Annotated[
         str,
-        typer.Option(metavar="FIELD", rich_help_panel=DATA, help="Field of a JSONL row that holds the text."),
+        option(DATA, "FIELD", "Field of a JSONL row that holds the text."),
     ] = "text",
     engine: EngineOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -157,28 +157,16 @@ def rank(
     threads: Threads = None,
     top_k: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="K", rich_help_panel=OUTPUT, show_default="all", help="Print only the best K documents."
-        ),
+        option(OUTPUT, "K", "Print only the best K documents.", min=1, show_default="all"),
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", rich_help_panel=OUTPUT, help="Show raw scores, such as logits.")
-    ] = False,
+    raw: Annotated[bool, option(OUTPUT, None, "Show raw scores, such as logits.", "--raw")] = False,
     explain: Annotated[
         bool,
-        typer.Option(
-            "--explain",
-            rich_help_panel=OUTPUT,
-            help="Colour the tokens by the attention that they get (icr, qrhead, core).",
-        ),
+        option(OUTPUT, None, "Colour the tokens by the attention that they get (icr, qrhead, core).", "--explain"),
     ] = False,
     explain_html: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=OUTPUT,
-            help="Write a page that shows the same to this file; implies --explain.",
-        ),
+        option(OUTPUT, "FILE", "Write a page that shows the same to this file; implies --explain."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -242,38 +230,26 @@ def heads(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Labelled queries: JSONL rows, or a BEIR folder.")],
     save: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE", rich_help_panel=OUTPUT, help="Write the heads to this file (.toml), for rank's --heads."
-        ),
+        option(OUTPUT, "FILE", "Write the heads to this file (.toml), for rank's --heads."),
     ],
     model: Model = None,
     instruction: Instruction = None,
     rule: Annotated[
         Rule,
-        typer.Option(
-            metavar="RULE",
-            rich_help_panel=SELECTION,
+        option(
+            SELECTION,
+            "RULE",
+            "How a head is scored: ndcg, gold (QRHead's rules) or contrast (CoRe's).",
             case_sensitive=False,
-            help="How a head is scored: ndcg, gold (QRHead's rules) or contrast (CoRe's).",
         ),
     ] = Rule.ndcg,
     top: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            rich_help_panel=SELECTION,
-            show_default="as published: 16, of contrast 8",
-            help="Heads to keep.",
-        ),
+        option(SELECTION, "N", "Heads to keep.", min=1, show_default="as published: 16, of contrast 8"),
     ] = None,
     temperature: Annotated[
         float,
-        typer.Option(
-            metavar="T",
-            rich_help_panel=SELECTION,
-            help="Of the rule contrast; its paper takes 0.001 for Mistral and Granite.",
-        ),
+        option(SELECTION, "T", "Of the rule contrast; its paper takes 0.001 for Mistral and Granite."),
     ] = 0.1,
     trec_run: TrecRun = None,
     qrels: Qrels = None,
@@ -342,10 +318,10 @@ def bench(
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CHECKPOINT",
-            rich_help_panel=MODEL,
-            help="Hugging Face id or local folder, or NAME=CHECKPOINT; several are served by name (required).",
+        option(
+            MODEL,
+            "CHECKPOINT",
+            "Hugging Face id or local folder, or NAME=CHECKPOINT; several are served by name (required).",
         ),
     ] = None,
     method: Method = None,
@@ -460,7 +436,7 @@ def doctor(
     as_json: AsJson = False,
     torch: Annotated[
         bool,
-        typer.Option("--torch", rich_help_panel=OUTPUT, help="Import torch and ask it for its GPUs (takes seconds)."),
+        option(OUTPUT, None, "Import torch and ask it for its GPUs (takes seconds).", "--torch"),
     ] = False,
 ) -> None:
     """Print what was found: versions, CPU level, threads, kernels, GPU, optional packages."""

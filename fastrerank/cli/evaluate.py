@@ -47,10 +47,10 @@ def evaluate_command(
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="SYSTEM",
-            rich_help_panel=SYSTEMS,
-            help="[NAME=]CHECKPOINT[,KEY=VALUE...]: Hugging Face id or local folder; several are compared. KEY: "
+        cli.option(
+            SYSTEMS,
+            "SYSTEM",
+            "[NAME=]CHECKPOINT[,KEY=VALUE...]: Hugging Face id or local folder; several are compared. KEY: "
             "method, dtype, engine, device, threads, template or another keyword of the method. The options of the "
             "panels Model and Computing hold for models that do not say theirs.",
         ),

@@ -31,19 +31,11 @@ app = typer.Typer(add_completion=False, help="Search many texts with few calls o
 
 SEARCH = "Search"  # a panel of --help
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the index.")]
-K = Annotated[int, typer.Option("--top-k", min=1, metavar="K", rich_help_panel=SEARCH, help="How many items to find.")]
-Budget = Annotated[
-    int, typer.Option(min=1, metavar="N", rich_help_panel=SEARCH, help="Calls of the reranker per query.")
-]
+K = Annotated[int, cli.option(SEARCH, "K", "How many items to find.", "--top-k", min=1)]
+Budget = Annotated[int, cli.option(SEARCH, "N", "Calls of the reranker per query.", min=1)]
 Queries = Annotated[
     int,
-    typer.Option(
-        "--queries",
-        min=1,
-        metavar="N",
-        rich_help_panel=SEARCH,
-        help="Anchor queries to hold out, at most half of them.",
-    ),
+    cli.option(SEARCH, "N", "Anchor queries to hold out, at most half of them.", "--queries", min=1),
 ]
 
 
@@ -70,17 +62,11 @@ def build(
     folder: Folder,
     items: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=cli.DATA,
-            help="File of the texts to search: lines, or JSONL with a field text.",
-        ),
+        cli.option(cli.DATA, "FILE", "File of the texts to search: lines, or JSONL with a field text."),
     ],
     queries: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE", rich_help_panel=cli.DATA, help="File of anchor queries: queries like those to come."
-        ),
+        cli.option(cli.DATA, "FILE", "File of anchor queries: queries like those to come."),
     ],
     model: Model = None,
     method: Method = None,
@@ -90,11 +76,7 @@ def build(
     max_length: MaxLength = None,
     storage: Annotated[
         Storage,
-        typer.Option(
-            metavar="DTYPE",
-            rich_help_panel=cli.OUTPUT,
-            help=f"Precision of the item vectors: {', '.join(one.value for one in Storage)}.",
-        ),
+        cli.option(cli.OUTPUT, "DTYPE", f"Precision of the item vectors: {', '.join(one.value for one in Storage)}."),
     ] = Storage.float32,
     engine: EngineOption = None,
     dtype: DtypeOption = cli.Dtype.auto,
@@ -136,13 +118,7 @@ def search(
     budget: Budget = 200,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            rich_help_panel=SEARCH,
-            show_default="the index's own",
-            help="In how many rounds the calls are made.",
-        ),
+        cli.option(SEARCH, "N", "In how many rounds the calls are made.", min=1, show_default="the index's own"),
     ] = None,
     engine: EngineOption = None,
     dtype: DtypeOption = cli.Dtype.auto,
@@ -194,7 +170,7 @@ def tune(
     queries: Queries = 48,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", rich_help_panel=cli.OUTPUT, help="Print only; leave the index's settings."),
+        cli.option(cli.OUTPUT, None, "Print only; leave the index's settings.", "--dry-run"),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -216,12 +192,12 @@ def report(
     folder: Folder,
     top_k: K = 10,
     budgets: Annotated[
-        str, typer.Option(metavar="N,N,...", rich_help_panel=SEARCH, help="Calls per query, separated by commas.")
+        str, cli.option(SEARCH, "N,N,...", "Calls per query, separated by commas.")
     ] = "25,50,100,200,500",
     queries: Queries = 48,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=cli.OUTPUT, help="Write the plot to this file, an SVG."),
+        cli.option(cli.OUTPUT, "FILE", "Write the plot to this file, an SVG."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

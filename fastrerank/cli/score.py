@@ -54,7 +54,7 @@ def score(
     device: Device = None,
     score_field: Annotated[str, cli.option(cli.OUTPUT, "FIELD", "Column or field that the score gets.")] = "score",
     activated: Annotated[
-        bool, typer.Option("--activated", rich_help_panel=cli.OUTPUT, help="Write probabilities, not raw scores.")
+        bool, cli.option(cli.OUTPUT, None, "Write probabilities, not raw scores.", "--activated")
     ] = False,
     keep: Annotated[
         str | None,
