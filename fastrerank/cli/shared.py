@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-import fastrerank
 from fastrerank.inputs.prompts.attention_policy import parse_heads
 from fastrerank.rerankers.registry import find_method, list_methods
 
@@ -75,8 +74,7 @@ def option(panel: str, metavar: str | None, text: str, *names: str, **more: Any)
 
 
 Model = Annotated[
-    str | None,
-    option(MODEL, "CHECKPOINT", "Hugging Face id or local folder of the checkpoint (required)."),
+    str | None, option(MODEL, "CHECKPOINT", "Hugging Face id or local folder of the checkpoint (required).")
 ]
 Method = Annotated[
     str | None,
@@ -95,8 +93,7 @@ TemplateOption = Annotated[
     ),
 ]
 Instruction = Annotated[
-    str | None,
-    option(MODEL, "TEXT", "Instruction of the prompt.", show_default="the prompt's own"),
+    str | None, option(MODEL, "TEXT", "Instruction of the prompt.", show_default="the prompt's own")
 ]
 HeadsOption = Annotated[
     str | None,
@@ -158,20 +155,14 @@ Device = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None,
-    option(COMPUTING, "N", "CPU threads that a call may use.", min=1, show_default="all cores"),
+    int | None, option(COMPUTING, "N", "CPU threads that a call may use.", min=1, show_default="all cores")
 ]
 TrecRun = Annotated[
-    Path | None,
-    option(DATA, "FILE", "First-stage TREC run: its documents are the candidates.", "--trec-run"),
+    Path | None, option(DATA, "FILE", "First-stage TREC run: its documents are the candidates.", "--trec-run")
 ]
-Qrels = Annotated[
-    Path | None,
-    option(DATA, "FILE", "Judgements, TREC or BEIR; a BEIR folder has its own.", "--qrels"),
-]
+Qrels = Annotated[Path | None, option(DATA, "FILE", "Judgements, TREC or BEIR; a BEIR folder has its own.", "--qrels")]
 QueriesFile = Annotated[
-    Path | None,
-    option(DATA, "FILE", "Queries, JSONL or TSV; a BEIR folder has its own.", "--queries"),
+    Path | None, option(DATA, "FILE", "Queries, JSONL or TSV; a BEIR folder has its own.", "--queries")
 ]
 AsJson = Annotated[bool, option(OUTPUT, None, "Print JSON.", "--json")]
 
@@ -224,30 +215,6 @@ def need_model(model: str | None) -> str:
 def heads_option(value: str | None) -> Any:
     """Pairs where heads are written as such, else the name of a list or a file."""
     return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
-
-
-def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) -> Any:
-    """The reranker, with the options that were given: some methods do not know all of them, and refuse those."""
-    given = load_options(dtype=dtype, **options)
-    try:
-        return fastrerank.load(model, method=method, **given)
-    except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None or found[1] not in given:
-            raise
-        what = f"method {method}" if method else "the method of this checkpoint"
-        raise typer.BadParameter(f"{what} does not know it", param_hint=option_of(found[1])) from None
-
-
-def load_options(dtype: Dtype, **options: Any) -> dict[str, Any]:
-    """The keywords of `fastrerank.load` for the options that were given."""
-    given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
-    return given if dtype is Dtype.auto else given | {"dtype": dtype.value}
-
-
-def option_of(keyword: str) -> str:
-    """The option that sets a keyword of `fastrerank.load`."""
-    return "--" + {"num_threads": "threads"}.get(keyword, keyword).replace("_", "-")
 
 
 @contextmanager

@@ -18,13 +18,7 @@ from fastrerank.inputs.tokenizer import Tokenizer, check_texts
 from fastrerank.rerankers import activations
 from fastrerank.rerankers.base import Scores, Usage, check_threshold, check_top_k, order, ranked
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
-from fastrerank.rerankers.compat import (
-    Config,
-    Device,
-    fitting_length,
-    init_options,
-    predict_options,
-)
+from fastrerank.rerankers.compat import Config, Device, fitting_length, init_options, predict_options
 from fastrerank.rerankers.conversations import as_pairs
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
 from fastrerank.rerankers.pair_calls import PairCalls
