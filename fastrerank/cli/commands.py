@@ -26,6 +26,7 @@ from fastrerank.cli import index as cli_index
 from fastrerank.cli import score as cli_score
 from fastrerank.cli.doctor import report
 from fastrerank.cli.evaluate import evaluate_command
+from fastrerank.cli.model_options import NO_CHOICE, ModelOptions, with_model_options
 from fastrerank.cli.shared import (
     DATA,
     MODEL,
@@ -34,22 +35,17 @@ from fastrerank.cli.shared import (
     Device,
     Dtype,
     DtypeOption,
-    EngineOption,
     HeadsOption,
     Instruction,
     Interrupted,
     LabelOption,
-    MaxLength,
-    Method,
     Model,
     Qrels,
     QueriesFile,
-    TemplateOption,
     Threads,
     TrecRun,
     check_file,
     heads_option,
-    load_reranker,
     need_model,
     one_line,
     option,
@@ -127,58 +123,35 @@ def _root(
 
 
 @app.command()
+@with_model_options
 def rank(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     files: Annotated[
         list[str] | None, typer.Argument(metavar="FILE", help="Files of documents; - is standard input.")
     ] = None,
     model: Model = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
+    options: ModelOptions = NO_CHOICE,
     heads: HeadsOption = None,
     label: LabelOption = None,
-    max_length: MaxLength = None,
     format: Annotated[
         Format,
-        typer.Option(
-            metavar="FORMAT",
-            rich_help_panel=DATA,
-            help="How files hold documents: lines, paragraphs, jsonl; auto: jsonl by file name or content, else lines.",
+        option(
+            DATA,
+            "FORMAT",
+            "How files hold documents: lines, paragraphs, jsonl; auto: jsonl by file name or content, else lines.",
         ),
     ] = Format.auto,
-    text_field: Annotated[
-        str,
-        typer.Option(metavar="FIELD", rich_help_panel=DATA, help="Field of a JSONL row that holds the text."),
-    ] = "text",
-    engine: EngineOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: Device = None,
+    text_field: Annotated[str, option(DATA, "FIELD", "Field of a JSONL row that holds the text.")] = "text",
     threads: Threads = None,
     top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="K", rich_help_panel=OUTPUT, show_default="all", help="Print only the best K documents."
-        ),
+        int | None, option(OUTPUT, "K", "Print only the best K documents.", min=1, show_default="all")
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", rich_help_panel=OUTPUT, help="Show raw scores, such as logits.")
-    ] = False,
+    raw: Annotated[bool, option(OUTPUT, None, "Show raw scores, such as logits.", "--raw")] = False,
     explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain",
-            rich_help_panel=OUTPUT,
-            help="Colour the tokens by the attention that they get (icr, qrhead, core).",
-        ),
+        bool, option(OUTPUT, None, "Colour the tokens by the attention that they get (icr, qrhead, core).", "--explain")
     ] = False,
     explain_html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=OUTPUT,
-            help="Write a page that shows the same to this file; implies --explain.",
-        ),
+        Path | None, option(OUTPUT, "FILE", "Write a page that shows the same to this file; implies --explain.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -199,26 +172,14 @@ def rank(
         warn(f"{name} is not valid UTF-8; bytes that cannot be decoded became U+FFFD")
     if not documents:
         warn("there are no documents to rank")
-    reranker = load_reranker(
-        checkpoint,
-        method,
-        dtype,
-        device=device,
-        num_threads=threads,
-        template=template,
-        instruction=instruction,
-        heads=heads_option(heads),
-        max_length=max_length,
-        engine=engine,
-        label=label,
-    )
+    reranker = options.load(checkpoint, num_threads=threads, heads=heads_option(heads), label=label)
     explain = explain or explain_html is not None
     if explain and not hasattr(reranker, "token_masses"):
         raise typer.BadParameter("needs --method icr, qrhead or core", param_hint="--explain")
-    options = {name: True for name, wanted in (("explain", explain), ("raw", raw)) if wanted}
+    asked = {name: True for name, wanted in (("explain", explain), ("raw", raw)) if wanted}
     start = time.perf_counter()
     with progress_bar(f"ranking {len(documents)} documents", shown=len(documents) >= LONG_WORK):
-        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **options)
+        hits = reranker.rank(query, documents, top_k=top_k, return_documents=True, **asked)
     seconds = time.perf_counter() - start
     if explain_html is not None:
         explain_html.write_text(to_html(query, hits), encoding="utf-8", errors="backslashreplace")
@@ -240,40 +201,23 @@ app.command("eval")(evaluate_command)
 @app.command()
 def heads(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Labelled queries: JSONL rows, or a BEIR folder.")],
-    save: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE", rich_help_panel=OUTPUT, help="Write the heads to this file (.toml), for rank's --heads."
-        ),
-    ],
+    save: Annotated[Path, option(OUTPUT, "FILE", "Write the heads to this file (.toml), for rank's --heads.")],
     model: Model = None,
     instruction: Instruction = None,
     rule: Annotated[
         Rule,
-        typer.Option(
-            metavar="RULE",
-            rich_help_panel=SELECTION,
+        option(
+            SELECTION,
+            "RULE",
+            "How a head is scored: ndcg, gold (QRHead's rules) or contrast (CoRe's).",
             case_sensitive=False,
-            help="How a head is scored: ndcg, gold (QRHead's rules) or contrast (CoRe's).",
         ),
     ] = Rule.ndcg,
     top: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            rich_help_panel=SELECTION,
-            show_default="as published: 16, of contrast 8",
-            help="Heads to keep.",
-        ),
+        int | None, option(SELECTION, "N", "Heads to keep.", min=1, show_default="as published: 16, of contrast 8")
     ] = None,
     temperature: Annotated[
-        float,
-        typer.Option(
-            metavar="T",
-            rich_help_panel=SELECTION,
-            help="Of the rule contrast; its paper takes 0.001 for Mistral and Granite.",
-        ),
+        float, option(SELECTION, "T", "Of the rule contrast; its paper takes 0.001 for Mistral and Granite.")
     ] = 0.1,
     trec_run: TrecRun = None,
     qrels: Qrels = None,
@@ -322,8 +266,7 @@ def heads(
 def bench(
     context: typer.Context,
     suite: Annotated[
-        Suite,
-        typer.Argument(metavar="SUITE", help=f"What to measure: {', '.join(suite.value for suite in Suite)}."),
+        Suite, typer.Argument(metavar="SUITE", help=f"What to measure: {', '.join(suite.value for suite in Suite)}.")
     ] = Suite.cross_encoder,
 ) -> None:
     """Compare with rival engines on this machine; further options go to `python -m bench.run`."""
@@ -339,22 +282,17 @@ def bench(
 
 
 @app.command()
+@with_model_options
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CHECKPOINT",
-            rich_help_panel=MODEL,
-            help="Hugging Face id or local folder, or NAME=CHECKPOINT; several are served by name (required).",
+        option(
+            MODEL,
+            "CHECKPOINT",
+            "Hugging Face id or local folder, or NAME=CHECKPOINT; several are served by name (required).",
         ),
     ] = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
-    max_length: MaxLength = None,
-    engine: EngineOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: Device = None,
+    options: ModelOptions = NO_CHOICE,
     threads: Threads = None,
     label: Annotated[
         list[str] | None,
@@ -387,8 +325,7 @@ def serve(
     ] = None,
     max_batch_tokens: Annotated[int, option(LIMITS, "N", "Tokens of one batch across requests.", min=1)] = 16384,
     max_queue_tokens: Annotated[
-        int,
-        option(LIMITS, "N", "Tokens that may wait; beyond, requests get 429. One may be 3/4 of it (413).", min=1),
+        int, option(LIMITS, "N", "Tokens that may wait; beyond, requests get 429. One may be 3/4 of it (413).", min=1)
     ] = 2_000_000,
     max_wait_ms: Annotated[
         float, option(LIMITS, "MS", "How long a request waits for others to share a batch.", min=0)
@@ -424,17 +361,9 @@ def serve(
     check_file("--api-key-file", api_key_file)
     named, keys = parse_models(model or []), read_keys(api_key_file)
     labels, aliases = parse_labels(label or [], named), hub_names(named) | parse_aliases(alias or [], named)
-    options = {
-        "device": device,
-        "num_threads": threads,
-        "template": template,
-        "instruction": instruction,
-        "max_length": max_length,
-        "engine": engine,
-    }
     rerankers = {
         name: fastrerank.AsyncReranker(
-            load_reranker(checkpoint, method, dtype, label=labels.get(name), **options),
+            options.load(checkpoint, num_threads=threads, label=labels.get(name)),
             max_batch_tokens=max_batch_tokens,
             max_wait_ms=max_wait_ms,
             max_queue_tokens=max_queue_tokens,
@@ -459,8 +388,7 @@ def serve(
 def doctor(
     as_json: AsJson = False,
     torch: Annotated[
-        bool,
-        typer.Option("--torch", rich_help_panel=OUTPUT, help="Import torch and ask it for its GPUs (takes seconds)."),
+        bool, option(OUTPUT, None, "Import torch and ask it for its GPUs (takes seconds).", "--torch")
     ] = False,
 ) -> None:
     """Print what was found: versions, CPU level, threads, kernels, GPU, optional packages."""
@@ -522,10 +450,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 # The command line's advice where a checkpoint refuses or lacks an option.
-_ADVICE = {
-    "label": "--label takes a name or a number",
-    "instruction": "leave out --instruction",
-}
+_ADVICE = {"label": "--label takes a name or a number", "instruction": "leave out --instruction"}
 
 
 def _fail(error: Exception) -> int:

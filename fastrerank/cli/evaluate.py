@@ -12,23 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fastrerank.cli import shared as cli
-from fastrerank.cli.shared import (
-    AsJson,
-    Device,
-    Dtype,
-    DtypeOption,
-    EngineOption,
-    HeadsOption,
-    Instruction,
-    LabelOption,
-    MaxLength,
-    Method,
-    Qrels,
-    QueriesFile,
-    TemplateOption,
-    Threads,
-    TrecRun,
-)
+from fastrerank.cli.model_options import NO_CHOICE, ModelOptions, with_model_options
+from fastrerank.cli.shared import AsJson, HeadsOption, LabelOption, Qrels, QueriesFile, Threads, TrecRun
 from fastrerank.data.datasets import JudgedQuery, load_dataset, write_trec_run
 from fastrerank.evaluation import Evaluation, System, compare, evaluate
 from fastrerank.evaluation.comparison import dataset_name
@@ -41,16 +26,17 @@ __all__ = ["evaluate_command"]
 SYSTEMS, MEASURING = "Systems", "Measuring"  # panels of --help
 
 
+@with_model_options
 def evaluate_command(
     datasets: Annotated[
         list[Path], typer.Argument(metavar="DATASET", help="JSONL rows, a BEIR folder, or the texts of a TREC run.")
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="SYSTEM",
-            rich_help_panel=SYSTEMS,
-            help="[NAME=]CHECKPOINT[,KEY=VALUE...]: Hugging Face id or local folder; several are compared. KEY: "
+        cli.option(
+            SYSTEMS,
+            "SYSTEM",
+            "[NAME=]CHECKPOINT[,KEY=VALUE...]: Hugging Face id or local folder; several are compared. KEY: "
             "method, dtype, engine, device, threads, template or another keyword of the method. The options of the "
             "panels Model and Computing hold for models that do not say theirs.",
         ),
@@ -63,15 +49,11 @@ def evaluate_command(
         list[str] | None, cli.option(SYSTEMS, "[NAME=]FILE", "Compare with this TREC run, too.")
     ] = None,
     baseline: Annotated[
-        str | None,
-        cli.option(SYSTEMS, "NAME", "System that the others are tested against.", show_default=FIRST_STAGE),
+        str | None, cli.option(SYSTEMS, "NAME", "System that the others are tested against.", show_default=FIRST_STAGE)
     ] = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
+    options: ModelOptions = NO_CHOICE,
     label: LabelOption = None,
     heads: HeadsOption = None,
-    max_length: MaxLength = None,
     trec_run: TrecRun = None,
     qrels: Qrels = None,
     queries: QueriesFile = None,
@@ -94,9 +76,6 @@ def evaluate_command(
         int, cli.option(MEASURING, "GRADE", "Smallest grade that counts as relevant (not for nDCG).", min=1)
     ] = 1,
     warmup: Annotated[int, cli.option(MEASURING, "N", "Queries that are ranked before the clock starts.", min=0)] = 1,
-    engine: EngineOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: Device = None,
     threads: Threads = None,
     out: Annotated[
         Path | None,
@@ -120,18 +99,8 @@ def evaluate_command(
     if not (model or systems or with_run):
         cli.need_model(None)
     _check_files(datasets, trec_run, qrels, queries, systems)
-    given = {
-        "method": method,
-        "device": device,
-        "num_threads": threads,
-        "template": template,
-        "instruction": instruction,
-        "heads": cli.heads_option(heads),
-        "max_length": max_length,
-        "engine": engine,
-        "label": label,
-    }
-    defaults = cli.load_options(dtype, **given)
+    beside = {"num_threads": threads, "label": label, "heads": cli.heads_option(heads)}
+    defaults = options.keywords(**beside)
     listed = _listed(model or [], systems, with_run or [], defaults)
     checkpoint = None if several or listed[0].options != defaults else listed[0].model
     if checkpoint is None:
@@ -155,19 +124,19 @@ def evaluate_command(
     if run is not None and not run.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such folder: {run.parent}", param_hint="--run")
     judged = load_dataset(datasets[0], run=trec_run, qrels=qrels, queries=queries)
-    reranker = cli.load_reranker(checkpoint, dtype=dtype, **given)
+    reranker = options.load(checkpoint, **beside)
     ending = cli.resumable("nothing is kept of a single model without --out FOLDER", again="begin again")
     with ending, cli.progress_bar("reranking", total=len(judged), shown=True) as advance:
         result = evaluate(reranker, judged, top_k=top_k, min_relevance=min_relevance, warmup=warmup, progress=advance)
     if run is not None:
         write_trec_run(run, result.run)
     if as_json:
-        cli.print_json(_evaluation_json(result, datasets[0], checkpoint, method, dtype))
+        cli.print_json(_evaluation_json(result, datasets[0], checkpoint, options))
         return
     rows = [(name, f"{result.first_stage[name]:.4f}", f"{value:.4f}") for name, value in result.metrics.items()]
     rows += [("latency p50 [ms]", "", f"{1e3 * result.latency_p50:.1f}")]
     rows += [("latency p95 [ms]", "", f"{1e3 * result.latency_p95:.1f}")]
-    caption = f"{len(judged)} queries, {result.judged} judged; {dtype.value}"
+    caption = f"{len(judged)} queries, {result.judged} judged; {options.dtype.value}"
     cli.print_table(("measure", "first stage", "reranked"), rows, caption=caption)
 
 
@@ -265,12 +234,12 @@ def _progress(systems: int) -> Iterator[Any]:
         yield advance
 
 
-def _evaluation_json(result: Evaluation, dataset: Path, model: str, method: str | None, dtype: Dtype) -> dict[str, Any]:
+def _evaluation_json(result: Evaluation, dataset: Path, model: str, options: ModelOptions) -> dict[str, Any]:
     return {
         "dataset": str(dataset),
         "model": model,
-        "method": method,
-        "dtype": dtype.value,
+        "method": options.method,
+        "dtype": options.dtype.value,
         "queries": len(result.latencies),
         "judged": result.judged,
         "first_stage": result.first_stage,

@@ -10,19 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fastrerank.cli import shared as cli
-from fastrerank.cli.shared import (
-    AsJson,
-    Device,
-    DtypeOption,
-    EngineOption,
-    Instruction,
-    LabelOption,
-    MaxLength,
-    Method,
-    Model,
-    TemplateOption,
-    Threads,
-)
+from fastrerank.cli.model_options import NO_CHOICE, ModelOptions, with_model_options
+from fastrerank.cli.shared import AsJson, LabelOption, Model, Threads
 from fastrerank.data.documents import read_documents
 from fastrerank.search import CURIndex
 from fastrerank.search.tuning import as_rows, chart, hold_out, recall_curve
@@ -31,19 +20,10 @@ app = typer.Typer(add_completion=False, help="Search many texts with few calls o
 
 SEARCH = "Search"  # a panel of --help
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the index.")]
-K = Annotated[int, typer.Option("--top-k", min=1, metavar="K", rich_help_panel=SEARCH, help="How many items to find.")]
-Budget = Annotated[
-    int, typer.Option(min=1, metavar="N", rich_help_panel=SEARCH, help="Calls of the reranker per query.")
-]
+K = Annotated[int, cli.option(SEARCH, "K", "How many items to find.", "--top-k", min=1)]
+Budget = Annotated[int, cli.option(SEARCH, "N", "Calls of the reranker per query.", min=1)]
 Queries = Annotated[
-    int,
-    typer.Option(
-        "--queries",
-        min=1,
-        metavar="N",
-        rich_help_panel=SEARCH,
-        help="Anchor queries to hold out, at most half of them.",
-    ),
+    int, cli.option(SEARCH, "N", "Anchor queries to hold out, at most half of them.", "--queries", min=1)
 ]
 
 
@@ -66,56 +46,26 @@ def _read(name: str, path: Path) -> list[str]:
 
 
 @app.command()
+@with_model_options
 def build(
     folder: Folder,
     items: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=cli.DATA,
-            help="File of the texts to search: lines, or JSONL with a field text.",
-        ),
+        Path, cli.option(cli.DATA, "FILE", "File of the texts to search: lines, or JSONL with a field text.")
     ],
-    queries: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE", rich_help_panel=cli.DATA, help="File of anchor queries: queries like those to come."
-        ),
-    ],
+    queries: Annotated[Path, cli.option(cli.DATA, "FILE", "File of anchor queries: queries like those to come.")],
     model: Model = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
+    options: ModelOptions = NO_CHOICE,
     label: LabelOption = None,
-    max_length: MaxLength = None,
     storage: Annotated[
         Storage,
-        typer.Option(
-            metavar="DTYPE",
-            rich_help_panel=cli.OUTPUT,
-            help=f"Precision of the item vectors: {', '.join(one.value for one in Storage)}.",
-        ),
+        cli.option(cli.OUTPUT, "DTYPE", f"Precision of the item vectors: {', '.join(one.value for one in Storage)}."),
     ] = Storage.float32,
-    engine: EngineOption = None,
-    dtype: DtypeOption = cli.Dtype.auto,
-    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Score every item for every anchor query and save the index to FOLDER; interrupted, it goes on where it was."""
     checkpoint = cli.need_model(model)
     texts, anchors = _read("--items", items), _read("--queries", queries)
-    reranker = cli.load_reranker(
-        checkpoint,
-        method,
-        dtype,
-        device=device,
-        num_threads=threads,
-        template=template,
-        instruction=instruction,
-        label=label,
-        max_length=max_length,
-        engine=engine,
-    )
+    reranker = options.load(checkpoint, num_threads=threads, label=label)
     with cli.resumable(f"the scores made so far are in {folder / 'build'}"):
         index = CURIndex.build(reranker, texts, anchors, checkpoint=folder / "build", storage=storage.value)
         index.save(folder)
@@ -123,47 +73,25 @@ def build(
 
 
 @app.command()
+@with_model_options
 def search(
     folder: Folder,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     model: Model = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
+    options: ModelOptions = NO_CHOICE,
     label: LabelOption = None,
-    max_length: MaxLength = None,
     top_k: K = 10,
     budget: Budget = 200,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            rich_help_panel=SEARCH,
-            show_default="the index's own",
-            help="In how many rounds the calls are made.",
-        ),
+        cli.option(SEARCH, "N", "In how many rounds the calls are made.", min=1, show_default="the index's own"),
     ] = None,
-    engine: EngineOption = None,
-    dtype: DtypeOption = cli.Dtype.auto,
-    device: Device = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the best texts of FOLDER for QUERY with at most --budget calls of the reranker."""
     index = CURIndex.load(folder)
-    reranker = cli.load_reranker(
-        cli.need_model(model),
-        method,
-        dtype,
-        device=device,
-        num_threads=threads,
-        template=template,
-        instruction=instruction,
-        max_length=max_length,
-        engine=engine,
-        label=label,
-    )
+    reranker = options.load(cli.need_model(model), num_threads=threads, label=label)
     ids, scores = index.search_reranker(reranker, query, k=top_k, budget=budget, rounds=rounds)
     texts = index.texts(ids)
     usage = index.last_usage
@@ -193,8 +121,7 @@ def tune(
     budget: Budget = 200,
     queries: Queries = 48,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", rich_help_panel=cli.OUTPUT, help="Print only; leave the index's settings."),
+        bool, cli.option(cli.OUTPUT, None, "Print only; leave the index's settings.", "--dry-run")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -216,13 +143,10 @@ def report(
     folder: Folder,
     top_k: K = 10,
     budgets: Annotated[
-        str, typer.Option(metavar="N,N,...", rich_help_panel=SEARCH, help="Calls per query, separated by commas.")
+        str, cli.option(SEARCH, "N,N,...", "Calls per query, separated by commas.")
     ] = "25,50,100,200,500",
     queries: Queries = 48,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=cli.OUTPUT, help="Write the plot to this file, an SVG."),
-    ] = None,
+    out: Annotated[Path | None, cli.option(cli.OUTPUT, "FILE", "Write the plot to this file, an SVG.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print recall against the budget, on held-out anchor queries, whose scores of all items are in the index."""

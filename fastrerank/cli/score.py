@@ -9,32 +9,19 @@ from typing import Annotated
 import typer
 
 from fastrerank.cli import shared as cli
-from fastrerank.cli.shared import (
-    AsJson,
-    Device,
-    DtypeOption,
-    EngineOption,
-    Instruction,
-    LabelOption,
-    MaxLength,
-    Method,
-    Model,
-    TemplateOption,
-)
+from fastrerank.cli.model_options import NO_CHOICE, ModelOptions, with_model_options
+from fastrerank.cli.shared import AsJson, LabelOption, Model
 
 
+@with_model_options
 def score(
     inputs: Annotated[
-        str,
-        typer.Argument(metavar="INPUT", help="Parquet or JSONL (.jsonl, .jsonl.gz) file of pairs, or a folder."),
+        str, typer.Argument(metavar="INPUT", help="Parquet or JSONL (.jsonl, .jsonl.gz) file of pairs, or a folder.")
     ],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder for the rows with their scores.")],
     model: Model = None,
-    method: Method = None,
-    template: TemplateOption = None,
-    instruction: Instruction = None,
+    options: ModelOptions = NO_CHOICE,
     label: LabelOption = None,
-    max_length: MaxLength = None,
     query_field: Annotated[str, cli.option(cli.DATA, "FIELD", "Column or field of the query.")] = "query",
     document_field: Annotated[str, cli.option(cli.DATA, "FIELD", "Column or field of the document.")] = "document",
     workers: Annotated[int, cli.option(cli.COMPUTING, "N", "Processes, each with a model of its own.", min=1)] = 1,
@@ -49,12 +36,9 @@ def score(
             show_default="RAY_ADDRESS, else this machine",
         ),
     ] = None,
-    engine: EngineOption = None,
-    dtype: DtypeOption = cli.Dtype.auto,
-    device: Device = None,
     score_field: Annotated[str, cli.option(cli.OUTPUT, "FIELD", "Column or field that the score gets.")] = "score",
     activated: Annotated[
-        bool, typer.Option("--activated", rich_help_panel=cli.OUTPUT, help="Write probabilities, not raw scores.")
+        bool, cli.option(cli.OUTPUT, None, "Write probabilities, not raw scores.", "--activated")
     ] = False,
     keep: Annotated[
         str | None,
@@ -72,14 +56,6 @@ def score(
     except ModuleNotFoundError as error:
         raise ImportError(f"scoring files needs {error.name}: pip install 'fastrerank[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    given = cli.load_options(
-        dtype,
-        template=template,
-        instruction=instruction,
-        device=device,
-        max_length=max_length,
-        engine=engine,
-    )
     # Ray prints workers' output and their deaths on standard output, which belongs to the result here.
     with (
         cli.resumable(f"the parts that are whole are in {output}"),
@@ -90,7 +66,6 @@ def score(
             inputs,
             output,
             checkpoint,
-            method,
             workers=workers,
             num_threads=threads,
             num_gpus=gpus,
@@ -103,7 +78,7 @@ def score(
             progress=advance,
             label=label,
             raw=not activated,
-            **given,
+            **options.keywords(),
         )
     if as_json:
         cli.print_json(done)

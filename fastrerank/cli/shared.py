@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-import fastrerank
 from fastrerank.inputs.prompts.attention_policy import parse_heads
 from fastrerank.rerankers.registry import find_method, list_methods
 
@@ -68,132 +67,104 @@ def _device(value: str | None) -> str | None:
 MODEL, COMPUTING, DATA, OUTPUT = "Model", "Computing", "Data", "Output"
 FOUND = "found from the checkpoint"
 
+
+def option(panel: str, metavar: str | None, text: str, *names: str, **more: Any) -> Any:
+    """An option of a panel of --help; without a metavar a flag. `names` and `more` are those of `typer.Option`."""
+    return typer.Option(*names, rich_help_panel=panel, metavar=metavar, help=text, **more)
+
+
 Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CHECKPOINT",
-        rich_help_panel=MODEL,
-        help="Hugging Face id or local folder of the checkpoint (required).",
-    ),
+    str | None, option(MODEL, "CHECKPOINT", "Hugging Face id or local folder of the checkpoint (required).")
 ]
 Method = Annotated[
     str | None,
-    typer.Option(
-        callback=_method,
-        metavar="METHOD",
-        rich_help_panel=MODEL,
-        show_default=FOUND,
-        help=f"How documents are ranked: {', '.join(list_methods())}.",
+    option(
+        MODEL, "METHOD", f"How documents are ranked: {', '.join(list_methods())}.", callback=_method, show_default=FOUND
     ),
 ]
 TemplateOption = Annotated[
     str | None,
-    typer.Option(
+    option(
+        MODEL,
+        "NAME",
+        "Prompt of a language model: a published one's name, or a TOML file.",
         "--template",
-        metavar="NAME",
-        rich_help_panel=MODEL,
         show_default=FOUND,
-        help="Prompt of a language model: a published one's name, or a TOML file.",
     ),
 ]
 Instruction = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXT", rich_help_panel=MODEL, show_default="the prompt's own", help="Instruction of the prompt."
-    ),
+    str | None, option(MODEL, "TEXT", "Instruction of the prompt.", show_default="the prompt's own")
 ]
 HeadsOption = Annotated[
     str | None,
-    typer.Option(
+    option(
+        MODEL,
+        "HEADS",
+        "Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`.",
         "--heads",
-        metavar="HEADS",
-        rich_help_panel=MODEL,
-        help="Heads to read: 13-18,14-31, a published list's name, or a file of `fastrerank heads`.",
     ),
 ]
 LabelOption = Annotated[
     str | None,
-    typer.Option(
+    option(
+        MODEL,
+        "LABEL",
+        "Of a head with several labels the one that ranks, a name or number.",
         "--label",
         callback=_label,
-        metavar="LABEL",
-        rich_help_panel=MODEL,
         show_default="the one whose name tells it",
-        help="Of a head with several labels the one that ranks, a name or number.",
     ),
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(
+    option(
+        MODEL,
+        "TOKENS",
+        "Tokens of a query and a document together; longer documents are cut.",
         "--max-length",
         min=1,
-        metavar="TOKENS",
-        rich_help_panel=MODEL,
         show_default="the checkpoint's limit",
-        help="Tokens of a query and a document together; longer documents are cut.",
     ),
 ]
 EngineOption = Annotated[
     Engine | None,
-    typer.Option(
+    option(
+        COMPUTING,
+        "ENGINE",
+        "What computes: native (C++, on CPUs), torch (packed) or padded (torch, any model).",
         "--engine",
-        metavar="ENGINE",
-        rich_help_panel=COMPUTING,
         show_default="the fastest that runs the model",
-        help="What computes: native (C++, on CPUs), torch (packed) or padded (torch, any model).",
     ),
 ]
 DtypeOption = Annotated[
     Dtype,
-    typer.Option(
-        metavar="DTYPE",
-        rich_help_panel=COMPUTING,
-        help=f"Precision: {', '.join(one.value for one in Dtype)}; auto is float32 on a CPU and bfloat16 on a GPU.",
+    option(
+        COMPUTING,
+        "DTYPE",
+        f"Precision: {', '.join(one.value for one in Dtype)}; auto is float32 on a CPU and bfloat16 on a GPU.",
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
+    option(
+        COMPUTING,
+        "DEVICE",
+        "Where to compute: cpu, cuda or cuda:1.",
         callback=_device,
-        metavar="DEVICE",
-        rich_help_panel=COMPUTING,
         show_default="a usable GPU, else the CPU",
-        help="Where to compute: cpu, cuda or cuda:1.",
     ),
 ]
 Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", rich_help_panel=COMPUTING, show_default="all cores", help="CPU threads that a call may use."
-    ),
+    int | None, option(COMPUTING, "N", "CPU threads that a call may use.", min=1, show_default="all cores")
 ]
 TrecRun = Annotated[
-    Path | None,
-    typer.Option(
-        "--trec-run",
-        metavar="FILE",
-        rich_help_panel=DATA,
-        help="First-stage TREC run: its documents are the candidates.",
-    ),
+    Path | None, option(DATA, "FILE", "First-stage TREC run: its documents are the candidates.", "--trec-run")
 ]
-Qrels = Annotated[
-    Path | None,
-    typer.Option(
-        "--qrels", metavar="FILE", rich_help_panel=DATA, help="Judgements, TREC or BEIR; a BEIR folder has its own."
-    ),
-]
+Qrels = Annotated[Path | None, option(DATA, "FILE", "Judgements, TREC or BEIR; a BEIR folder has its own.", "--qrels")]
 QueriesFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--queries", metavar="FILE", rich_help_panel=DATA, help="Queries, JSONL or TSV; a BEIR folder has its own."
-    ),
+    Path | None, option(DATA, "FILE", "Queries, JSONL or TSV; a BEIR folder has its own.", "--queries")
 ]
-AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON.")]
-
-
-def option(panel: str, metavar: str, text: str, **more: Any) -> Any:
-    """An option of a panel of --help; `more` are keywords of `typer.Option`."""
-    return typer.Option(rich_help_panel=panel, metavar=metavar, help=text, **more)
+AsJson = Annotated[bool, option(OUTPUT, None, "Print JSON.", "--json")]
 
 
 class Interrupted(RuntimeError):
@@ -244,30 +215,6 @@ def need_model(model: str | None) -> str:
 def heads_option(value: str | None) -> Any:
     """Pairs where heads are written as such, else the name of a list or a file."""
     return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
-
-
-def load_reranker(model: str, method: str | None, dtype: Dtype, **options: Any) -> Any:
-    """The reranker, with the options that were given: some methods do not know all of them, and refuse those."""
-    given = load_options(dtype=dtype, **options)
-    try:
-        return fastrerank.load(model, method=method, **given)
-    except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None or found[1] not in given:
-            raise
-        what = f"method {method}" if method else "the method of this checkpoint"
-        raise typer.BadParameter(f"{what} does not know it", param_hint=option_of(found[1])) from None
-
-
-def load_options(dtype: Dtype, **options: Any) -> dict[str, Any]:
-    """The keywords of `fastrerank.load` for the options that were given."""
-    given = {name: getattr(value, "value", value) for name, value in options.items() if value is not None}
-    return given if dtype is Dtype.auto else given | {"dtype": dtype.value}
-
-
-def option_of(keyword: str) -> str:
-    """The option that sets a keyword of `fastrerank.load`."""
-    return "--" + {"num_threads": "threads"}.get(keyword, keyword).replace("_", "-")
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
@@ -16,24 +14,16 @@ from fastrerank.checkpoints.checkpoint import open_checkpoint
 from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.heads import module_head
 from fastrerank.engine.loading import plan, warm_up
-from fastrerank.inputs.limits import NO_LIMITS, TextLimits
-from fastrerank.inputs.tokenizer import TokenBatch, Tokenizer, check_texts
+from fastrerank.inputs.tokenizer import Tokenizer, check_texts
 from fastrerank.rerankers import activations
-from fastrerank.rerankers.base import Reranker, Scores, Usage, check_threshold, check_top_k, order, ranked
+from fastrerank.rerankers.base import Scores, Usage, check_threshold, check_top_k, order, ranked
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
-from fastrerank.rerankers.compat import (
-    Config,
-    Device,
-    fitting_length,
-    init_options,
-    predict_options,
-    processing_options,
-)
+from fastrerank.rerankers.compat import Config, Device, fitting_length, init_options, predict_options
 from fastrerank.rerankers.conversations import as_pairs
 from fastrerank.rerankers.labels import label_scores, named_label, resolve_label
+from fastrerank.rerankers.pair_calls import PairCalls
 from fastrerank.rerankers.pair_engine import chat_pairs, forward_blocks, load_pair_engine
 from fastrerank.rerankers.peer_interface import ModelCardData, PeerInterface
-from fastrerank.rerankers.refusal import OptionRefused
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["CrossEncoder"]
 
 
-class CrossEncoder(PeerInterface, Reranker):
+class CrossEncoder(PeerInterface, PairCalls):
     """Like `sentence_transformers.CrossEncoder`: same scores, no padding, no torch.
 
     Args:
@@ -210,29 +200,6 @@ class CrossEncoder(PeerInterface, Reranker):
         return True
 
     @property
-    def labels(self) -> list[str]:
-        """Names of the head's labels in their order, those of config.json's id2label."""
-        return [self.config.id2label[number] for number in range(self.num_labels)]
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Tokens per pair, special tokens included; may be assigned, for the calls that follow."""
-        return self._tokenizer.max_length
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int | None) -> None:
-        self._tokenizer.max_length = self._tokenizer.checked_max_length(fitting_length(value, self.checkpoint.config))
-
-    @property
-    def max_length(self) -> int | None:
-        """Same as `max_seq_length`."""
-        return self.max_seq_length
-
-    @max_length.setter
-    def max_length(self, value: int | None) -> None:
-        self.max_seq_length = value
-
-    @property
     def mteb_model_meta(self) -> Any:
         """What MTEB files results under, so that `mteb.evaluate` takes the object itself; there where mteb is."""
         try:
@@ -241,35 +208,10 @@ class CrossEncoder(PeerInterface, Reranker):
             raise AttributeError(f"mteb_model_meta needs mteb: {error}") from None
         return model_meta(self)
 
-    @property
-    def modalities(self) -> list[str]:
-        """What pairs are read as: ["text"], and "message" where a chat template renders them."""
-        return ["text"] if self._chat is None else ["text", "message"]
-
-    def supports(self, modality: Any) -> bool:
-        """Whether `modality` is one of `modalities`."""
-        return modality in self.modalities
-
     def warmup(self) -> CrossEncoder:
         """Do now what the first calls would do, such as capturing CUDA graphs on a GPU, and return self."""
         warm_up(self.engine)
         return self
-
-    @property
-    def honoured_options(self) -> frozenset[str]:
-        """`call_options`, without `instruction` where no chat template renders the pairs."""
-        return self.call_options - (frozenset() if self._chat is not None else {"instruction"})
-
-    def check_options(self, **options: Any) -> CallOptions:
-        """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.
-
-        Raises ValueError also for a label that the head lacks, for none where there are several and no name tells, and
-        for an instruction where no chat template renders the pairs.
-        """
-        self._check_instruction(options.get("instruction"))
-        call = super().check_options(**options)
-        self._column(call.label)
-        return call
 
     def activated(self, scores: Scores) -> Scores:
         """Return what `rank` shows for raw scores: `activation_fn` of them, a label's probability of several labels."""
@@ -492,94 +434,10 @@ class CrossEncoder(PeerInterface, Reranker):
         usage.query_tokens = [int(total[end] - total[begin]) for begin, end in pairwise(bounds)]
         return [flat[begin:end] for begin, end in pairwise(bounds)]
 
-    def _processing(self, options: dict[str, Any]) -> tuple[CallOptions, dict[str, Any]]:
-        """Take a call's own options and the arguments of its chat template out of `options`."""
-        own = {name: options.pop(name) for name in ("instruction", *LIMITS - {"max_length"}) if name in options}
-        limit, chat_options = processing_options(options)
-        self._check_instruction(own.get("instruction"))
-        return CallOptions.of({**own, "max_length": limit}, self.honoured_options, self.method), chat_options
-
-    def _check_instruction(self, instruction: Any) -> None:
-        if isinstance(instruction, str) and "instruction" not in self.honoured_options:
-            raise OptionRefused(
-                "instruction",
-                "instruction is for checkpoints whose chat template renders the pairs, with a place for one; this "
-                "one's tokenizer joins them",
-                "prompt= puts a text before the query",
-            )
-
-    def _column(self, label: str | int | None) -> int:
-        """The number of the label that ranks."""
-        if self.num_labels == 1 and label is None:
-            return 0
-        if label is not None:
-            return resolve_label(label, self.labels)
-        if self.label is None:
-            raise OptionRefused(
-                "label",
-                f"one label of the {self.num_labels} has to be the one that ranks, and their names do not tell which "
-                f"({', '.join(map(repr, self.labels))})",
-                "label= takes a name or a number; predict() returns all",
-            )
-        return self.label
-
-    def _pair_list(
-        self, prompt: str, limits: TextLimits = NO_LIMITS, chat_options: dict[str, Any] | None = None
-    ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
-        """What packs pairs: the chat template with the prompt as a turn, or the tokenizer with it before queries."""
-        limit = self._saved_text.get("max_length") if limits.max_length is None else limits.max_length
-        if limit is None:
-            limit = self._tokenizer.max_length
-        else:
-            limit = self._tokenizer.checked_max_length(fitting_length(limit, self.checkpoint.config))
-        if self._chat is None and chat_options:
-            warnings.warn(
-                "processing_kwargs['chat_template'] has no effect: no chat template renders this checkpoint's pairs",
-                UserWarning,
-                stacklevel=3,
-            )
-        if self._chat is not None:
-            return partial(
-                self._chat.pair_list, max_length=limit, prompt=prompt, chat_options=chat_options, limits=limits
-            )
-        if not prompt:
-            return partial(self._tokenizer.pair_list, max_length=limit, limits=limits)
-        return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit, limits)
-
     def _activate(self, logits: npt.NDArray[np.float32], function: activations.Activation) -> Scores:
         """Activated scores of (N, num_labels) logits: (N,) for one label."""
         scores = np.asarray(function(logits), np.float32)
         return scores[:, 0] if self.num_labels == 1 and scores.ndim > 1 else scores
-
-    def _prompted(self, prompt: str, systems: list[str] | None, count: int) -> dict[str, Any]:
-        """Prompt -> places of the pairs that it is for: one prompt for all, or the system messages of each."""
-        if systems is None:
-            return {prompt: slice(count)}
-        if self._chat is None:
-            raise ValueError(
-                "messages are for checkpoints whose chat template renders the pairs; this one's tokenizer joins them: "
-                "give (query, document) pairs of str, or chat_template= when you load it"
-            )
-        if prompt and any(systems):
-            raise ValueError("prompt and a system message say the same: give one of them")
-        groups: dict[str, Any] = {}
-        for i, system in enumerate(systems):
-            groups.setdefault(system or prompt, []).append(i)
-        return groups
-
-    def _prompt(self, prompt: str | None, name: str | None, call: CallOptions) -> str:
-        if call.instruction is not None:
-            if prompt is not None or name is not None:
-                raise ValueError("instruction and prompt say the same: give one of them")
-            return call.instruction
-        if prompt is not None:
-            return prompt
-        name = name or self.default_prompt_name
-        if name is None:
-            return ""
-        if name not in self.prompts:
-            raise ValueError(f"prompt_name must be one of {list(self.prompts)}, got {name!r}")
-        return self.prompts[name]
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fastrerank.checkpoints.checkpoint import Checkpoint
 from fastrerank.engine.dtype import Dtype
 from fastrerank.engine.loading import Encoder
 from fastrerank.inputs.tokenizer import Tokenizer
 from fastrerank.rerankers.activations import Activation
-from fastrerank.rerankers.compat import Config, Device, SharedTokenizer, check_same_device
+from fastrerank.rerankers.compat import Config, Device, SharedTokenizer, check_same_device, fitting_length
+
+if TYPE_CHECKING:
+    from fastrerank.inputs.prompts.chat_pairs import ChatPairs
 
 __all__ = ["REFUSED", "ModelCardData", "ModelView", "PeerInterface"]
 
@@ -27,85 +30,30 @@ _MODULE = "there are no torch modules: sentence_transformers.CrossEncoder(model)
 _TEXT = "tokenizer(query, document) gives the ids of a pair; predict() tokenises by itself"
 _MOVE = "the model stays on the device that it was loaded on: say device= when you load it"
 
-# Public names of the peer's class that are not here, each with what to do.
-REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "fit",
-            "old_fit",
-            "smart_batching_collate",
-            "smart_batching_collate_text_only",
-            "gradient_checkpointing_enable",
-            "zero_grad",
-        ),
-        _TRAIN,
+# Public names of the peer's class that are missing here, by the advice that an access gives.
+_REFUSED_FOR = {
+    _TRAIN: (
+        "fit old_fit smart_batching_collate smart_batching_collate_text_only gradient_checkpointing_enable zero_grad"
     ),
-    **dict.fromkeys(("save", "save_pretrained", "save_to_hub", "push_to_hub", "state_dict"), _SAVE),
-    **dict.fromkeys(
-        (
-            "active_adapter",
-            "active_adapters",
-            "add_adapter",
-            "check_peft_compatible_model",
-            "delete_adapter",
-            "disable_adapters",
-            "enable_adapters",
-            "get_adapter_state_dict",
-            "load_adapter",
-            "merge",
-            "set_adapter",
-        ),
-        _ADAPTER,
+    _SAVE: "save save_pretrained save_to_hub push_to_hub state_dict",
+    _ADAPTER: (
+        "active_adapter active_adapters add_adapter check_peft_compatible_model delete_adapter disable_adapters "
+        "enable_adapters get_adapter_state_dict load_adapter merge set_adapter"
     ),
-    **dict.fromkeys(("preprocess", "tokenize"), _TEXT),
-    **dict.fromkeys(("cuda", "ipu", "mtia", "share_memory", "to_empty", "xpu"), _MOVE),
-    **dict.fromkeys(
-        (
-            "T_destination",
-            "add_module",
-            "append",
-            "apply",
-            "buffers",
-            "call_super_init",
-            "children",
-            "clear_placement_cache",
-            "dump_patches",
-            "extend",
-            "extra_repr",
-            "forward",
-            "get_buffer",
-            "get_extra_state",
-            "get_parameter",
-            "get_submodule",
-            "insert",
-            "load_state_dict",
-            "modules",
-            "named_buffers",
-            "named_children",
-            "named_modules",
-            "named_parameters",
-            "parameters",
-            "pop",
-            "register_backward_hook",
-            "register_buffer",
-            "register_forward_hook",
-            "register_forward_pre_hook",
-            "register_full_backward_hook",
-            "register_full_backward_pre_hook",
-            "register_load_state_dict_post_hook",
-            "register_load_state_dict_pre_hook",
-            "register_module",
-            "register_parameter",
-            "register_state_dict_post_hook",
-            "register_state_dict_pre_hook",
-            "requires_grad_",
-            "set_extra_state",
-            "set_submodule",
-            "type",
-        ),
-        _MODULE,
+    _TEXT: "preprocess tokenize",
+    _MOVE: "cuda ipu mtia share_memory to_empty xpu",
+    _MODULE: (
+        "T_destination add_module append apply buffers call_super_init children clear_placement_cache dump_patches "
+        "extend extra_repr forward get_buffer get_extra_state get_parameter get_submodule insert load_state_dict "
+        "modules named_buffers named_children named_modules named_parameters parameters pop register_backward_hook "
+        "register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook "
+        "register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook "
+        "register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook "
+        "requires_grad_ set_extra_state set_submodule type"
     ),
 }
+# Such a name -> the advice.
+REFUSED = {name: advice for advice, names in _REFUSED_FOR.items() for name in names.split()}
 
 
 class ModelCardData(SimpleNamespace):
@@ -159,7 +107,7 @@ class PeerInterface:
     model_card_data: Any
     prompts: dict[str, str]
     activation_fn: Any
-    max_length: int | None
+    _chat: ChatPairs | None
     _tokenizer: Tokenizer
     _backend: str
     _saved_activation: Activation
@@ -190,6 +138,33 @@ class PeerInterface:
     def transformers_model(self) -> ModelView:
         """Same as `model`."""
         return self.model
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens per pair, special tokens included; may be assigned, for the calls that follow."""
+        return self._tokenizer.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        self._tokenizer.max_length = self._tokenizer.checked_max_length(fitting_length(value, self.checkpoint.config))
+
+    @property
+    def max_length(self) -> int | None:
+        """Same as `max_seq_length`."""
+        return self.max_seq_length
+
+    @max_length.setter
+    def max_length(self, value: int | None) -> None:
+        self.max_seq_length = value
+
+    @property
+    def modalities(self) -> list[str]:
+        """What pairs are read as: ["text"], and "message" where a chat template renders them."""
+        return ["text"] if self._chat is None else ["text", "message"]
+
+    def supports(self, modality: Any) -> bool:
+        """Whether `modality` is one of `modalities`."""
+        return modality in self.modalities
 
     @property
     def default_activation_function(self) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["as_ids", "as_scores", "positive", "share"]
+__all__ = ["as_ids", "as_scores", "positive", "relative_ridge", "share"]
 
 
 def positive(name: str, value: Any, most: int | None = None, most_is: str = "") -> int:
@@ -23,6 +24,13 @@ def share(name: str, value: Any) -> float:
     """`value` as a float in 0 .. 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def relative_ridge(value: Any) -> float:
+    """`value` as a finite float of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < np.inf:
+        raise ValueError(f"ridge must be a number of at least 0, got {value!r}")
     return float(value)
 
 

@@ -82,6 +82,13 @@ class Contents:
         """Raise ValueError if a file that is mapped was changed in place. `seldom`: see `Watched.check`."""
         self.watched.check(seldom=seldom)
 
+    def check_searchable(self, *, seldom: bool = False) -> int:
+        """Return the number of items. Raise ValueError for none, and as `check_files` does."""
+        if self.count == 0:
+            raise ValueError("the index is empty: add items before searching")
+        self.check_files(seldom=seldom)
+        return self.count
+
     def named(self, places: Ids) -> Ids:
         """The ids of the items at `places`."""
         return places if self.ids is None else self.ids[places]

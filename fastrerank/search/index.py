@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.runtime.naming import shortened
 from fastrerank.search import contents as state
-from fastrerank.search.anchors import choose_anchors
 from fastrerank.search.build import Build, Progress, identity, same_scorer
 from fastrerank.search.candidates import candidates_of
-from fastrerank.search.checks import as_ids, as_scores, positive, share
+from fastrerank.search.checks import as_ids, as_scores, positive, relative_ridge, share
 from fastrerank.search.contents import Contents, Settings
-from fastrerank.search.ridge import held_out_ridge
+from fastrerank.search.making import made
 from fastrerank.search.search import Effort, PairScorer, Plan, adaptive_search, best, round_sizes
 from fastrerank.search.solver import least_norm
+from fastrerank.search.starts import first_items, prior_of
 from fastrerank.search.texts import Texts
 from fastrerank.search.tuning import Trial, tune
 
@@ -35,7 +34,6 @@ __all__ = ["CURIndex", "Settings"]
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-_ANCHORS = 128  # items chosen for first rounds; longer ones go on with items at random
 _MEMORY = 1 << 29  # bytes that the fits of one batch of queries may take
 
 
@@ -102,7 +100,8 @@ class CURIndex:
             10
         """
         matrix = as_scores("anchor_scores", anchor_scores)
-        return cls._of("scores", matrix, storage, scales, ridge, anchors, seed, items, candidates)
+        held = made("scores", matrix, storage, scales, ridge, anchors, seed, items)
+        return cls(held, candidates=candidates)
 
     @classmethod
     def from_vectors(
@@ -126,46 +125,8 @@ class CURIndex:
             3
         """
         vectors = as_scores("item_vectors", np.asarray(item_vectors).T)
-        return cls._of("vectors", vectors, storage, scales, ridge, anchors, seed, items, candidates)
-
-    @classmethod
-    def _of(
-        cls,
-        kind: str,
-        matrix: npt.NDArray[Any],
-        storage: str,
-        scales: str | None,
-        ridge: float | None,
-        anchors: str | npt.ArrayLike,
-        seed: int,
-        items: Sequence[str] | None,
-        candidates: str,
-    ) -> CURIndex:
-        count, items = matrix.shape[1], as_column(items, "items")
-        if items is not None and len(items) != count:
-            raise ValueError(f"items must have one text for each of {count} items, got {len(items)}")
-        if isinstance(anchors, str):
-            chosen = choose_anchors(matrix, min(count, _ANCHORS), anchors, seed=seed)
-        else:
-            chosen = as_ids("anchors", anchors)
-            if (chosen < 0).any() or (chosen >= count).any():
-                raise ValueError(f"anchors must be items within 0 .. {count - 1}, got {chosen.min()} .. {chosen.max()}")
-        if ridge is not None:
-            settings = Settings(ridge=_ridge(ridge))
-        else:
-            settings = Settings(ridge=held_out_ridge(matrix, seed)) if kind == "scores" else Settings()
-        return cls(
-            Contents(
-                shards=state.pack(matrix, storage, scales),
-                anchors=chosen,
-                spread=state.spread_of(matrix),
-                settings=settings,
-                kind=kind,
-                following=count,
-                texts=None if items is None else Texts.of(items),
-            ),
-            candidates=candidates,
-        )
+        held = made("vectors", vectors, storage, scales, ridge, anchors, seed, items)
+        return cls(held, candidates=candidates)
 
     @classmethod
     def build(
@@ -338,7 +299,7 @@ class CURIndex:
         queries = np.atleast_2d(np.asarray(query_vectors, np.float32))
         if queries.ndim != 2 or queries.shape[1] != held.width:
             raise ValueError(f"query_vectors must be (B, {held.width}), got shape {np.shape(query_vectors)}")
-        _filled(held, seldom=True)
+        held.check_searchable(seldom=True)
         places, products = ops.cur_topk(queries, held.shards, positive("k", k, held.count, "the number of items"))
         return held.named(places), products
 
@@ -420,7 +381,7 @@ class CURIndex:
         Returns ids (B, k) and scores (B, k). More queries than 512 MB of fits hold are searched in several batches.
         """
         held = self._contents
-        count = _filled(held)
+        count = held.check_searchable()
         queries = positive("queries", queries)
         k = positive("k", k, count, "the number of items")
         budget = min(positive("budget", budget), count)
@@ -431,12 +392,12 @@ class CURIndex:
             first = settings.first if rounds is None else max(settings.first, 0.75 / positive("rounds", rounds))
         turns = settings.rounds if rounds is None else positive("rounds", rounds)
         sizes = round_sizes(budget, turns, share("first", first))
-        ridge = held.spread * (settings.ridge if ridge is None else _ridge(ridge))
-        start = _first(held, queries, sizes[0], seeds)
+        ridge = held.spread * (settings.ridge if ridge is None else relative_ridge(ridge))
+        start = first_items(held, queries, sizes[0], seeds)
         mix = share("mix", mix)
         if mix > 0 and prior is None:
             raise ValueError(f"mix={mix} needs a prior to mix with")
-        believed = _prior(held, prior, queries, ridge)
+        believed = prior_of(held, prior, queries, ridge)
         effort, found = Effort(), self._candidates_of(held.shards, threads)
 
         def score(begin: int, numbers: Ids, places: Ids) -> Any:
@@ -526,7 +487,7 @@ class CURIndex:
             raise ValueError(f"scores must have one value for each of {len(chosen)} ids, got shape {values.shape}")
         vectors = self.vectors().astype(np.float64)
         some = vectors[:, chosen]
-        relative = held.settings.ridge if ridge is None else _ridge(ridge)
+        relative = held.settings.ridge if ridge is None else relative_ridge(ridge)
         if relative == 0:
             weights = least_norm(some, values)
         else:
@@ -535,46 +496,3 @@ class CURIndex:
             weights = prior + some @ np.linalg.solve(dual, values - prior @ some)
         result: Floats = weights @ vectors
         return result
-
-
-def _filled(held: Contents, *, seldom: bool = False) -> int:
-    if held.count == 0:
-        raise ValueError("the index is empty: add items before searching")
-    held.check_files(seldom=seldom)
-    return held.count
-
-
-def _ridge(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < np.inf:
-        raise ValueError(f"ridge must be a number of at least 0, got {value!r}")
-    return float(value)
-
-
-def _first(held: Contents, queries: int, size: int, seeds: Sequence[npt.ArrayLike] | None) -> Ids:
-    """Places of the first round's items, (B, size): each query's seeds, then anchors, then any items."""
-    anchors = held.anchors
-    if len(anchors) < 2 * size:  # seeds may be anchors too
-        rest = np.random.default_rng(0).permutation(held.count)
-        anchors = np.concatenate([anchors, rest[~np.isin(rest, anchors)]])
-    if seeds is None:
-        return np.repeat(anchors[None, :size], queries, axis=0)
-    if len(seeds) != queries:
-        raise ValueError(f"seeds must have one list for each of {queries} queries, got {len(seeds)}")
-    first = np.empty((queries, size), np.int64)
-    for number, some in enumerate(seeds):
-        own = held.positions("seeds", as_ids("seeds", some)[:size])
-        first[number, : len(own)] = own
-        first[number, len(own) :] = anchors[~np.isin(anchors, own)][: size - len(own)]
-    return first
-
-
-def _prior(held: Contents, prior: npt.ArrayLike | None, queries: int, ridge: float) -> npt.NDArray[np.float64] | None:
-    if prior is None:
-        # the published formula, without a ridge, has no prior
-        return None if held.kind == "vectors" or ridge == 0 else np.full((1, held.width), 1 / held.width)
-    vectors = np.atleast_2d(np.asarray(prior, np.float64))
-    if vectors.shape not in ((1, held.width), (queries, held.width)) or not np.isfinite(vectors).all():
-        raise ValueError(
-            f"prior must be finite, ({held.width},) or ({queries}, {held.width}), got shape {np.shape(prior)}"
-        )
-    return vectors

@@ -97,10 +97,7 @@ def test_documents_of_every_format(tmp_path, capsys):
     assert ranked(tmp_path / "p.txt", "--format", "paragraphs") == {"one two", "three\f3"}
     assert ranked(tmp_path / "p.txt") == {"one", "two", "three\f3"}
     assert ranked(tmp_path / "r.jsonl") == {"alpha", "be\u2028ta"}
-    assert ranked(tmp_path / "r.jsonl", "--format", "lines") == {
-        '{"text": "alpha", "n": 1}',
-        '{"text": "be\\u2028ta"}',
-    }
+    assert ranked(tmp_path / "r.jsonl", "--format", "lines") == {'{"text": "alpha", "n": 1}', '{"text": "be\\u2028ta"}'}
     assert ranked(tmp_path / "z.jsonl.gz", "--text-field", "body") == {"packed"}
     assert ranked(tmp_path / "bom.txt") == {"word", "other\u2028same line"}
     assert ranked(tmp_path / "p.txt", tmp_path / "r.jsonl") == {"one", "two", "three\f3", "alpha", "be\u2028ta"}

@@ -19,14 +19,7 @@ from judged import DOCUMENTS, QUERIES, pool, rows_file
 from rich.console import Console
 
 import fastrerank
-from fastrerank.evaluation import (
-    Comparison,
-    System,
-    compare,
-    evaluate,
-    measure,
-    paired_tests,
-)
+from fastrerank.evaluation import Comparison, System, compare, evaluate, measure, paired_tests
 from fastrerank.evaluation import worker as worker_module
 from fastrerank.evaluation.plots import differences
 from fastrerank.evaluation.report import to_html

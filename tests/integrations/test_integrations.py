@@ -219,14 +219,7 @@ def test_pyterrier_inspects_the_transformer() -> None:
     assert set(needed) == set(columns[:4])
     assert sorted(pt.inspect.transformer_outputs(transformer, columns)) == sorted(columns)
     found = {item.name: item.value for item in pt.inspect.transformer_attributes(transformer)}
-    assert found == {
-        "model": reranker,
-        "method": None,
-        "text_field": "body",
-        "label": None,
-        "raw": True,
-        "options": {},
-    }
+    assert found == {"model": reranker, "method": None, "text_field": "body", "label": None, "raw": True, "options": {}}
     changed = pt.inspect.transformer_apply_attributes(transformer, text_field="title", raw=False)
     assert (changed.text_field, changed.raw, transformer.text_field) == ("title", False, "body")
     assert changed.reranker is reranker
