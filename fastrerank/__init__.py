@@ -16,7 +16,7 @@ from fastrerank.runtime.version import VERSION as __version__
 
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
-    "AsyncReranker": "fastrerank.serve.batcher",
+    "AsyncReranker": "fastrerank.serve.batching.batcher",
     "CURIndex": "fastrerank.search",
     "AttentionReranker": "fastrerank.rerankers.attention",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.registry import list_methods, register
     from fastrerank.rerankers.setwise import SetwiseReranker
     from fastrerank.search import CURIndex
-    from fastrerank.serve.batcher import AsyncReranker
+    from fastrerank.serve.batching.batcher import AsyncReranker
 
 
 def __getattr__(name: str) -> Any:

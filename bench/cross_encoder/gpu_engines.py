@@ -207,8 +207,9 @@ class _Bounds:
 
 def use_varlen(encoder: TorchEncoder, varlen: Callable[..., torch.Tensor]) -> None:
     """Exchanges the attention of a packed encoder without graphs: document ends go to the device once per batch."""
-    from fastrerank.engine.torch.placement import upload
     from transformers import AttentionInterface
+
+    from fastrerank.engine.torch.placement import upload
 
     runner, bounds = encoder.model.runner, _Bounds()
     hidden = runner.hidden

@@ -47,7 +47,7 @@ def score(
     rows_per_part: Annotated[int, cli.option(cli.OUTPUT, "N", "Rows of one output file.", min=1)] = 4096,
     as_json: AsJson = False,
 ) -> None:
-    """Score the (query, document) pairs of INPUT on Ray; begun again, it does what OUTPUT lacks."""
+    """Score the (query, document) pairs of INPUT on Ray. The same command again scores what OUTPUT lacks."""
     checkpoint = cli.need_model(model)
     try:
         import logging

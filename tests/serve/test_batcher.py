@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from serve_fakes import Explaining, Lengths
 
 import fastrerank
-from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
-from fastrerank.serve.queue import Request, Waiting
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
+from fastrerank.serve.batching.queue import Request, Waiting
 
 
 def request(*sizes: int, whole: bool = False, large: bool = False) -> Request:

@@ -13,7 +13,7 @@ import pytest
 from serve_fakes import Explaining, Lengths
 
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
-from fastrerank.serve.batcher import AsyncReranker, Closed, ScoringFailed
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed, ScoringFailed
 from fastrerank.serve.health import dead
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from serve_fakes import Lengths
 
-from fastrerank.serve import batcher
-from fastrerank.serve.batcher import AsyncReranker, Closed
+from fastrerank.serve.batching import workers
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed
 
 
 def soon(true: Callable[[], bool]) -> bool:
@@ -80,14 +80,14 @@ def test_one_that_is_dropped_finishes_what_somebody_waits_for() -> None:
 
 
 def test_the_end_of_the_process_waits_for_what_is_computed_and_ends_what_waits(monkeypatch: Any) -> None:
-    monkeypatch.setattr(batcher, "_open", weakref.WeakSet())
+    monkeypatch.setattr(workers, "OPEN", weakref.WeakSet())
     reranker = Lengths()
     reranker.gate.clear()
     shared = AsyncReranker(reranker, workers=1, max_wait_ms=0)
     computed = shared.submit("q", ["abc"])
     reranker.entered.acquire()
     waiting = shared.submit("q", ["b"])
-    ending = threading.Thread(target=batcher._at_exit)
+    ending = threading.Thread(target=workers._at_exit)
     ending.start()
     with pytest.raises(Closed, match="the process ends"):
         waiting.result(10)
