@@ -56,6 +56,7 @@ def score(
     except ModuleNotFoundError as error:
         raise ImportError(f"scoring files needs {error.name}: pip install 'fastrerank[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    given = options.keywords()
     # Ray prints workers' output and their deaths on standard output, which belongs to the result here.
     with (
         cli.resumable(f"the parts that are whole are in {output}"),
@@ -66,6 +67,7 @@ def score(
             inputs,
             output,
             checkpoint,
+            given.pop("method", None),
             workers=workers,
             num_threads=threads,
             num_gpus=gpus,
@@ -78,7 +80,7 @@ def score(
             progress=advance,
             label=label,
             raw=not activated,
-            **options.keywords(),
+            **given,
         )
     if as_json:
         cli.print_json(done)
