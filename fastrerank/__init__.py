@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module that defines it, imported on first use.
 _NAMES = {
-    "AsyncReranker": "fastrerank.serve.batcher",
+    "AsyncReranker": "fastrerank.serve.batching.batcher",
     "CURIndex": "fastrerank.search",
     "AttentionReranker": "fastrerank.rerankers.attention",
     "CrossEncoder": "fastrerank.rerankers.cross_encoder",
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from fastrerank.rerankers.setwise import SetwiseReranker
     from fastrerank.runtime.version import VERSION as __version__
     from fastrerank.search import CURIndex
-    from fastrerank.serve.batcher import AsyncReranker
+    from fastrerank.serve.batching.batcher import AsyncReranker
 
 
 def __getattr__(name: str) -> Any:

@@ -80,6 +80,7 @@ MOVED = {
     "pair_files": "data.pair_files",
     "rerankers.lists": "rerankers.list_questions",
     "rerankers.permutation": "rerankers.ranking_parser",
+    "serve.batcher": "serve.batching.batcher",
     "tensors": "checkpoints.tensors",
     "text": "inputs",
     "text.attention_policy": "inputs.prompts.attention_policy",

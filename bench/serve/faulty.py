@@ -15,7 +15,7 @@ import fastrerank
 from fastrerank.rerankers.base import Reranker, Scores, Usage
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 from fastrerank.serve.run import serve
 
 __all__ = ["BREAK", "DIE", "PANIC", "Faulty", "Mortal"]

@@ -217,7 +217,7 @@ def heads(
         int | None, option(SELECTION, "N", "Heads to keep.", min=1, show_default="as published: 16, of contrast 8")
     ] = None,
     temperature: Annotated[
-        float, option(SELECTION, "T", "Of the rule contrast; its paper takes 0.001 for Mistral and Granite.")
+        float, option(SELECTION, "T", "For the rule contrast; its paper takes 0.001 for Mistral and Granite.")
     ] = 0.1,
     trec_run: TrecRun = None,
     qrels: Qrels = None,
@@ -227,7 +227,7 @@ def heads(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the heads of MODEL that retrieve, by the labelled queries of DATASET; goes on where it was ended."""
+    """Find the heads of MODEL that retrieve, on the labelled queries of DATASET. An interrupted run resumes."""
     from fastrerank.rerankers.attention_heads import score_heads
 
     checkpoint = need_model(model)
@@ -299,7 +299,7 @@ def serve(
         option(
             MODEL,
             "[NAME=]LABEL",
-            "Of a head with several labels the one that ranks, a name or number.",
+            "The label that ranks where the head has several, by name or number.",
             show_default="the one whose name tells it",
         ),
     ] = None,
@@ -323,33 +323,35 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, option(LISTENING, "ORIGIN", "Origin that browsers may call from.", show_default="none")
     ] = None,
-    max_batch_tokens: Annotated[int, option(LIMITS, "N", "Tokens of one batch across requests.", min=1)] = 16384,
+    max_batch_tokens: Annotated[
+        int, option(LIMITS, "N", "The most tokens of one batch across requests.", min=1)
+    ] = 16384,
     max_queue_tokens: Annotated[
-        int, option(LIMITS, "N", "Tokens that may wait; beyond, requests get 429. One may be 3/4 of it (413).", min=1)
+        int, option(LIMITS, "N", "Tokens that may wait; more get 429. One request may be 3/4 of it, else 413.", min=1)
     ] = 2_000_000,
     max_wait_ms: Annotated[
         float, option(LIMITS, "MS", "How long a request waits for others to share a batch.", min=0)
     ] = 2.0,
-    max_documents: Annotated[int, option(LIMITS, "N", "Documents of one request.", min=1)] = 10_000,
-    max_body_mb: Annotated[float, option(LIMITS, "MB", "Megabytes of one request.", min=0.001)] = 8.0,
+    max_documents: Annotated[int, option(LIMITS, "N", "The most documents of one request.", min=1)] = 10_000,
+    max_body_mb: Annotated[float, option(LIMITS, "MB", "The most megabytes of one request.", min=0.001)] = 8.0,
     max_bodies_mb: Annotated[
         float | None,
-        option(LIMITS, "MB", "Megabytes of all unanswered requests.", min=0.001, show_default="4 x --max-body-mb"),
+        option(
+            LIMITS, "MB", "The most megabytes of all unanswered requests.", min=0.001, show_default="4 x --max-body-mb"
+        ),
     ] = None,
     timeout: Annotated[
         float | None,
         option(LIMITS, "SECONDS", "How long a request may take; then it gets 504.", min=0.001, show_default="no bound"),
     ] = None,
-    header_timeout: Annotated[
-        float, option(LIMITS, "SECONDS", "In which a request's headers must arrive.", min=0.001)
-    ] = 10.0,
-    body_timeout: Annotated[float, option(LIMITS, "SECONDS", "In which its body must arrive.", min=0.001)] = 30.0,
-    grace: Annotated[float, option(LIMITS, "SECONDS", "That running requests get after SIGTERM.", min=1)] = 30.0,
+    header_timeout: Annotated[float, option(LIMITS, "SECONDS", "Time for its headers to arrive.", min=0.001)] = 10.0,
+    body_timeout: Annotated[float, option(LIMITS, "SECONDS", "Time for a request's body to arrive.", min=0.001)] = 30.0,
+    grace: Annotated[float, option(LIMITS, "SECONDS", "Time that running requests get after SIGTERM.", min=1)] = 30.0,
 ) -> None:
     """Serve rerankers over HTTP: TEI's, Cohere's, Jina's, vLLM's and Infinity's routes, and a page to try them on."""
     try:
+        from fastrerank.serve.api.errors import Flavor
         from fastrerank.serve.app import Settings, create_app
-        from fastrerank.serve.errors import Flavor
         from fastrerank.serve.names import hub_names, parse_aliases, parse_labels
         from fastrerank.serve.run import parse_models, read_keys
         from fastrerank.serve.run import serve as run_server

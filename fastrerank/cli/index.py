@@ -52,7 +52,10 @@ def build(
     items: Annotated[
         Path, cli.option(cli.DATA, "FILE", "File of the texts to search: lines, or JSONL with a field text.")
     ],
-    queries: Annotated[Path, cli.option(cli.DATA, "FILE", "File of anchor queries: queries like those to come.")],
+    queries: Annotated[
+        Path,
+        cli.option(cli.DATA, "FILE", "File of anchor queries; they should look like the queries of later searches."),
+    ],
     model: Model = None,
     options: ModelOptions = NO_CHOICE,
     label: LabelOption = None,
@@ -62,7 +65,7 @@ def build(
     ] = Storage.float32,
     threads: Threads = None,
 ) -> None:
-    """Score every item for every anchor query and save the index to FOLDER; interrupted, it goes on where it was."""
+    """Score every item for every anchor query and save the index to FOLDER. An interrupted run resumes."""
     checkpoint = cli.need_model(model)
     texts, anchors = _read("--items", items), _read("--queries", queries)
     reranker = options.load(checkpoint, num_threads=threads, label=label)
@@ -84,7 +87,7 @@ def search(
     budget: Budget = 200,
     rounds: Annotated[
         int | None,
-        cli.option(SEARCH, "N", "In how many rounds the calls are made.", min=1, show_default="the index's own"),
+        cli.option(SEARCH, "N", "Rounds over which the calls are spread.", min=1, show_default="the index's own"),
     ] = None,
     threads: Threads = None,
     as_json: AsJson = False,

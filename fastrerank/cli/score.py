@@ -47,7 +47,7 @@ def score(
     rows_per_part: Annotated[int, cli.option(cli.OUTPUT, "N", "Rows of one output file.", min=1)] = 4096,
     as_json: AsJson = False,
 ) -> None:
-    """Score the (query, document) pairs of INPUT on Ray; begun again, it does what OUTPUT lacks."""
+    """Score the (query, document) pairs of INPUT on Ray. The same command again scores what OUTPUT lacks."""
     checkpoint = cli.need_model(model)
     try:
         import logging
@@ -56,6 +56,7 @@ def score(
     except ModuleNotFoundError as error:
         raise ImportError(f"scoring files needs {error.name}: pip install 'fastrerank[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    given = options.keywords()
     # Ray prints workers' output and their deaths on standard output, which belongs to the result here.
     with (
         cli.resumable(f"the parts that are whole are in {output}"),
@@ -66,6 +67,7 @@ def score(
             inputs,
             output,
             checkpoint,
+            given.pop("method", None),
             workers=workers,
             num_threads=threads,
             num_gpus=gpus,
@@ -78,7 +80,7 @@ def score(
             progress=advance,
             label=label,
             raw=not activated,
-            **options.keywords(),
+            **given,
         )
     if as_json:
         cli.print_json(done)

@@ -53,7 +53,7 @@ def _method(value: str | None) -> str | None:
 
 
 def _label(value: str | None) -> Any:
-    """A label's number where digits stand for it, else its name."""
+    """The label's number if the value is digits, else its name."""
     return int(value) if value is not None and value.isascii() and value.isdigit() else value
 
 
@@ -109,7 +109,7 @@ LabelOption = Annotated[
     option(
         MODEL,
         "LABEL",
-        "Of a head with several labels the one that ranks, a name or number.",
+        "The label that ranks where the head has several, by name or number.",
         "--label",
         callback=_label,
         show_default="the one whose name tells it",
@@ -175,7 +175,7 @@ class Interrupted(RuntimeError):
 
 @contextmanager
 def resumable(kept: str, again: str = "go on") -> Iterator[None]:
-    """Raise `Interrupted` where Ctrl-C ends the block: what is kept, and what the same command would do."""
+    """Raise `Interrupted` if Ctrl-C ends the block; its message says what is kept and how the work goes on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -213,7 +213,7 @@ def need_model(model: str | None) -> str:
 
 
 def heads_option(value: str | None) -> Any:
-    """Pairs where heads are written as such, else the name of a list or a file."""
+    """(layer, head) pairs if the value lists them, else the value: the name of a list, or a file."""
     return parse_heads(value) if value is not None and re.fullmatch(r"[\d\s,-]+", value) else value
 
 
@@ -234,8 +234,8 @@ def print_table(
 ) -> None:
     """A table on a terminal, its last column wrapped or, with `crop`, cut to the width; else tab-separated values.
 
-    Columns of numbers are right-aligned. Nothing is broken within a word: where one does not fit, there is a line for
-    each cell instead of a table.
+    Columns of numbers are right-aligned. Words are never broken: where a column is too narrow for one, each cell gets
+    a line of its own instead.
     """
     console = Console()
     cells = [[one_line(cell) for cell in row] for row in rows]
@@ -292,7 +292,7 @@ def plain(value: Any) -> str:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON, indented."""
-    # A lone surrogate cannot be encoded; main() has it written as an escape, which JSON reads back as the same.
+    # UTF-8 cannot encode a lone surrogate; main() writes it as an escape, which JSON reads back as the same.
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(value, ensure_ascii=not utf8, indent=2))
 

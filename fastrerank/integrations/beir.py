@@ -18,7 +18,7 @@ class FastReranker:
     Args:
         model: hub id, local folder, or a loaded reranker.
         method, options: as in `fastrerank.load`.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw, as a run of an evaluation wants them; else activated, as `rank` shows them.
 
     Raises ValueError for a head with several labels where nothing tells which one ranks.

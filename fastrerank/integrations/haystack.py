@@ -28,7 +28,7 @@ class FastRanker:
         scale_score: False shows raw scores, True their sigmoid; None shows them activated, as `rank` does, which is the
             sigmoid too but for a checkpoint that saved another activation.
         score_threshold: documents with a lower score are left out.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw: the same as scale_score=False.
         batch_size: changes nothing: work is split by tokens.
 
@@ -119,7 +119,7 @@ class FastRanker:
         scale_score: bool | None = None,
         score_threshold: float | None = None,
     ) -> dict[str, list[Document]]:
-        """Return {"documents": best first}. Of documents with one id, the one with the highest score so far counts.
+        """Return {"documents": best first}. Among documents with the same id, the highest incoming score wins.
 
         `top_k`, `scale_score` and `score_threshold` are for this call; None for the component's own.
         """

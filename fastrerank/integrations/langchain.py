@@ -17,7 +17,7 @@ from fastrerank.rerankers.cross_encoder import CrossEncoder
 from fastrerank.rerankers.independence import check_independent
 from fastrerank.rerankers.pairs import score_pairs, shown
 from fastrerank.runtime.types import Hit
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["FastRerankCrossEncoder", "FastReranker"]
 
@@ -27,7 +27,7 @@ class FastRerankCrossEncoder(BaseCrossEncoder):
 
     Args:
         model: hub id, local folder, or a loaded `fastrerank.CrossEncoder` or other method that scores pairs one by one.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw; else activated, as `rank` shows them.
         options: keywords of `fastrerank.CrossEncoder` where `model` is not loaded yet.
 
@@ -66,7 +66,7 @@ class FastReranker(BaseDocumentCompressor):
         model: hub id or local folder; `reranker`: or a loaded reranker of any method.
         method, options: as in `fastrerank.load`.
         top_n: how many documents to keep; None for all.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw; else activated, as `rank` shows them.
 
     Raises ValueError unless exactly one of `model` and `reranker` is given, and for a head with several labels where

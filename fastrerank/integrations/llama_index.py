@@ -13,7 +13,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from fastrerank.integrations.loading import call_options, load_reranker, name_of, shared_by
 from fastrerank.rerankers.base import Reranker
 from fastrerank.runtime.types import Hit
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["FastRerank"]
 
@@ -29,7 +29,7 @@ class FastRerank(BaseNodePostprocessor):  # type: ignore[misc]
         model: hub id or local folder, or a loaded reranker of any method.
         top_n: how many nodes to keep.
         keep_retrieval_score: whether the score that a node came with is kept in `metadata["retrieval_score"]`.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw; else activated, as `rank` shows them.
         method, options: as in `fastrerank.load`.
 

@@ -1,4 +1,4 @@
-"""What every adapter does first: it loads a reranker, or takes a loaded one, and checks that it can do the work."""
+"""The first step of every adapter: load a reranker, or take a loaded one, and check that it can do the work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.loading import load
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["call_options", "load_reranker", "name_of", "shared_by"]
 
@@ -24,7 +24,7 @@ def load_reranker(
         label: the label that ranks, of a head with several.
 
     Raises ValueError for a method or options beside a loaded reranker, which they cannot change, and for a head with
-    several labels where nothing tells which of them ranks: now, and not at the first call.
+    several labels where nothing tells which one ranks. Both are raised here, not at the first call.
 
     Example:
         >>> load_reranker("BAAI/bge-reranker-base", options={"device": "cpu"})             # doctest: +SKIP
@@ -51,9 +51,9 @@ def call_options(label: str | int | None) -> dict[str, Any]:
 
 
 def shared_by(owner: Any, reranker: Reranker) -> AsyncReranker:
-    """Return `owner._shared`, which the first of its async calls makes: one, whatever threads call at once.
+    """Return `owner._shared`. The first async call makes it, once even if several threads call at the same time.
 
-    It ends with its owner, as nothing else holds it.
+    Only its owner holds it, so it ends with the owner.
     """
     with _creating:
         if owner._shared is None:

@@ -25,7 +25,7 @@ class FastReranker:
         model_name: hub id or local folder, which results are filed under, or a loaded reranker.
         revision, device, method, options: as in `fastrerank.load`.
         name: what results are filed under, as "organisation/name"; None: the hub id, or fastrerank/<folder>.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw, as an evaluation wants them; else activated, as `rank` shows them.
 
     Raises ValueError for a head with several labels where nothing tells which one ranks.
@@ -72,8 +72,8 @@ class FastReranker:
     ) -> npt.NDArray[np.float32]:
         """Return the score of each pair, float32 (N,), of loaders whose batches have "text".
 
-        Of `kwargs`, the encode_kwargs of `mteb.evaluate`, those that `Reranker.score` knows hold for this call;
-        batch_size, show_progress_bar and num_proc change nothing.
+        `kwargs` are the encode_kwargs of `mteb.evaluate`: options of `Reranker.score` hold for this call; batch_size,
+        show_progress_bar and num_proc change nothing.
 
         Raises ValueError for inputs without text, as tasks of other modalities have them, TypeError for other keywords.
         """

@@ -14,7 +14,7 @@ from fastrerank.rerankers.pairs import shown
 
 __all__ = ["FastReRanker"]
 
-# What a copy with other attributes may change without loading the model anew.
+# Attributes that a copy may change without reloading the model.
 _LIGHT = frozenset({"text_field", "label", "raw"})
 
 
@@ -25,7 +25,7 @@ class FastReRanker(pt.Transformer):
         model: hub id, local folder, or a loaded reranker of any method.
         method, options: as in `fastrerank.load`.
         text_field: column of the documents' texts; other columns are kept.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw, as a run of an evaluation wants them; else activated, as `rank` shows them.
 
     Raises ValueError for a head with several labels where nothing tells which one ranks.

@@ -10,9 +10,9 @@ from ray import serve
 from fastrerank.integrations.loading import call_options, load_reranker
 from fastrerank.rerankers.base import Reranker
 from fastrerank.runtime.types import Hit
+from fastrerank.serve.api.errors import Flavor
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor
+from fastrerank.serve.batching.batcher import AsyncReranker
 from fastrerank.serve.health import WorkerDied, dead
 from fastrerank.serve.names import hub_names, parse_aliases, parse_labels
 from fastrerank.serve.run import parse_models, read_keys

@@ -23,7 +23,7 @@ class FastRanker(BaseRanker):  # type: ignore[misc]
     Args:
         model_name_or_path: hub id, local folder, or a loaded reranker.
         method, options: as in `fastrerank.load`.
-        label: of a head with several labels the one that ranks, by name or number.
+        label: the label that ranks where the head has several, by name or number.
         raw: whether scores are raw; else activated, as `rank` shows them.
 
     Raises ValueError for a head with several labels where nothing tells which one ranks.

@@ -74,8 +74,8 @@ def _elu(x: Array) -> Array:
 
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
-# By the names of torch's classes in small letters. Those of the second half have settings, and are as these classes are
-# without any.
+# Keyed by the names of torch's classes in lower case. The classes from "softmax" on have settings; these are their
+# defaults.
 ACTIVATIONS: dict[str, Activation] = {
     "identity": identity,
     "sigmoid": sigmoid,
@@ -102,7 +102,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardshrink": lambda x: np.where(np.abs(x) > 0.5, x, np.float32(0)).astype(np.float32),
     "softshrink": lambda x: (np.sign(x) * np.maximum(np.abs(x) - np.float32(0.5), 0)).astype(np.float32),
 }
-# Classes of torch that every object of is the same function.
+# Classes of torch without settings: all their objects are the same function.
 _WITHOUT_SETTINGS = tuple(ACTIVATIONS)[: tuple(ACTIVATIONS).index("softmax")]
 
 

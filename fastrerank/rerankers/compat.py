@@ -33,7 +33,7 @@ _RENAMED = {
     "default_activation_function": "activation_fn",
 }
 _POSITIONAL = ("num_labels", "max_length", "activation_fn", "device")
-# Dictionaries of arguments for parts that do not exist here, with the entries that mean something.
+# Dictionaries of arguments for parts that do not exist here: their entries that have an effect, and our names.
 _DICTIONARIES: dict[str, dict[str, str]] = {
     "model_kwargs": {"torch_dtype": "dtype", "dtype": "dtype"},
     "automodel_args": {"torch_dtype": "dtype", "dtype": "dtype"},
@@ -43,9 +43,9 @@ _DICTIONARIES: dict[str, dict[str, str]] = {
     "config_kwargs": {"num_labels": "num_labels"},
     "config_args": {"num_labels": "num_labels"},
 }
-# The head is float32 whatever is asked, and there is no dropout in inference.
+# The head is always float32, and inference has no dropout.
 _WITHOUT_EFFECT = ("keep_in_fp32_modules", "classifier_dropout", "model_card_data")
-# What `init_options` reads; it tells why modules cannot be given.
+# What `init_options` reads. It refuses modules with the reason.
 OTHER_KEYWORDS = frozenset({*_RENAMED, *_DICTIONARIES, *_WITHOUT_EFFECT, "backend", "modules"})
 _BACKENDS = ("torch", "onnx", "openvino")
 _FAILURE = "the checkpoint's tokenizer fails on a text".__str__
@@ -152,7 +152,7 @@ def processing_options(options: dict[str, Any]) -> tuple[int | None, dict[str, A
 def fitting_length(limit: Any, config: Mapping[str, Any]) -> Any:
     """Return `limit`, or with a warning the number of the model's positions where it is more than these.
 
-    sentence-transformers scores texts that are short enough under such a limit, and fails with longer ones.
+    Under such a limit sentence-transformers scores short texts and fails on longer ones.
     """
     most = position_limit(config)
     if most is None or isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or limit <= most:
@@ -168,7 +168,7 @@ def fitting_length(limit: Any, config: Mapping[str, Any]) -> Any:
 def check_same_device(asked: Any, device: str | list[str]) -> None:
     """Raise ValueError unless `asked` is where the model is: a device, or a list of the devices.
 
-    A list may name a device several times, as for a pool of processes: one call uses every thread it may in any case.
+    A list may name a device several times, as for a pool of processes: one call uses all its threads in any case.
     """
 
     def names(value: Any) -> set[str]:
@@ -206,8 +206,8 @@ class Device(str):
 class SharedTokenizer:
     """A `tokenizers.Tokenizer`, with what callers of transformers' tokenizers use to count tokens and to limit them.
 
-    All methods and attributes of the former are there; `tokenize`, `len()`, `model_max_length` and the call, without
-    padding, cutting or tensors, are the latter's. Nothing but `model_max_length` can be set: all threads share it.
+    It has all methods and attributes of the former. From the latter it has `tokenize`, `len()`, `model_max_length` and
+    the call, without padding, truncation or tensors. Only `model_max_length` can be set, as all threads share it.
     """
 
     _own: Tokenizer

@@ -50,8 +50,8 @@ class CrossEncoder(PeerInterface, PairCalls):
         activation_fn: callable or name ("identity", "sigmoid", "softmax", ...); None: the checkpoint's, else sigmoid if
             it has one label. A saved class of torch is used as it is; any other is imported with trust_remote_code.
         num_labels: what the checkpoint is expected to have; None takes any.
-        label: of a head with several labels the one that ranks, by its name in config.json's id2label or its number;
-            None: the one whose name tells it (relevant, entailment, yes, ...), else `rank` and `score` ask for it.
+        label: the label that ranks where the head has several: its name in config.json's id2label, or its number.
+            None takes the label that is named relevant, entailment, yes or true; without one, `rank` and `score` ask.
         num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s, or torch's own on a torch engine.
         engine: "native" (CPU kernels), "torch" (any Hugging Face model, packed without padding) or "padded" (any, in
             padded batches); None: native on a CPU if the family is native, else torch, else padded, said in the log.
@@ -177,7 +177,7 @@ class CrossEncoder(PeerInterface, PairCalls):
         self._multi_label = checkpoint.config.get("problem_type") == "multi_label_classification"
         self.label = named_label(self.labels) if label is None else resolve_label(label, self.labels)
         name = given["model_name_or_path"]
-        self._arguments = {  # what loads it anew in another process; no token, which is a secret
+        self._arguments = {  # reload it in another process; the token is a secret and stays out
             "model_name_or_path": str(checkpoint.path.absolute()) if Path(name).expanduser().is_dir() else name,
             "device": given["device"],
             "dtype": str(given["dtype"]),
@@ -201,7 +201,7 @@ class CrossEncoder(PeerInterface, PairCalls):
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What MTEB files results under, so that `mteb.evaluate` takes the object itself; there where mteb is."""
+        """The metadata that `mteb.evaluate` files results under; AttributeError without mteb."""
         try:
             from fastrerank.rerankers.mteb_protocol import model_meta
         except ImportError as error:
@@ -214,13 +214,13 @@ class CrossEncoder(PeerInterface, PairCalls):
         return self
 
     def activated(self, scores: Scores) -> Scores:
-        """Return what `rank` shows for raw scores: `activation_fn` of them, a label's probability of several labels."""
+        """Return what `rank` shows for raw scores: their `activation_fn`, or the label's probability among several."""
         if self.num_labels > 1:
             return activations.sigmoid(scores)
         return self._activate(scores[:, None], activations.resolve(self.activation_fn))
 
     def _positions(self, scores: Scores, shown: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Positions in the order of what is shown, as GELU and others change that of raw scores; ties by raw score."""
+        """Positions ordered by the shown scores, as activations such as GELU change the order; ties by raw score."""
         return order(shown, scores)
 
     @overload
@@ -318,7 +318,7 @@ class CrossEncoder(PeerInterface, PairCalls):
             activation_fn: replaces the model's for this call.
             apply_softmax: over the labels, where there are several.
             convert_to_numpy, convert_to_tensor: array, tensor, or (both False) a list of tensors; tensors need torch.
-            label: of several labels the column to return, by name or number; None returns all.
+            label: the column to return where there are several labels, by name or number; None returns all.
             options: `instruction`, `max_tokens_per_doc`, `max_tokens_per_query`, `truncation_side`, `truncate` as in
                 `score`; `max_length`, or `processing_kwargs={"text": {"max_length": 256}, "chat_template": {...}}` for
                 this call; `sentences`, `activation_fct`, `num_workers`, `device`, `pool`, `chunk_size`: of other
@@ -382,10 +382,10 @@ class CrossEncoder(PeerInterface, PairCalls):
             return_documents: whether each entry carries its "text".
             raw: whether "score" is the raw score of `score`, which then ranks.
             score_threshold: leaves out documents whose "score" is lower.
-            label: of a head with several labels the one that ranks, by name or number; None for `self.label`. Its raw
-                score is its logit less the log-sum-exp of the others', and "score" its probability, the softmax; where
-                config.json says multi_label_classification, its logit and the sigmoid. With `activation_fn` in this
-                call "score" is that label's column of the activated logits.
+            label: the label that ranks where the head has several, by name or number; None for `self.label`. Its raw
+                score is its logit minus the log-sum-exp of the others, and "score" its softmax. Under
+                multi_label_classification (config.json) they are its logit and its sigmoid. With `activation_fn` in
+                this call, "score" is that label's column of the activated logits.
             prompt, prompt_name, batch_size, show_progress_bar, activation_fn, options: as in `predict`.
 
         Raises ValueError if the model has several labels and nothing tells which one ranks and for a score_threshold

@@ -1,4 +1,4 @@
-"""What asks for scores of single pairs, and so cannot take a method that compares a query's documents."""
+"""A check for callers that score single pairs: they cannot use methods that compare a query's documents."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["check_independent"]
 
 
 def check_independent(reranker: Any, what: str) -> None:
-    """Raise ValueError, which begins with `what`, for a reranker whose scores depend on a query's other documents.
+    """Raise ValueError if a document's score depends on the other documents; the message begins with `what`.
 
-    An object that is no `Reranker`, and does not say whether they do, passes.
+    An object without the attribute `independent` passes.
 
     Example:
         >>> check_independent(object(), "an index holds scores of single pairs")

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 __all__ = ["label_scores", "named_label", "resolve_label"]
 
-# Names that say what a high score of a label means, in small letters without blanks, "_" and "-". Anything else,
-# LABEL_1 of two too, tells nothing.
+# Label names that mean "this one ranks", in lower case without blanks, "_" and "-". Other names, LABEL_1 among them,
+# say nothing.
 _RANKING = frozenset({"relevant", "entailment", "yes", "true"})
 
 

@@ -1,4 +1,4 @@
-"""MTEB's protocol of a cross-encoder: pairs as two loaders of batches, and what results are filed under."""
+"""MTEB's protocol of a cross-encoder: pairs come from two loaders of batches; results are filed under a metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["model_meta", "score_batches"]
 
-# What MTEB gives every model beside the texts. Work is split by tokens, and no bar is drawn.
+# MTEB passes these to every model. They change nothing: work is split by tokens, and no bar is drawn.
 _WITHOUT_EFFECT = frozenset(
     {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "show_progress_bar", "num_proc"}
 )

@@ -1,4 +1,4 @@
-"""The keywords that `fastrerank.load` takes for a method, read off the classes themselves."""
+"""The keywords that `fastrerank.load` takes for a method, read from the classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastrerank.rerankers.registry import METHODS
 
 __all__ = ["load_keywords", "other_keywords"]
 
-# What takes the checkpoint, and what a method sets itself.
+# Parameters that take the checkpoint, and those that a method sets itself.
 _NOT_OPTIONS = {"self", "model", "model_name_or_path", "count", "preset"}
 _SHARED = "fastrerank.rerankers.attention", "AttentionReranker"  # behind the functions icr, qrhead and core
 
@@ -49,7 +49,7 @@ def other_keywords(method: str) -> frozenset[str]:
 
 
 def _keywords(kind: type[Any]) -> set[str]:
-    """Named parameters of a class's constructor, and of its bases' where it hands further keywords on."""
+    """Parameters of a class's constructor, and those of its bases while each passes further keywords on."""
     names: set[str] = set()
     for one in kind.__mro__:
         if "__init__" not in vars(one):

@@ -48,8 +48,8 @@ class PairCalls(Reranker):
     def check_options(self, **options: Any) -> CallOptions:
         """Return the options of a call, checked as `score` checks them; see `Reranker.check_options`.
 
-        Raises ValueError also for a label that the head lacks, for none where there are several and no name tells, and
-        for an instruction where no chat template renders the pairs.
+        Raises ValueError also for a label that the head lacks, for a missing label where several have names that say
+        nothing, and for an instruction where no chat template renders the pairs.
         """
         self._check_instruction(options.get("instruction"))
         call = super().check_options(**options)
@@ -90,7 +90,7 @@ class PairCalls(Reranker):
     def _pair_list(
         self, prompt: str, limits: TextLimits = NO_LIMITS, chat_options: dict[str, Any] | None = None
     ) -> Callable[[list[tuple[str, str]]], TokenBatch]:
-        """What packs pairs: the chat template with the prompt as a turn, or the tokenizer with it before queries."""
+        """Return what packs pairs. A chat template takes the prompt as a turn, else queries begin with it."""
         limit = self._saved_text.get("max_length") if limits.max_length is None else limits.max_length
         if limit is None:
             limit = self._tokenizer.max_length
@@ -111,7 +111,7 @@ class PairCalls(Reranker):
         return lambda pairs: self._tokenizer.pair_list([(prompt + query, text) for query, text in pairs], limit, limits)
 
     def _prompted(self, prompt: str, systems: list[str] | None, count: int) -> dict[str, Any]:
-        """Prompt -> places of the pairs that it is for: one prompt for all, or the system messages of each."""
+        """Prompt -> positions of its pairs: one prompt for all, or each pair's system message."""
         if systems is None:
             return {prompt: slice(count)}
         if self._chat is None:

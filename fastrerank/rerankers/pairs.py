@@ -1,4 +1,4 @@
-"""Scores of pairs: lists of (query, document) pairs scored as each query's list of documents."""
+"""Scores of (query, document) pairs, computed as one list of documents per query."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def score_pairs(
 ) -> npt.NDArray[np.float32]:
     """Return the raw score of each (query, document) pair, float32 (N,).
 
-    Neighbours with one query are one list: they share its work, and methods that compare documents compare those.
+    Consecutive pairs with the same query form one list: it is scored in one go, and methods that compare documents
+    compare those of one list.
 
     Args:
         reranker: any method. queries, documents: N str each.

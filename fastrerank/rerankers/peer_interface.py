@@ -57,7 +57,7 @@ REFUSED = {name: advice for advice, names in _REFUSED_FOR.items() for name in na
 
 
 class ModelCardData(SimpleNamespace):
-    """Where evaluators of sentence-transformers put what they measured; nothing else is done with it.
+    """Where evaluators of sentence-transformers store what they measured; it has no other use.
 
     Attributes:
         eval_results_dict: evaluator -> its metrics.
@@ -299,7 +299,7 @@ class PeerInterface:
         return self.__copy__()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as what loads it anew: the checkpoint's name and the settings, without weights and without token."""
+        """Pickle the checkpoint's name and the settings, which reload it; neither weights nor the token."""
         chosen = None if self.activation_fn is self._saved_activation else self.activation_fn
         settings = {"prompts": self.prompts, "max_length": self.max_length, "activation_fn": chosen}
         return _load_anew, (type(self), {**self._arguments, **settings})

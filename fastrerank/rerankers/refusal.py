@@ -1,4 +1,4 @@
-"""What a checkpoint cannot do of a call, told apart from the advice that only fits calls from Python."""
+"""An option that a checkpoint cannot honour: the reason, and apart from it the advice for callers in Python."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ __all__ = ["OptionRefused"]
 
 
 class OptionRefused(ValueError):
-    """An option of a call that a checkpoint cannot honour, or lacks.
+    """A call has an option that the checkpoint cannot honour, or lacks one that it needs.
 
     Args:
-        option: its name, of `fastrerank.rerankers.call.Options`.
-        reason: what is wrong, for every way to the model.
-        advice: what a caller in Python can do. The command line and the server put their own in its place.
+        option: its name, as in `fastrerank.rerankers.call.Options`.
+        reason: what is wrong, in words that also fit the command line and the server.
+        advice: what a caller in Python can do; the command line and the server replace it by their own.
 
     Example:
         >>> str(OptionRefused("label", "nothing tells which label ranks", "give label="))

@@ -1,4 +1,4 @@
-"""What an index holds, and how it grows, shrinks, is saved and opened. Contents are replaced, never changed."""
+"""The contents of an index: adding, removing, saving, opening. They are immutable: each change makes new ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Contents:
     watched: Watched = field(default_factory=Watched)
 
     def __post_init__(self) -> None:
-        # A shard that is gone may leave its id to one that is made later, which the folder does not hold.
+        # Python may give the id of a freed shard to a later one, whose file does not exist.
         own = {id(shard) for shard in self.shards}
         kept = {number: entry for number, entry in self.files.items() if number in own}
         object.__setattr__(self, "files", kept)
@@ -159,7 +159,7 @@ def add(old: Contents, vectors: npt.NDArray[Any], texts: Sequence[str] | None) -
 
 
 def _like(shard: ops.PackedItems, first: ops.PackedItems, vectors: npt.NDArray[Any], begin: int) -> ops.PackedItems:
-    """`shard`, packed anew with the scales of the first where these belong to rows and are shared by all items."""
+    """`shard`; where scales belong to rows, and so are shared by all items, repacked with those of the first shard."""
     if first.scales != "anchor":
         return shard
     return _empty(first).append(np.asarray(vectors[:, begin : begin + shard.N], np.float32))

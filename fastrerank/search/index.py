@@ -89,7 +89,7 @@ class CURIndex:
             scales: of int8, "item" or "anchor".
             ridge: relative, see `Settings`; 0 is the published pseudo-inverse; None: chosen on held-out queries.
             anchors: items of first rounds: "greedy", "leverage" or "random", or their ids, the first ones first.
-            seed: of what is drawn.
+            seed: of the random draws.
             items: the N items' texts, for `search_reranker`.
             candidates: "scan" is exact; "faiss" and "usearch" find items in an approximate graph, for N from 10^7 on.
 
@@ -160,7 +160,7 @@ class CURIndex:
         """
         check_independent(reranker, "an index holds scores of single pairs")
         if isinstance(reranker, Reranker):
-            reranker.check_options()  # a head with several labels is told now to say which one scores
+            reranker.check_options()  # a head with several labels must say now which one scores
         items, anchor_queries = as_column(items, "items"), as_column(anchor_queries, "anchor_queries")
         job = Build(reranker, items, anchor_queries, checkpoint, block)
         index = cls.from_scores(job.scores(progress), items=items, **options)
@@ -192,8 +192,8 @@ class CURIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to the folder `path`. Until the last moment, an index that is there stays whole.
 
-        Shards that the folder holds already are not written again. Of several that save to one folder, each waits for
-        the one before it, and the last one's index stays. A save that fails leaves no files.
+        Shards that the folder holds already are not written again. Savers of one folder wait for one another,
+        and the last one's index stays. A save that fails leaves no files.
         Raises FileExistsError for a folder with other files, OSError if the disk refuses.
         """
         with self._changing:
@@ -254,7 +254,7 @@ class CURIndex:
 
     @property
     def last_usage(self) -> dict[str, Any]:
-        """What this thread's last search cost: {"calls", "rounds", "batches", "error", "seconds"}, see `Effort`."""
+        """The cost of this thread's last search: {"calls", "rounds", "batches", "error", "seconds"}, see `Effort`."""
         effort: Effort | None = getattr(self._local, "effort", None)
         return {} if effort is None else dict(vars(effort))
 

@@ -1,4 +1,4 @@
-"""What an index's files must hold beyond right checksums, looked at once, when the index is loaded."""
+"""Checks of an index's files beyond their checksums, made once, when the index is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_shards(header: Path, shards: Sequence[ops.PackedItems]) -> None:
 def check_items(
     path: Path, arrays: Mapping[str, npt.NDArray[Any]], header: Mapping[str, Any], *, texts_too: bool
 ) -> None:
-    """Raise ValueError naming `path` and what in it no save writes. Texts are read only if `texts_too`."""
+    """Raise ValueError naming `path` and its wrong content. Texts are read only if `texts_too`."""
 
     def wrong(what: str) -> ValueError:
         return ValueError(f"{path}: {what}; build the index anew")

@@ -17,11 +17,11 @@ _MOST_ITEMS = 16384
 
 
 def held_out_ridge(scores: npt.NDArray[Any], seed: int = 0) -> float:
-    """The relative ridge of `GRID` with the least error on anchor queries that are held out, at the items that matter.
+    """The relative ridge of `GRID` with the least error on held-out anchor queries, measured where searches need it.
 
-    Each held-out query is fitted on half its best items and half random ones, as a search would have scored, and the
-    error is that of the items which come next in its order; the least ridge within 2.5 % of the least error is taken.
-    scores: (K, N). With fewer than 4 queries, 0.02.
+    Each held-out query is fitted on items as a search would have scored them, half of them its best and half random.
+    The error is measured on the items that follow in its order. The smallest ridge within 2.5 % of the least error
+    wins. scores: (K, N). With fewer than 4 queries, 0.02.
     """
     width, total = scores.shape
     if width < 4 or total < 16:

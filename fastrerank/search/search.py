@@ -1,4 +1,4 @@
-"""Budgeted search of many queries in lockstep: score, fit, scan, and again."""
+"""Budgeted search of many queries in lockstep: rounds of scoring, fitting and scanning."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Candidates(Protocol):
 class Effort:
     """What a search cost: calls of the scorer, rounds, batches of calls, and seconds per stage.
 
-    `error` is the root mean square of the leave-one-out errors of the last fit, over all queries: how far off an
-    estimate of an item like those that were scored is; None where nothing was fitted.
+    `error` is the root mean square of the leave-one-out errors of the last fit over all queries: the expected error of
+    an estimate for an item like the scored ones. None where nothing was fitted.
     """
 
     calls: int = 0

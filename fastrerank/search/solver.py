@@ -20,7 +20,7 @@ class RidgeFits:
     """The ridge fits of B queries that have scored equally many items, in float64.
 
     `add` extends every fit by a block of m items in O(n m (K + m) + n^2 m): the inverse of the Cholesky factor of
-    V_S V_S^T + ridge I grows by m rows, and what was there is not computed again.
+    V_S V_S^T + ridge I grows by m rows, and its earlier rows are kept.
 
     Args:
         count: queries B. capacity: most items per query. width: K.
@@ -80,7 +80,7 @@ class RidgeFits:
         return result
 
     def errors(self) -> Floats:
-        """What each score differs from its estimate by the other scores (leave-one-out), (B, n)."""
+        """Leave-one-out errors, (B, n): each score minus its estimate from the other scores."""
         n = self.size
         result: Floats = self.alpha() / np.square(self._inverse[:, :n, :n]).sum(axis=1)
         return result

@@ -43,7 +43,7 @@ class Texts:
             raise ValueError(f"the index's text {position} is not UTF-8 ({error}); build the index anew") from error
 
     def check(self) -> None:
-        """Raise ValueError unless every text is one: ends that do not go down, within the buffer, and UTF-8."""
+        """Raise ValueError unless all ends ascend within the buffer and every text is UTF-8."""
         self.check_ends()
         sizes = np.diff(self.ends, prepend=0)
         starts = (self.ends - sizes)[sizes > 0]
@@ -61,7 +61,7 @@ class Texts:
             begin = end
 
     def check_ends(self) -> None:
-        """Raise ValueError unless the ends do not go down and the last is the buffer's. Reads no text."""
+        """Raise ValueError unless the ends ascend and the last is the buffer's end. Reads no text."""
         ends = self.ends
         if (ends[:1] < 0).any() or (np.diff(ends) < 0).any():
             raise ValueError("the ends of the texts go down")

@@ -1,4 +1,4 @@
-"""Recall on anchor queries that are held out: their exact scores of all items are in the index."""
+"""Recall on held-out anchor queries, whose exact scores of all items are in the index."""
 
 from __future__ import annotations
 

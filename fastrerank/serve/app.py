@@ -28,18 +28,18 @@ from starlette.middleware.cors import CORSMiddleware
 from fastrerank.inputs.limits import TooLong
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
 from fastrerank.runtime.version import VERSION
-from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
-from fastrerank.serve.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
-from fastrerank.serve.docs_page import add_docs_page
-from fastrerank.serve.errors import Flavor, Problem, Source, dialect, error_body, error_status, schema_problem
-from fastrerank.serve.fields import call_options, ignored_header, raw_wanted, refuses_to_cut, unknown_names
+from fastrerank.serve.api.dialects import Ask, rerank_answer, score_answer, score_pairs, to_ask
+from fastrerank.serve.api.docs_page import add_docs_page
+from fastrerank.serve.api.errors import Flavor, Problem, Source, dialect, error_body, error_status, schema_problem
+from fastrerank.serve.api.fields import call_options, ignored_header, raw_wanted, refuses_to_cut, unknown_names
+from fastrerank.serve.api.info import infinity_models, openai_models, tei_info
+from fastrerank.serve.api.schemas import Common, RerankBody, ScoreBody
+from fastrerank.serve.api.validation import Bodies, body_route
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded, Scored, TooLarge
 from fastrerank.serve.health import dead
-from fastrerank.serve.info import infinity_models, openai_models, tei_info
 from fastrerank.serve.metrics import Metrics
 from fastrerank.serve.middleware import AccessLog, BodyLimit, Keys, log
 from fastrerank.serve.names import check_labels
-from fastrerank.serve.schemas import Common, RerankBody, ScoreBody
-from fastrerank.serve.validation import Bodies, body_route
 
 __all__ = ["Settings", "create_app"]
 
@@ -50,10 +50,10 @@ T = TypeVar("T")
 class Settings:
     """What a server allows.
 
-    `keys`: bearer tokens, any of which opens; none: open to all. `flavor`: pins what the dialects do differently.
-    `max_body_bytes`, `max_documents`, `body_seconds`: bounds of a request; `max_bodies_bytes`: of the bodies of all
-    requests that are not answered yet, None for four of the largest. `timeout`: seconds a request may take in all, None
-    for no bound. `origins`: for CORS; none: off. `aliases`: {other name: model} under which models are served too.
+    `keys`: accepted bearer tokens; without any, the server is open to all. `flavor`: pins the dialect.
+    `max_body_bytes`, `max_documents`, `body_seconds`: bounds of one request. `max_bodies_bytes`: bound of the bodies of
+    all unanswered requests; None for four times `max_body_bytes`. `timeout`: seconds of a request, None for no bound.
+    `origins`: allowed for CORS; without any, CORS is off. `aliases`: {further name: model}.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)  # secrets
@@ -72,7 +72,7 @@ class _ClientGone(Exception):
 
 
 class _Answer(JSONResponse):
-    """JSON in UTF-8; a lone surrogate, which has no UTF-8 form, is escaped as the client must have sent it."""
+    """JSON in UTF-8. A lone surrogate has no UTF-8 form, so it is escaped, as the client must have sent it."""
 
     def render(self, content: Any) -> bytes:
         try:
@@ -151,7 +151,7 @@ class _Server:
             raise Problem(422, "Validation", f"batch size {count} > maximum allowed batch size {most}")
 
     def options(self, request: Request, body: Common, flavor: Flavor, served: AsyncReranker) -> CallOptions:
-        """The options of the reranker's call; what is ignored is counted, and told in the answer's header."""
+        """The options of the reranker's call. Ignored fields are counted, and listed in a header of the answer."""
         request.state.ignored = unknown = unknown_names(body)
         version_2 = flavor is Flavor.cohere and request.url.path != "/v1/rerank"
         options, ignored = call_options(body, flavor, served, cohere_v2=version_2)
@@ -195,7 +195,7 @@ class _Server:
             groups.setdefault(query, []).append(i)
         jobs: list[tuple[list[int], str | list[str]]] = [(members, query) for query, members in groups.items()]
         if len(groups) > 1 and reranker.reranker.independent:
-            # One request, which the queue sees as large as it is, and not thousands of small ones.
+            # One large request, so that the queue sees its size, instead of thousands of small ones.
             members = [i for group in groups.values() for i in group]
             jobs = [(members, [left[i] for i in members])]
         results = await _all(
@@ -213,7 +213,7 @@ class _Server:
 def activated(served: AsyncReranker, raw: npt.NDArray[np.float32], flavor: Flavor) -> npt.NDArray[Any]:
     """Return what a dialect shows for raw scores.
 
-    vLLM shows what the checkpoint says that its scores are; the others the sigmoid of a classification head's logit,
+    vLLM applies the checkpoint's activation. The others apply the sigmoid to the logit of a classification head,
     whatever activation the checkpoint names.
     """
     if served.reranker.method == "cross-encoder" and flavor is not Flavor.vllm:
@@ -222,14 +222,14 @@ def activated(served: AsyncReranker, raw: npt.NDArray[np.float32], flavor: Flavo
 
 
 def _ranking(ask: Ask, positions: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> list[tuple[int, float]]:
-    """(position, score) of the results, of positions best first."""
+    """(position, score) of the results; `positions` are best first."""
     if ask.score_threshold is not None:
         positions = positions[values[positions] >= ask.score_threshold]
     return [(int(i), float(values[i])) for i in positions[: ask.top_n]]
 
 
 async def _all(jobs: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of all; when one fails the others are cancelled, so that nothing is scored for nobody."""
+    """Results of all. If one fails, the others are cancelled, as nobody would read their scores."""
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         return list(await asyncio.gather(*tasks))
@@ -265,10 +265,10 @@ def _told(ignored: Sequence[str]) -> dict[str, str]:
 
 
 def create_app(models: Mapping[str, AsyncReranker], settings: Settings | None = None) -> FastAPI:
-    """Return the ASGI application that serves `models` by name; the first is the one that requests need not name.
+    """Return the ASGI application that serves `models` by name; the first is the default.
 
-    When it shuts down, what was accepted is finished and the models are closed. Raises ValueError without a model, for
-    an alias of none, and for a model with several labels of which nothing tells the one that ranks.
+    At shutdown it finishes accepted requests and closes the models. Raises ValueError without a model, for an alias
+    of no model, and for a model with several labels where none is known to rank.
 
     Example:
         >>> app = create_app({"minilm": AsyncReranker(fastrerank.load("path"))})     # doctest: +SKIP

@@ -1,16 +1,16 @@
-"""Whether the server can answer: what ended a model's worker makes the health check fail and the process end."""
+"""Whether the server can answer. After the death of a worker the health check fails and the process ends."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["WorkerDied", "dead"]
 
 
 class WorkerDied(RuntimeError):
-    """A worker thread of a model has died: the process must be started anew."""
+    """A worker thread of a model has died; the process must be restarted."""
 
 
 def dead(models: Mapping[str, AsyncReranker]) -> str | None:

@@ -1,4 +1,4 @@
-"""The listening socket, and accepting from it: answers go out at once, and a lack of descriptors is waited out."""
+"""The listening socket and its accept loop, which sends answers at once and survives a lack of descriptors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Acceptor", "listen"]
 
 log = logging.getLogger("fastrerank.serve")
 
-# How long accepting rests when the process or the machine has no descriptor left, and how often the log says so.
+# Pause of the accept loop when no descriptor is left, and the least time between two log lines about it.
 REST_SECONDS, SAY_SECONDS = 0.5, 10.0
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -38,8 +38,8 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
 class Acceptor:
     """Accepts connections of a listening socket until it is closed, as `asyncio.Server` does.
 
-    Where there is no descriptor left, accepting rests for `REST_SECONDS` (the kernel keeps who comes), and the log says
-    so once in `SAY_SECONDS`. `asyncio.Server` writes a line for each of its attempts, thousands in a second.
+    When no descriptor is left, it pauses for `REST_SECONDS` (the kernel queues new connections) and logs that at most
+    once in `SAY_SECONDS`. `asyncio.Server` would log each attempt, thousands per second.
     """
 
     def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:

@@ -8,11 +8,11 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from fastrerank.serve.batcher import AsyncReranker, Scored
+from fastrerank.serve.batching.batcher import AsyncReranker, Scored
 
 __all__ = ["Metrics"]
 
-# Most names of ignored fields that have a counter of their own; all further names share one.
+# Names of ignored fields that get a counter of their own; further names share one.
 _MOST_NAMES = 64
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -74,7 +74,7 @@ class Metrics:
         self.waited.labels(model).observe(result.waited)
 
     def ignore(self, names: Sequence[str]) -> None:
-        """Count fields that had no effect: the first names by themselves, all others as "other"."""
+        """Count fields that had no effect, each under its name; names beyond the first 64 count as "other"."""
         for name in names[:_MOST_NAMES]:
             if name not in self._names and (len(self._names) >= _MOST_NAMES or not _PLAIN.fullmatch(name)):
                 name = "other"

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, its key, and bounds on the body's size and patience."""
+"""Middleware: request ids, the access log, API keys, and bounds on the size and the duration of a body."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from fastrerank.serve.errors import Problem
+from fastrerank.serve.api.errors import Problem
 
 __all__ = ["AccessLog", "BodyLimit", "JsonFormatter", "Keys"]
 
@@ -29,7 +29,7 @@ _GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what a record carries as `fields` comes beside its message. Never a document's text."""
+    """One JSON object per line, with the record's message and its `fields`. It never holds a document's text."""
 
     def format(self, record: logging.LogRecord) -> str:
         row = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
@@ -81,13 +81,13 @@ class AccessLog:
 
 
 class Keys:
-    """Answers 401 to requests without one of the keys in `Authorization: Bearer`; what is open may be read without.
+    """Answers 401 to requests without one of the keys in `Authorization: Bearer`. Open paths need no key.
 
     Keys are compared in a time that does not depend on where they differ.
     """
 
     OPEN = ("/health", "/ready")
-    # Pages that a browser opens without a header, and the files that they are made of: none holds a secret.
+    # Pages that a browser opens without a header. They and their files hold no secret.
     PAGES = ("/", "/docs", "/openapi.json")
 
     def __init__(
@@ -116,9 +116,9 @@ class Keys:
 
 
 class BodyLimit:
-    """Answers 413 to bodies of more than `size` bytes, and 408 to those that take more than `seconds` to arrive.
+    """Answers 413 to bodies of more than `size` bytes, and 408 to bodies that take more than `seconds` to arrive.
 
-    All bodies of requests that are not answered yet have `together` bytes in all; what would exceed them gets 429.
+    The bodies of all unanswered requests may have `together` bytes; a request that would exceed them gets 429.
     """
 
     def __init__(self, app: App, size: int, seconds: float, together: int) -> None:

@@ -1,4 +1,4 @@
-"""Names of models: aliases, and labels of one model or of all, as the command line gives them."""
+"""Values of --alias and --label, and checks of the names and labels of served models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from fastrerank.rerankers.refusal import OptionRefused
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["check_labels", "hub_names", "parse_aliases", "parse_labels"]
 
@@ -86,7 +86,7 @@ def parse_labels(values: Sequence[str], names: Collection[str]) -> dict[str, str
 
 
 def check_labels(models: Mapping[str, AsyncReranker]) -> None:
-    """Raise ValueError for a model of several labels of which nothing tells the one that ranks."""
+    """Raise ValueError for a model with several labels where none is known to rank."""
     for name, served in models.items():
         try:
             served.reranker.check_options()

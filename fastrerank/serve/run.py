@@ -51,7 +51,7 @@ def parse_models(values: Sequence[str]) -> dict[str, str]:
 def read_keys(path: Path | None) -> tuple[str, ...]:
     """Return the API keys of a file, one a line, or of FASTRERANK_API_KEY (comma-separated); () where it is not set.
 
-    Raises ValueError for a file without a key, and for a variable that is set and holds none: who sets it wants keys.
+    Raises ValueError for a file without a key, and for a variable that is set and holds none.
     """
     if path is not None:
         keys = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
@@ -82,7 +82,7 @@ def url_of(host: str, port: int) -> str:
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 whose connections must send each request's headers in time: slow ones are closed, not kept."""
+    """HTTP/1.1 that closes connections whose request headers do not arrive in time."""
 
     header_seconds: float
     _headers_due: asyncio.TimerHandle | None = None
@@ -104,7 +104,7 @@ class _Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _watch(self) -> None:
-        """Begin to wait for headers, unless they are there."""
+        """Start the timer for headers, unless a request is being handled."""
         self._unwatch()
         if not self._in_request() and not self.transport.is_closing():
             self._headers_due = self.loop.call_later(self.header_seconds, self.transport.close)
@@ -116,7 +116,7 @@ class _Protocol(H11Protocol):
 
 
 class _UvicornServer(uvicorn.Server):
-    """Ends by itself on SIGTERM, SIGINT and SIGHUP, with exit code 0, instead of dying of the signal."""
+    """Ends with exit code 0 on SIGTERM, SIGINT and SIGHUP instead of being killed by them."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class _UvicornServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and accept from `sockets` in a way that survives a lack of descriptors."""
+        """Start the application, and accept from `sockets` by `Acceptor`, which survives a lack of file descriptors."""
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
@@ -152,8 +152,8 @@ def serve(
         grace: seconds that running requests may take after the signal.
         header_seconds: a connection that takes longer to send a request's headers is closed.
 
-    Raises OSError where the address cannot be bound, and WorkerDied when a model has lost a worker thread: what was
-    accepted is answered before, as far as it can be.
+    Raises OSError if the address cannot be bound, and WorkerDied if a model lost a worker thread; accepted requests are
+    answered first, as far as possible.
     """
     handler = BoundedHandler(sys.stderr.fileno())
     if json_logs:

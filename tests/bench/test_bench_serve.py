@@ -19,7 +19,7 @@ from serve_running import running
 
 from bench.serve.load import Address, closed, compare, http_request, opened
 from fastrerank.serve.app import create_app
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 DOCUMENTS = [["a", "cccc", "bb"], ["xx", "y"], ["zzz"]]
 EXPECTED = [np.array([len(text) - 1 for text in texts], np.float32) for texts in DOCUMENTS]

@@ -226,7 +226,7 @@ def _calls(code: str, line: int) -> Iterator[tuple[int, ast.Call]]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_s_calls_use_keywords_that_exist(path: Path) -> None:
-    """Of calls of this package's functions; others' keywords are theirs."""
+    """Only calls of this package's functions are checked."""
     known = parameters()
     functions = {
         node.name

@@ -135,7 +135,7 @@ def test_haystack_keeps_what_is_zero_or_false() -> None:
     ranker = FastRanker("none", meta_fields_to_embed=["number", "flag", "gone", "absent"], scale_score=False)
     ranker._reranker = reranker = Lengths()
     meta = {"number": 0, "flag": False, "gone": None}
-    # Of two documents with one id the one with the higher score counts: 0.0 is one.
+    # Two documents have one id: the higher score counts, and 0.0 is a score.
     pair = [haystack.Document(id="x", content="old", score=-1.0), haystack.Document(id="x", content="new", score=0.0)]
     ranker.run(query="q", documents=[haystack.Document(content="text", meta=meta), *pair, pair[0]])
     assert reranker.calls == [[["0\nFalse\ntext", "new"]]]

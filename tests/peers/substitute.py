@@ -79,4 +79,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def distilroberta_base_ce_model() -> None:
-    """Of a conftest.py that source distributions leave out; only tests that train take it."""
+    """Stands in for a fixture of a conftest.py that source distributions leave out; only tests that train use it."""

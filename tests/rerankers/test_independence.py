@@ -24,7 +24,7 @@ from fastrerank.evaluation.reranking import rerank
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.pairs import score_pairs
 from fastrerank.rerankers.registry import list_methods
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 QUERIES = ["how long do fleas live?", "where do owls sleep?"]
 DOCUMENTS = [f"{'owl ' * (i % 4)}number {i} {'sleeps' if i % 3 else 'hunts'} by day" for i in range(8)]

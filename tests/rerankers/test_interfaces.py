@@ -18,7 +18,7 @@ from fastrerank.cli import main
 from fastrerank.rerankers.options import load_keywords
 from fastrerank.rerankers.refusal import OptionRefused
 from fastrerank.runtime.naming import hub_id, model_name
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_ray_serve_knows_aliases_and_labels_of_each_model(checkpoint: str, silen
 
 def test_one_property_says_what_is_a_logit(checkpoint: str) -> None:
     from fastrerank.rerankers.pointwise import PointwiseReranker
-    from fastrerank.serve.info import tei_info
+    from fastrerank.serve.api.info import tei_info
 
     class Numbers(PointwiseReranker):
         """A pointwise reranker of a template, without a model."""

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import fastrerank
 from fastrerank.rerankers.base import Reranker, order
 from fastrerank.runtime.types import Hit
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 QUERY = "how long do fleas live"
@@ -56,8 +56,8 @@ async def shared(model: Reranker, raw: bool) -> list[tuple[int, float]]:
 async def over_http(model: Reranker, flavor: str, raw: bool) -> list[tuple[int, float]]:
     pytest.importorskip("fastapi")
     httpx = pytest.importorskip("httpx")
+    from fastrerank.serve.api.errors import Flavor
     from fastrerank.serve.app import Settings, create_app
-    from fastrerank.serve.errors import Flavor
 
     async with AsyncReranker(model) as served:
         transport = httpx.ASGITransport(create_app({"ours": served}, Settings(flavor=Flavor(flavor))))

@@ -22,7 +22,7 @@ from fastrerank.cli import main
 from fastrerank.data.datasets import Candidate, JudgedQuery
 from fastrerank.evaluation import compare, evaluate
 from fastrerank.rerankers.activations import sigmoid
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 QUERY, TEXTS = "how long do fleas live", ["a flea", "the cats sleep all day", "fleas live up to a year", "day"]
@@ -346,8 +346,8 @@ def http(flavor: str) -> Interface:
     def interface(path: str, other: bool, **label: Any) -> Call:
         pytest.importorskip("fastapi")
         httpx = pytest.importorskip("httpx")
+        from fastrerank.serve.api.errors import Flavor
         from fastrerank.serve.app import Settings, create_app
-        from fastrerank.serve.errors import Flavor
 
         raw = {} if not other else ({"use_activation": False} if flavor == "vllm" else {"raw_scores": True})
 

@@ -25,7 +25,7 @@ import helpers_tiny
 helpers_tiny.HIDDEN, helpers_tiny.INTERMEDIATE, helpers_tiny.LAYERS, helpers_tiny.POSITIONS = 192, 768, 4, 256
 import fastrerank
 from fastrerank import ops
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 model = fastrerank.CrossEncoder(helpers_tiny.save_tiny_cross_encoder(Path(sys.argv[1]) / "model"))
 text = " ".join(helpers_tiny.WORDS[i % 15] for i in range(200))
 pairs = [("how long do fleas live", text)] * 64

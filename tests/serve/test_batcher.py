@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_fakes import Explaining, Lengths
+from serve_fakes import Explaining, Lengths, held
 
 import fastrerank
-from fastrerank.serve.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
-from fastrerank.serve.queue import Request, Waiting
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed, DeadlineExceeded, Overloaded
+from fastrerank.serve.batching.queue import Request, Waiting
 
 
 def request(*sizes: int, whole: bool = False, large: bool = False) -> Request:
@@ -83,10 +82,7 @@ def test_the_bytes_that_wait_are_what_waits(steps: list[tuple[str, int]]) -> Non
 def test_an_arrival_costs_the_same_however_many_wait() -> None:
     """Counted in lines that Python runs, as a clock would tell more of the machine."""
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, _ = held(reranker)
     lines = 0
 
     def count(frame: Any, event: str, _argument: Any) -> Any:
@@ -185,13 +181,8 @@ def test_requests_share_batches_and_rank_breaks_ties_by_position() -> None:
 
 def test_a_failing_request_fails_alone() -> None:
     reranker = Lengths()
-    reranker.gate.clear()
-    with_all: dict[str, Future] = {}
-    shared = AsyncReranker(reranker, workers=1)
-    with_all["first"] = shared.submit("q", ["a"])
-    reranker.entered.acquire()
-    for name in ("good", "boom", "nan", "also good"):
-        with_all[name] = shared.submit("q", [name])
+    shared, _ = held(reranker)
+    with_all = {name: shared.submit("q", [name]) for name in ("good", "boom", "nan", "also good")}
     reranker.gate.set()
     shared.close()
     assert with_all["good"].result(1).tolist() == [3.0]
@@ -212,10 +203,7 @@ class Short(Lengths):
 
 def test_a_reranker_that_returns_too_few_scores_fails_that_request_alone() -> None:
     reranker = Short()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    first = shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, first = held(reranker)
     good, bad, after = (shared.submit(query, ["ab", "c"]) for query in ("q", "short", "q"))
     reranker.gate.set()
     with pytest.raises(RuntimeError, match=r"returned \[1\] scores for \[2\] documents"):
@@ -242,10 +230,7 @@ def test_explained_requests_carry_their_tokens_and_share_batches_with_others() -
 
 def test_a_cancelled_request_is_not_computed() -> None:
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    first = shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, first = held(reranker)
     dropped = shared.submit("q", ["never"] * 100)
     assert shared.waiting() == 1
     assert dropped.cancel()
@@ -302,10 +287,7 @@ def test_deadlines() -> None:
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1, max_queue_tokens=100)
-    first = shared.submit("q", ["a" * 200])
-    reranker.entered.acquire()
+    shared, first = held(reranker, "a" * 200, max_queue_tokens=100)
     with pytest.raises(Overloaded) as refused:
         shared.submit("q", ["b" * 200])
     assert refused.value.retry_after > 0
@@ -336,10 +318,7 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more() -> None:
 
 def test_closing_with_a_grace_time_ends_the_rest() -> None:
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, _ = held(reranker)
     waiting = shared.submit("q", ["b"])
     shared.close(grace=0.01)
     with pytest.raises(Closed):

@@ -11,9 +11,9 @@ from serve_fakes import Lengths
 from fastrerank.inputs.limits import TextLimits
 from fastrerank.rerankers.base import Scores, Usage
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
-from fastrerank.serve.admission import measure
-from fastrerank.serve.batcher import AsyncReranker, TooLarge
-from fastrerank.serve.queue import MOST_TOKENS_PER_BYTE, PAIR_TOKENS, Speed
+from fastrerank.serve.batching.admission import measure
+from fastrerank.serve.batching.batcher import AsyncReranker, TooLarge
+from fastrerank.serve.batching.queue import MOST_TOKENS_PER_BYTE, PAIR_TOKENS, Speed
 
 ENGLISH = 0.25  # tokens of a byte
 

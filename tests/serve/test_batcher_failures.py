@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serve_fakes import Explaining, Lengths
+from serve_fakes import Explaining, Lengths, held
 
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
-from fastrerank.serve.batcher import AsyncReranker, Closed, ScoringFailed
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed, ScoringFailed
 from fastrerank.serve.health import dead
 
 
@@ -106,10 +106,7 @@ class Wrong(Lengths):
     ],
 )
 def test_wrong_answers_of_a_reranker_fail_their_request_alone(reranker: Wrong) -> None:
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    first = shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, first = held(reranker)
     wrong, well = shared.submit("wrong", ["ab", "c"]), shared.submit("q", ["abc"])
     reranker.gate.set()
     assert isinstance(wrong.exception(10), Exception)
@@ -188,10 +185,7 @@ class Optioned(Lengths):
 
 def test_requests_with_equal_options_share_calls() -> None:
     reranker = Optioned()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    first = shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, first = held(reranker)
     asked = [
         {},
         {"max_tokens_per_doc": 100},
@@ -236,10 +230,7 @@ def test_rank_and_score_show_what_the_rerankers_own_show() -> None:
 
 def test_a_request_may_have_a_query_for_each_document() -> None:
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1)
-    first = shared.submit("q", ["a"])
-    reranker.entered.acquire()
+    shared, first = held(reranker)
     several = shared.submit(["q", "q", "qqq"], ["abc", "abcd", "abc"])  # type: ignore[arg-type]
     other = shared.submit("qq", ["abc"])
     reranker.gate.set()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from serve_fakes import Lengths
 
-from fastrerank.serve.admission import HEAVY_BYTES, REQUEST_SHARE
-from fastrerank.serve.batcher import QUIET_SLICES, AsyncReranker, Overloaded, TooLarge
-from fastrerank.serve.queue import LEAST_SLICE_TOKENS, SLICE_SECONDS, Speed
+from fastrerank.serve.batching.admission import HEAVY_BYTES, REQUEST_SHARE
+from fastrerank.serve.batching.batcher import QUIET_SLICES, AsyncReranker, Overloaded, TooLarge
+from fastrerank.serve.batching.queue import LEAST_SLICE_TOKENS, SLICE_SECONDS, Speed
 
 
 class Stepped(Lengths):

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serve_fakes import Lengths
+from serve_fakes import Lengths, held
 
-from fastrerank.serve import batcher
-from fastrerank.serve.batcher import AsyncReranker, Closed
+from fastrerank.serve.batching import workers
+from fastrerank.serve.batching.batcher import AsyncReranker, Closed
 
 
 def soon(true: Callable[[], bool]) -> bool:
@@ -49,10 +49,7 @@ def test_closing_with_a_grace_time_ends_what_is_being_computed_too() -> None:
 
 def test_closing_without_one_finishes_what_is_being_computed() -> None:
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1, max_wait_ms=0)
-    computed = shared.submit("q", ["abc"])
-    reranker.entered.acquire()
+    shared, computed = held(reranker, "abc", max_wait_ms=0)
     closing = threading.Thread(target=shared.close)
     closing.start()
     reranker.gate.set()
@@ -80,14 +77,11 @@ def test_one_that_is_dropped_finishes_what_somebody_waits_for() -> None:
 
 
 def test_the_end_of_the_process_waits_for_what_is_computed_and_ends_what_waits(monkeypatch: Any) -> None:
-    monkeypatch.setattr(batcher, "_open", weakref.WeakSet())
+    monkeypatch.setattr(workers, "OPEN", weakref.WeakSet())
     reranker = Lengths()
-    reranker.gate.clear()
-    shared = AsyncReranker(reranker, workers=1, max_wait_ms=0)
-    computed = shared.submit("q", ["abc"])
-    reranker.entered.acquire()
+    shared, computed = held(reranker, "abc", max_wait_ms=0)
     waiting = shared.submit("q", ["b"])
-    ending = threading.Thread(target=batcher._at_exit)
+    ending = threading.Thread(target=workers._at_exit)
     ending.start()
     with pytest.raises(Closed, match="the process ends"):
         waiting.result(10)

@@ -18,9 +18,9 @@ import httpx
 import numpy as np
 from serve_fakes import Explaining, Lengths
 
+from fastrerank.serve.api.errors import Flavor
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor
+from fastrerank.serve.batching.batcher import AsyncReranker
 from fastrerank.serve.middleware import JsonFormatter
 
 BODY = {"query": "qq", "documents": ["a", "cccc", "bbb"]}

@@ -15,9 +15,9 @@ pytest.importorskip("httpx")
 import httpx
 from serve_fakes import Lengths
 
+from fastrerank.serve.api.validation import MOST_VALUES
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.validation import MOST_VALUES
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 JSON = {"content-type": "application/json"}
 ROUTES = ("/rerank", "/v1/rerank", "/v2/rerank", "/", "/score", "/v1/score")

@@ -12,9 +12,9 @@ pytest.importorskip("uvicorn")
 from serve_fakes import Lengths
 from serve_running import running
 
+from fastrerank.serve.api.errors import Flavor
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 DOCUMENTS = ["a", "cccc", "bbb"]
 BEST = [(1, 0.8807970779778823), (2, 0.7310585786300049)]

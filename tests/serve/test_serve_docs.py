@@ -17,9 +17,9 @@ import httpx
 from serve_fakes import Lengths
 from serve_running import running
 
-from fastrerank.serve import docs_page
+from fastrerank.serve.api import docs_page
 from fastrerank.serve.app import create_app
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -14,9 +14,9 @@ pytest.importorskip("httpx")
 import httpx
 from serve_fakes import Optioned
 
+from fastrerank.serve.api.errors import Flavor
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 TEXTS = {"query": "q", "texts": ["a"]}
 DOCUMENTS = {"query": "q", "documents": ["a"]}

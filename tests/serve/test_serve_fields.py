@@ -23,9 +23,9 @@ from fastrerank import CrossEncoder
 from fastrerank.inputs.limits import TextLimits
 from fastrerank.rerankers.base import Reranker
 from fastrerank.rerankers.call import CallOptions
+from fastrerank.serve.api.errors import Flavor, dialect
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor, dialect
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 QUERY = "abc"
 DOCUMENTS = ["hello", "azzza", "by", "zaaaaaaa"]
@@ -342,7 +342,7 @@ def check_answer(interface: Interface, flavor: Flavor, known: Field, answer: Any
 
 
 def test_the_sweep_knows_every_field_of_the_schemas() -> None:
-    from fastrerank.serve.schemas import Common, RerankBody
+    from fastrerank.serve.api.schemas import Common, RerankBody
 
     own = {"query", "texts", "documents"}
     assert set(RerankBody.model_fields) - own <= {known.name for known in FIELDS}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 from serve_fakes import Lengths
 
 from fastrerank.serve.app import create_app
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 
 class Kept(AsyncReranker):

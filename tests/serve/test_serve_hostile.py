@@ -22,9 +22,9 @@ from pydantic import ValidationError
 from serve_running import Running
 
 from bench.serve.hostile import KINDS, bodies
-from fastrerank.serve.dialects import Problem
-from fastrerank.serve.schemas import RerankBody, ScoreBody
-from fastrerank.serve.validation import Bodies, stopping
+from fastrerank.serve.api.dialects import Problem
+from fastrerank.serve.api.schemas import RerankBody, ScoreBody
+from fastrerank.serve.api.validation import Bodies, stopping
 
 MOST_MEMORY = 1 << 30  # beyond the memory of the idle server; docs/howto/serve.md
 JSON = {"content-type": "application/json"}

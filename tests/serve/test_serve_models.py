@@ -21,9 +21,9 @@ import fastrerank
 from fastrerank import CrossEncoder
 from fastrerank.cli import app as command
 from fastrerank.rerankers.base import Reranker
+from fastrerank.serve.api.errors import Flavor
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor
+from fastrerank.serve.batching.batcher import AsyncReranker
 from fastrerank.serve.names import hub_names, parse_aliases, parse_labels
 
 BODY = {"query": "q", "documents": ["a", "bb"]}

@@ -33,7 +33,7 @@ from serve_running import Running
 from bench.serve.faulty import BREAK, DIE, PANIC
 from fastrerank.serve import listener
 from fastrerank.serve.app import Settings, create_app
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 from fastrerank.serve.listener import Acceptor, listen
 from fastrerank.serve.logs import BoundedHandler
 from fastrerank.serve.run import _Protocol, _UvicornServer, read_keys

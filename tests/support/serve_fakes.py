@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastrerank.inputs.limits import TextLimits, TooLong
 from fastrerank.rerankers.base import Reranker, Scores, Usage
 from fastrerank.rerankers.call import LIMITS, NO_OPTIONS, CallOptions
 from fastrerank.rerankers.labels import resolve_label
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 
 class Lengths(Reranker):
@@ -42,6 +44,15 @@ class Lengths(Reranker):
             np.array([np.nan if t == "nan" else len(t) - len(q) for t in texts], np.float32)
             for q, texts in zip(queries, documents, strict=True)
         ]
+
+
+def held(reranker: Lengths, text: str = "a", **options: Any) -> tuple[AsyncReranker, Future[Any]]:
+    """An `AsyncReranker` of one worker, whose first request (its future is returned) waits for `reranker.gate`."""
+    reranker.gate.clear()
+    shared = AsyncReranker(reranker, workers=1, **options)
+    first = shared.submit("q", [text])
+    assert reranker.entered.acquire(timeout=30)
+    return shared, first
 
 
 class Explaining(Lengths):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastrerank.inputs.limits import TextLimits
-from fastrerank.serve.queue import Speed
+from fastrerank.serve.batching.queue import Speed
 
 __all__ = ["HEAVY_BYTES", "REQUEST_SHARE", "Measured", "Overloaded", "TooLarge", "admit", "measure"]
 
-# Share of the queue that large requests may take together, so the most that one may take: the rest is for small ones.
+# Share of the queue that large requests together, and so one alone, may take. The rest is for small requests.
 REQUEST_SHARE = 0.75
-# A text of so many bytes takes long to be tokenised, however few of its tokens count; tokenising so many bytes takes
-# about as long as computing one byte's tokens.
+# A text of HEAVY_BYTES takes long to tokenise, even if the model reads few of its tokens. Tokenising BYTES_AS_ONE bytes
+# takes about as long as computing the tokens of one byte.
 HEAVY_BYTES, BYTES_AS_ONE = 256 << 10, 64
 
 
@@ -30,13 +30,15 @@ class Overloaded(RuntimeError):
 
 
 class TooLarge(ValueError):
-    """The request alone is more than the share of the queue that one request may have: it can never be taken."""
+    """The request exceeds the share of the queue that one request may have, so it can never be accepted."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of a request: `sizes` of each pair that are read, `effort` of all with what tokenising adds, of the
-    `longest` text, and `overhead`, what a size has for the tokens that are in every pair.
+    """Bytes of a request.
+
+    `sizes`: what the model reads of each pair. `effort`: their sum and the cost of tokenising. `longest`: the longest
+    text. `overhead`: what each size includes for the tokens that every pair has.
     """
 
     sizes: list[int]
@@ -54,17 +56,16 @@ def measure(
     instruction: str | None = None,
     whole: bool = False,
 ) -> Measured:
-    """Return what the pairs of `texts` with their query cost: a query counts with each of its documents.
+    """Return what the pairs of `texts` with their query cost. The query counts once for each document.
 
-    So does the `instruction`, but where the documents are scored together as a `whole`: then they share one.
-
-    A pair counts no more than the tokens that are read of it, by the call's limits or the reranker's `max_length`.
+    The `instruction` counts once for each document too, or once in all where the documents are scored as a `whole`.
+    A pair counts no more than the tokens that the model reads: the call's limits, or the reranker's `max_length`.
 
     Example:
         >>> measure("who?", ["the owl", "a cat"], TextLimits(), 512, Speed()).sizes
         [21, 19]
     """
-    # A lone surrogate has no UTF-8 form; for a size any will do.
+    # A lone surrogate has no UTF-8 form; any replacement gives its size.
     own = [query] * len(texts) if isinstance(query, str) else query
     known = {one: len(one.encode("utf-8", "replace")) for one in set(own)}
     bases = [known[one] for one in own]

@@ -1,4 +1,4 @@
-"""What waits to be scored: small requests as they came, large ones in turn, and how batches are taken from them."""
+"""The queue: small requests in order of arrival, large ones in turn, and how batches are taken from it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ __all__ = ["Piece", "Request", "Speed", "Waiting"]
 # Share of a batch that one request may take while others wait. A request with more is large: it is scored in slices
 # between the batches of small ones, so that thousands of documents let small requests pass.
 LARGEST_SHARE = 0.5
-# A slice of a large request lasts about so long, and has at least so many tokens. What a small request waits for is one
-# slice; below some hundred tokens a call would cost more than its tokens.
+# A slice of a large request lasts about SLICE_SECONDS, as a small request may have to wait for one. It has at least
+# LEAST_SLICE_TOKENS: below a few hundred tokens, the call itself costs more than they do.
 SLICE_SECONDS, LEAST_SLICE_TOKENS = 0.05, 512
-# What tokens per byte do not fall below. A long run without a space is one token, and texts of such runs must not teach
-# the queue that a batch of honest texts has room for ten times as many.
+# The lower bound of the estimate. A long run without a space is one token; texts of such runs must not teach the queue
+# that a batch of ordinary texts has room for ten times as many.
 LEAST_TOKENS_PER_BYTE = 0.1
-# And what they do not rise above: a token has at least a byte. What a batch holds beyond it is no text of the request,
-# but of the prompt around it.
+# The upper bound: a token has at least one byte. Tokens beyond it belong to the prompt around the texts.
 MOST_TOKENS_PER_BYTE = 1.0
-# Bytes of text from which a batch determines the rate; smaller batches count less, as a few letters measure little.
+# Bytes of text from which a batch counts fully; the estimate from a few letters is poor, so small batches count less.
 TELLING_BYTES = 8 << 10
 # Tokens of a pair beside its texts before the first batch: the special tokens of an encoder.
 PAIR_TOKENS = 3.0
@@ -38,23 +37,23 @@ PAIR_TOKENS = 3.0
 
 @dataclass(eq=False)
 class Request:
-    """One query with N documents, and how far they are.
+    """One query with N documents, and the progress of their scoring.
 
     Attributes:
-        query: of all documents; or one for each of them, where a list.
+        query: one for all documents, or a list with one for each.
         sizes: bytes of each (query, document) pair, at least 1.
-        whole: the documents are scored together or not at all, as methods of lists need it.
-        explain: the tokens of the documents are wanted with what each gets, in `explained`.
+        whole: the documents are scored in one batch, as list methods need it.
+        explain: `explained` gets the documents' tokens with their scores.
         large: scored in slices, in turn with other large ones.
         heavy: one slice may take long, as it cannot be made small.
         options: of the reranker's call; only requests with equal ones share one.
         arrived, deadline, started: `time.monotonic`; None for no deadline, and before a batch took the first document.
         future: gets float32 (N,), or the exception that ended the request. The caller may cancel it.
-        tokens, compute, tokenized: tokens of its scored documents, seconds of the batches that they were in, and of
-            them those of tokenising.
-        exact: whether `tokens` was counted; else it is the batches' tokens shared out by bytes.
+        tokens, compute, tokenized: tokens of its scored documents, seconds of their batches, and seconds of tokenising
+            among these.
+        exact: whether `tokens` was counted; else a batch's tokens are divided by bytes.
         waiting_bytes: bytes of the documents that no batch has taken.
-        overhead: what each of `sizes` has for tokens that are no text of the pair.
+        overhead: bytes in each of `sizes` that stand for tokens outside the pair's texts.
     """
 
     query: str | list[str]
@@ -114,9 +113,9 @@ class Piece:
 
 
 class _Line:
-    """Requests in an order, and how many bytes they hold in all.
+    """Requests in order, and the sum of their bytes.
 
-    The sum is kept and not computed: to come, to go and to be asked for it cost the same however many requests wait.
+    The sum is maintained, so adding, removing and reading cost the same however many requests wait.
     """
 
     def __init__(self) -> None:
@@ -132,7 +131,7 @@ class _Line:
         return next(iter(self.requests.values()))
 
     def piece(self, request: Request, end: int) -> Piece:
-        """Take the documents of `request` up to `end`; one that is taken to its end leaves."""
+        """Take the documents of `request` up to `end`. A request without further documents leaves."""
         piece = Piece(request, request.next, end, sum(request.sizes[request.next : end]))
         request.next = end
         request.waiting_bytes -= piece.bytes
@@ -160,13 +159,13 @@ class Waiting:
         return self.small.bytes + self.large.bytes
 
     def add(self, request: Request) -> None:
-        """Let `request`, which has documents, wait behind all others of its kind."""
+        """Append `request`, which has documents, to its line."""
         line = self._line(request)
         line.requests[id(request)] = request
         line.bytes += request.waiting_bytes
 
     def discard(self, request: Request) -> None:
-        """Drop what no batch has taken of `request`; one that does not wait stays as it is."""
+        """Drop the documents of `request` that no batch has taken. One that does not wait is left as it is."""
         line = self._line(request)
         if line.requests.pop(id(request), None) is not None:
             line.bytes -= request.waiting_bytes
@@ -245,7 +244,7 @@ class Speed:
         with self._lock:
             outside = False
             if pairs:
-                # Whatever a byte of these texts is worth, a pair has at least and at most so many tokens beside them.
+                # The bounds of tokens per byte give bounds of a pair's other tokens.
                 least = max(0.0, (tokens - MOST_TOKENS_PER_BYTE * size) / pairs)
                 most = max(0.0, (tokens - LEAST_TOKENS_PER_BYTE * size) / pairs)
                 nearest = min(max(self.pair_tokens, least), most)

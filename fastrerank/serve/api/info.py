@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrerank.runtime.version import VERSION
-from fastrerank.serve.batcher import AsyncReranker
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["infinity_models", "openai_models", "tei_info"]
 

@@ -1,6 +1,6 @@
-"""Bodies of requests: the union of what rerank dialects send. What a field does: `fastrerank.serve.fields`.
+"""Bodies of requests: the union of what rerank dialects send. What a field does: `fastrerank.serve.api.fields`.
 
-A field that is null is one that was not sent. Names that no dialect has are kept, to be told as ignored.
+A field that is null counts as not sent. Unknown names are kept, so that they can be reported as ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt
 __all__ = ["Common", "RerankBody", "ScoreBody"]
 
 Text = StrictStr | dict[str, Any]
-# Otherwise a long list of values that are no text would give one error for each element.
+# Without fail_fast a long list of wrong values would give one error for each element.
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
 Count = Annotated[StrictInt, Field(ge=0)]
@@ -26,7 +26,7 @@ class Common(BaseModel):
 
     model: StrictStr | None = Field(None, description="One of /v1/models; the first of them where it is missing.")
     label: StrictStr | StrictInt | None = Field(
-        None, description="Of a head with several labels the one that ranks: its name or number."
+        None, description="The label that ranks where the head has several, by name or number."
     )
     instruction: StrictStr | None = Field(None, description="In place of the prompt's instruction.")
     instruct: StrictStr | None = Field(None, description="SGLang's `instruction`.")

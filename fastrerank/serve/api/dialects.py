@@ -1,4 +1,4 @@
-"""One meaning in many spellings: what a body asks for, and results as each dialect writes them."""
+"""From the bodies of all dialects to one request, and from its results to the answer of each dialect."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastrerank.serve.errors import Flavor, Problem
-from fastrerank.serve.fields import agreed, raw_wanted, refuse
-from fastrerank.serve.schemas import RerankBody, ScoreBody
+from fastrerank.serve.api.errors import Flavor, Problem
+from fastrerank.serve.api.fields import agreed, raw_wanted, refuse
+from fastrerank.serve.api.schemas import RerankBody, ScoreBody
 
 __all__ = ["Ask", "Flavor", "Problem", "rerank_answer", "score_answer", "score_pairs", "to_ask"]
 
@@ -49,7 +49,7 @@ def to_ask(body: RerankBody, path: str, flavor: Flavor) -> Ask:
     field = "documents" if body.texts is None else "texts"
     given = body.documents if body.texts is None else body.texts
     if isinstance(given, (str, dict)):
-        # One document alone is vLLM's, whose routes are /rerank and /v1/rerank too.
+        # Only vLLM takes a single document; its routes are /rerank and /v1/rerank too.
         if flavor not in (Flavor.vllm, Flavor.auto):
             raise refuse(field, "must be an array")
         given = [given]
@@ -57,7 +57,7 @@ def to_ask(body: RerankBody, path: str, flavor: Flavor) -> Ask:
     if not documents:
         raise Problem(400, "Empty", f"`{field}` cannot be empty", field=field)
     if body.rank_fields is not None and len(set(body.rank_fields)) < len(body.rank_fields):
-        # A short body could name a long field thousands of times.
+        # Otherwise a short body could repeat a long field thousands of times.
         twice = next(name for name in body.rank_fields if body.rank_fields.count(name) > 1)
         raise refuse("rank_fields", f"must name each field once, got {twice[:100]!r} twice or more")
     texts = [_text(document, f"{field}[{i}]", body.rank_fields) for i, document in enumerate(documents)]
@@ -117,7 +117,7 @@ def rerank_answer(
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Return the JSON for `ranking`, (position, score) best first, already cut to `top_n`.
 
-    `tokens` were scored; `explained`: of each document its tokens and what each gets, which is in no dialect.
+    `tokens`: how many were scored. `explained`: each document's tokens with their scores; no dialect has them.
     """
     bare = ask.flavor in (Flavor.tei, Flavor.sglang)
     results = []
@@ -138,7 +138,7 @@ def rerank_answer(
         return {"id": name, "results": results, "meta": _meta(ask, tokens)}
     answer: dict[str, Any] = {"id": name, "model": model, "usage": usage}
     if ask.flavor is Flavor.voyage:
-        # `results` too: what was told by `top_k` alone may be a client of another dialect.
+        # `results` too: `top_k` alone means Voyage, but other clients send it as well.
         return answer | {"object": "list", "data": [_voyage(ask, result) for result in results], "results": results}
     answer["results"] = results
     if ask.flavor in (Flavor.auto, Flavor.infinity):

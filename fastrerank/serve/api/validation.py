@@ -1,4 +1,4 @@
-"""JSON bodies, read off the event loop: what is wrong with one is told by its first error, at a bounded cost."""
+"""Parsing of JSON bodies off the event loop. Validation stops at the first errors, so its cost is bounded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, FailFast, ValidationError, create_model
 
-from fastrerank.serve.errors import Problem
+from fastrerank.serve.api.errors import Problem
 
 __all__ = ["Bodies", "body_route", "stopping"]
 
@@ -27,7 +27,7 @@ T = TypeVar("T", bound=BaseModel)
 # Commas and opening brackets of one body. A JSON value takes up to 232 bytes in Python, so this bounds the memory of a
 # parsed body; ten thousand documents with fifty fields each fit.
 MOST_VALUES = 500_000
-# Bodies up to so many bytes are read on the event loop: they take less time than handing them to a thread.
+# Smaller bodies are parsed on the event loop: handing them to a thread would take longer.
 INLINE_BYTES = 16 << 10
 
 
@@ -110,7 +110,7 @@ def _is_json(content_type: str) -> bool:
 def _more_values(raw: bytes, most: int) -> bool:
     """Whether there are more than `most` commas and opening brackets outside strings."""
     signs = (b",", b"[", b"{")
-    if sum(map(raw.count, signs)) <= most:  # most bodies: their texts have fewer
+    if sum(map(raw.count, signs)) <= most:  # true for most bodies, texts included
         return False
     plain = np.frombuffer(raw.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
     inside = np.logical_xor.accumulate(plain == ord('"'))

@@ -1,4 +1,4 @@
-"""What the fields of a body ask of a reranker: each is honoured, refused by its name, or told as ignored."""
+"""What the fields of a body ask of a reranker. Each is honoured, refused by name, or reported as ignored."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from urllib.parse import quote
 
 from fastrerank.rerankers.call import NO_OPTIONS, CallOptions
-from fastrerank.serve.batcher import AsyncReranker
-from fastrerank.serve.errors import Flavor, Problem
-from fastrerank.serve.schemas import Common, ScoreBody
+from fastrerank.serve.api.errors import Flavor, Problem
+from fastrerank.serve.api.schemas import Common, ScoreBody
+from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["agreed", "call_options", "ignored_header", "raw_wanted", "refuse", "refuses_to_cut", "unknown_names"]
 
-# Concern transport, or what texts alone do not have: they change neither scores nor results.
+# Fields about transport or about images: they change neither scores nor results.
 _WITHOUT_EFFECT = frozenset({"user", "request_id", "cache_salt", "mm_processor_kwargs", "padding"})
-# Fields of /rerank only: /score has no use for them.
+# Fields that only /rerank uses.
 _RERANK_ONLY = (
     "texts",
     "top_n",

@@ -1,30 +1,35 @@
-"""Batches across requests: many callers share one call of a reranker, and their scores do not know each other."""
+"""Batches across requests: many callers share one call of a reranker, and no score depends on the others."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import os
 import threading
 import time
-import weakref
 from collections.abc import Sequence
-from concurrent import futures
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from fastrerank.inputs.tokenizer import check_texts
 from fastrerank.rerankers.base import Reranker, check_number, check_threshold, check_top_k
 from fastrerank.rerankers.call import CallOptions
 from fastrerank.runtime.types import Hit
-from fastrerank.serve.admission import HEAVY_BYTES, Overloaded, TooLarge, admit, measure
-from fastrerank.serve.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
+from fastrerank.serve.batching.admission import HEAVY_BYTES, Overloaded, TooLarge, admit, measure
+from fastrerank.serve.batching.outcome import (
+    Closed,
+    DeadlineExceeded,
+    Scored,
+    Scores,
+    ScoringFailed,
+    deadline_error,
+    for_callers,
+    scored_of,
+)
+from fastrerank.serve.batching.queue import LARGEST_SHARE, Piece, Request, Speed, Waiting
+from fastrerank.serve.batching.workers import Step, make_workers, start
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,43 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["AsyncReranker", "Closed", "DeadlineExceeded", "Overloaded", "Scored", "ScoringFailed", "TooLarge"]
 
 log = logging.getLogger("fastrerank.serve")
-Scores = npt.NDArray[np.float32]
 
-# Seconds that the end of the process waits for a batch that is being computed.
-EXIT_SECONDS = 60.0
-# After so many slices without a new small request every worker may take slices of large ones; else one is kept free.
+# Slices without a new small request after which all workers may take slices of large ones; before, one stays free.
 QUIET_SLICES = 64
-
-
-class ScoringFailed(RuntimeError):
-    """The reranker raised what no caller should get as it is, such as a panic in native code; `__cause__` is that."""
-
-
-class DeadlineExceeded(TimeoutError):
-    """The request's time was over before all of its documents were scored."""
-
-
-class Closed(RuntimeError):
-    """The reranker takes no more requests, or ended before this one was done."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A request's scores, float32 (N,), and what it cost.
-
-    `tokens` of its pairs (shared out by bytes over a batch where the method does not count them: `exact` is False),
-    seconds it `waited` for a batch, and seconds of the batches that it was in (`compute`), of them those of tokenising
-    (`tokenized`; 0 where the method does not tell). `explained`: of each document its tokens and what each gets, if
-    that was asked for.
-    """
-
-    scores: Scores
-    tokens: int
-    exact: bool
-    waited: float
-    compute: float
-    explained: list[list[tuple[str, float]]] | None = None
-    tokenized: float = 0.0
 
 
 class AsyncReranker:
@@ -136,18 +107,8 @@ class AsyncReranker:
         self._closing = False
         self._failure: BaseException | None = None  # the error that ended a worker
         self._changed = threading.Condition()
-        # Waiting threads hold no reference to this object: when nobody else does, they end and the model is freed.
-        gone = threading.Event()
-        weakref.finalize(self, _wake, self._changed, gone).atexit = False
-        self._threads = [
-            threading.Thread(
-                target=_work, args=(weakref.ref(self), self._changed, gone), name=f"fastrerank-batch-{i}", daemon=True
-            )
-            for i in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
-        _open.add(self)
+        self._threads = make_workers(self, self._changed, workers)
+        start(self)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closing else ""
@@ -190,9 +151,9 @@ class AsyncReranker:
             await asyncio.wait_for(asyncio.wrap_future(request.future), timeout)
         except DeadlineExceeded:
             raise
-        except (asyncio.TimeoutError, TimeoutError):  # a timeout of the reranker itself is converted by `_for_callers`
-            raise _late(request) from None
-        return _scored(request)
+        except (asyncio.TimeoutError, TimeoutError):  # a timeout of the reranker itself is converted by `for_callers`
+            raise deadline_error(request) from None
+        return scored_of(request)
 
     async def rank(
         self,
@@ -294,7 +255,7 @@ class AsyncReranker:
             request.end(Closed(f"the reranker takes no more requests: {reason}"))
 
     async def aclose(self, grace: float | None = None) -> None:
-        """`close` without blocking the event loop."""
+        """Run `close` without blocking the event loop."""
         await asyncio.to_thread(self.close, grace)
 
     async def __aenter__(self) -> AsyncReranker:
@@ -363,7 +324,7 @@ class AsyncReranker:
         return self._flying + self._waiting.bytes
 
     def _forget(self, request: Request) -> None:
-        """Drop what has not begun of a request that has ended, or was cancelled."""
+        """Drop the documents of an ended or cancelled request that no batch has taken."""
         with self._changed:
             self._waiting.discard(request)
 
@@ -383,7 +344,7 @@ class AsyncReranker:
                 self._slices -= large
 
     def _fail(self, error: BaseException) -> None:
-        """A worker died: the others would go on, but an object that is partly dead is nothing to rely on."""
+        """Record that a worker died, and end all requests: with a dead worker nothing can be relied on."""
         log.critical("a worker thread died, no more requests are taken", exc_info=error)
         with self._changed:
             self._failure = error
@@ -397,31 +358,31 @@ class AsyncReranker:
         for piece in pieces:
             piece.request.end(error)
 
-    def _next(self) -> _Step:
+    def _next(self) -> Step:
         """Return what a worker does next; the caller holds `_changed`."""
         now = time.monotonic()
         late = self._waiting.late(now)
         if late:
-            return _Step(late=late)
+            return Step(late=late)
         if not self._waiting and (self._closing or self._failure is not None):
-            self._changed.notify_all()  # a worker that may take no slices may wait for this one's end
-            return _Step(over=True)
+            self._changed.notify_all()  # another worker may be waiting for this one to end
+            return Step(over=True)
         wait = None
         if self._waiting.small and not (self._large_next and self._may_slice()):
             budget = self.speed.bytes(self.max_batch_tokens)
             wait = self._waiting.small.first.arrived + self.max_wait - now
             if wait <= 0 or self._closing or self._waiting.small.bytes >= budget:
                 self._large_next = True
-                return _Step(self._begun(self._waiting.take(budget), now))
+                return Step(self._begun(self._waiting.take(budget), now))
         elif self._may_slice():
             self._large_next = False
             self._slices += 1
             self._quiet += 1
-            return _Step(self._begun(self._waiting.slice(self.speed.slice(self.max_batch_tokens)), now))
-        return _Step(wait=wait)
+            return Step(self._begun(self._waiting.slice(self.speed.slice(self.max_batch_tokens)), now))
+        return Step(wait=wait)
 
     def _may_slice(self) -> bool:
-        """Whether a slice of a large request may begin: where there are several workers, one is kept for small ones."""
+        """Whether a slice of a large request may begin. With several workers, one is kept for small requests."""
         if not self._waiting.large:
             return False
         all_busy = self._slices >= max(1, len(self._threads) - 1)
@@ -465,7 +426,7 @@ class AsyncReranker:
             counted = [sum(islice(left, len(one))) for one in asked] if counted else []
         except BaseException as error:  # a panic of native code too, or the thread would end
             if len(pieces) == 1:
-                pieces[0].request.end(_for_callers(error))
+                pieces[0].request.end(for_callers(error))
             else:
                 for piece in pieces:  # one by one, so that only pieces with failing texts fail
                     self._run([piece])
@@ -519,95 +480,3 @@ class AsyncReranker:
                     ended.append(request)
         for request in ended:
             request.end()
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a worker does next: compute `pieces`, tell the `late`, end (`over`), or `wait`, None for any time."""
-
-    pieces: Sequence[Piece] = ()
-    late: Sequence[Request] = ()
-    over: bool = False
-    wait: float | None = None
-
-
-def _work(reference: weakref.ref[AsyncReranker], changed: threading.Condition, gone: threading.Event) -> None:
-    """Compute batches of an `AsyncReranker` until it is closed, or nobody holds it (`gone`)."""
-    while True:
-        with changed:
-            owner = reference()
-            if owner is None:
-                return
-            try:
-                step = owner._next()
-            except BaseException as error:
-                owner._fail(error)
-                return
-            if not (step.pieces or step.late or step.over):
-                del owner
-                if gone.is_set():
-                    return
-                changed.wait(step.wait)
-                continue
-        for request in step.late:
-            request.end(_late(request))
-        if step.over:
-            return
-        if step.pieces:
-            try:
-                owner._compute(list(step.pieces))
-            except BaseException as error:
-                owner._fail(error)
-                return
-        del owner, step
-
-
-def _wake(changed: threading.Condition, gone: threading.Event) -> None:
-    """An `AsyncReranker` is gone: its threads end."""
-    gone.set()
-    with changed:
-        changed.notify_all()
-
-
-# Those whose threads may compute. While the interpreter ends, a thread that comes back from torch ends the process with
-# a signal, so no batch may outlast `_at_exit`.
-_open: weakref.WeakSet[AsyncReranker] = weakref.WeakSet()
-
-
-def _at_exit() -> None:
-    """Take no more requests, end those that wait, and let the batches that are being computed come to their end."""
-    everyone = list(_open)
-    for one in everyone:
-        one._drop("the process ends")
-    end = time.monotonic() + EXIT_SECONDS
-    for one in everyone:
-        for thread in one._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-
-
-atexit.register(_at_exit)
-if hasattr(os, "register_at_fork"):
-    # A child process has none of the threads, and locks that they held stay locked in it.
-    os.register_at_fork(after_in_child=_open.clear)
-
-
-def _for_callers(error: BaseException) -> Exception:
-    """`error`, or what stands for one that a future, an event loop or a thread would take for a signal of their own."""
-    own = (TimeoutError, asyncio.TimeoutError, futures.TimeoutError, futures.CancelledError, StopIteration)
-    if isinstance(error, Exception) and not isinstance(error, own):
-        return error
-    failed = ScoringFailed(f"{type(error).__name__}: {error}")
-    failed.__cause__ = error
-    return failed
-
-
-def _late(request: Request) -> DeadlineExceeded:
-    done = len(request.documents) - request.missing
-    return DeadlineExceeded(f"the deadline came when {done} of {len(request.documents)} documents were scored")
-
-
-def _scored(request: Request) -> Scored:
-    waited = 0.0 if request.started is None else request.started - request.arrived
-    return Scored(
-        request.scores, request.tokens, request.exact, waited, request.compute, request.explained, request.tokenized
-    )

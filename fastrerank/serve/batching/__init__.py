@@ -1,0 +1,1 @@
+"""Batches across requests: admission, the queue, workers, and the reranker for asynchronous callers."""
