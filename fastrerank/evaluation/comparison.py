@@ -37,7 +37,7 @@ _FORMAT = 1
 
 @dataclass
 class Dataset:
-    """What was reranked: `queries` (id -> text), how many are judged, and each one's number of candidates."""
+    """What was reranked: `queries` (id -> text), how many are judged, and the number of candidates of each."""
 
     source: str
     queries: dict[str, str]
@@ -47,14 +47,14 @@ class Dataset:
 
 @dataclass
 class Result:
-    """What one system made of one data set.
+    """The result of one system on one data set.
 
     Attributes:
         metrics: measure -> mean over the judged queries.
         per_query: query id -> measure -> value, for the judged queries.
         curves: "nDCG" and "Recall" -> cut-off -> mean over the judged queries.
         latencies: float64 (Q,), seconds of each query, in the data set's order; None for a run that was read.
-        notes: what a reader of the figures should know of them.
+        notes: remarks that readers of the figures need.
         run: query id -> (document id, score), best first; {} in a comparison that was loaded from a file.
     """
 
@@ -72,7 +72,7 @@ class Result:
 
 @dataclass
 class Failure:
-    """A system that went wrong: on which data set (None: before any), the error in one line, and its traceback."""
+    """A system that failed: the data set (None: before any), the error in one line, and the traceback."""
 
     system: str
     dataset: str | None

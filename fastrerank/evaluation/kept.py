@@ -1,4 +1,4 @@
-"""Finished systems of a comparison, kept in a folder until all are: an interrupted one goes on behind them."""
+"""Finished systems of a comparison, kept in a folder until all are finished, so that a comparison can resume."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["Kept"]
 class Kept:
     """A folder of outcomes, one file for each system, that belong to these queries and settings.
 
-    A file is used only for the system, options, texts and release that it was made with, and only while the files of
-    the checkpoint and those that options name are the same: a hub id stands for the commit that it means at the time.
+    A file is used only for the same system, options, texts and release, and only while the files of the checkpoint and
+    those that options name are unchanged. A hub id stands for its commit at the time.
 
     Example:
         >>> kept = Kept("out/unfinished", queries, top_k=None, warmup=1)                 # doctest: +SKIP
@@ -50,7 +50,7 @@ class Kept:
         self._asked = digest.hexdigest()
 
     def read(self, system: System) -> Outcome | None:
-        """Return the system's outcome; None where there is none that belongs to it."""
+        """Return the system's outcome; None where no file matches it."""
         try:
             found = json.loads(self._path(system).read_text("utf-8"))
             if found["key"] != self._key(system, online=True) or list(found["runs"]) != self._names:
@@ -64,7 +64,7 @@ class Kept:
             return None  # the file is missing or incomplete: the system runs again
 
     def write(self, system: System, outcome: Outcome) -> None:
-        """Keep the outcome of a system that did not fail: after this its file is whole."""
+        """Write the outcome of a system that did not fail, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         row: dict[str, Any] = {
             "key": self._key(system, online=False),
@@ -79,7 +79,7 @@ class Kept:
         beside.replace(path)
 
     def discard(self, systems: Sequence[System]) -> None:
-        """Delete the files of these systems, and the folder where nothing else is in it."""
+        """Delete the files of these systems, and the folder if it is then empty."""
         for system in systems:
             self._path(system).unlink(missing_ok=True)
             self._path(system).with_suffix(".tmp").unlink(missing_ok=True)
@@ -90,9 +90,9 @@ class Kept:
         return self.folder / f"{file_name(system.name)}.json"
 
     def _key(self, system: System, *, online: bool) -> str:
-        """What a system's outcome depends on. `online`: whether a hub id means the hub's commit, not the cache's.
+        """What a system's outcome depends on. `online`: whether a hub id means the hub's commit, else the cache's.
 
-        The hub may have changed while a system ran; what it ran is the cache's.
+        The hub may change while a system runs; the system ran the cache's commit.
         """
         model = system.model or ""
         folder = Path(model).expanduser()
@@ -120,7 +120,7 @@ def _file(value: Any) -> tuple[int, int] | None:
 
 
 def _commit(model: str, options: Mapping[str, Any], online: bool) -> str | None:
-    """The commit that a hub id means; None where nobody knows it."""
+    """The commit of a hub id; None if it cannot be found."""
     from huggingface_hub import snapshot_download
 
     cache = options.get("cache_folder")

@@ -15,12 +15,12 @@ COLOURS = 8  # of the page's style; further systems repeat them with another das
 _DASHES = ("", "6 3", "2 3")
 _WIDTH = 540  # of a plot, in the units of its 12 px type
 _CHARACTER, _BOLD = 6.7, 7.6  # mean width of a character of 12 px type
-_BARS = 400  # queries from which bars become one area
+_BARS = 400  # with more queries, bars become one area
 
 
 @dataclass(frozen=True)
 class Point:
-    """One system of the scatter: where it is (x None: it was not timed) and which number of the colours it has."""
+    """One system of the scatter: its place (x is None where it was not timed) and the number of its colour."""
 
     name: str
     colour: int
@@ -29,7 +29,7 @@ class Point:
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Return quality against time, time on a logarithmic axis; what was not timed is a line across."""
+    """Return quality against time on a logarithmic axis. A system that was not timed is a horizontal line."""
     width, height, left, right, top, bottom = _WIDTH, 340, 60, 14, 14, 44
     timed = [(point, point.x) for point in points if point.x is not None]
     low, high = _log_range([x for _, x in timed])
@@ -220,7 +220,7 @@ def _stroke(path: str, colour: int, width: float, dash: str, name: str, value: f
 def _placed(
     point: Point, x: float, y: float, taken: list[tuple[float, float, float, float]], edges: tuple[float, float]
 ) -> str:
-    """The name of a point, right, left, above or below of it: where it covers least of what is there."""
+    """The name of a point, right, left, above or below it, where it overlaps least with other parts."""
     length = _BOLD * len(_short(point.name, 40))
     choices: list[tuple[float, int, tuple[float, float, float, float], str, int, int]] = []
     for anchor, dx, dy in (("start", 11, 4), ("end", -11, 4), ("middle", 0, -12), ("middle", 0, 20)):
@@ -239,7 +239,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending places moved as little as keeps `gap` between them, and none above `high`, if they fit."""
+    """Ascending places, moved as little as needed to keep `gap` between them and to stay below `high`."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else max(place, low))
@@ -249,7 +249,7 @@ def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
-    """The range of the values with a margin, which does not lead below 0 or above 1 where the values do not."""
+    """The range of the values with a margin, which stays within 0 to 1 where the values do."""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
     below, above = low - margin, high + margin

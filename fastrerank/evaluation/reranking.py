@@ -152,7 +152,7 @@ def _rank(reranker: Ranker, query: JudgedQuery, top_k: int | None) -> list[tuple
     if not head:
         return []
     texts = [candidate.text for candidate in head]
-    # Raw scores tell documents apart that an activation saturates to one value.
+    # An activation may saturate to one value where raw scores still differ.
     hits: Sequence[Mapping[str, Any]]
     if isinstance(reranker, Reranker):
         hits = reranker.rank(query.query, texts, raw=True)

@@ -80,7 +80,7 @@ def paired_tests(
     count = differences.shape[1]
     mean = differences.mean(1)
     spread = differences.std(1, ddof=1)
-    # Rounding leaves a spread of about an ulp where all differences are the same number.
+    # Where all differences are equal, rounding leaves a spread of about one ulp.
     spread[spread <= 1e-12 * np.abs(differences).max(1)] = 0.0
     p_t, half = _student(mean, spread, count)
     p_randomisation = _randomise(differences, resamples)
@@ -135,7 +135,7 @@ def _randomise(differences: Floats, resamples: int) -> Floats:
     """Two-sided p of the sum of each row of differences (S, n) under flips of the signs of its columns."""
     systems, count = differences.shape
     observed = np.abs(differences.sum(1))
-    # Sums of the same numbers in another order differ in their last bits; those count as equal.
+    # Sums of the same numbers in another order differ in their last bits; they must count as equal.
     limit = observed - 1e-12 * np.abs(differences).sum(1)
     exact = count < 63 and 2**count <= resamples
     random = np.random.default_rng(_SEED)

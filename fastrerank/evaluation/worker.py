@@ -1,7 +1,7 @@
-"""A system in a process of its own: its latency and its peak memory are nobody else's, and its death is only its own.
+"""A system in its own process, so that its latency and peak memory are its own and its death ends nothing else.
 
-The parent writes a job to a folder and starts `main` there; the child tells its progress as JSON lines through a
-pipe, writes each data set's run to the folder, and what it prints goes to a log.
+The parent writes a job to a folder and starts `main`. The child reports its progress as JSON lines through a pipe,
+writes each data set's run to the folder, and its output goes to a log.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Outcome", "peak_bytes", "run_apart"]
 
 Progress = Callable[[str, int, int], None]
 
-# Imports what this process imports: a clone's package, or that of a folder that a script put in its path.
+# The child gets this process's sys.path, so that it imports the same package.
 _START = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[3])
@@ -44,7 +44,7 @@ sys.exit(main(sys.argv[1], int(sys.argv[2])))
 
 @dataclass
 class Outcome:
-    """What became of one system.
+    """The results of one system, or its error.
 
     Attributes:
         runs: data set -> (run, seconds of each query, float64 (Q,)), of those that were finished.
@@ -76,12 +76,12 @@ def run_apart(
 ) -> Outcome:
     """Equal to `rerank(fastrerank.load(model, **options), ...)` of each data set, in a fresh Python process.
 
-    Nothing is raised for what goes wrong in the process, be it an exception or its death: `Outcome.error` says it.
+    An exception in the process, or its death, is not raised here: `Outcome.error` holds it.
     `progress` is called with (data set, queries done, queries in all).
     """
     with tempfile.TemporaryDirectory(prefix="fastrerank-eval-") as name:
         folder = Path(name)
-        # judgements stay here: the child has no use for them
+        # the child does not need judgements
         asked = {key: [replace(query, judgements={}) for query in queries] for key, queries in datasets.items()}
         job = {"model": model, "options": dict(options), "datasets": asked, "top_k": top_k, "warmup": warmup}
         (folder / "job").write_bytes(pickle.dumps(job))
@@ -96,7 +96,7 @@ def run_apart(
 
 
 def _watch(folder: Path, outcome: Outcome, progress: Progress | None) -> int:
-    """Run the child, read what it tells into `outcome`, and return its exit code."""
+    """Run the child, read its events into `outcome`, and return its exit code."""
     reading, writing = os.pipe()
     command = [sys.executable, "-c", _START, str(folder), str(writing), json.dumps(sys.path)]
     with (folder / "log").open("wb") as log, os.fdopen(reading, encoding="utf-8") as events:
@@ -121,7 +121,7 @@ def _watch(folder: Path, outcome: Outcome, progress: Progress | None) -> int:
 
 
 def _death(code: int, log: str) -> str:
-    """One line on a process that ended without saying why."""
+    """One line about a process that ended without reporting an error."""
     last = next((line for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
     if code < 0:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -150,7 +150,7 @@ def _peak_gpu() -> int | None:
 
 
 def main(job_folder: str, pipe: int) -> int:
-    """Do the job in the folder, and tell of it through the file descriptor `pipe`."""
+    """Do the job in the folder, and report through the file descriptor `pipe`."""
     folder = Path(job_folder)
     with os.fdopen(pipe, "w", encoding="utf-8", buffering=1) as events:
         name: str | None = None

@@ -35,7 +35,7 @@ class FlagReranker:
         max_length: tokens of a pair, or the positions that the checkpoint has, if these are fewer; the passage is cut
             to what the query leaves. None for the checkpoint's limit; queries are then cut only where they do not fit.
         normalize: whether `compute_score` applies a sigmoid.
-        label: of a head with several labels the one that scores, by name or number.
+        label: the label that scores where the head has several, by name or number.
         options: further keywords of `fastrerank.CrossEncoder`.
 
     Raises TypeError for an unknown keyword, ValueError for a head with several labels where nothing tells which one
@@ -158,12 +158,12 @@ def _check_format(name: str, form: str) -> None:
 
 
 def _instructed(form: str, instruction: str | None, text: str) -> str:
-    """The text under its instruction; a written-out backslash and n of a format are a line break, as upstream."""
+    """The text under its instruction. A literal backslash-n in the format is a line break, as in FlagEmbedding."""
     return text if instruction is None else form.replace("\\n", "\n").format(instruction, text)
 
 
 def _device(devices: Any) -> Any:
-    """What `CrossEncoder` takes as a device: a number is a GPU's, and one device named several times is one."""
+    """The device in `CrossEncoder`'s form: a number is a GPU's, and repeated names count once."""
     if isinstance(devices, (list, tuple)):
         named = list(dict.fromkeys(_device(one) for one in devices))
         if not named:

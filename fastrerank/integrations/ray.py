@@ -27,7 +27,7 @@ from fastrerank.runtime.version import VERSION
 __all__ = ["PairScorer", "score_files"]
 
 JOB = "_job.json"
-# What does not change a score, or must not be written to a disk.
+# Options that do not change scores, or that must not be written to a disk.
 UNRECORDED = ("num_threads", "token", "cache_folder", "local_files_only", "memory_limit")
 MENDABLE = (ValueError, TypeError, FloatingPointError, OSError, ImportError)
 MOST_BLOCKS = 10_000  # of a Ray Data set: beyond, several parts share a block
@@ -41,7 +41,7 @@ class PairScorer:
     Args:
         model, method, options: as in `fastrerank.load`; give `num_threads` what the actor has as `num_cpus`.
         query, document, score: names of the columns.
-        label: of a head with several labels the one that scores, by name or number.
+        label: the label that scores where the head has several, by name or number.
         raw: whether scores are raw; else activated, as `rank` shows them.
 
     Raises ValueError for a method that compares documents: it needs a query's candidates together, not pairs; and for a
@@ -87,7 +87,7 @@ class PairScorer:
 class _PartScorer:
     """For `map_batches` over rows that are parts: reads each, scores it, and writes its output.
 
-    An error that a user can mend comes back as text: Ray would bury it in the frames of its own workers.
+    Errors that a user can fix come back as text, as Ray would bury them in the frames of its workers.
     """
 
     def __init__(self, files: PairFiles, output: tuple[Any, str], load: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class _PartScorer:
         parts = [Part(**dict(zip(batch, values, strict=True))) for values in zip(*columns, strict=True)]
         try:
             for part in parts if not self.error else ():
-                # The block of a worker that was killed comes again: what it had finished is not done twice.
+                # The block of a killed worker comes again; its finished parts are skipped.
                 if not self.written.done(self.folder, part):
                     rows = self.files.read(part)
                     scores = self.scorer.scores(*self.files.pairs(rows, part))
@@ -157,7 +157,7 @@ def score_files(
         rows_per_part: what a killed worker has to do again at most.
         address: of a Ray cluster, as in `ray.init`; None: RAY_ADDRESS, else a local Ray. Ray that runs is used.
         progress: called with the rows that are done and those that there are.
-        label: of a head with several labels the one that scores, by name or number.
+        label: the label that scores where the head has several, by name or number.
         raw: whether scores are raw; else activated, as `rank` shows them.
 
     Returns {"rows", "parts", "resumed": rows that earlier runs had scored}.

@@ -32,8 +32,8 @@ class Arguments(BaseModel):
         model: checkpoint, or NAME=CHECKPOINT; or several. The first is the one that requests need not name.
         alias: ALIAS=NAME, or several: further names of models.
         method, options: as in `fastrerank.load`, for all models.
-        label: of heads with several labels the one that ranks: a name or number for all models, NAME=LABEL for one, or
-            several of these. A replica does not start where nothing tells it.
+        label: the label that ranks where a head has several: a name or number for all models, NAME=LABEL for one, or
+            a list of these. A replica does not start without it, unless the names of the labels tell.
         num_threads, num_gpus: what a replica computes with, and reserves.
         max_batch_tokens, max_wait_ms, max_queue_tokens: as in `fastrerank.AsyncReranker`, in each replica.
         api_flavor, max_documents, timeout: as `fastrerank serve` has them.
@@ -146,7 +146,7 @@ def app(arguments: Arguments) -> serve.Application:
     Example:
         >>> serve.run(app(Arguments(model="BAAI/bge-reranker-base", max_replicas=8)))         # doctest: +SKIP
     """
-    # A wrong name is told here, not by replicas that do not start.
+    # Raise for a wrong name here, as replicas would only fail to start.
     named = parse_models(_list(arguments.model))
     parse_aliases(_list(arguments.alias), named)
     parse_labels(_labels(arguments), named)

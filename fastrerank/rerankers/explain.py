@@ -1,4 +1,4 @@
-"""Tokens coloured by the attention that they get: on a terminal, and as an HTML page that needs nothing else."""
+"""Tokens coloured by the attention that they get, on a terminal and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 __all__ = ["print_tokens", "to_html"]
 
-# Masses above and below zero, on a dark and on a light ground alike.
+# Colours of masses above and below zero; they suit dark and light backgrounds.
 _ABOVE, _BELOW = (46, 139, 87), (178, 74, 90)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _PAGE = """<!doctype html>
@@ -36,7 +36,7 @@ Point at a token for its value.</small></p>
 
 
 def print_tokens(console: Console, hits: Sequence[Mapping[str, Any]]) -> None:
-    """Print ranked documents, their tokens on a ground that is the stronger the larger their mass is.
+    """Print ranked documents. A token's background colour grows stronger with its mass.
 
     `hits` are what `AttentionReranker.rank(..., explain=True)` returns. A line begins with the document's rank, its
     score and its number in the input, from 0: the `corpus_id` of a hit. Without colours, a token's mass follows it.
@@ -56,7 +56,7 @@ def print_tokens(console: Console, hits: Sequence[Mapping[str, Any]]) -> None:
 
 
 def to_html(query: str, hits: Sequence[Mapping[str, Any]]) -> str:
-    """Return a page of the same that stands alone: no script, no font, no picture from elsewhere.
+    """Return the same as a self-contained page, without scripts, fonts or pictures.
 
     Example:
         >>> "rgba" in to_html("who?", [{"corpus_id": 0, "score": 1.0, "tokens": [("owl", 1.0)]}])

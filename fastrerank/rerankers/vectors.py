@@ -34,8 +34,8 @@ class VectorReranker(Reranker):
         model_name_or_path: hub id or local folder.
         device: "cpu", "cuda", "cuda:1", or a list of devices that share the work; None: a usable GPU, else the CPU.
         dtype: "float32", "bfloat16", "int8" (native engine only), "float16" (torch engines only); "auto": float32 on a
-            CPU, bfloat16 on a GPU. In int8 the documents' last third of layers runs in bfloat16: what is rounded there
-            reaches every coordinate of the vectors; and so do all layers of queries, whose error every document shares.
+            CPU, bfloat16 on a GPU. With int8, two parts run in bfloat16: the last third of the layers for documents, as
+            rounding there reaches every coordinate, and all layers for queries, as all documents share their error.
         max_length: tokens per text; None for the checkpoint's limit.
         num_threads: CPU threads of a call; None for `fastrerank.set_num_threads`'s, or torch's own on a torch engine.
         engine: "native", "torch" or "padded"; None: native on a CPU if the family is native, else torch, else padded.
@@ -44,7 +44,7 @@ class VectorReranker(Reranker):
     """
 
     call_options: ClassVar[frozenset[str]] = LIMITS
-    _reads: ClassVar[str]  # whose vectors are compared, for messages
+    _reads: ClassVar[str]  # what the compared vectors belong to, for messages
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class VectorReranker(Reranker):
         self.engine: Encoder = load_encoder(
             checkpoint, head, chosen, num_threads=num_threads, memory_limit=memory_limit
         )
-        # A query is a few tokens among its documents' thousands: its precision costs a second copy of the weights and
-        # hardly any time.
+        # A query has few tokens beside its documents' thousands: its higher precision costs a second copy of the
+        # weights, and hardly any time.
         self.query_engine: Encoder = self.engine
         if chosen.dtype == "int8":
             self.query_engine = load_encoder(

@@ -1,1 +1,1 @@
-"""What every floor may use: names in messages, types of arguments, fingerprints."""
+"""What every other package may use: threads and ISA level, names in messages, types of arguments, fingerprints."""

@@ -9,7 +9,7 @@ import fastrerank._cpu as _cpu
 
 __all__ = ["BFLOAT16_LEVELS", "cpu_info", "isa", "num_threads", "set_isa", "set_num_threads"]
 
-# Levels that multiply bfloat16 inputs as they are; the others widen weights and keep inputs in float32.
+# Levels with bfloat16 products. The others widen the weights and keep inputs in float32.
 BFLOAT16_LEVELS = ("avx512_bf16", "amx")
 
 _threads: int | None = None

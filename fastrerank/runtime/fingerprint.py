@@ -1,4 +1,4 @@
-"""Values as text that tells them apart, for digests that are kept on the disk: apart from what a repr shows people."""
+"""Values as text for digests on the disk. The form is fixed, unlike that of a repr, which is for people."""
 
 from __future__ import annotations
 

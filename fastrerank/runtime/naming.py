@@ -1,4 +1,4 @@
-"""What objects call themselves: one short line that names the model and what runs it."""
+"""Names for reprs and messages: one short line for a model and what runs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 100
 
 
 def shortened(text: str) -> str:
-    """A text of at most 100 characters: its end, behind dots, where it is longer.
+    """The text, or dots and its end where it has more than 100 characters.
 
     Example:
         >>> shortened("/models/bge")

@@ -10,21 +10,21 @@ import numpy.typing as npt
 __all__ = ["RULES", "choose_anchors"]
 
 RULES = ("greedy", "leverage", "random")
-_MOST_ITEMS = 16384  # that the choice looks at; of more, a random sample
+_MOST_ITEMS = 16384  # items that the choice looks at; a random sample where there are more
 _MOST_DIRECTIONS = 256
 
 
 def choose_anchors(
     vectors: npt.NDArray[Any], count: int, rule: str = "greedy", *, seed: int = 0
 ) -> npt.NDArray[np.int64]:
-    """Items whose scores tell most about all items' scores, the most telling first.
+    """Items whose scores predict the scores of all items best, the best predictors first.
 
     Args:
         vectors: item vectors as columns, (K, N). count: at most N are chosen.
         rule: "greedy": each next item lowers the mean squared error of reconstructing all items from the chosen most
             (l2-greedy, arXiv 2607.03515), in the leading directions. "leverage": drawn with probability proportional
             to leverage scores there. "random": uniformly.
-        seed: of what is drawn.
+        seed: of the random draws.
 
     Returns int64 (min(count, N),), without repetition. Raises ValueError for an unknown rule.
 

@@ -25,13 +25,13 @@ __all__ = ["Build", "Progress", "discard", "identity", "same_scorer"]
 Progress = Callable[[int, int], None]  # scores made, all scores
 
 _PLAN, _JOURNAL, _SCORES = "build.json", "done.jsonl", "scores.f32"
-_SAMPLE = 1 << 16  # bytes of a weight file's ends that tell it from others
+_SAMPLE = 1 << 16  # bytes at both ends of a weight file that enter its digest
 
 
 def identity(reranker: Any) -> dict[str, Any]:
-    """What tells whether two rerankers give the same scores: class, method, and of a checkpoint its files' digest.
+    """What identifies a reranker's scores: class, method, options, and the digest of its checkpoint's files.
 
-    Precision and device are left out: their scores agree well enough for one index.
+    Precision and device are left out, as scores differ too little between them to matter for an index.
     """
     found: dict[str, Any] = {"class": type(reranker).__name__, "method": getattr(reranker, "method", None)}
     checkpoint = getattr(reranker, "checkpoint", None)
@@ -43,7 +43,7 @@ def identity(reranker: Any) -> dict[str, Any]:
         if value is not None:
             found[name] = hashlib.sha256(fingerprint(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     labels = getattr(reranker, "num_labels", None)
-    if isinstance(labels, int) and labels > 1:  # one checkpoint has other scores for each label
+    if isinstance(labels, int) and labels > 1:  # each label has scores of its own
         found["label"] = getattr(reranker, "label", None)
     return found
 
@@ -75,10 +75,10 @@ def _say(found: dict[str, Any]) -> str:
 
 
 class Build:
-    """The K x N scores of a reranker, made in blocks of consecutive pairs: queries one after the other.
+    """The K x N scores of a reranker, computed in blocks of consecutive pairs, query by query.
 
-    With a folder, a block is written and on the disk before a line of the journal says so; an interrupted build finds
-    those lines and goes on behind them. Without one, a temporary folder is used.
+    In a folder, a block is synced to the disk before its line is added to the journal, so an interrupted build resumes
+    after the last line. Without a folder, a temporary one is used.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Build:
         self.folder = None if folder is None else Path(folder)
 
     def scores(self, progress: bool | Progress) -> npt.NDArray[np.float32]:
-        """All scores, float32 (K, N), of which those in the folder are not computed again."""
+        """All scores, float32 (K, N). Those in the folder are not computed again."""
         if self.folder is None:
             with tempfile.TemporaryDirectory() as folder:
                 return np.array(self._made(Path(folder), progress))
@@ -146,7 +146,7 @@ class Build:
         return checked_scores(call, pairs // count, pairs % count)
 
     def _resume(self, folder: Path) -> int:
-        """How many pairs the folder holds; makes it ready where it holds none."""
+        """How many pairs the folder holds. An empty folder is prepared for the build."""
         plan = {"pairs": self._pairs, "content": self._digest(), "scorer": identity(self._reranker)}
         path = folder / _PLAN
         if path.is_file():
@@ -178,7 +178,7 @@ class Build:
         return 0
 
     def _verified(self, folder: Path) -> int:
-        """The end of the blocks whose lines in the journal are whole and whose scores are those of the line."""
+        """The end of the last block whose journal line is complete and whose scores match its checksum."""
         done = good = 0
         with (folder / _SCORES).open("rb") as scores, (folder / _JOURNAL).open("rb") as journal:
             for line in journal:
@@ -204,7 +204,7 @@ class Build:
 
 def discard(folder: Path) -> None:
     """Delete a build's scores, and nothing else."""
-    for name in (_PLAN, _JOURNAL, _SCORES):  # the plan first: without it nothing is gone on from
+    for name in (_PLAN, _JOURNAL, _SCORES):  # the plan first: without it no build resumes
         (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Where a search finds the items that look best: a scan of all item vectors, or an approximate graph of them."""
+"""How a search finds the items of largest product: a scan of all item vectors, or an approximate graph of them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["KINDS", "Scan", "candidates_of"]
 Ids = npt.NDArray[np.int64]
 KINDS = ("scan", "faiss", "usearch")
 _MODULES = {"faiss": ("faiss", "faiss-cpu"), "usearch": ("usearch.index", "usearch")}
-_WIDER = 2  # a graph is asked for so many times the items, and no fewer than _LEAST, to miss few of the best
+_WIDER = 2  # a graph is asked for this multiple of the items, at least _LEAST, to miss few of the best
 _LEAST = 64
 
 
 class Scan:
-    """Exact: every query reads every item. `shards` are one index whose ids run on from one to the next."""
+    """Exact: every query reads every item. Ids of `shards` continue from one shard to the next."""
 
     def __init__(self, shards: Sequence[ops.PackedItems], threads: int | None = None) -> None:
         self._shards = list(shards)
@@ -42,14 +42,14 @@ class Scan:
         return vectors
 
     def top(self, queries: npt.NDArray[np.float32], k: int, exclude: Ids) -> Ids:
-        """The k items of largest product with each query (B, K), but for those in its row of `exclude` (B, E)."""
+        """The k items of largest product with each query (B, K), except those in its row of `exclude` (B, E)."""
         return ops.cur_topk(queries, self._shards, k, exclude=exclude, threads=self._threads)[0]
 
 
 class Graph(Scan):
     """Approximate: items found in a graph of all item vectors, of FAISS or usearch, by inner product.
 
-    A query for which the graph finds too few is answered by the scan.
+    A query for which the graph finds too few items is scanned.
     """
 
     def __init__(self, shards: Sequence[ops.PackedItems], find: Any, threads: int | None = None) -> None:
@@ -57,7 +57,7 @@ class Graph(Scan):
         self._find = find
 
     def top(self, queries: npt.NDArray[np.float32], k: int, exclude: Ids) -> Ids:
-        """About the k items of largest product with each query, but for those in its row of `exclude`."""
+        """About the k items of largest product with each query, except those in its row of `exclude`."""
         wanted = min(self.count, max(_WIDER * (k + exclude.shape[1]), _LEAST))
         found = self._find(queries, wanted)
         chosen = np.empty((len(queries), k), np.int64)
@@ -70,10 +70,10 @@ class Graph(Scan):
 
 
 def candidates_of(kind: str) -> Callable[[Sequence[ops.PackedItems], int | None], Scan]:
-    """What makes the candidates of an index's shards: "scan", "faiss" or "usearch".
+    """Return the function that makes the candidates of an index's shards, for "scan", "faiss" or "usearch".
 
-    Raises ValueError for another kind, ImportError where its package is not installed. A graph is made at the first
-    search and again once items were added or removed.
+    Raises ValueError for another kind, ImportError where its package is not installed. A graph is built at the first
+    search, and again after items were added or removed.
     """
     if kind not in KINDS:
         raise ValueError(f"candidates must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -1,4 +1,4 @@
-"""One file of an index, opened for reading: checked, and mapped or copied. What it maps is watched."""
+"""One file of an index, opened for reading: checked, then mapped or copied. Mapped files are watched for changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONGEST_TABLE = 1 << 20
 
 @dataclass(frozen=True)
 class Mapped:
-    """A file that is mapped into memory, as it was when that was done."""
+    """The state of a file when it was mapped into memory."""
 
     path: str
     place: tuple[int, int]  # device and inode
@@ -40,7 +40,7 @@ class Mapped:
         A file that was deleted or replaced stays mapped as it was.
         """
         try:
-            now = os.stat(self.path)  # noqa: PTH116 - a Path makes its text anew every time
+            now = os.stat(self.path)  # noqa: PTH116 - Path.stat would rebuild the path's text each time
         except OSError:
             return
         if (now.st_dev, now.st_ino) == self.place and (now.st_size, now.st_mtime_ns) != self.state:
@@ -51,7 +51,7 @@ class Mapped:
 
 
 class Watched:
-    """The files that an index maps, and when they were last looked at. Any number of threads may share one."""
+    """The files that an index maps, and when they were last checked. Threads may share one."""
 
     def __init__(self, files: Sequence[Mapped] = ()) -> None:
         self.files = tuple(files)
@@ -60,25 +60,25 @@ class Watched:
     def check(self, *, seldom: bool = False) -> None:
         """Raise ValueError if a file was changed in place.
 
-        With `seldom`, files are not looked at again within `EVERY` seconds, for calls that take hardly longer.
+        With `seldom`, files are checked at most once in `EVERY` seconds, for calls that are about as fast as a check.
         """
         if not self.files:
             return
         now = monotonic()
         if seldom and now - self._looked < EVERY:
             return
-        self._looked = -math.inf  # a refusal is no look that counts
+        self._looked = -math.inf  # a check that raises is repeated next time
         for mapped in self.files:
             mapped.check()
         self._looked = now
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, or of the one that a link leads to: tools that keep versions store links.
+    """A descriptor of a regular file, or of a link's target, as version-control tools for data store links.
 
     OSError if it is not there, ValueError for a device, a pipe or a folder.
     """
-    # A pipe would wait for a writer; a regular file does not know the flag.
+    # O_NONBLOCK: opening a pipe would wait for a writer. It has no effect on regular files.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -89,7 +89,7 @@ def open_regular(path: Path) -> int:
 def read_arrays(
     path: Path, entry: Mapping[str, Any], *, verify: bool, map_it: bool
 ) -> tuple[dict[str, npt.NDArray[Any]], Mapped | None]:
-    """The file's arrays, read-only: views of a memory map, and what watches it, or copies and None.
+    """The file's arrays, read-only: views of a memory map with its `Mapped`, or copies with None.
 
     Raises FileNotFoundError, and ValueError naming the file if it is not what `entry` says.
     """
@@ -128,7 +128,7 @@ def _digest(handle: int, content: Any, mapped: bool) -> str:
     if not mapped:
         digest.update(content)
         return digest.hexdigest()
-    done = 0  # not through the map: a file that is cut meanwhile is then an answer and not a signal
+    done = 0  # not through the map: a file that is truncated meanwhile then gives an error, not a signal
     while piece := os.pread(handle, _CHUNK, done):
         digest.update(piece)
         done += len(piece)
@@ -136,7 +136,7 @@ def _digest(handle: int, content: Any, mapped: bool) -> str:
 
 
 def _arrays(path: Path, content: Any, size: int) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a safetensors file that holds nothing else than those of a save."""
+    """The arrays of a safetensors file; ValueError if it holds anything else."""
 
     def damaged(what: str) -> ValueError:
         return ValueError(f"{path}: damaged, {what}; {ADVICE}")
@@ -162,7 +162,7 @@ def _arrays(path: Path, content: Any, size: int) -> dict[str, npt.NDArray[Any]]:
         if start + end > size:
             raise damaged(f"{name!r} ends beyond the file")
         array = np.frombuffer(content, dtype, count, start + span[0]) if count else np.empty(0, dtype)
-        array = np.require(array, requirements=["A"]).reshape(shape)  # a copy where it lies askew
+        array = np.require(array, requirements=["A"]).reshape(shape)  # a copy if it is not aligned
         array.flags.writeable = False
         arrays[name] = array
     if start + end != size:

@@ -2,12 +2,12 @@
 
     index.json                    what the index is; replaced by a rename, which is the moment a save happens
     vectors-<token>.safetensors   a shard's packed vectors: "data", and "scale" for int8
-    items-<token>.safetensors     "anchors"; where there are any "ids"; of items' texts "text" (UTF-8) and "text_ends",
-                                  where each ends; of anchor queries "query" and "query_ends"
+    items-<token>.safetensors     "anchors"; optional: "ids", the items' "text" (UTF-8) with "text_ends" (where each
+                                  ends), and the anchor queries' "query" with "query_ends"
 
-Files are never changed: a save writes new ones, renames the header over the old one, and then deletes the files that
-it does not name. Whenever a crash comes, the header names whole files. A save that fails deletes what it wrote, and one
-that was killed leaves files that the next save deletes before it writes. Savers of a folder wait for one another.
+Files are never changed. A save writes new ones, renames its header over the old one, and then deletes the files that
+the header does not name. So the header names complete files even after a crash. A save that fails deletes what it
+wrote; the files of a killed save are deleted by the next one before it writes. Savers of a folder wait for one another.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _LONGEST_HEADER = 1 << 26
 
 @contextlib.contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """A save to `folder`, which is made if need be: alone there, and without a trace if it fails.
+    """Hold the lock of `folder`, which is created if missing, for one save; a save that fails leaves no files.
 
-    At its beginning, files go that no header names: those of a save that was killed, whose room this one may need.
+    Files that no header names are deleted first: a killed save left them, and this one may need their space.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def saving(folder: Path) -> Iterator[None]:
                     folder.rmdir()
             raise
     finally:
-        if fcntl is not None:  # closing it is not enough: a process forked meanwhile holds the same lock
+        if fcntl is not None:  # closing is not enough: a process forked in the meantime holds the same lock
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
@@ -83,16 +83,16 @@ def _named(folder: Path) -> set[str]:
 
 
 def _clear(folder: Path, named: set[str]) -> None:
-    """Delete what saves wrote to the folder and what is not `named`."""
+    """Delete the files of saves in the folder, except those in `named`."""
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
 
 
 def write_file(folder: Path, stem: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """Write a safetensors file that no header names yet, to the disk; returns its entry for the header.
+    """Write and sync a safetensors file that no header names yet; return its entry for the header.
 
-    The first array begins at a multiple of 64 bytes, so that it can be read in cache lines from a memory map.
+    The first array begins at a multiple of 64 bytes, so that a memory map of it is aligned to cache lines.
     """
     table: dict[str, Any] = {}
     end = 0
@@ -121,7 +121,7 @@ def _pieces(arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
 
 
 def commit(folder: Path, header: Mapping[str, Any]) -> None:
-    """Make `header`, whose files are written, the folder's index, and delete the files that it does not name."""
+    """Make `header` the folder's index (its files are written), and delete the files that it does not name."""
     body = {"format": FORMAT, "version": VERSION, **header}
     body["sha256"] = _digest(body)
     aside = folder / f"{HEADER}.{secrets.token_hex(8)}.new"
@@ -136,12 +136,12 @@ def commit(folder: Path, header: Mapping[str, Any]) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name in an index's folder is one that saving or building made."""
+    """Whether saving or building an index makes files of this name."""
     return name in (HEADER, "build") or _OURS.fullmatch(name) is not None
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the folder's entries on the disk."""
+    """Sync the folder's entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -176,7 +176,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def _check_header(path: Path, body: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the entry of the header that no save writes so."""
+    """Raise ValueError naming the entry of the header whose value no save writes."""
 
     def count(value: Any, least: int = 0) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -227,7 +227,7 @@ def files_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
 def open_file(
     folder: Path, entry: Mapping[str, Any], *, verify: bool, mmap: bool
 ) -> tuple[dict[str, npt.NDArray[Any]], Mapped | None]:
-    """A file's arrays, read-only, and what watches the memory map that they are views of, or copies and None.
+    """A file's arrays, read-only: views of a memory map with its `Mapped`, or copies with None.
 
     Raises ValueError naming the file if it is damaged or missing.
     """

@@ -1,4 +1,4 @@
-"""The page that shows the OpenAPI document, with files that this server holds: it asks no other host for anything."""
+"""The page that shows the OpenAPI document. Its files come from this server, none from another host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_docs_page(app: FastAPI) -> None:
     """
     found = find_spec("fastapi_offline")
     folder = Path(found.origin).parent / "static" if found is not None and found.origin is not None else None
-    # Relative addresses: they hold behind a proxy that serves the application under a prefix, too.
+    # Relative addresses also work behind a proxy that serves the application under a prefix.
     page = get_swagger_ui_html(
         openapi_url="openapi.json",
         title=f"{app.title}: HTTP interface",

@@ -16,7 +16,7 @@ Source = Literal["json", "schema", "route", "request"]
 
 
 class Flavor(str, Enum):
-    """Whose rules settle what the dialects do differently; `auto` goes by the path and the body."""
+    """The dialect whose rules apply; `auto` decides by the path and the body."""
 
     auto = "auto"
     tei = "tei"
@@ -37,7 +37,7 @@ class Problem(Exception):
     def __init__(
         self, status: int, kind: str, message: str, headers: dict[str, str] | None = None, field: str | None = None
     ) -> None:
-        # A message may quote megabytes of the client's text.
+        # The client's text in a message may be megabytes long.
         super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
         self.status, self.kind, self.headers, self.field = status, kind, headers or {}, field
 
@@ -45,7 +45,7 @@ class Problem(Exception):
         return type(self), (self.status, self.kind, str(self), self.headers, self.field), self.__dict__
 
 
-# Paths that one dialect alone has.
+# Paths that only one dialect has.
 _ROUTES = {"/score": Flavor.vllm, "/v1/score": Flavor.vllm, "/info": Flavor.tei, "/models": Flavor.infinity}
 
 
@@ -55,7 +55,7 @@ def dialect(path: str, names: Collection[str], pinned: Flavor) -> Flavor:
     Args:
         path: of the route. names: the fields of the body; none where there is no body, or none that can be read.
 
-    `auto` is for what several dialects write alike.
+    `auto` stands for requests that several dialects write alike.
 
     Example:
         >>> dialect("/rerank", {"query", "texts"}, Flavor.auto).value
@@ -77,7 +77,7 @@ def dialect(path: str, names: Collection[str], pinned: Flavor) -> Flavor:
 def schema_problem(errors: Sequence[Any]) -> tuple[str, str | None, list[dict[str, Any]]]:
     """Return what pydantic's errors of a body say: one message, the first field, and rows {"loc", "msg", "type"}.
 
-    Where a field may be of several kinds pydantic has an error of each: they become one, of the deepest place.
+    Where a field allows several types, pydantic reports an error for each; they become one, at the deepest place.
 
     Example:
         >>> schema_problem([{"loc": ("body", "texts", 0), "msg": "Input should be a string", "type": "x"}])[0]
@@ -86,13 +86,13 @@ def schema_problem(errors: Sequence[Any]) -> tuple[str, str | None, list[dict[st
     found: dict[str, dict[tuple[str | int, ...], list[Any]]] = {}
     for error in errors:
         loc = error["loc"][1:]
-        # Behind a field's name, integers are positions in the client's lists; strings are pydantic's type names.
+        # After the field's name, integers are positions in lists and strings are pydantic's type names.
         place = (*loc[:1], *(part for part in loc[1:] if isinstance(part, int)))
         found.setdefault(str(loc[:1]), {}).setdefault(place, []).append(error)
     told, rows = [], []
     for places in found.values():
         place = max(places, key=len)
-        # The order of a field's kinds is not the same in every process: a list comes first.
+        # The order of a field's types differs between processes, so sort: a list comes first.
         kept = sorted(
             {error["msg"]: error for error in places[place]}.values(), key=lambda one: "list" not in one["msg"]
         )
@@ -118,7 +118,7 @@ def _told(place: tuple[str | int, ...], messages: list[str]) -> str:
 
 
 def error_status(flavor: Flavor, status: int, kind: str, source: Source) -> int:
-    """Return the status with which a dialect says that a request is wrong; all others stay as they are."""
+    """Return the status that a dialect uses for a wrong request; other statuses are unchanged."""
     if source == "json":
         return 422 if flavor in (Flavor.auto, Flavor.infinity, Flavor.jina, Flavor.sglang) else 400
     if status == 422 and flavor in (Flavor.vllm, Flavor.voyage):

@@ -13,7 +13,7 @@ from fastrerank.serve.batching.batcher import AsyncReranker
 
 __all__ = ["agreed", "call_options", "ignored_header", "raw_wanted", "refuse", "refuses_to_cut", "unknown_names"]
 
-# Fields about transport or about images: they change neither scores nor results.
+# Fields about transport, images or padding: they change neither scores nor results.
 _WITHOUT_EFFECT = frozenset({"user", "request_id", "cache_salt", "mm_processor_kwargs", "padding"})
 # Fields that only /rerank uses.
 _RERANK_ONLY = (

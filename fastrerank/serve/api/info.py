@@ -78,7 +78,7 @@ def infinity_models(models: Mapping[str, AsyncReranker], begun: int) -> dict[str
             "results_pending": one.waiting(),
             "batch_size": one.max_batch_tokens,
         }
-        # Clients generated from the schema accept no other owner.
+        # Clients generated from Infinity's schema accept no other owner.
         rows.append(
             {
                 "id": name,
