@@ -247,8 +247,8 @@ struct TileAttention {
     }
 
     // All queries [from, to). While a tile's scores become weights, the tile unit multiplies the weights of the tile
-    // before with the values, and computes the scores of the tile after. Both share the buffers: the products read
-    // weights ahead of where new ones are written, and the new scores follow behind where old ones are read.
+    // before with the values, and computes the scores of the tile after. Both share the buffers. The products read old
+    // weights before new ones overwrite them; new scores overwrite only scores that have been read.
     template <int N>
     void run(int from, int to) const {
         const float c = (g.softcap > 0 ? g.softcap : g.scale) * 1.4426950408889634f;

@@ -266,7 +266,7 @@ float kth_largest(const float* values, int n, int k) {
     uint32_t found = 0;
     for (uint32_t bit = kSign; bit; bit >>= 1) {
         const uint32_t tried = found | bit;
-        // Compared as signed integers; all bits of a negative value but its sign are inverted.
+        // Order as signed integers: for a negative float, all bits except the sign are inverted.
         const vi least = splat_int(static_cast<int32_t>(tried ^ kSign));
         vi count = vi{};
         int i = 0;

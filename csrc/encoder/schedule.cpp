@@ -148,8 +148,8 @@ std::vector<Encoder::Chunk> Encoder::split(const Chunk& c, int count) const {
     return parts;
 }
 
-// Takes a chunk through all layers and the head. With several threads its rows are split. The parts wait for one
-// another twice a layer: until all keys and values are written, and until all have been read.
+// Takes a chunk through all layers and the head. With several threads its rows are split. All parts
+// synchronise twice in each layer: after all keys and values are written, and after all are read.
 void Encoder::run_chunk(Chunk& c, Readout readout, int threads, float* out) const {
     const EncoderConfig& g = config_;
     const int64_t width = padded(g.hidden), columns = g.heads * g.head_dim;

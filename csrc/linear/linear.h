@@ -1,4 +1,4 @@
-// y = x W^T + b on packed weights, with what follows it: the activation, a factor and a residual.
+// y = x W^T + b on packed weights. The epilogue applies an activation, a factor and a residual.
 #pragma once
 #include "isa/types.h"
 

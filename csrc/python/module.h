@@ -59,7 +59,7 @@ Weight weight_of(const py::array& a, const char* what);
 const float* vector_of(const std::optional<F32Array>& a, int64_t n, const char* what);
 void check_offsets(const I64Array& offsets, int64_t tokens);
 
-// The address of a tensor's first value; Python has checked the tensor. 0 gives null.
+// Converts an address from Python to a pointer; 0 becomes null. Python has checked the tensor.
 template <class T = char>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);

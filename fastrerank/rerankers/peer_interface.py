@@ -57,7 +57,7 @@ REFUSED = {name: advice for advice, names in _REFUSED_FOR.items() for name in na
 
 
 class ModelCardData(SimpleNamespace):
-    """Where evaluators of sentence-transformers store what they measured; it has no other use.
+    """Stores the results of sentence-transformers evaluators; it has no other use.
 
     Attributes:
         eval_results_dict: evaluator -> its metrics.

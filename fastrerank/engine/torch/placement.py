@@ -30,7 +30,7 @@ class PinnedBuffers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Free buffers by device, as an event belongs to one: (uint8 buffer, event after its last copy).
+        # Free buffers of each device: (uint8 buffer, event after its last copy). An event belongs to one device.
         self._idle: dict[torch.device, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
 
     def upload(self, array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

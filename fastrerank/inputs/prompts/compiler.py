@@ -339,7 +339,7 @@ def _plan(tokenizer: TextTokenizer, pieces: list[Piece], anchored: bool) -> Step
 
 
 def _kind(slot: Slot, unit: Unit, run: Run) -> tuple[Any, ...]:
-    """What a document's ids depend on beside its text: its unit, and what is stripped off its sides."""
+    """What decides a document's token ids besides its text: its unit, and the characters stripped from its ends."""
     left, right = unit.key[0] is None and run.lstrip, unit.key[1] is None and run.rstrip
     return (unit.key, slot.lstrip, slot.rstrip, left, right)
 

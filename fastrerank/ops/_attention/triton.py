@@ -293,7 +293,7 @@ def kernel(
     qb = qa
     if DB > 0:
         qb = _rows(q, rows, valid, q_row, DA, D, DB, True)
-    # clamped, because checking the intervals before the launch would wait for the device
+    # Intervals are clamped here: checking them before the launch would wait for the device.
     lo = tl.maximum(tl.load(LO + rows, mask=valid, other=0), 0)
     hi = tl.minimum(tl.load(HI + rows, mask=valid, other=0), S)
     dead = lo >= hi

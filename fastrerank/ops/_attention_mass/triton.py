@@ -137,7 +137,7 @@ def kernel(
         weight = tl.load(WEIGHT + row, mask=there, other=0.0)
         if WEIGHTED:
             weight *= tl.load(HEADS + head, mask=there, other=0.0)
-        # clamped, because checking the intervals before the launch would wait for the device
+        # Intervals are clamped here: checking them before the launch would wait for the device.
         lo = tl.load(LO + row, mask=there, other=0)
         hi = tl.minimum(tl.load(HI + row, mask=there, other=0), S)
         pointers = Q + row.to(tl.int64) * q_row + head.to(tl.int64) * q_head
